@@ -1,0 +1,1 @@
+"""Recipes (which tensor gets how many bits), quantisers and scoring."""
