@@ -1,0 +1,398 @@
+"""Tiny random checkpoints in the layout Google ships, made with NumPy alone.
+
+Owns: four small configurations that exercise every variant of the decoder (`KINDS`), deterministic weights for them,
+and writing them as a Hugging Face folder (one file or shards, float32, float16 or bfloat16, text-only or multimodal).
+Does not know: how a decoder computes; nothing of edge_gemma is imported here.
+"""
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+KINDS = ("e2b", "e4b", "dense", "gemma3")
+VOCAB = 640
+PLE = 32  # hidden_size_per_layer_input
+_TYPES = {"s": "sliding_attention", "F": "full_attention"}
+_ROPE4 = {
+    "full_attention": {"partial_rotary_factor": 0.25, "rope_theta": 1000000.0, "rope_type": "proportional"},
+    "sliding_attention": {"rope_theta": 10000.0, "rope_type": "default"},
+}
+
+# kind -> (layers in order, shared layers, window, D, F, heads, KV heads, head_dim, global head_dim).
+# e2b: the top KV producer is a full layer (as released); e4b: it is a sliding one, so that both orders are covered.
+_SIZES: dict[str, tuple[str, int, int, int, int, int, int, int, int]] = {
+    "e2b": ("ssFsFssFsF", 5, 7, 64, 96, 4, 1, 16, 32),
+    "e4b": ("sFsFssFsF", 4, 6, 96, 160, 4, 2, 32, 64),
+    "dense": ("ssFssF", 0, 8, 64, 128, 8, 4, 16, 32),
+    "gemma3": ("ssFssF", 0, 6, 64, 160, 4, 1, 32, 32),
+}
+
+
+def tiny_config(kind: str, *, spelling: str = "released") -> dict[str, Any]:
+    """The `text_config` of a kind. `spelling`: "released" (global_head_dim, rope_theta: what Google ships) or
+    "saved" (per_layer_config, rope_parameters: what transformers 5.23's save_pretrained writes)."""
+    types, shared, window, d, ff, heads, kv_heads, head_dim, global_head_dim = _SIZES[kind]
+    config: dict[str, Any] = {
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "bos_token_id": 2,
+        "eos_token_id": 1,
+        "pad_token_id": 0,
+        "head_dim": head_dim,
+        "hidden_activation": "gelu_pytorch_tanh",
+        "hidden_size": d,
+        "initializer_range": 0.02,
+        "intermediate_size": ff,
+        "layer_types": [_TYPES[t] for t in types],
+        "max_position_embeddings": 1024,
+        "num_attention_heads": heads,
+        "num_hidden_layers": len(types),
+        "num_key_value_heads": kv_heads,
+        "rms_norm_eps": 1e-06,
+        "sliding_window": window,
+        "use_cache": True,
+        "vocab_size": VOCAB,
+    }
+    if kind == "gemma3":
+        return config | _gemma3_words(spelling)
+    config |= {
+        "attention_k_eq_v": kind == "dense",
+        "enable_moe_block": False,
+        "final_logit_softcapping": 30.0,
+        "hidden_size_per_layer_input": 0 if kind == "dense" else PLE,
+        "model_type": "gemma4_text",
+        "moe_intermediate_size": None,
+        "num_experts": None,
+        "num_kv_shared_layers": shared,
+        "rope_parameters": json.loads(json.dumps(_ROPE4)),
+        "tie_word_embeddings": True,
+        "top_k_experts": None,
+        "use_bidirectional_attention": "vision" if kind == "dense" else None,
+        "use_double_wide_mlp": kind == "e2b",
+        "vocab_size_per_layer_input": VOCAB,
+    }
+    override: dict[str, int] = {"head_dim": global_head_dim} | ({"num_key_value_heads": 2} if kind == "dense" else {})
+    if spelling == "saved":
+        return config | {"per_layer_config": {str(i): dict(override) for i, t in enumerate(types) if t == "F"}}
+    return config | {
+        "global_head_dim": global_head_dim,
+        "num_global_key_value_heads": override.get("num_key_value_heads"),
+    }
+
+
+def _gemma3_words(spelling: str) -> dict[str, Any]:
+    words: dict[str, Any] = {
+        "_sliding_window_pattern": 3,
+        "attn_logit_softcapping": None,
+        "final_logit_softcapping": None,
+        "model_type": "gemma3_text",
+        "query_pre_attn_scalar": 24,  # unlike head_dim, as in the 27B
+        "use_bidirectional_attention": False,
+    }
+    if spelling == "saved":
+        full = {"factor": 8.0, "rope_theta": 1000000.0, "rope_type": "linear"}
+        local = {"rope_theta": 10000.0, "rope_type": "default"}
+        return words | {"rope_parameters": {"full_attention": full, "sliding_attention": local}}
+    scaling = {"factor": 8.0, "rope_type": "linear"}
+    return words | {"rope_local_base_freq": 10000.0, "rope_scaling": scaling, "rope_theta": 1000000.0}
+
+
+def tiny_shapes(kind: str, *, unused_kv: bool = False) -> dict[str, tuple[int, ...]]:
+    """Canonical tensor name -> shape; with `unused_kv` also the K and V the release carries in shared layers."""
+    types, shared, _, d, ff, heads, kv_heads, head_dim, global_head_dim = _SIZES[kind]
+    depth, ple, gemma4 = len(types), PLE if kind in ("e2b", "e4b") else 0, kind != "gemma3"
+    shapes: dict[str, tuple[int, ...]] = {"embed_tokens.weight": (VOCAB, d), "norm.weight": (d,)}
+    if ple:
+        shapes["embed_tokens_per_layer.weight"] = (VOCAB, depth * ple)
+        shapes["per_layer_model_projection.weight"] = (depth * ple, d)
+        shapes["per_layer_projection_norm.weight"] = (ple,)
+    for i, letter in enumerate(types):
+        full, is_shared = letter == "F", i >= depth - shared
+        hd = global_head_dim if full else head_dim
+        kv = hd * (2 if full and kind == "dense" else kv_heads)
+        wide = ff * (2 if is_shared and kind == "e2b" else 1)
+        layer: dict[str, tuple[int, ...]] = {
+            "input_layernorm.weight": (d,),
+            "post_attention_layernorm.weight": (d,),
+            "pre_feedforward_layernorm.weight": (d,),
+            "post_feedforward_layernorm.weight": (d,),
+            "self_attn.q_proj.weight": (heads * hd, d),
+            "self_attn.q_norm.weight": (hd,),
+            "self_attn.o_proj.weight": (d, heads * hd),
+            "mlp.gate_proj.weight": (wide, d),
+            "mlp.up_proj.weight": (wide, d),
+            "mlp.down_proj.weight": (d, wide),
+        }
+        if not is_shared or unused_kv:
+            layer |= {"self_attn.k_proj.weight": (kv, d), "self_attn.k_norm.weight": (hd,)}
+            if not (full and kind == "dense"):
+                layer["self_attn.v_proj.weight"] = (kv, d)
+        if ple:
+            layer |= {
+                "per_layer_input_gate.weight": (ple, d),
+                "per_layer_projection.weight": (d, ple),
+                "post_per_layer_input_norm.weight": (d,),
+            }
+        if gemma4:
+            layer["layer_scalar"] = (1,)
+        shapes |= {f"layers.{i}.{name}": shape for name, shape in layer.items()}
+    return shapes
+
+
+def tiny_weights(kind: str, *, seed: int = 0, dtype: str = "float32", stored: bool = False) -> dict[str, np.ndarray]:
+    """Canonical name -> float32 array, rounded to `dtype`. Effective values: Gemma 3's norm weights are 1 + what its
+    checkpoint holds; `stored` gives what the checkpoint holds."""
+    weights = {}
+    for position, (name, shape) in enumerate(sorted(tiny_shapes(kind, unused_kv=True).items())):
+        value = _round(_random(name, shape, np.random.default_rng([seed, position])), dtype)
+        if kind == "gemma3" and name.endswith("norm.weight"):
+            value = _round(value - np.float32(1), dtype)  # the checkpoint's form
+            value = value if stored else np.float32(1) + value
+        weights[name] = value
+    needed = tiny_shapes(kind)
+    return {name: value for name, value in weights.items() if stored or name in needed}
+
+
+def _random(name: str, shape: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
+    """Magnitudes that spread the logits (standard deviation about 4) and keep greedy text from settling on one."""
+    if name.endswith("layer_scalar"):
+        return rng.uniform(0.35, 0.9, shape).astype(np.float32)
+    if name.endswith("norm.weight"):
+        value = rng.normal(1.0, 0.25, shape)
+        if name.endswith("k_norm.weight"):
+            return (value * 0.35).astype(np.float32)  # stands for 1/sqrt(head_dim), as in the release
+        if not name.endswith("q_norm.weight"):
+            value[rng.random(shape) < (0.4 if name == "norm.weight" else 0.1)] *= -1
+            value[rng.integers(shape[0])] *= 6  # one outlier channel
+        return value.astype(np.float32)
+    if name.startswith("embed_tokens"):
+        return rng.normal(0, 0.4 if name == "embed_tokens.weight" else 0.3, shape).astype(np.float32)
+    gain = {"per_layer_input_gate.weight": 0.5, "q_proj.weight": 1.5}.get(name.rsplit(".", 2)[-2] + ".weight", 1.2)
+    return rng.normal(0, gain / np.sqrt(shape[1]), shape).astype(np.float32)
+
+
+def _round(value: np.ndarray, dtype: str) -> np.ndarray:
+    if dtype == "bfloat16":
+        return (_bfloat16(value).astype(np.uint32) << 16).view(np.float32)
+    return value.astype(dtype).astype(np.float32)
+
+
+def _bfloat16(value: np.ndarray) -> np.ndarray:
+    """float32 -> the upper 16 bits, rounded to nearest, ties to even."""
+    bits = value.astype(np.float32).view(np.uint32)
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+
+
+def write_safetensors(path: Path, tensors: dict[str, np.ndarray], dtype: str) -> None:
+    """A safetensors file: u64 header length, JSON header padded to 8 bytes, data in the header's order."""
+    code = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}[dtype]
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    blobs, offset = [], 0
+    for name, value in tensors.items():
+        blob = (_bfloat16(value) if dtype == "bfloat16" else value.astype(dtype)).tobytes()
+        header[name] = {"dtype": code, "shape": list(value.shape), "data_offsets": [offset, offset + len(blob)]}
+        blobs.append(blob)
+        offset += len(blob)
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    path.write_bytes(len(text).to_bytes(8, "little") + text + b"".join(blobs))
+
+
+def write_checkpoint(
+    folder: Path,
+    kind: str,
+    *,
+    dtype: str = "float32",
+    seed: int = 0,
+    multimodal: bool = False,
+    shards: int = 1,
+    spelling: str = "released",
+) -> Path:
+    """Write a tiny checkpoint of `kind` ("e2b", "e4b", "dense", "gemma3") in Hugging Face's layout; returns `folder`.
+
+    `multimodal`: the `Gemma4ForConditionalGeneration` layout, with tower tensors and unused K and V of shared layers.
+    """
+    if multimodal and kind == "gemma3":
+        raise ValueError("gemma3 is text-only here")
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    prefix = "model.language_model." if multimodal else "model."
+    stored = tiny_weights(kind, seed=seed, dtype=dtype, stored=True)
+    keep = tiny_shapes(kind, unused_kv=multimodal)
+    tensors = {prefix + name: value for name, value in stored.items() if name in keep}
+    if multimodal:
+        tensors |= _tower_tensors(kind, seed)
+    _write_weights(folder, tensors, dtype, shards)
+    config = _top_level(kind, tiny_config(kind, spelling=spelling), dtype, multimodal)
+    _write_json(folder / "config.json", config)
+    eos = [1] if kind == "gemma3" else [1, 106, 50]
+    sampling = {"do_sample": True, "eos_token_id": eos, "temperature": 1.0, "top_k": 64, "top_p": 0.95}
+    _write_json(folder / "generation_config.json", {"bos_token_id": 2, "pad_token_id": 0} | sampling)
+    special = {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>", "unk_token": "<unk>"}
+    _write_json(folder / "tokenizer_config.json", special | {"add_bos_token": kind == "gemma3"})
+    if kind != "gemma3":
+        (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
+    if importlib.util.find_spec("tiny_tokenizer"):
+        importlib.import_module("tiny_tokenizer").write_tokenizer_json(folder, vocab_size=VOCAB)
+    return folder
+
+
+def _write_weights(folder: Path, tensors: dict[str, np.ndarray], dtype: str, shards: int) -> None:
+    if shards == 1:
+        write_safetensors(folder / "model.safetensors", tensors, dtype)
+        return
+    weight_map, total = {}, 0
+    for part, names in enumerate(np.array_split(np.array(list(tensors)), shards), start=1):
+        file = f"model-{part:05d}-of-{shards:05d}.safetensors"
+        write_safetensors(folder / file, {str(n): tensors[str(n)] for n in names}, dtype)
+        weight_map |= {str(n): file for n in names}
+        total += sum(tensors[str(n)].size for n in names) * (4 if dtype == "float32" else 2)
+    _write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+def _tower_tensors(kind: str, seed: int) -> dict[str, np.ndarray]:
+    """A few tensors of the towers and their projections, in the release's names and in tiny shapes."""
+    d, rng = _SIZES[kind][3], np.random.default_rng([seed, 1 << 20])
+    shapes: dict[str, tuple[int, ...]] = {
+        "embed_vision.embedding_projection.weight": (d, 24),
+        "vision_tower.patch_embedder.input_proj.weight": (24, 48),
+        "vision_tower.patch_embedder.position_embedding_table": (2, 16, 24),
+        "vision_tower.encoder.layers.0.self_attn.q_proj.linear.weight": (24, 24),
+        "vision_tower.encoder.layers.0.self_attn.q_proj.input_min": (),
+    }
+    if kind != "dense":
+        shapes |= {
+            "audio_tower.layers.0.self_attn.per_dim_scale": (8,),
+            "audio_tower.output_proj.bias": (24,),
+            "audio_tower.output_proj.weight": (24, 16),
+            "embed_audio.embedding_projection.weight": (d, 24),
+        }
+    return {"model." + name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+
+
+def _top_level(kind: str, text_config: dict[str, Any], dtype: str, multimodal: bool) -> dict[str, Any]:
+    """config.json: the text configuration itself, or wrapped as `Gemma4ForConditionalGeneration` is."""
+    common = {"dtype": dtype, "transformers_version": "5.23.0"}
+    if not multimodal:
+        architecture = "Gemma3ForCausalLM" if kind == "gemma3" else "Gemma4ForCausalLM"
+        return {"architectures": [architecture]} | text_config | common
+    vision = {"model_type": "gemma4_vision", "hidden_size": 24, "num_hidden_layers": 1, "dtype": dtype}
+    audio = {"model_type": "gemma4_audio", "hidden_size": 16, "num_hidden_layers": 1, "dtype": dtype}
+    return {
+        "architectures": ["Gemma4ForConditionalGeneration"],
+        "audio_config": None if kind == "dense" else audio,
+        "audio_token_id": 258881,
+        "boa_token_id": 256000,
+        "boi_token_id": 255999,
+        "eoa_token_index": 258883,
+        "eoi_token_id": 258882,
+        "eos_token_id": [1, 106],
+        "image_token_id": 258880,
+        "initializer_range": 0.02,
+        "model_type": "gemma4",
+        "text_config": text_config | {"dtype": dtype},
+        "tie_word_embeddings": True,
+        "video_token_id": 258884,
+        "vision_config": vision,
+        "vision_soft_tokens_per_image": 280,
+    } | common
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+# A chat template of Gemma 4's form, written for these tests from the description of the format (turns, tools).
+CHAT_TEMPLATE = """\
+{%- macro quoted(text) -%}<|"|>{{ text }}<|"|>{%- endmacro -%}
+{%- macro literal(value, upper_types=false) -%}
+  {%- if value is none -%}null
+  {%- elif value is boolean -%}{{ 'true' if value else 'false' }}
+  {%- elif value is string -%}{{ quoted(value) }}
+  {%- elif value is mapping -%}
+    {%- set items = namespace(first=true) -%}{
+    {%- for key, item in value | dictsort -%}
+      {{- '' if items.first else ',' -}}{%- set items.first = false -%}
+      {%- set upper = upper_types and key == 'type' and item is string -%}
+      {{- key }}:{{ quoted(item | upper) if upper else literal(item, upper_types) -}}
+    {%- endfor -%} }
+  {%- elif value is iterable -%}
+    [{%- for item in value -%}{{ literal(item, upper_types) }}{{ '' if loop.last else ',' }}{%- endfor -%}]
+  {%- else -%}{{ value }}
+  {%- endif -%}
+{%- endmacro -%}
+{%- macro parts(content) -%}
+  {%- if content is string -%}{{ content | trim }}
+  {%- elif content -%}
+    {%- for part in content -%}
+      {%- if part.type == 'text' -%}{{ part.text | trim }}{%- else -%}<|{{ part.type }}|>{%- endif -%}
+    {%- endfor -%}
+  {%- endif -%}
+{%- endmacro -%}
+{%- macro without_thoughts(text) -%}
+  {%- set out = namespace(text='') -%}
+  {%- for piece in text.split('<channel|>') -%}
+    {%- set out.text = out.text ~ piece.split('<|channel>')[0] -%}
+  {%- endfor -%}
+  {{- out.text | trim -}}
+{%- endmacro -%}
+{{- bos_token -}}
+{%- set thinking = enable_thinking is defined and enable_thinking -%}
+{%- set system = messages[0] if messages and messages[0].role in ('system', 'developer') else none -%}
+{%- if system or thinking or tools -%}
+  {{- '<|turn>system\\n' -}}
+  {%- if thinking -%}{{- '<|think|>\\n' -}}{%- endif -%}
+  {%- if system -%}{{- parts(system.content) -}}{%- endif -%}
+  {%- for tool in tools or [] -%}
+    {%- set f = tool.function -%}
+    {{- '<|tool>declaration:' ~ f.name ~ '{description:' ~ quoted(f.description) -}}
+    {%- if f.parameters -%},parameters:{{ literal(f.parameters, true) }}{%- endif -%}
+    {{- '}<tool|>' -}}
+  {%- endfor -%}
+  {{- '<turn|>\\n' -}}
+{%- endif -%}
+{%- set at = namespace(role='', last_user=-1, pending=false) -%}
+{%- set turns = messages[1:] if system else messages -%}
+{%- for message in turns -%}
+  {%- if message.role == 'user' -%}{%- set at.last_user = loop.index0 -%}{%- endif -%}
+{%- endfor -%}
+{%- for message in turns -%}
+  {%- if message.role == 'tool' -%}
+    {%- if not at.pending -%}{{- '<|tool_response>' -}}{%- endif -%}
+    {%- set value = message.content if message.content is mapping else {'value': message.content} -%}
+    {{- 'response:' ~ (message.name or 'tool') ~ literal(value) ~ '<tool_response|>' -}}
+    {%- set at.pending = false -%}
+  {%- else -%}
+    {%- set role = 'model' if message.role == 'assistant' else message.role -%}
+    {%- if not (role == 'model' and at.role == 'model') -%}
+      {%- if at.role -%}{{- '<turn|>\\n' -}}{%- endif -%}
+      {{- '<|turn>' ~ role ~ '\\n' -}}
+    {%- endif -%}
+    {%- set at.role = role -%}
+    {%- if role == 'model' -%}
+      {%- if message.reasoning and loop.index0 > at.last_user -%}
+        {{- '<|channel>thought\\n' ~ message.reasoning ~ '\\n<channel|>' -}}
+      {%- endif -%}
+      {%- if message.content is string -%}{{- without_thoughts(message.content) -}}
+      {%- else -%}{{- parts(message.content) -}}{%- endif -%}
+      {%- for call in message.tool_calls or [] -%}
+        {%- set f = call.function -%}
+        {{- '<|tool_call>call:' ~ f.name ~ literal(f.arguments) ~ '<tool_call|>' -}}
+      {%- endfor -%}
+      {%- if message.tool_calls -%}{{- '<|tool_response>' -}}{%- set at.pending = true -%}{%- endif -%}
+    {%- else -%}
+      {{- parts(message.content) -}}
+    {%- endif -%}
+  {%- endif -%}
+{%- endfor -%}
+{%- set in_tool_loop = messages and messages[-1].role == 'tool' -%}
+{%- if in_tool_loop and add_generation_prompt -%}
+  {%- if thinking -%}{{- '<|channel>thought\\n' -}}{%- endif -%}
+{%- else -%}
+  {%- if at.role -%}{{- '<turn|>\\n' -}}{%- endif -%}
+  {%- if add_generation_prompt -%}{{- '<|turn>model\\n' -}}{%- endif -%}
+{%- endif -%}
+"""
