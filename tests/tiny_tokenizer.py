@@ -35,7 +35,10 @@ this is the same thing as that, and those were the things which they wanted to h
 
 
 def _learned_pieces(count: int) -> list[str]:
-    """The first `count` pieces (fewer when the text gives no more) of byte-pair encoding TRAINING_TEXT, best first; ties go to the smaller string."""
+    """The first `count` pieces of byte-pair encoding TRAINING_TEXT, best first; fewer when the text gives no more.
+
+    Ties go to the smaller string.
+    """
     words = Counter(SPACE + word for word in TRAINING_TEXT.split())
     splits = {word: list(word) for word in words}
     pieces: list[str] = []
