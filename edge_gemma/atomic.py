@@ -1,0 +1,99 @@
+"""Writing so that an interruption leaves the old or the new, never half: aside, fsync, rename.
+
+Owns: one file (`write_file`) and one folder (`new_folder`). Does not know what is written.
+"""
+
+import contextlib
+import fcntl
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from edge_gemma.errors import UsageError
+
+_ASIDE = ".partial"
+
+
+def sync_folder(path: Path) -> None:
+    """Make a folder's entries durable."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Write `data` to `path` whole or not at all."""
+    fd, aside = tempfile.mkstemp(prefix=f".{path.name}.", suffix=_ASIDE, dir=path.parent)
+    try:
+        with os.fdopen(fd, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(aside)
+        raise
+    sync_folder(path.parent)
+
+
+@contextlib.contextmanager
+def new_folder(dest: Path, *, force: bool = False) -> Iterator[Path]:
+    """Fill a folder aside; on a normal exit it takes `dest`'s name, on any other it is gone.
+
+    Folders that earlier, killed runs left aside are removed first: they are told from those of live runs by the lock a
+    live run holds. With `force`, an existing folder at `dest` is replaced after the new one is whole.
+    Raises UsageError if `dest` exists without `force`, or is not a folder.
+    """
+    dest = dest.absolute()
+    if dest.exists() and (not force or not dest.is_dir()):
+        raise UsageError(f"{dest} exists already: choose another name, or --force to replace a model folder")
+    dest.parent.mkdir(parents=True, exist_ok=True)
+    _remove_abandoned(dest)
+    aside = Path(tempfile.mkdtemp(prefix=f".{dest.name}.", suffix=_ASIDE, dir=dest.parent))
+    lock = os.open(aside, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield aside
+        for path in aside.iterdir():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+        sync_folder(aside)
+        _rename(aside, dest)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+    finally:
+        os.close(lock)
+
+
+def _rename(aside: Path, dest: Path) -> None:
+    aside.chmod(0o755)
+    if dest.exists():
+        # A folder can't be renamed over a full one. The old one steps aside first; its name says what it was.
+        old = dest.with_name(f".{dest.name}.replaced{_ASIDE}")
+        shutil.rmtree(old, ignore_errors=True)
+        os.rename(dest, old)
+        os.rename(aside, dest)
+        shutil.rmtree(old, ignore_errors=True)
+    else:
+        os.rename(aside, dest)
+    sync_folder(dest.parent)
+
+
+def _remove_abandoned(dest: Path) -> None:
+    for left in dest.parent.glob(f".{dest.name}.*{_ASIDE}"):
+        if not left.is_dir():
+            continue
+        fd = os.open(left, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(left, ignore_errors=True)
+        except BlockingIOError:
+            pass  # another export is writing there now
+        finally:
+            os.close(fd)

@@ -1,0 +1,138 @@
+"""The forward pass of a Gemma text decoder, on a page.
+
+One pass serves every variant: what differs between E2B, E4B, 31B and Gemma 3 is data (config.LayerSpec, or a tensor
+that is there or not). Owns: the order of operations. Does not know: files, tokens' spelling, sampling, sessions.
+
+Sources: GEMMA 4's reference implementation (transformers 5.23 `modeling_gemma4.py`); Gemma 3's (`modeling_gemma3.py`).
+Shapes: n rows (tokens), D hidden_size, H heads, KV key-value heads, hd head_dim, P hidden_size_per_layer_input.
+"""
+
+import math
+
+import numpy as np
+
+from edge_gemma import kernels, ops
+from edge_gemma.config import GemmaConfig, LayerSpec
+from edge_gemma.kv_cache import KVCache
+from edge_gemma.linear import Activations
+from edge_gemma.weights import LayerWeights, Weights
+
+Rope = dict[str, tuple[np.ndarray, np.ndarray]]  # layer_type -> (cos, sin), each float32 [n, hd / 2]
+
+
+class Decoder:
+    """A configuration and its weights: read-only, shared by all sessions."""
+
+    def __init__(self, config: GemmaConfig, weights: Weights) -> None:
+        self.config = config
+        self.weights = weights
+        self.embed_scale = np.float32(math.sqrt(config.hidden_size))
+        self._ones = np.ones(max(layer.head_dim for layer in config.layers), np.float32)
+        self._frequencies = {layer.layer_type: rope_frequencies(layer) for layer in config.layers}
+
+    def embed(self, ids: np.ndarray) -> np.ndarray:
+        """Token embeddings times sqrt(D): float32 [n, D]. (Soft tokens are not scaled: they come from elsewhere.)"""
+        return self.weights.embed_tokens.gather(ids) * self.embed_scale
+
+    def forward(self, ids: np.ndarray, cache: KVCache, keep: int) -> np.ndarray:
+        """Run n tokens at the cache's position, write their K and V, and return the last `keep` rows before the head.
+
+        ids: int64 [n], n <= cache.slack. Returns float32 [keep, D], after the final norm.
+
+        Above the last layer that writes a cache nothing but the kept rows matters, and in that layer itself the other
+        rows need only K and V: 28% of the arithmetic for E2B when keep is 0 or 1.
+        """
+        config, eps = self.config, self.config.rms_norm_eps
+        first, producer = cache.position, config.last_kv_producer
+        cache.reserve(len(ids))
+        h = self.embed(ids)
+        rope = self.rope(first, len(ids))
+        embeddings = h[len(ids) - keep :].copy()
+        ple = self.per_layer_inputs(ids, h, 0, producer)
+
+        for layer, w in zip(config.layers, self.weights.layers, strict=True):
+            x = Activations(ops.rms_norm(h, w.input_layernorm, eps))
+            if layer.owns_kv:
+                k, v = self.keys_and_values(x, layer, w, rope)
+                cache.layers[layer.index].store(first, k, v)
+            if layer.index == producer:
+                if keep == 0:
+                    break
+                first, h, x = first + len(h) - keep, h[len(h) - keep :], x.tail(keep)
+                rope = {kind: (cos[-keep:], sin[-keep:]) for kind, (cos, sin) in rope.items()}
+                ple = self.per_layer_inputs(ids[-keep:], embeddings, producer, config.num_hidden_layers)
+
+            # attention
+            q = w.q_proj(x).reshape(len(h), layer.num_attention_heads, layer.head_dim)
+            q = ops.rms_norm_rope(q, w.q_norm, *rope[layer.layer_type], eps)
+            source = cache.layers[layer.kv_source]
+            a = ops.attention(q, source.k, source.v, first, layer.sliding_window, layer.attention_scale)
+            a = w.o_proj(Activations(a))
+            kernels.add_rms_norm(h, a, w.post_attention_layernorm, eps)
+
+            # gated MLP
+            x = Activations(ops.rms_norm(h, w.pre_feedforward_layernorm, eps))
+            m = w.down_proj(Activations(ops.gelu_mul(w.gate_proj(x), w.up_proj(x))))
+            kernels.add_rms_norm(h, m, w.post_feedforward_layernorm, eps)
+
+            # per-layer embedding: the gate reads h as it is, not normalised
+            if w.per_layer_input_gate is not None:
+                g = ops.gelu_mul(w.per_layer_input_gate(Activations(h)), ple[layer.index])
+                kernels.add_rms_norm(h, w.per_layer_projection(Activations(g)), w.post_per_layer_input_norm, eps)
+
+            h *= w.layer_scalar
+
+        cache.advance(len(ids))
+        return ops.rms_norm(h, self.weights.norm, eps) if keep else h[:0]
+
+    def keys_and_values(
+        self, x: Activations, layer: LayerSpec, w: LayerWeights, rope: Rope
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """K after k_norm and RoPE, V after the weightless v_norm: float32 [n, KV, hd] each."""
+        eps = self.config.rms_norm_eps
+        k = w.k_proj(x).reshape(-1, layer.num_key_value_heads, layer.head_dim)
+        v = k if w.v_proj is None else w.v_proj(x).reshape(k.shape)  # attention_k_eq_v: the raw key projection
+        if layer.v_norm:
+            v = ops.rms_norm(v, self._ones[: layer.head_dim], eps)
+        return ops.rms_norm_rope(k, w.k_norm, *rope[layer.layer_type], eps), v
+
+    def per_layer_inputs(self, ids: np.ndarray, embeddings: np.ndarray, start: int, stop: int) -> dict[int, np.ndarray]:
+        """The per-layer inputs of layers start to stop - 1: {layer: float32 [n, P]}, empty in models without them.
+
+        ids: int64 [n], the pad token at soft positions; embeddings: float32 [n, D], what enters layer 0.
+        (rms(projection(e) / sqrt(D)) + table[id] * sqrt(P)) / sqrt(2), each layer's slice normalised on its own.
+        """
+        w, p = self.weights, self.config.hidden_size_per_layer_input
+        if not p or start == stop or not len(ids):
+            return {}
+        context = w.per_layer_model_projection(Activations(embeddings), start * p, stop * p)
+        context *= np.float32(self.config.hidden_size**-0.5)
+        context = ops.rms_norm(
+            context.reshape(len(ids), stop - start, p), w.per_layer_projection_norm, self.config.rms_norm_eps
+        )
+        table = w.embed_tokens_per_layer.gather(ids).reshape(len(ids), -1, p)[:, start:stop]
+        inputs = (context + table * np.float32(math.sqrt(p))) * np.float32(2**-0.5)
+        return {start + i: np.ascontiguousarray(inputs[:, i]) for i in range(stop - start)}
+
+    def logits(self, h: np.ndarray) -> np.ndarray:
+        """Rows after the final norm -> logits: float32 [n, vocab_size], softcapped where the model does."""
+        logits = self.weights.lm_head(Activations(h))
+        if self.config.final_logit_softcapping is not None:
+            kernels.softcap(logits, self.config.final_logit_softcapping)
+        return logits
+
+    def rope(self, first: int, n: int) -> Rope:
+        """cos and sin of positions first to first + n - 1. Angles are float32 products, as in the reference."""
+        positions = np.arange(first, first + n, dtype=np.float32)[:, None]
+        angles = {kind: positions * frequencies for kind, frequencies in self._frequencies.items()}
+        return {kind: (np.cos(a), np.sin(a)) for kind, a in angles.items()}
+
+
+def rope_frequencies(layer: LayerSpec) -> np.ndarray:
+    """float32 [hd / 2], radians a position; pairs beyond rotary_dim stand still ("proportional" RoPE).
+
+    theta^(-2i / hd) / factor: the exponent's denominator is the whole head, not the part that turns.
+    """
+    i = np.arange(layer.head_dim // 2)
+    frequencies = layer.rope_theta ** (-2.0 * i / layer.head_dim) / layer.rope_factor
+    return np.where(2 * i < layer.rotary_dim, frequencies, 0).astype(np.float32)

@@ -1,0 +1,94 @@
+"""A loaded model: configuration, mapped weights, tokenizer, chat template. `Engine.load` is the front door.
+
+Owns: putting the parts together. Does not know: timelines (session.py), text generation (generate.py).
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from edge_gemma import models
+from edge_gemma.config import GemmaConfig
+from edge_gemma.decoder import Decoder
+from edge_gemma.errors import ModelFolderError, UsageError
+from edge_gemma.model_folder import GENERATION, TEMPLATE, TOKENIZER, ModelFolder
+from edge_gemma.session import Session
+from edge_gemma.tokenizer import Tokenizer
+from edge_gemma.weights import bind
+
+DEFAULT_CONTEXT = 4096  # tokens
+
+
+class Engine:
+    """A loaded model. Read-only: sessions hold all state, and any number may be open."""
+
+    def __init__(self, folder: ModelFolder, *, context: int | None, threads: int | None, kv_dtype: str | None) -> None:
+        from edge_gemma import kernels
+
+        if kv_dtype not in (None, "float16", "float32"):
+            raise UsageError(f"kv_dtype is {kv_dtype!r}, expected float16 or float32")
+        self.config: GemmaConfig = folder.config
+        self.manifest: dict[str, Any] = folder.manifest
+        self.path = folder.path
+        self.tokenizer = Tokenizer.load(folder.path / TOKENIZER)
+        if self.tokenizer.vocab_size > self.config.vocab_size:
+            raise ModelFolderError(
+                f"{folder.path}: the tokenizer has {self.tokenizer.vocab_size} tokens, "
+                f"the model {self.config.vocab_size}: export the model again"
+            )
+        self.chat_template = folder.read_text(TEMPLATE)
+        self.generation_config: dict[str, Any] = _generation_config(folder)
+        self.context = self._checked_context(context or min(DEFAULT_CONTEXT, self.config.max_position_embeddings))
+        self._kv_dtype = kv_dtype or "float16"
+        kernels.set_threads(threads)
+        self._weights = bind(folder)
+        self._decoder = Decoder(self.config, self._weights)
+
+    @classmethod
+    def load(
+        cls,
+        model: Path | str | None = None,
+        *,
+        context: int | None = None,
+        threads: int | None = None,
+        kv_dtype: str | None = None,
+    ) -> "Engine":
+        """Open a model folder, a GGUF file (converted once into the user's cache), or the default model (None).
+
+        context: most tokens a session holds, 4096 by default; threads: all cores by default;
+        kv_dtype: "float16" (default) or "float32". Raises EdgeGemmaError subclasses, one line each.
+        """
+        folder = ModelFolder.open(models.resolve(model))
+        return cls(folder, context=context, threads=threads, kv_dtype=kv_dtype)
+
+    def session(self, context: int | None = None) -> Session:
+        """A new, empty timeline."""
+        context = self._checked_context(context or self.context)
+        return Session(self._decoder, context, self._kv_dtype, str(self.manifest["digest"]))
+
+    def _checked_context(self, context: int) -> int:
+        most = self.config.max_position_embeddings
+        if not 1 <= context <= most:
+            raise UsageError(f"the context is {context} tokens, expected 1 to {most} for this model")
+        return context
+
+    def close(self) -> None:
+        """Close the files read on demand; mapped weights go when the last session does."""
+        self._weights.close()
+
+    def __enter__(self) -> "Engine":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _generation_config(folder: ModelFolder) -> dict[str, Any]:
+    text = folder.read_text(GENERATION)
+    try:
+        config = json.loads(text or "{}")
+    except ValueError as error:
+        raise ModelFolderError(f"{folder.path / GENERATION} is not JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise ModelFolderError(f"{folder.path / GENERATION} is {type(config).__name__}, expected an object")
+    return config

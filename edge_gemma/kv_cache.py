@@ -1,0 +1,99 @@
+"""Keys and values of the past: rings for sliding layers, growing caches for full ones, nothing for shared layers.
+
+Owns: storage, which positions are still there, rewinding, snapshots. Does not know: how K and V are computed or used.
+
+Position p lives in slot p % capacity of its layer. A ring holds `sliding_window + slack` positions, so that every row
+of a chunk of up to `slack` tokens still finds the whole window before it, and the last `slack` tokens can be undone.
+Rows are stored after k_norm and RoPE (K) and after v_norm (V), as float16 bits or float32.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from edge_gemma import kernels
+from edge_gemma.config import GemmaConfig, LayerSpec
+
+
+@dataclass(frozen=True)
+class LayerCache:
+    """One layer's rows. k, v: [capacity, num_key_value_heads, head_dim], float32 or uint16 (float16 bits)."""
+
+    k: np.ndarray
+    v: np.ndarray
+    window: int | None
+
+    @property
+    def capacity(self) -> int:
+        return len(self.k)
+
+    def store(self, position: int, k: np.ndarray, v: np.ndarray) -> None:
+        """Write rows position, position + 1, ... of k, v: float32 [n, num_key_value_heads, head_dim]."""
+        kernels.store_kv(k, v, self.k, self.v, position)
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """The rings as they were at `position`; the growing caches need none, their old rows are never overwritten."""
+
+    position: int
+    floor: int
+    rings: dict[int, tuple[np.ndarray, np.ndarray]]
+
+
+class KVCache:
+    """All layers' caches of one session."""
+
+    def __init__(self, config: GemmaConfig, context: int, slack: int, dtype: str) -> None:
+        """context: most positions held; slack: longest chunk; dtype: "float16" or "float32"."""
+        self.slack = min(slack, context)
+        self.position = 0  # the next position to be written
+        self.dtype = dtype
+        self.floor = 0  # every ring holds all positions from here (or from 0) on
+        self.layers: dict[int, LayerCache] = {
+            layer.index: _allocate(layer, context, self.slack, dtype) for layer in config.layers if layer.owns_kv
+        }
+        self._rings = {i: layer for i, layer in self.layers.items() if layer.window and layer.capacity < context}
+
+    @property
+    def nbytes(self) -> int:
+        return sum(layer.k.nbytes + layer.v.nbytes for layer in self.layers.values())
+
+    def reserve(self, n: int) -> None:
+        """n rows are about to be stored: what they overwrite counts as gone, even if the work is interrupted."""
+        capacity = min((ring.capacity for ring in self._rings.values()), default=self.position + n)
+        self.floor = max(self.floor, self.position + n - capacity)
+
+    def advance(self, n: int) -> None:
+        """n positions were stored in every layer."""
+        self.position += n
+
+    def holds(self, position: int) -> bool:
+        """Whether a query at `position` would find every key of its window."""
+        window = max((ring.window or 0 for ring in self._rings.values()), default=0)
+        return position <= self.position and (self.floor == 0 or position - window + 1 >= self.floor)
+
+    def truncate(self, position: int) -> None:
+        """Go back to `position`, which `holds` must allow. Later rows are overwritten before they are seen."""
+        self.position = position
+
+    def snapshot(self) -> Snapshot:
+        rings = {i: (ring.k.copy(), ring.v.copy()) for i, ring in self._rings.items()}
+        return Snapshot(self.position, self.floor, rings)
+
+    def restore(self, snapshot: Snapshot) -> None:
+        for i, (k, v) in snapshot.rings.items():
+            self.layers[i].k[...], self.layers[i].v[...] = k, v
+        self.position, self.floor = snapshot.position, snapshot.floor
+
+    def resume(self, position: int, floor: int) -> None:
+        """The rows were filled from elsewhere and hold everything from `floor` to `position`."""
+        self.position, self.floor = position, floor
+
+
+def _allocate(layer: LayerSpec, context: int, slack: int, dtype: str) -> LayerCache:
+    capacity = min(context, layer.sliding_window + slack) if layer.sliding_window else context
+    shape = (capacity, layer.num_key_value_heads, layer.head_dim)
+    # np.zeros: the system gives pages only when they are first written
+    k, v = (np.zeros(shape, np.uint16 if dtype == "float16" else np.float32) for _ in range(2))
+    return LayerCache(k, v, layer.sliding_window)

@@ -1,0 +1,88 @@
+"""Matrices as the decoder uses them: y = W x, and single rows of W for token embeddings.
+
+Owns: one class for each layout of a matrix and the quantisation of activations they share. Does not know: which layer
+a matrix belongs to, or how the bytes came to be.
+"""
+
+import numpy as np
+
+from edge_gemma import kernels, qformat
+
+_WIDEN_ROWS = 1024  # rows of a bfloat16 matrix widened at a time
+
+
+class Activations:
+    """The input of one or several matrices: float32 [n, k], and its int8 form made once for all that need it."""
+
+    def __init__(self, values: np.ndarray) -> None:
+        self.values = values
+        self._int8: dict[int, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
+
+    def tail(self, n: int) -> "Activations":
+        """The last n rows."""
+        return self if n == len(self.values) else Activations(np.ascontiguousarray(self.values[-n:]))
+
+    def int8(self, group: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(q int8 [n, k padded], scale float32 [n, 1], sums int32 [n, groups]) for weights in groups of `group`."""
+        if group not in self._int8:
+            n, k = self.values.shape
+            q = np.empty((n, qformat.padded_k(k)), np.int8)
+            scale = np.empty((n, 1), np.float32)
+            sums = np.empty((n, qformat.group_count(k, group)), np.int32)
+            kernels.quantize_activations(self.values, group, q, scale, sums)
+            self._int8[group] = q, scale, sums
+        return self._int8[group]
+
+
+class DenseMatrix:
+    """W [rows, k], float32 or bfloat16 (as uint16 bits), row-major. The exact recipe, not the fast one."""
+
+    def __init__(self, values: np.ndarray) -> None:
+        self.values = values
+        self.rows = len(values)
+
+    def __call__(self, x: Activations, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """x W[start:stop]^T: float32 [n, stop - start]."""
+        w = self.values[start:stop]
+        if w.dtype == np.float32:
+            return x.values @ w.T
+        out = np.empty((len(x.values), len(w)), np.float32)
+        for row in range(0, len(w), _WIDEN_ROWS):
+            out[:, row : row + _WIDEN_ROWS] = x.values @ widen(w[row : row + _WIDEN_ROWS]).T
+        return out
+
+    def gather(self, ids: np.ndarray) -> np.ndarray:
+        """Rows ids [n]: float32 [n, k]."""
+        return widen(self.values[ids])
+
+
+class PanelMatrix:
+    """W [rows, k] in 2, 4 or 8 bits, packed in panels of 8 rows (qformat.py)."""
+
+    def __init__(self, packed: np.ndarray, scales: np.ndarray, shape: tuple[int, ...], bits: int, group: int) -> None:
+        self.packed = packed
+        self.scales = scales  # uint16 (float16 bits) [panels, groups, 8], or float32 [panels, 1, 8]
+        self.rows, self.columns = shape
+        self.bits, self.group = bits, group
+
+    def __call__(self, x: Activations, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """x W[start:stop]^T: float32 [n, stop - start]; `start` is a multiple of 8."""
+        stop = self.rows if stop is None else stop
+        first, last = start // 8, -(-stop // 8)
+        q, scale, sums = x.int8(self.group)
+        out = np.empty((len(q), stop - start), np.float32)
+        kernels.matmul(q, scale, sums, self.packed[first:last], self.scales[first:last], self.bits, self.group, out)
+        return out
+
+    def gather(self, ids: np.ndarray) -> np.ndarray:
+        """Rows ids [n]: float32 [n, k]. Each comes out of one panel, a contiguous few kB."""
+        scales = self.scales if self.scales.dtype == np.float32 else self.scales.view(np.float16)
+        return qformat.dequantize_panels(self.packed, scales, self.bits, self.group, ids, self.columns)
+
+
+Matrix = DenseMatrix | PanelMatrix
+
+
+def widen(values: np.ndarray) -> np.ndarray:
+    """bfloat16 bits (uint16) to float32; float32 as it is."""
+    return values if values.dtype == np.float32 else (values.astype(np.uint32) << 16).view(np.float32)

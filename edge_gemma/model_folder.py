@@ -1,0 +1,301 @@
+"""The on-disk contract: what a model folder holds and how it is opened.
+
+Owns: `manifest.json` (format version, configuration, tensor table, digests, recipe, source), the safetensors
+containers beside it, and the checks made before a byte of them is used. Does not know: what a tensor means to the
+decoder, how values were quantised, or how tokens are made.
+
+A folder holds
+    manifest.json             this module's `Manifest`, with a digest over itself
+    weights.safetensors       tensors in the order the decoder reads them, each part aligned to 64 bytes
+    embed_tokens_per_layer.safetensors   the per-layer-embedding table, row-major: a row is one read
+    tokenizer.model           a SentencePiece model
+    chat_template.jinja       optional
+    generation_config.json
+
+Layouts of a tensor's parts (qformat.py draws them):
+    dense   values: F32 or BF16, row-major
+    panels  packed: U8 [panels, chunks, 8, 4]; scales: F16 [panels, groups, 8] or F32 [panels, 1, 8]
+    rows    records: U8 [rows, record bytes]
+"""
+
+import hashlib
+import json
+import math
+import mmap
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from edge_gemma import qformat
+from edge_gemma.config import GemmaConfig
+from edge_gemma.errors import ConfigError, ModelFolderError
+
+FORMAT, VERSION = "edge_gemma model folder", 1
+MANIFEST, WEIGHTS, PER_LAYER = "manifest.json", "weights.safetensors", "embed_tokens_per_layer.safetensors"
+TOKENIZER, TEMPLATE, GENERATION = "tokenizer.model", "chat_template.jinja", "generation_config.json"
+ALIGNMENT = 64  # bytes: a cache line
+_MANIFEST_LIMIT = 64 << 20
+_DTYPES = {"U8": np.uint8, "F16": np.uint16, "BF16": np.uint16, "F32": np.float32}  # 16-bit floats stay as their bits
+
+Progress = Callable[[int, int, str], None]  # (bytes done, bytes in all, what)
+
+
+@dataclass(frozen=True)
+class Part:
+    """One array in a container. `offset` counts bytes from the start of the file."""
+
+    file: str
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int = 0
+    sha256: str = ""
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * np.dtype(_DTYPES[self.dtype]).itemsize
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """One tensor of the model: logical shape, how it is laid out, and its parts."""
+
+    shape: tuple[int, ...]
+    layout: str  # "dense" | "panels" | "rows"
+    parts: dict[str, Part]
+    bits: int = 0  # 2, 4, 8; 0 in dense tensors
+    group: int = 0  # weights that share a scale; 0: one scale a row
+
+
+def plan_tensor(
+    name: str, shape: tuple[int, ...], layout: str, *, bits: int = 0, group: int = 0, dtype: str = "F32"
+) -> Tensor:
+    """The parts a tensor of this shape has in this layout, offsets still open."""
+    file = PER_LAYER if name.startswith("embed_tokens_per_layer.") else WEIGHTS
+    if layout == "dense":
+        parts = {"values": Part(file, dtype, shape)}
+    elif layout == "panels":
+        rows, columns = shape
+        parts = {
+            "packed": Part(file, "U8", qformat.packed_shape(rows, columns, bits, group)),
+            "scales": Part(file, "F16" if group else "F32", qformat.scales_shape(rows, columns, bits, group)),
+        }
+    elif layout == "rows":
+        parts = {"records": Part(file, "U8", (shape[0], qformat.record_bytes(shape[1], bits, group)))}
+    else:
+        raise ModelFolderError(f"tensor {name}: layout is {layout!r}, expected dense, panels or rows")
+    return Tensor(shape, layout, parts, bits, group)
+
+
+@dataclass(frozen=True)
+class ModelFolder:
+    """An opened model folder: checked sizes, nothing read yet but the manifest."""
+
+    path: Path
+    config: GemmaConfig
+    tensors: dict[str, Tensor]
+    manifest: dict[str, Any]
+
+    @classmethod
+    def open(cls, path: Path | str) -> "ModelFolder":
+        """Check version, configuration, tensor table and file sizes. Raises ModelFolderError, one line."""
+        path = Path(path)
+        manifest = _read_manifest(path)
+        try:
+            config = GemmaConfig.from_text_config(_field(manifest, "config", dict))
+        except ConfigError as error:
+            raise ModelFolderError(f"{path / MANIFEST}: {error}") from None
+        tensors = {
+            name: _read_tensor(name, entry) for name, entry in _field(manifest, "tensors", dict).items()
+        }  # fmt: skip
+        folder = cls(path, config, tensors, manifest)
+        folder._check_tensor_set()
+        folder._check_files()
+        return folder
+
+    def _check_tensor_set(self) -> None:
+        expected = self.config.tensor_shapes()
+        for what, names in (("lacks", expected.keys() - self.tensors), ("has unknown", self.tensors.keys() - expected)):
+            if names:
+                raise ModelFolderError(f"{self.path}: the manifest {what} {len(names)} tensors, first {min(names)}")
+        for name, shape in expected.items():
+            if self.tensors[name].shape != shape:
+                raise ModelFolderError(
+                    f"{self.path}: {name} has shape {list(self.tensors[name].shape)}, expected {list(shape)}"
+                )
+
+    def _check_files(self) -> None:
+        sizes = _field(self.manifest, "files", dict)
+        for name, entry in sizes.items():
+            if name != os.path.basename(name) or not isinstance(entry, dict):
+                raise ModelFolderError(f"{self.path}: the manifest names the file {name!r}, expected a plain name")
+            expected = _field(entry, "bytes", int)
+            try:
+                actual = (self.path / name).stat().st_size
+            except OSError as error:
+                raise ModelFolderError(f"{self.path / name}: {error.strerror}; export the model again") from None
+            if actual != expected:
+                raise ModelFolderError(
+                    f"{self.path / name} has {actual} bytes, expected {expected}: copy or export it again"
+                )
+        if TOKENIZER not in sizes:
+            raise ModelFolderError(f"{self.path}: the manifest lacks {TOKENIZER}")
+        for name, part in self.parts():
+            end = part.offset + part.nbytes
+            if part.file not in sizes or part.offset < 0 or part.offset % ALIGNMENT or end > sizes[part.file]["bytes"]:
+                raise ModelFolderError(f"{self.path}: {name} lies at bytes {part.offset} to {end}, outside {part.file}")
+
+    def parts(self) -> Iterator[tuple[str, Part]]:
+        for name, tensor in self.tensors.items():
+            for key, part in tensor.parts.items():
+                yield f"{name}.{key}", part
+
+    def map(self) -> "MappedFiles":
+        return MappedFiles(self.path)
+
+    def read_text(self, name: str) -> str | None:
+        """A small text file of the folder, None where it has none."""
+        if name not in self.manifest["files"]:
+            return None
+        try:
+            return (self.path / name).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ModelFolderError(f"{self.path / name}: {error}") from None
+
+    def verify(self, progress: Progress | None = None) -> int:
+        """Compare every digest. Returns the bytes checked; raises ModelFolderError naming the first that differs."""
+        files = self.manifest["files"]
+        total = sum(entry["bytes"] for entry in files.values())
+        done = 0
+        by_file: dict[str, list[tuple[str, Part]]] = {name: [] for name in files}
+        for name, part in self.parts():
+            by_file[part.file].append((name, part))
+        for file, parts in by_file.items():
+            whole = [(file, 0, files[file]["bytes"], files[file].get("sha256"))]
+            spans = [(n, p.offset, p.nbytes, p.sha256) for n, p in parts] if parts else whole
+            with (self.path / file).open("rb") as handle:
+                for name, offset, nbytes, expected in spans:
+                    digest = hashlib.sha256()
+                    handle.seek(offset)
+                    left = nbytes
+                    while left and (block := handle.read(min(left, 1 << 22))):
+                        digest.update(block)
+                        left -= len(block)
+                        done += len(block)
+                        if progress:
+                            progress(done, total, name)
+                    if digest.hexdigest() != expected:
+                        raise ModelFolderError(
+                            f"{self.path / file}: {name} does not have the digest of the manifest: copy or export it again"
+                        )
+        return done
+
+
+class MappedFiles:
+    """The containers of a folder, mapped read-only; arrays are views, nothing is copied."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._maps: dict[str, mmap.mmap] = {}
+
+    def array(self, part: Part) -> np.ndarray:
+        """The part as a read-only array of its shape; 16-bit floats as uint16 bit patterns."""
+        if part.file not in self._maps:
+            with (self._path / part.file).open("rb") as file:
+                self._maps[part.file] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        flat = np.frombuffer(
+            self._maps[part.file], _DTYPES[part.dtype], count=math.prod(part.shape), offset=part.offset
+        )
+        return flat.reshape(part.shape)
+
+
+def manifest_digest(manifest: dict[str, Any]) -> str:
+    """sha256 of the manifest without its own digest, keys sorted: a flipped bit in the file is noticed on opening."""
+    rest = {key: value for key, value in manifest.items() if key != "digest"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def tensor_entry(tensor: Tensor) -> dict[str, Any]:
+    """The tensor as the manifest writes it."""
+    entry: dict[str, Any] = {"shape": list(tensor.shape), "layout": tensor.layout}
+    if tensor.layout != "dense":
+        entry |= {"bits": tensor.bits, "group": tensor.group}
+    return entry | {"parts": {key: asdict(part) | {"bytes": part.nbytes} for key, part in tensor.parts.items()}}
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    file = path / MANIFEST
+    try:
+        if file.stat().st_size > _MANIFEST_LIMIT:
+            raise ModelFolderError(f"{file} has {file.stat().st_size} bytes, expected at most {_MANIFEST_LIMIT}")
+        manifest = json.loads(file.read_bytes())
+    except OSError as error:
+        raise ModelFolderError(f"{file}: {error.strerror}; {path} is not a model folder") from None
+    except (ValueError, RecursionError) as error:
+        raise ModelFolderError(f"{file} is not JSON ({error}): copy or export the model again") from None
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise ModelFolderError(f"{file} is not the manifest of a model folder")
+    if manifest.get("version") != VERSION:
+        raise ModelFolderError(
+            f"{file} has format version {manifest.get('version')!r}, this edge_gemma reads {VERSION}: export the model again"
+        )
+    if manifest.get("digest") != manifest_digest(manifest):
+        raise ModelFolderError(f"{file} was altered (its digest differs): copy or export the model again")
+    return manifest
+
+
+def _field(entry: dict[str, Any], key: str, kind: type) -> Any:
+    value = entry.get(key)
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise ModelFolderError(f"the manifest's {key} is {type(value).__name__}, expected {kind.__name__}")
+    return value
+
+
+def _shape(name: str, entry: dict[str, Any]) -> tuple[int, ...]:
+    shape = _field(entry, "shape", list)
+    if not 1 <= len(shape) <= 4 or not all(type(n) is int and 0 < n < 1 << 40 for n in shape):
+        raise ModelFolderError(f"tensor {name}: shape is {shape!r}, expected one to four positive integers")
+    return tuple(shape)
+
+
+def _read_tensor(name: str, entry: Any) -> Tensor:
+    if not isinstance(entry, dict):
+        raise ModelFolderError(f"tensor {name}: the manifest's entry is not an object")
+    shape, layout, parts = _shape(name, entry), _field(entry, "layout", str), _field(entry, "parts", dict)
+    bits, group, dtype = 0, 0, "F32"
+    if layout == "dense":
+        dtype = _field(_field(parts, "values", dict), "dtype", str)
+        if dtype not in ("F32", "BF16"):
+            raise ModelFolderError(f"tensor {name}: dtype is {dtype!r}, expected F32 or BF16")
+    else:
+        bits, group = _field(entry, "bits", int), _field(entry, "group", int)
+        if bits not in qformat.BITS or group not in qformat.GROUPS or len(shape) != 2:
+            raise ModelFolderError(
+                f"tensor {name}: {bits} bits in groups of {group} is not a format of version {VERSION}"
+            )
+    plan = plan_tensor(name, shape, layout, bits=bits, group=group, dtype=dtype)
+    if parts.keys() != plan.parts.keys():
+        raise ModelFolderError(f"tensor {name}: has parts {sorted(parts)}, expected {sorted(plan.parts)}")
+    found = {key: _read_part(name, key, parts[key], planned) for key, planned in plan.parts.items()}
+    return Tensor(shape, layout, found, bits, group)
+
+
+def _read_part(name: str, key: str, entry: Any, planned: Part) -> Part:
+    if not isinstance(entry, dict):
+        raise ModelFolderError(f"tensor {name}: part {key} is not an object")
+    part = Part(
+        file=_field(entry, "file", str),
+        dtype=_field(entry, "dtype", str),
+        shape=_shape(name, entry),
+        offset=_field(entry, "offset", int),
+        sha256=_field(entry, "sha256", str),
+    )
+    if (part.file, part.dtype, part.shape) != (planned.file, planned.dtype, planned.shape):
+        raise ModelFolderError(
+            f"tensor {name}: part {key} is {part.dtype} {list(part.shape)} in {part.file}, "
+            f"expected {planned.dtype} {list(planned.shape)} in {planned.file}"
+        )
+    return part

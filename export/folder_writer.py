@@ -1,0 +1,139 @@
+"""Writes a model folder's containers and manifest, one block of rows at a time.
+
+Owns: the containers' layout (a safetensors header, parts in plan order, 64-byte alignment), running digests, the
+manifest. Does not know: where values come from or how they are quantised. It writes into a folder that
+`edge_gemma.atomic.new_folder` renames once it is whole.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from edge_gemma import __version__
+from edge_gemma.errors import UsageError
+from edge_gemma.model_folder import (
+    ALIGNMENT,
+    FORMAT,
+    MANIFEST,
+    VERSION,
+    Part,
+    Tensor,
+    manifest_digest,
+    tensor_entry,
+)
+
+
+@dataclass
+class _Growing:
+    """A part being written: where it starts, how much is there, its digest so far."""
+
+    part: Part
+    written: int = 0
+    digest: Any = field(default_factory=hashlib.sha256)
+
+
+class FolderWriter:
+    """Fill `folder` with the planned tensors. Parts are appended in any interleaving, each from its first row on."""
+
+    def __init__(self, folder: Path, plan: dict[str, Tensor]) -> None:
+        """Lays out and sizes the containers. Raises UsageError if the disk has no room for them."""
+        self.folder = folder
+        self._plan = plan
+        self._files: dict[str, dict[str, Any]] = {}
+        self._fds: dict[str, int] = {}
+        self._growing: dict[tuple[str, str], _Growing] = {}
+        by_file: dict[str, list[tuple[str, str, Part]]] = {}
+        for name, tensor in plan.items():
+            for key, part in tensor.parts.items():
+                by_file.setdefault(part.file, []).append((name, key, part))
+        needed = sum(part.nbytes for parts in by_file.values() for _, _, part in parts)
+        free = shutil.disk_usage(folder).free
+        if needed > free:
+            raise UsageError(
+                f"the model needs {needed / 1e9:.2f} GB, {folder.parent} has {free / 1e9:.2f} GB free: "
+                "make room or choose another place"
+            )
+        for file, parts in by_file.items():
+            self._lay_out(file, parts)
+
+    def _lay_out(self, file: str, parts: list[tuple[str, str, Part]]) -> None:
+        """A safetensors file whose every part starts on a cache line; fillers keep it free of holes, as the format asks."""
+        entries: dict[str, Any] = {"__metadata__": {"format": FORMAT}}
+        spans, offset = [], 0
+        for name, key, part in parts:
+            entries[f"{name}.{key}"] = _entry(part.dtype, part.shape, offset, part.nbytes)
+            spans.append((name, key, part, offset))
+            offset += part.nbytes
+            if gap := -offset % ALIGNMENT:
+                entries[f"filler.{offset}"] = _entry("U8", (gap,), offset, gap)
+                offset += gap
+        header = json.dumps(entries, separators=(",", ":")).encode()
+        header += b" " * (-(len(header) + 8) % ALIGNMENT)
+        start = 8 + len(header)
+        fd = os.open(self.folder / file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+        self._fds[file] = fd
+        os.ftruncate(fd, start + offset)
+        os.pwrite(fd, len(header).to_bytes(8, "little") + header, 0)
+        self._files[file] = {"bytes": start + offset}
+        for name, key, part, begin in spans:
+            self._growing[name, key] = _Growing(replace(part, offset=start + begin))
+
+    def append(self, name: str, key: str, values: np.ndarray) -> None:
+        """Append whole rows (or panels) to a part, in order."""
+        growing = self._growing[name, key]
+        data = np.ascontiguousarray(values).reshape(-1).view(np.uint8).data
+        if growing.written + len(data) > growing.part.nbytes:
+            raise AssertionError(f"{name}.{key} was given more than its {growing.part.nbytes} bytes")
+        done = 0
+        while done < len(data):
+            done += os.pwrite(self._fds[growing.part.file], data[done:], growing.part.offset + growing.written + done)
+        growing.digest.update(data)
+        growing.written += len(data)
+
+    def add_file(self, name: str, data: bytes) -> None:
+        (self.folder / name).write_bytes(data)
+        self._files[name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+
+    def finish(self, text_config: dict[str, Any], recipe: str, source: dict[str, Any]) -> None:
+        """Write the manifest. Every part must be complete."""
+        tensors = {}
+        for name, tensor in self._plan.items():
+            parts = {}
+            for key in tensor.parts:
+                growing = self._growing[name, key]
+                if growing.written != growing.part.nbytes:
+                    raise AssertionError(f"{name}.{key}: {growing.written} of {growing.part.nbytes} bytes were written")
+                parts[key] = replace(growing.part, sha256=growing.digest.hexdigest())
+            tensors[name] = tensor_entry(replace(tensor, parts=parts))
+        manifest: dict[str, Any] = {
+            "format": FORMAT,
+            "version": VERSION,
+            "created_by": f"edge_gemma {__version__}",
+            "recipe": recipe,
+            "source": source,
+            "config": text_config,
+            "files": self._files,
+            "tensors": tensors,
+        }
+        manifest["digest"] = manifest_digest(manifest)
+        (self.folder / MANIFEST).write_text(json.dumps(manifest, indent=1))
+
+    def __enter__(self) -> "FolderWriter":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for fd in self._fds.values():
+            os.close(fd)
+
+
+def _entry(dtype: str, shape: tuple[int, ...], offset: int, nbytes: int) -> dict[str, Any]:
+    return {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, offset + nbytes]}
