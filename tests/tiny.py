@@ -5,12 +5,12 @@ and writing them as a Hugging Face folder (one file or shards, float32, float16 
 Does not know: how a decoder computes; nothing of edge_gemma is imported here.
 """
 
-import importlib.util
 import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tests.tiny_tokenizer import write_tokenizer_json
 
 KINDS = ("e2b", "e4b", "dense", "gemma3")
 VOCAB = 640
@@ -23,6 +23,7 @@ _ROPE4 = {
 
 # kind -> (layers in order, shared layers, window, D, F, heads, KV heads, head_dim, global head_dim).
 # e2b: the top KV producer is a full layer (as released); e4b: it is a sliding one, so that both orders are covered.
+_POST_NORM = {"e2b": 0.6, "e4b": 0.6, "dense": 0.8, "gemma3": 1.5}  # how much a branch adds to the residual stream
 _SIZES: dict[str, tuple[str, int, int, int, int, int, int, int, int]] = {
     "e2b": ("ssFsFssFsF", 5, 7, 64, 96, 4, 1, 16, 32),
     "e4b": ("sFsFssFsF", 4, 6, 96, 160, 4, 2, 32, 64),
@@ -147,7 +148,7 @@ def tiny_weights(kind: str, *, seed: int = 0, dtype: str = "float32", stored: bo
     checkpoint holds; `stored` gives what the checkpoint holds."""
     weights = {}
     for position, (name, shape) in enumerate(sorted(tiny_shapes(kind, unused_kv=True).items())):
-        value = _round(_random(name, shape, np.random.default_rng([seed, position])), dtype)
+        value = _round(_random(kind, name, shape, np.random.default_rng([seed, position])), dtype)
         if kind == "gemma3" and name.endswith("norm.weight"):
             value = _round(value - np.float32(1), dtype)  # the checkpoint's form
             value = value if stored else np.float32(1) + value
@@ -156,21 +157,25 @@ def tiny_weights(kind: str, *, seed: int = 0, dtype: str = "float32", stored: bo
     return {name: value for name, value in weights.items() if stored or name in needed}
 
 
-def _random(name: str, shape: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
+def _random(kind: str, name: str, shape: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
     """Magnitudes that spread the logits (standard deviation about 4) and keep greedy text from settling on one."""
     if name.endswith("layer_scalar"):
-        return rng.uniform(0.35, 0.9, shape).astype(np.float32)
+        return rng.uniform(0.6, 1.1, shape).astype(np.float32)
     if name.endswith("norm.weight"):
         value = rng.normal(1.0, 0.25, shape)
         if name.endswith("k_norm.weight"):
-            return (value * 0.35).astype(np.float32)  # stands for 1/sqrt(head_dim), as in the release
+            return (value * 1.2 / np.sqrt(shape[0])).astype(
+                np.float32
+            )  # it replaces 1/sqrt(head_dim), as in the release
+        if "post_" in name:
+            value *= _POST_NORM[kind]
         if not name.endswith("q_norm.weight"):
             value[rng.random(shape) < (0.4 if name == "norm.weight" else 0.1)] *= -1
-            value[rng.integers(shape[0])] *= 6  # one outlier channel
+            value[rng.integers(shape[0])] *= 4  # one outlier channel
         return value.astype(np.float32)
     if name.startswith("embed_tokens"):
-        return rng.normal(0, 0.4 if name == "embed_tokens.weight" else 0.3, shape).astype(np.float32)
-    gain = {"per_layer_input_gate.weight": 0.5, "q_proj.weight": 1.5}.get(name.rsplit(".", 2)[-2] + ".weight", 1.2)
+        return rng.normal(0, 0.3, shape).astype(np.float32)
+    gain = 0.5 if name.endswith("per_layer_input_gate.weight") else 1.0
     return rng.normal(0, gain / np.sqrt(shape[1]), shape).astype(np.float32)
 
 
@@ -228,15 +233,15 @@ def write_checkpoint(
     _write_weights(folder, tensors, dtype, shards)
     config = _top_level(kind, tiny_config(kind, spelling=spelling), dtype, multimodal)
     _write_json(folder / "config.json", config)
-    eos = [1] if kind == "gemma3" else [1, 106, 50]
-    sampling = {"do_sample": True, "eos_token_id": eos, "temperature": 1.0, "top_k": 64, "top_p": 0.95}
-    _write_json(folder / "generation_config.json", {"bos_token_id": 2, "pad_token_id": 0} | sampling)
-    special = {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>", "unk_token": "<unk>"}
-    _write_json(folder / "tokenizer_config.json", special | {"add_bos_token": kind == "gemma3"})
     if kind != "gemma3":
         (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
-    if importlib.util.find_spec("tiny_tokenizer"):
-        importlib.import_module("tiny_tokenizer").write_tokenizer_json(folder, vocab_size=VOCAB)
+    write_tokenizer_json(folder, vocab_size=VOCAB)
+    ids = {t["content"]: t["id"] for t in json.loads((folder / "tokenizer.json").read_text("utf-8"))["added_tokens"]}
+    eos = [ids["<eos>"]] + ([] if kind == "gemma3" else [ids["<turn|>"], ids["<|tool_response>"]])
+    words = {"bos_token_id": ids["<bos>"], "eos_token_id": eos, "pad_token_id": ids["<pad>"]}
+    _write_json(
+        folder / "generation_config.json", words | {"do_sample": True, "temperature": 1.0, "top_k": 64, "top_p": 0.95}
+    )
     return folder
 
 
