@@ -1,0 +1,57 @@
+"""What a source checkpoint is to the exporter, whatever its container.
+
+Owns: the `Checkpoint` protocol and choosing the reader for a path. Does not know: any container format.
+"""
+
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edge_gemma.export.gguf_reader import GgufCheckpoint
+from edge_gemma.export.safetensors_reader import SafetensorsCheckpoint
+from edge_gemma.export.source_file import TensorInfo
+
+__all__ = ["Checkpoint", "TensorInfo", "open_checkpoint"]
+
+
+class Checkpoint(Protocol):
+    """A text decoder's weights at their source, one block of rows at a time. Every method raises CheckpointError."""
+
+    text_config: dict[str, Any]  # Hugging Face words; GemmaConfig.from_text_config accepts it
+    tensors: dict[str, TensorInfo]  # exactly the names of GemmaConfig.tensor_shapes()
+    license: str | None
+    chat_template: str | None
+    generation_config: dict[
+        str, Any
+    ]  # eos_token_id: list[int]; temperature, top_k, top_p, ... where the source has them
+
+    def rows(self, name: str, start: int, stop: int) -> NDArray[np.float32]:
+        """Rows [start, stop) of the first axis: float32, C-contiguous, a fresh copy.
+
+        Values are effective: RMS-norm weights are the factor w itself. Only the bytes of these rows are read.
+        """
+        ...
+
+    def tokenizer_model(self) -> bytes:
+        """The tokenizer as a serialised SentencePiece ModelProto."""
+        ...
+
+    def digest(self) -> str:
+        """sha256 (hex) over the headers and file sizes: identifies the source without reading its weights."""
+        ...
+
+    def close(self) -> None:
+        """Closes the files; idempotent."""
+        ...
+
+
+def open_checkpoint(source: Path) -> Checkpoint:
+    """Opens a Hugging Face folder or a GGUF file.
+
+    Raises CheckpointError for files that cannot be read or do not fit their configuration, ConfigError for a
+    configuration that is unknown or not supported.
+    """
+    source = Path(source)
+    return SafetensorsCheckpoint(source) if source.is_dir() else GgufCheckpoint(source)

@@ -1,0 +1,383 @@
+"""GGUF checkpoints of the architectures gemma4 and gemma3.
+
+Owns: building a Hugging Face style `text_config` from GGUF metadata, and the mapping of tensor names. Does not know:
+the container's bytes (gguf_container.py) nor block layouts (gguf_types.py).
+
+Sources: llama.cpp's conversion of both architectures and its loader (as shipped in llama-cpp-python 0.3.36). GGUF
+norm weights are the factor itself for Gemma 3 too, and q and k rows are not permuted.
+"""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edge_gemma.config import FULL, SLIDING
+from edge_gemma.errors import CheckpointError, ConfigError
+from edge_gemma.export.gguf_container import GgufFile
+from edge_gemma.export.source_file import (
+    StoredTensor,
+    TensorInfo,
+    bind_tensors,
+    few,
+    read_rows,
+    resolve_config,
+    show,
+)
+
+_GLOBAL_NAMES = {
+    "token_embd": "embed_tokens.weight",
+    "per_layer_token_embd": "embed_tokens_per_layer.weight",
+    "per_layer_model_proj": "per_layer_model_projection.weight",
+    "per_layer_proj_norm": "per_layer_projection_norm.weight",
+    "output_norm": "norm.weight",
+    "output": "lm_head.weight",
+}
+_LAYER_NAMES = {
+    "attn_norm": "input_layernorm.weight",
+    "attn_q": "self_attn.q_proj.weight",
+    "attn_k": "self_attn.k_proj.weight",
+    "attn_v": "self_attn.v_proj.weight",
+    "attn_output": "self_attn.o_proj.weight",
+    "attn_q_norm": "self_attn.q_norm.weight",
+    "attn_k_norm": "self_attn.k_norm.weight",
+    "post_attention_norm": "post_attention_layernorm.weight",
+    "ffn_norm": "pre_feedforward_layernorm.weight",
+    "post_ffw_norm": "post_feedforward_layernorm.weight",
+    "ffn_gate": "mlp.gate_proj.weight",
+    "ffn_up": "mlp.up_proj.weight",
+    "ffn_down": "mlp.down_proj.weight",
+    "inp_gate": "per_layer_input_gate.weight",
+    "proj": "per_layer_projection.weight",
+    "post_norm": "post_per_layer_input_norm.weight",
+    "layer_output_scale": "layer_scalar",
+}
+_TO_GGUF = {v: k for k, v in (_GLOBAL_NAMES | _LAYER_NAMES).items()}
+_KV = ("self_attn.k_proj.weight", "self_attn.v_proj.weight", "self_attn.k_norm.weight")
+
+# Keys below `gemma3.` and `gemma4.` that we read or that cannot change a dense decoder's arithmetic.
+_KEYS = {
+    "attention.head_count", "attention.head_count_kv", "attention.key_length", "attention.key_length_swa",
+    "attention.layer_norm_rms_epsilon", "attention.shared_kv_layers", "attention.sliding_window",
+    "attention.sliding_window_pattern", "attention.value_length", "attention.value_length_swa", "block_count",
+    "context_length", "embedding_length", "embedding_length_per_layer_input", "expert_count",
+    "expert_feed_forward_length", "expert_used_count", "feed_forward_length", "final_logit_softcapping",
+    "rope.dimension_count", "rope.dimension_count_swa", "rope.freq_base", "rope.freq_base_swa", "rope.scaling.factor",
+    "rope.scaling.finetuned", "rope.scaling.original_context_length", "rope.scaling.type", "vocab_size",
+}  # fmt: skip
+_SAMPLING = {"temp": "temperature", "top_k": "top_k", "top_p": "top_p", "min_p": "min_p"}
+
+
+class _Values:
+    """One architecture's metadata with the types checked; messages name the key."""
+
+    def __init__(self, metadata: Mapping[str, Any], source: str) -> None:
+        self._metadata, self.source = metadata, source
+        self.arch = metadata.get("general.architecture")
+        if self.arch not in ("gemma3", "gemma4"):
+            raise ConfigError(f"{source}: general.architecture is {show(repr(self.arch))}, expected gemma3 or gemma4")
+        prefix = f"{self.arch}."
+        unknown = [k for k in metadata if k.startswith(prefix) and k.removeprefix(prefix) not in _KEYS]
+        if unknown:
+            raise ConfigError(f"{source}: unknown configuration keys: {few(unknown)}")
+
+    def fail(self, key: str, expected: str) -> ConfigError:
+        value = self._metadata.get(f"{self.arch}.{key}")
+        return ConfigError(f"{self.source}: {self.arch}.{key} is {show(repr(value))}, expected {expected}")
+
+    def get(self, key: str) -> Any:
+        value = self._metadata.get(f"{self.arch}.{key}")
+        return value.tolist() if isinstance(value, np.ndarray) else value
+
+    def integer(self, key: str, default: int | None = None) -> int:
+        value = self.get(key)
+        value = default if value is None else value
+        if type(value) is not int or not 0 <= value < 1 << 31:
+            raise self.fail(key, "an integer")
+        return value
+
+    def number(self, key: str, default: float | None = None) -> float:
+        value = self.get(key)
+        value = default if value is None else value
+        if type(value) not in (int, float):
+            raise self.fail(key, "a number")
+        return shortest(value)
+
+    def per_layer(self, key: str, depth: int) -> list[int]:
+        """An integer for every layer: stored as one for all, or as an array."""
+        value = self.get(key)
+        values = value if isinstance(value, list) else [value] * depth
+        if len(values) != depth or not all(type(v) is int and 0 < v < 1 << 31 for v in values):
+            raise self.fail(key, f"a positive integer or {depth} of them")
+        return values
+
+
+def shortest(value: float) -> float:
+    """The shortest decimal that rounds to the stored float32: 9.99999997e-07 was written as 1e-06."""
+    with np.errstate(over="ignore"):
+        narrow = np.float32(value)
+    return float(str(narrow)) if float(narrow) == value else value
+
+
+def _layer_types(v: _Values, depth: int) -> list[str]:
+    """From the boolean array (True: sliding), or a period n whose last layer is full; Gemma 3's default period is 6."""
+    key = "attention.sliding_window_pattern"
+    pattern = v.get(key)
+    if v.arch == "gemma3" and not v.integer("attention.sliding_window", 0):
+        return [FULL] * depth
+    if pattern is None and v.arch == "gemma3":
+        pattern = 6
+    if type(pattern) is int and pattern > 0:
+        pattern = [(i + 1) % pattern != 0 for i in range(depth)]
+    if not isinstance(pattern, list) or len(pattern) != depth or not all(type(p) is bool for p in pattern):
+        raise v.fail(key, f"{depth} booleans")
+    return [SLIDING if p else FULL for p in pattern]
+
+
+def _common(v: _Values, file: GgufFile, depth: int) -> dict[str, Any]:
+    """What both architectures spell alike."""
+    if v.integer("expert_count", 0):
+        raise ConfigError(f"{v.source} is a mixture of experts, which is not supported")
+    embedding = file.tensors.get("token_embd.weight")
+    if embedding is None:
+        raise CheckpointError(f"{v.source} has no tensor token_embd.weight: a vocabulary or projector, not a model")
+    tokens = file.metadata.length("tokenizer.ggml.tokens")
+    vocab = embedding.shape[0]
+    if tokens != vocab or v.integer("vocab_size", vocab) != vocab:
+        raise CheckpointError(f"{v.source}: the tokenizer has {tokens} tokens, token_embd.weight {vocab} rows")
+    heads = v.per_layer("attention.head_count", depth)
+    if len(set(heads)) > 1:
+        raise v.fail("attention.head_count", "one number for all layers")
+    for suffix in ("", "_swa"):
+        if v.get(f"attention.value_length{suffix}") not in (None, v.get(f"attention.key_length{suffix}")):
+            raise v.fail(f"attention.value_length{suffix}", "the key length")
+    softcap = v.number("final_logit_softcapping", 0)
+    return {
+        "final_logit_softcapping": softcap or None,
+        "hidden_activation": "gelu_pytorch_tanh",
+        "hidden_size": v.integer("embedding_length"),
+        "max_position_embeddings": v.integer("context_length"),
+        "num_attention_heads": heads[0],
+        "num_hidden_layers": depth,
+        "rms_norm_eps": v.number("attention.layer_norm_rms_epsilon"),
+        "tie_word_embeddings": "output.weight" not in file.tensors,
+        "vocab_size": vocab,
+    }
+
+
+def _rope_scaling(v: _Values) -> dict[str, Any]:
+    kind = v.get("rope.scaling.type")
+    if kind in (None, "none"):
+        return {"rope_type": "default"}
+    if kind != "linear":
+        raise v.fail("rope.scaling.type", "'linear' or 'none'")
+    return {"rope_type": "linear", "factor": v.number("rope.scaling.factor")}
+
+
+def _gemma3_config(v: _Values, file: GgufFile, depth: int) -> dict[str, Any]:
+    """Not stored: the local rope base (1e4) and query_pre_attn_scalar (head_dim, but hidden/heads in the 27B)."""
+    common = _common(v, file, depth)
+    head_dim = v.integer("attention.key_length", 256)
+    kv_heads = v.per_layer("attention.head_count_kv", depth)
+    ff = v.per_layer("feed_forward_length", depth)
+    for key, values in (("attention.head_count_kv", kv_heads), ("feed_forward_length", ff)):
+        if len(set(values)) > 1:
+            raise v.fail(key, "one number for all layers")
+    layer_types = _layer_types(v, depth)
+    if v.integer("rope.dimension_count", head_dim) != head_dim:
+        raise v.fail("rope.dimension_count", str(head_dim))
+    return common | {
+        "model_type": "gemma3_text",
+        "head_dim": head_dim,
+        "intermediate_size": ff[0],
+        "layer_types": layer_types,
+        "num_key_value_heads": kv_heads[0],
+        "query_pre_attn_scalar": common["hidden_size"] // common["num_attention_heads"] if depth == 62 else head_dim,
+        "rope_parameters": {
+            FULL: {"rope_theta": v.number("rope.freq_base", 1e6), **_rope_scaling(v)},
+            SLIDING: {"rope_theta": v.number("rope.freq_base_swa", 1e4), "rope_type": "default"},
+        },
+        "sliding_window": v.integer("attention.sliding_window", 0) or None,
+    }
+
+
+def _gemma4_config(v: _Values, file: GgufFile, depth: int) -> dict[str, Any]:
+    common = _common(v, file, depth)
+    layer_types, shared = _layer_types(v, depth), v.integer("attention.shared_kv_layers", 0)
+    full = [i for i, t in enumerate(layer_types) if t == FULL]
+    global_head_dim, head_dim = v.integer("attention.key_length"), v.integer("attention.key_length_swa")
+    for key, expected in (("rope.dimension_count", global_head_dim), ("rope.dimension_count_swa", head_dim)):
+        if v.integer(key, expected) != expected:
+            raise v.fail(key, str(expected))
+    if _rope_scaling(v)["rope_type"] != "default":
+        raise v.fail("rope.scaling.type", "'none'")
+    ff = v.per_layer("feed_forward_length", depth)
+    wide = len(set(ff)) > 1
+    if wide and ff != [ff[0] * (1 if i < depth - shared else 2) for i in range(depth)]:
+        raise v.fail("feed_forward_length", f"one number, doubled in the last {shared} layers")
+    kv_heads, kv_full = _gemma4_kv_heads(v, layer_types)
+    k_eq_v = bool(full) and not any(f"blk.{i}.attn_v.weight" in file.tensors for i in full if i < depth - shared)
+    if kv_full == kv_heads:
+        global_kv = {}
+    elif k_eq_v:
+        global_kv = {"num_global_key_value_heads": kv_full}
+    else:
+        global_kv = {"per_layer_config": {str(i): {"num_key_value_heads": kv_full} for i in full}}
+    ple = v.integer("embedding_length_per_layer_input", 0)
+    return common | global_kv | {
+        "model_type": "gemma4_text",
+        "attention_k_eq_v": k_eq_v,
+        "global_head_dim": global_head_dim,
+        "head_dim": head_dim,
+        "hidden_size_per_layer_input": ple,
+        "intermediate_size": ff[0],
+        "layer_types": layer_types,
+        "num_key_value_heads": kv_heads,
+        "num_kv_shared_layers": shared,
+        "rope_parameters": {
+            FULL: {
+                "partial_rotary_factor": _partial_rotary_factor(file, global_head_dim),
+                "rope_theta": v.number("rope.freq_base", 1e6),
+                "rope_type": "proportional",
+            },
+            SLIDING: {"rope_theta": v.number("rope.freq_base_swa", 1e4), "rope_type": "default"},
+        },
+        "sliding_window": v.integer("attention.sliding_window"),
+        "use_double_wide_mlp": wide,
+        "vocab_size_per_layer_input": common["vocab_size"],
+    }  # fmt: skip
+
+
+def _gemma4_kv_heads(v: _Values, layer_types: list[str]) -> tuple[int, int]:
+    """(KV heads of sliding layers, of full layers)."""
+    by_type: dict[str, set[int]] = {SLIDING: set(), FULL: set()}
+    for layer_type, heads in zip(layer_types, v.per_layer("attention.head_count_kv", len(layer_types)), strict=True):
+        by_type[layer_type].add(heads)
+    if any(len(heads) > 1 for heads in by_type.values()):
+        raise v.fail("attention.head_count_kv", "one number for each layer type")
+    sliding = next(iter(by_type[SLIDING] or by_type[FULL]))
+    return sliding, next(iter(by_type[FULL] or by_type[SLIDING]))
+
+
+def _partial_rotary_factor(file: GgufFile, head_dim: int) -> float:
+    """Full layers' rotating share of a head, from rope_freqs: divisors 1 for pairs that turn, then 1e30."""
+    tensor = file.tensors.get("rope_freqs.weight")
+    if tensor is None:
+        return 0.25
+    if tensor.shape != (head_dim // 2,) or tensor.dtype != "F32":
+        raise CheckpointError(
+            f"{file.name}: rope_freqs.weight is {tensor.dtype} {tensor.shape}, expected F32 {(head_dim // 2,)}"
+        )
+    freqs = read_rows(tensor, 0, head_dim // 2)
+    turning = int(np.count_nonzero(freqs == 1))
+    if not turning or not (freqs[:turning] == 1).all() or not (freqs[turning:] >= 1e29).all():
+        raise CheckpointError(
+            f"{file.name}: rope_freqs.weight is not ones followed by 1e30: frequency scaling is not supported"
+        )
+    return 2 * turning / head_dim
+
+
+def _canonical(name: str) -> str:
+    """GGUF name -> canonical; others get a leading slash, so that none can pass for a canonical name."""
+    if match := re.fullmatch(r"blk\.(0|[1-9]\d{0,5})\.(\w+)\.weight", name):
+        if match[2] in _LAYER_NAMES:
+            return f"layers.{match[1]}.{_LAYER_NAMES[match[2]]}"
+    elif name.endswith(".weight") and name.removesuffix(".weight") in _GLOBAL_NAMES:
+        return _GLOBAL_NAMES[name.removesuffix(".weight")]
+    return f"/{name}"
+
+
+def _original(name: str) -> str:
+    """The inverse of `_canonical`."""
+    if name.startswith("/"):
+        return name[1:]
+    if match := re.fullmatch(r"layers\.(\d+)\.(.+)", name):
+        return f"blk.{match[1]}.{_TO_GGUF[match[2]]}.weight"
+    return f"{_TO_GGUF[name]}.weight"
+
+
+class GgufCheckpoint:
+    """A GGUF file as a `Checkpoint`: architectures gemma4 (dense) and gemma3, the types of gguf_types.GGUF_TYPES."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = GgufFile(path)
+        try:
+            self._open()
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self) -> None:
+        file, self._name = self._file, self._file.name
+        self.metadata = file.metadata
+        splits = file.metadata.get("split.count", 1)
+        if splits not in (0, 1):
+            raise CheckpointError(f"{self._name} is one of {show(splits)} parts; merge them first (llama-gguf-split)")
+        values = _Values(file.metadata, self._name)
+        depth = values.integer("block_count")
+        if not 1 <= depth <= 512:
+            raise values.fail("block_count", "1 to 512")
+        build = _gemma4_config if values.arch == "gemma4" else _gemma3_config
+        self.text_config = build(values, file, depth)
+        self._config = resolve_config(self._name, self.text_config)
+        canonical: dict[str, StoredTensor] = {_canonical(name): tensor for name, tensor in file.tensors.items()}
+        self._stored = bind_tensors(self._name, self._config.tensor_shapes(), canonical, self._unused, _original)
+        self.tensors = {name: TensorInfo(name, t.shape, t.dtype) for name, t in self._stored.items()}
+        self.license = self._text("general.license")
+        self.chat_template = self._text("tokenizer.chat_template")
+        self.generation_config = self._generation_config()
+
+    def _unused(self, name: str) -> bool:
+        """The frequency table (computed here) and K, V of KV-shared layers, which some files carry."""
+        if name == "/rope_freqs.weight":
+            return True
+        match = re.fullmatch(r"layers\.(\d+)\.(.+)", name)
+        layers = self._config.layers
+        return bool(match and match[2] in _KV and int(match[1]) < len(layers) and not layers[int(match[1])].owns_kv)
+
+    def _text(self, key: str) -> str | None:
+        value = self.metadata.get(key)
+        if value is not None and not isinstance(value, str):
+            raise CheckpointError(f"{self._name}: {key} is {type(value).__name__}, expected text")
+        return value
+
+    def _generation_config(self) -> dict[str, Any]:
+        eos: list[int] = []
+        for key in ("eos_token_id", "eot_token_id", "eom_token_id"):
+            value = self.metadata.get(f"tokenizer.ggml.{key}")
+            if value is None:
+                continue
+            if type(value) is not int or not 0 <= value < self._config.vocab_size:
+                raise CheckpointError(f"{self._name}: {key} is {show(repr(value))}, expected an id of the vocabulary")
+            eos += [value] if value not in eos else []
+        result: dict[str, Any] = {"eos_token_id": eos}
+        for key, name in _SAMPLING.items():
+            value = self.metadata.get(f"general.sampling.{key}")
+            if value is None:
+                continue
+            if type(value) not in (int, float) or not value >= 0:
+                raise CheckpointError(f"{self._name}: general.sampling.{key} is {show(repr(value))}, expected a number")
+            result[name] = shortest(value) if isinstance(value, float) else value
+        return result
+
+    def rows(self, name: str, start: int, stop: int) -> NDArray[np.float32]:
+        """Rows [start, stop) of the first axis, float32, C-contiguous and fresh: effective values."""
+        if name not in self._stored:
+            raise CheckpointError(f"{self._name} has no tensor {show(name)}")
+        return read_rows(self._stored[name], start, stop)
+
+    def tokenizer_model(self) -> bytes:
+        """The SentencePiece model, rebuilt from the tokenizer.ggml.* metadata."""
+        from edge_gemma.export.sentencepiece_model import from_gguf_metadata
+
+        return from_gguf_metadata(self.metadata)
+
+    def digest(self) -> str:
+        """sha256 over the file's size and everything before the tensor data."""
+        return self._file.digest()
+
+    def close(self) -> None:
+        self._file.close()
