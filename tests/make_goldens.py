@@ -9,6 +9,7 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
+
 from tests.tiny import KINDS, VOCAB, write_checkpoint
 
 GOLDENS = Path(__file__).parent / "goldens"

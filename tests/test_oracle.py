@@ -1,13 +1,14 @@
 """The NumPy reference decoder against transformers, on every tiny kind: what makes the reference worth believing."""
 
+import contextlib
 import json
 
 import numpy as np
 import pytest
-from tests.reference_decoder import reference_logits
-from tests.tiny import KINDS, tiny_config, tiny_weights, write_checkpoint
 
 from edge_gemma.config import GemmaConfig
+from tests.reference_decoder import reference_logits
+from tests.tiny import KINDS, tiny_config, tiny_weights, write_checkpoint
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -20,39 +21,40 @@ LAYOUTS = [
 ]
 
 
-def official_logits(folder):
-    """transformers' own logits [n, vocab] for IDS with the weights of a checkpoint, in torch's default precision."""
+@contextlib.contextmanager
+def everything_in(dtype):
+    """transformers computes norms, softmax and rotary angles in float32 whatever the model's dtype; to see float64
+    agree to 1e-10, the word float32 has to mean float64 while a model is built and run."""
+    with pytest.MonkeyPatch.context() as patch:
+        if dtype == "float64":
+            patch.setattr(torch.Tensor, "float", torch.Tensor.double)
+            patch.setattr(torch, "float32", torch.float64)
+            patch.setattr(torch, "float", torch.float64)
+            torch.set_default_dtype(torch.float64)
+        yield
+    torch.set_default_dtype(torch.float32)
+
+
+def official_logits(folder, dtype):
+    """transformers' own logits [n, vocab] for IDS with the weights of a checkpoint, every step in `dtype`."""
     config = transformers.AutoConfig.from_pretrained(folder).get_text_config()
     config._attn_implementation = "eager"
-    gemma3 = config.model_type == "gemma3_text"
-    model = (transformers.Gemma3ForCausalLM if gemma3 else transformers.Gemma4ForCausalLM)(config)
     weights = {}
     for file in folder.glob("*.safetensors"):
         weights |= {name.replace(".language_model.", "."): value for name, value in load_file(file).items()}
-    missing = model.load_state_dict(weights, strict=False).missing_keys
-    assert set(missing) <= {"lm_head.weight"}
-    model.tie_weights()
-    with torch.no_grad():
+    gemma3 = config.model_type == "gemma3_text"
+    with everything_in(dtype), torch.no_grad():
+        model = (transformers.Gemma3ForCausalLM if gemma3 else transformers.Gemma4ForCausalLM)(config)
+        missing = model.load_state_dict(weights, strict=False).missing_keys
+        assert set(missing) <= {"lm_head.weight"}
+        model.tie_weights()
         return model.eval()(torch.tensor([IDS])).logits[0].numpy()
-
-
-@pytest.fixture
-def everything_in_float64(monkeypatch):
-    """transformers computes norms, softmax and rotary angles in float32 whatever the model's dtype; to see float64
-    agree to 1e-10, the word float32 has to mean float64 while a model is built and run."""
-    monkeypatch.setattr(torch, "float32", torch.float64)
-    monkeypatch.setattr(torch, "float", torch.float64)
-    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
-    torch.set_default_dtype(torch.double)
-    yield
-    monkeypatch.undo()
-    torch.set_default_dtype(torch.float32)
 
 
 @pytest.mark.parametrize("spelling", ["released", "saved"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_reference_equals_transformers_in_float32(tmp_path, kind, spelling):
-    official = official_logits(write_checkpoint(tmp_path, kind, spelling=spelling))
+    official = official_logits(write_checkpoint(tmp_path, kind, spelling=spelling), "float32")
     reference = reference_logits(tiny_weights(kind), tiny_config(kind, spelling=spelling), IDS, np.float32)
     difference = np.abs(reference - official)
     print(f"{kind} {spelling}: max {difference.max():.2e} mean {difference.mean():.2e}")
@@ -60,10 +62,11 @@ def test_reference_equals_transformers_in_float32(tmp_path, kind, spelling):
 
 
 @pytest.mark.parametrize(("kind", "multimodal"), LAYOUTS)
-def test_reference_equals_transformers_in_float64(tmp_path, everything_in_float64, kind, multimodal):
+def test_reference_equals_transformers_in_float64(tmp_path, kind, multimodal):
     """Text-only in float32, and the multimodal layout in bfloat16 shards with towers and unused K and V inside."""
     dtype, shards = ("bfloat16", 3) if multimodal else ("float32", 1)
-    official = official_logits(write_checkpoint(tmp_path, kind, dtype=dtype, multimodal=multimodal, shards=shards))
+    folder = write_checkpoint(tmp_path, kind, dtype=dtype, multimodal=multimodal, shards=shards)
+    official = official_logits(folder, "float64")
     reference = reference_logits(tiny_weights(kind, dtype=dtype), tiny_config(kind), IDS)
     assert official.dtype == np.float64
     print(f"{kind} {multimodal}: max {np.abs(reference - official).max():.2e}")

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
 from tests.tiny_tokenizer import write_tokenizer_json
 
 KINDS = ("e2b", "e4b", "dense", "gemma3")
