@@ -1,0 +1,54 @@
+"""float16 bits to float32 and back to bits, for CPUs with and without the instruction.
+
+Owns: `as_float`, usable inside kernels. numba takes no float16 arrays, so kernels see uint16.
+"""
+
+from llvmlite import ir
+from numba.core import types
+from numba.extending import intrinsic
+
+
+def _has_half(context, builder) -> bool:
+    """Whether the target converts float16 in hardware; LLVM would call a library function that is not there
+    otherwise.
+    """
+    triple, _, features = context.codegen().magic_tuple()
+    return triple.startswith("aarch64") or "+f16c" in features.split(",")
+
+
+def widen_half(context, builder, bits):
+    """IR: (vectors of) i16 float16 bits -> float32.
+
+    Without hardware: shift exponent and mantissa into a float32's place and multiply by 2^112, which is exact and turns
+    float16 subnormals into normals; the largest exponent (infinity, NaN) is then forced.
+    """
+    lanes = bits.type.count if isinstance(bits.type, ir.VectorType) else 0
+
+    def of(scalar):
+        return ir.VectorType(scalar, lanes) if lanes else scalar
+
+    def const(scalar, value):
+        return ir.Constant(of(scalar), [value] * lanes if lanes else value)
+
+    if _has_half(context, builder):
+        return builder.fpext(builder.bitcast(bits, of(ir.HalfType())), of(ir.FloatType()))
+    i32 = ir.IntType(32)
+    wide = builder.zext(bits, of(i32))
+    magnitude = builder.shl(builder.and_(wide, const(i32, 0x7FFF)), const(i32, 13))
+    sign = builder.shl(builder.and_(wide, const(i32, 0x8000)), const(i32, 16))
+    scaled = builder.fmul(builder.bitcast(magnitude, of(ir.FloatType())), const(ir.FloatType(), 2.0**112))
+    special = builder.icmp_unsigned(">=", magnitude, const(i32, 0x7C00 << 13))
+    forced = builder.or_(magnitude, const(i32, 0x7F800000))
+    result = builder.select(special, forced, builder.bitcast(scaled, of(i32)))
+    return builder.bitcast(builder.or_(result, sign), of(ir.FloatType()))
+
+
+@intrinsic
+def as_float(typingctx, value):
+    """float32 of a float32, or of a float16 given as uint16."""
+    half = value == types.uint16
+
+    def codegen(context, builder, signature, args):
+        return widen_half(context, builder, args[0]) if half else args[0]
+
+    return types.float32(types.uint16 if half else types.float32), codegen

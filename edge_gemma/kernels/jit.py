@@ -1,0 +1,162 @@
+"""Compiling kernels, and keeping the machine code on disk.
+
+Owns: the `kernel` decorator (numba, compiled at the first call), the on-disk cache and the number of threads.
+Does not know: what any kernel computes.
+
+The cache is a folder of the user's cache, named after a digest of this package's sources, the numba and llvmlite
+versions and Python's: an edited intrinsic never meets old code (numba's own cache would not notice). One file a
+compiled function, named after its signature, the CPU with its features and its closure, written beside and renamed,
+begun with a digest of its content: processes may share the folder, and a damaged file is compiled again. numba's index
+files are not used: two processes writing one can leave an entry that points at another function's code.
+"""
+
+import functools
+import hashlib
+import logging
+import os
+import pickle
+import sys
+import tempfile
+import threading
+from pathlib import Path
+
+import llvmlite
+import numba
+import numpy as np
+import platformdirs
+from numba.core import compiler, serialize
+from numba.core.caching import _Cache
+
+from edge_gemma.errors import UsageError
+
+log = logging.getLogger(__name__)
+
+_launch = threading.Lock()  # numba's workqueue layer aborts the process when two threads launch at once
+_threads = numba.config.NUMBA_NUM_THREADS
+_cache_root: Path | None = None
+_unwritable = False
+
+
+@functools.cache
+def _source_digest() -> str:
+    """Changes whenever cached machine code could be stale."""
+    digest = hashlib.sha256(f"{numba.__version__} {llvmlite.__version__} {np.__version__} {sys.version}".encode())
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:24]
+
+
+def cache_directory() -> Path:
+    """Where compiled kernels are kept. It need not exist."""
+    root = _cache_root or Path(platformdirs.user_cache_dir("edge-gemma", appauthor=False)) / "kernels"
+    return root / _source_digest()
+
+
+def set_cache_root(root: Path | None) -> None:
+    """Keep compiled kernels below `root` from now on (None: the user's cache)."""
+    global _cache_root, _unwritable
+    _cache_root, _unwritable = root, False
+
+
+def cache_note() -> str | None:
+    """One line for the user when compiled kernels cannot be kept, else None."""
+    return f"kernels are compiled at every start: {cache_directory()} is not writable" if _unwritable else None
+
+
+class _KernelCache(_Cache):
+    """numba's cache interface over one digest-checked file a compiled function."""
+
+    def __init__(self, py_func):
+        self._name = py_func.__qualname__
+        cells = tuple(cell.cell_contents for cell in py_func.__closure__ or ())
+        self._closure = repr((py_func.__module__, self._name, cells))
+        self._enabled = True
+
+    @property
+    def cache_path(self):
+        return str(cache_directory())
+
+    def enable(self):
+        self._enabled = True
+
+    def disable(self):
+        self._enabled = False
+
+    def flush(self):
+        for path in cache_directory().glob(f"{self._name}-*.bin"):
+            path.unlink(missing_ok=True)
+
+    def _path(self, sig, codegen) -> Path:
+        key = repr((self._closure, sig, codegen.magic_tuple()))
+        name = "".join(c if c.isalnum() else "_" for c in self._name.rpartition(".")[2])
+        return cache_directory() / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:32]}.bin"
+
+    def load_overload(self, sig, target_context):
+        if not self._enabled:
+            return None
+        target_context.refresh()
+        try:
+            data = self._path(sig, target_context.codegen()).read_bytes()
+            digest, body = data[:32], data[32:]
+            if hashlib.sha256(body).digest() != digest:
+                return None
+            return compiler.CompileResult._rebuild(target_context, *pickle.loads(body))
+        except OSError:
+            return None
+
+    def save_overload(self, sig, data):
+        global _unwritable
+        if not self._enabled or data.lifted or data.library.has_dynamic_globals:
+            return
+        path = self._path(sig, data.codegen)
+        body = serialize.dumps(data._reduce())
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _replace(path, hashlib.sha256(body).digest() + body)
+        except OSError:
+            if not _unwritable:
+                _unwritable = True
+                log.warning("%s", cache_note())
+
+
+def _replace(path: Path, data: bytes) -> None:
+    """Write `data` beside `path` and rename it there."""
+    handle, temporary = tempfile.mkstemp(prefix=path.stem, dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def kernel(function=None, *, parallel=False, fastmath=False):
+    """Decorator: compile at the first call, or load from the cache. `parallel` functions release the GIL."""
+    if function is None:
+        return functools.partial(kernel, parallel=parallel, fastmath=fastmath)
+    dispatcher = numba.njit(parallel=parallel, fastmath=fastmath, nogil=True, error_model="numpy")(function)
+    dispatcher._cache = _KernelCache(function)
+    return dispatcher
+
+
+def launch(dispatcher, *args) -> None:
+    """Call a parallel kernel with the chosen number of threads, one launch at a time."""
+    with _launch:
+        if numba.get_num_threads() != _threads:  # numba keeps the number per calling thread
+            numba.set_num_threads(_threads)
+        dispatcher(*args)
+
+
+def set_threads(threads: int | None) -> None:
+    """Threads of every later kernel call, in every thread of this process. None: all cores."""
+    global _threads
+    most = numba.config.NUMBA_NUM_THREADS
+    if threads is not None and not 1 <= threads <= most:
+        raise UsageError(f"{threads} threads, expected 1 to {most} on this machine")
+    _threads = most if threads is None else threads
+
+
+def threads() -> int:
+    """Threads a kernel call uses."""
+    return _threads

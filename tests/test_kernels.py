@@ -1,0 +1,296 @@
+"""Every kernel against its NumPy oracle, at odd sizes, for every instruction set this CPU has."""
+
+import numpy as np
+import pytest
+
+from edge_gemma import kernels, qformat
+from edge_gemma.kernels import reference
+
+LAYOUTS = [(bits, group) for bits in qformat.BITS for group in qformat.GROUPS]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _restore():
+    yield
+    kernels.set_threads(None)
+    kernels.set_variant(None)
+
+
+@pytest.fixture(params=kernels.available_variants())
+def variant(request):
+    kernels.set_variant(request.param)
+    return request.param
+
+
+def close(got, expected, relative, what=""):
+    """Fails with the largest and mean difference, relative to the largest expected magnitude."""
+    difference = np.abs(got.astype(np.float64) - expected) / max(np.abs(expected).max(), 1e-30)
+    assert difference.max() <= relative, f"{what}: max {difference.max():.3g}, mean {difference.mean():.3g}"
+
+
+class Case:
+    """A random matrix product in one layout; x [n, k], w [rows, k]."""
+
+    def __init__(self, n, rows, k, bits, group, per_group=False, seed=0):
+        rng = np.random.default_rng(seed)
+        self.bits, self.group, self.rows = bits, group, rows
+        w = rng.integers(-(1 << (bits - 1)), 1 << (bits - 1), (rows, k)).astype(np.int8)
+        groups = qformat.group_count(k, group)
+        self.packed = qformat.pack_panels(w, bits)
+        self.scales = qformat.pack_scales(rng.uniform(0.5, 1.5, (rows, groups)) / 100, group, k)
+        self.scales = self.scales.view(np.uint16) if group else self.scales
+        self.packed.flags.writeable = self.scales.flags.writeable = False
+        self.x = rng.standard_normal((n, k)).astype(np.float32)
+        self.q = np.empty((n, qformat.padded_k(k)), np.int8)
+        self.a_scale = np.empty((n, groups if per_group else 1), np.float32)
+        self.sums = np.empty((n, groups), np.int32)
+        reference.quantize_activations(self.x, group, self.q, self.a_scale, self.sums)
+
+    def run(self, module=kernels, rows=slice(None)):
+        out = np.full((len(self.q[rows]), self.rows), np.nan, np.float32)
+        args = self.q[rows], self.a_scale[rows], self.sums[rows], self.packed, self.scales
+        module.matmul(*args, self.bits, self.group, out)
+        return out
+
+
+@pytest.mark.parametrize(("bits", "group"), LAYOUTS)
+@pytest.mark.parametrize("per_group", [False, True])
+def test_matmul_is_the_oracle(variant, bits, group, per_group):
+    for rows, k, n in [(8, 32, 1), (13, 100, 3), (40, 96, 4), (67, 224, 5), (24, 544, 17), (9, 1056, 1), (1, 7, 2)]:
+        case = Case(n, rows, k, bits, group, per_group)
+        close(case.run(), case.run(reference), 1e-6, f"{variant} {rows}x{k} n={n}")
+
+
+@pytest.mark.parametrize(("bits", "group"), LAYOUTS)
+def test_matmul_integers_are_exact_at_the_extremes(variant, bits, group):
+    """All activations at +-127 and all weights at their ends: int16 intermediate sums must not overflow."""
+    low, high = -(1 << (bits - 1)), (1 << (bits - 1)) - 1
+    k = 2048
+    for a in (127, -127):
+        q = np.full((5, k), a, np.int8)
+        w = np.repeat(np.array([[low], [high]], np.int8), k, 1).repeat(5, 0)
+        groups = qformat.group_count(k, group)
+        sums = q.reshape(5, groups, -1).sum(2, dtype=np.int32)
+        scales = qformat.pack_scales(np.ones((10, groups)), group)
+        out = np.empty((5, 10), np.float32)
+        packed = qformat.pack_panels(w, bits)
+        scales = scales.view(np.uint16) if group else scales
+        kernels.matmul(q, np.ones((5, 1), np.float32), sums, packed, scales, bits, group, out)
+        assert np.array_equal(out, np.broadcast_to(a * w[:, 0].astype(np.float64) * k, (5, 10)))
+
+
+@pytest.mark.parametrize(("bits", "group"), LAYOUTS)
+def test_a_row_is_the_same_in_every_tile_and_for_every_thread_count(variant, bits, group):
+    case = Case(17, 67, 416, bits, group)
+    whole = case.run()
+    for rows in (slice(0, 1), slice(3, 7), slice(5, 11), slice(12, 17)):
+        assert np.array_equal(case.run(rows=rows), whole[rows]), f"{variant} {rows}"
+    kernels.set_threads(1)
+    try:
+        assert np.array_equal(case.run(), whole)
+    finally:
+        kernels.set_threads(None)
+
+
+def test_a_slice_of_panels_is_a_matrix(variant):
+    case = Case(3, 80, 128, 4, 32)
+    out = np.empty((3, 24), np.float32)
+    kernels.matmul(case.q, case.a_scale, case.sums, case.packed[2:5], case.scales[2:5], 4, 32, out)
+    assert np.array_equal(out, case.run()[:, 16:40])
+
+
+@pytest.mark.parametrize("per_group", [False, True])
+@pytest.mark.parametrize("group", qformat.GROUPS)
+@pytest.mark.parametrize(("n", "k"), [(1, 1), (3, 33), (5, 100), (1, 1536), (70, 520)])
+def test_quantize_activations_is_the_oracle_bit_for_bit(n, k, group, per_group):
+    x = np.random.default_rng(k).standard_normal((n, k)).astype(np.float32) * 3
+    x[0, : k // 2] = 0
+    x[-1] *= np.float32(1e-33)
+    groups = qformat.group_count(k, group)
+
+    def run(module):
+        q = np.full((n, qformat.padded_k(k)), 99, np.int8)
+        scale, sums = np.empty((n, groups if per_group else 1), np.float32), np.empty((n, groups), np.int32)
+        module.quantize_activations(x, group, q, scale, sums)
+        return q, scale, sums
+
+    for name, got, expected in zip(("q", "scale", "sums"), run(kernels), run(reference), strict=True):
+        assert np.array_equal(got, expected), name
+
+
+def test_quantize_rounds_half_to_even_and_survives_anything():
+    x = np.zeros((4, 32), np.float32)
+    x[0, :5] = 127, 0.5, 1.5, -2.5, -127
+    x[1, 3], x[2, 3] = np.nan, -np.inf
+    q, scale, sums = np.empty((4, 32), np.int8), np.empty((4, 1), np.float32), np.empty((4, 1), np.int32)
+    kernels.quantize_activations(x, 0, q, scale, sums)
+    assert q[0, :5].tolist() == [127, 0, 2, -2, -127]
+    assert not q[1:].any()
+    assert not sums[1:].any()
+    assert np.isnan(scale[1:3]).all()
+    assert scale[3] == 0
+
+
+@pytest.mark.parametrize(("n", "d"), [(1, 8), (3, 67), (5, 1536)])
+def test_norms(n, d):
+    rng = np.random.default_rng(d)
+    x, h = rng.standard_normal((2, n, d)).astype(np.float32) * 4
+    w = rng.standard_normal(d).astype(np.float32)
+    x[-1] = 0
+    for weight in (w, None):
+        got, expected = np.empty((2, n, d), np.float32)
+        kernels.rms_norm(x, weight, 1e-6, got)
+        reference.rms_norm(x, weight, 1e-6, expected)
+        close(got, expected, 1e-6)
+    got, expected = h.copy(), h.copy()
+    kernels.add_rms_norm(got, x, w, 1e-6)
+    reference.add_rms_norm(expected, x, w, 1e-6)
+    close(got, expected, 1e-6)
+
+
+@pytest.mark.parametrize(("n", "heads", "hd"), [(1, 1, 2), (3, 5, 12), (4, 8, 256)])
+def test_rms_norm_rope_in_place_and_out_of_place(n, heads, hd):
+    rng = np.random.default_rng(hd)
+    x = rng.standard_normal((n, heads, hd)).astype(np.float32)
+    angle = rng.uniform(0, 500, (n, hd // 2))
+    angle[:, hd // 4 :] = 0
+    cos, sin = np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)
+    for weight in (rng.standard_normal(hd).astype(np.float32), None):
+        expected, got = np.empty_like(x), np.empty_like(x)
+        reference.rms_norm_rope(x, weight, cos, sin, 1e-6, expected)
+        kernels.rms_norm_rope(x, weight, cos, sin, 1e-6, got)
+        close(got, expected, 1e-6)
+        again = x.copy()
+        kernels.rms_norm_rope(again, weight, cos, sin, 1e-6, again)
+        assert np.array_equal(again, got)
+
+
+@pytest.mark.parametrize("n", [1, 40])
+def test_gelu_and_softcap(n):
+    x = np.linspace(-30, 30, 2049 * n, dtype=np.float32).reshape(n, 2049)
+    x[0, :3] = 0, 1e-30, -1e-30
+    up = np.random.default_rng(0).standard_normal(x.shape).astype(np.float32)
+    got, expected = np.empty((2, *x.shape), np.float32)
+    kernels.gelu_tanh_mul(x, up, got)
+    reference.gelu_tanh_mul(x, up, expected)
+    difference = np.abs(got - expected) / np.maximum(np.abs(expected), 1e-2)
+    assert difference.max() < 1e-6, f"max {difference.max():.3g}, mean {difference.mean():.3g}"
+    again = x.copy()
+    kernels.gelu_tanh_mul(again, up, again)
+    assert np.array_equal(again, got)
+    for cap in (30.0, 0.5):
+        got, expected = x.copy(), x.copy()
+        kernels.softcap(got, cap)
+        reference.softcap(expected, cap)
+        difference = np.abs(got - expected) / np.maximum(np.abs(expected), 1e-30)
+        assert difference.max() < 1e-6, f"max {difference.max():.3g}, mean {difference.mean():.3g}"
+
+
+def test_softcap_of_infinities_is_the_cap():
+    x = np.array([np.inf, -np.inf, np.nan, 1e30], np.float32)
+    kernels.softcap(x, 30.0)
+    assert x[[0, 1, 3]].tolist() == [30, -30, 30]
+    assert np.isnan(x[2])
+
+
+def caches(capacity, kv, hd, last, half, seed=0):
+    """Caches after positions 0..last were stored one by one in chunks of 7."""
+    rng = np.random.default_rng(seed)
+    pair = [np.full((capacity, kv, hd), 7, np.uint16 if half else np.float32) for _ in range(2)]
+    k, v = rng.standard_normal((2, last + 1, kv, hd)).astype(np.float32)
+    chunk = min(7, capacity)
+    for first in range(0, last + 1, chunk):
+        kernels.store_kv(k[first : first + chunk], v[first : first + chunk], *pair, first)
+    return k, v, *pair
+
+
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("capacity", [64, 20])
+def test_store_kv_is_the_oracle(half, capacity):
+    k, v, k_cache, v_cache = caches(capacity, 2, 6, 50, half)
+    expected = [np.full_like(k_cache, 7), np.full_like(v_cache, 7)]
+    reference.store_kv(k, v, *expected, 0)
+    assert np.array_equal(k_cache, expected[0])
+    assert np.array_equal(v_cache, expected[1])
+    big = np.full((1, 2, 6), 1e9, np.float32)
+    kernels.store_kv(big, -big, k_cache, v_cache, 0)
+    assert k_cache[0, 0, 0] == (0x7BFF if half else 1e9)
+
+
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize(("heads", "kv", "hd"), [(8, 1, 256), (4, 2, 512), (3, 3, 12), (8, 2, 64), (6, 1, 10)])
+@pytest.mark.parametrize(
+    ("n", "position", "window", "capacity"),
+    [(1, 0, 0, 4), (1, 300, 0, 301), (1, 300, 130, 130), (5, 298, 37, 41), (17, 120, 0, 200), (3, 0, 2, 4)],
+)
+def test_attention_is_the_oracle(variant, half, heads, kv, hd, n, position, window, capacity):
+    _, _, k_cache, v_cache = caches(capacity, kv, hd, position + n - 1, half)
+    q = np.random.default_rng(1).standard_normal((n, heads, hd)).astype(np.float32)
+    got, expected = np.full((2, *q.shape), np.nan, np.float32)
+    kernels.attention(q, k_cache, v_cache, position, window, hd**-0.5, got)
+    reference.attention(q, k_cache, v_cache, position, window, hd**-0.5, expected)
+    close(got, expected, 2e-6)
+
+
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("window", [0, 150])
+def test_attention_does_not_depend_on_chunks_or_threads(variant, half, window):
+    _, _, k_cache, v_cache = caches(400, 1, 64, 399, half)
+    q = np.random.default_rng(1).standard_normal((9, 8, 64)).astype(np.float32)
+    whole, part = np.empty((2, *q.shape), np.float32)
+    kernels.attention(q, k_cache, v_cache, 391, window, 0.125, whole)
+    kernels.set_threads(1)
+    try:
+        for i in range(9):
+            kernels.attention(q[i : i + 1], k_cache, v_cache, 391 + i, window, 0.125, part[i : i + 1])
+    finally:
+        kernels.set_threads(None)
+    assert np.array_equal(part, whole)
+
+
+def test_half_values_widen_exactly(variant):
+    """Every finite float16 as a value of one visible key: softmax of one key returns it."""
+    bits = np.arange(65536, dtype=np.uint16)
+    bits = bits[np.isfinite(bits.view(np.float16))]
+    v = np.zeros(65536, np.uint16)
+    v[: bits.size] = bits
+    v = v.reshape(128, 1, 512)
+    for slot in range(128):
+        out = np.empty((1, 1, 512), np.float32)
+        kernels.attention(
+            np.zeros((1, 1, 512), np.float32), np.zeros_like(v[:1]), v[slot : slot + 1], slot, 1, 1.0, out
+        )
+        assert np.array_equal(out.ravel(), v[slot].view(np.float16).ravel().astype(np.float32))
+
+
+def test_wrong_arguments_never_reach_native_code():
+    case = Case(2, 16, 64, 4, 32)
+    good = [case.q, case.a_scale, case.sums, case.packed, case.scales, 4, 32, np.empty((2, 16), np.float32)]
+    replacements = [
+        (0, case.q[:1]),
+        (0, case.q[:, ::2]),
+        (1, case.a_scale.astype(np.float64)),
+        (3, case.packed[:1]),
+        (4, case.scales.view(np.float16)),
+        (5, 2),
+        (6, 16),
+        (7, np.empty((2, 17), np.float32)),
+        (7, np.empty((16, 2), np.float32).T),
+    ]
+    for index, wrong in replacements:
+        with pytest.raises(ValueError, match=r"expected|no packed matrix"):
+            kernels.matmul(*good[:index], wrong, *good[index + 1 :])
+    cache = np.zeros((4, 1, 8), np.float32)
+    q = np.zeros((2, 2, 8), np.float32)
+    for arguments in [
+        (q, cache, cache, 3, 0),
+        (q, cache, cache[:2], 0, 0),
+        (q[:, :, :4], cache, cache, 0, 0),
+        (q, cache, cache, -1, 0),
+    ]:
+        with pytest.raises(ValueError, match=r"expected|do not fit"):
+            kernels.attention(*arguments, 1.0, np.zeros_like(arguments[0]))
+    with pytest.raises(ValueError, match="cache of 4"):
+        kernels.store_kv(np.zeros((5, 1, 8), np.float32), np.zeros((5, 1, 8), np.float32), cache, cache, 0)
+    with pytest.raises(ValueError, match="variant"):
+        kernels.set_variant("mmx")
