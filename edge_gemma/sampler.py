@@ -1,0 +1,151 @@
+"""From logits to a token.
+
+Owns: greedy choice, repetition penalty, temperature, top-k, top-p, min-p, the random stream. Does not know: models,
+tokens' texts, when to stop.
+
+The order is that of transformers' logits processors: penalty, temperature, top-k, top-p, min-p. A Gemma vocabulary has
+262,144 entries, so nothing here sorts all of them: candidates are found by a threshold first.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from edge_gemma.errors import EdgeGemmaError, UsageError
+
+_NUCLEUS_START = 512  # candidates looked at first for top-p without top-k
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to choose a token. The defaults are Gemma 4's own (its generation_config)."""
+
+    temperature: float = 1.0  # 0: greedy
+    top_k: int = 64  # 0: off
+    top_p: float = 0.95  # 1: off
+    min_p: float = 0.0  # share of the likeliest token's probability; 0: off
+    repetition_penalty: float = 1.0  # logits of tokens seen before: divided where positive, multiplied where negative
+    seed: int | None = None  # None: another stream each time
+
+    def __post_init__(self) -> None:
+        """Raises UsageError for a value out of range."""
+        _check("temperature", self.temperature, 0 <= self.temperature < 1e6, "0 or more")
+        _check("top_k", self.top_k, isinstance(self.top_k, int) and self.top_k >= 0, "an integer of 0 or more")
+        _check("top_p", self.top_p, 0 < self.top_p <= 1, "above 0, at most 1")
+        _check("min_p", self.min_p, 0 <= self.min_p <= 1, "0 to 1")
+        _check("repetition_penalty", self.repetition_penalty, 0 < self.repetition_penalty < 1e6, "above 0")
+        _check("seed", self.seed, self.seed is None or (isinstance(self.seed, int) and self.seed >= 0), "0 or more")
+
+    @classmethod
+    def from_generation_config(cls, config: Mapping[str, Any], **overrides: Any) -> "Sampling":
+        """The checkpoint's own settings, `overrides` that are not None before them, Gemma 4's where neither says."""
+        names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+        values = {name: config[name] for name in names if config.get(name) is not None}
+        for name, value in values.items():
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise UsageError(f"{name} is {value!r} in the model's generation_config, expected a number")
+        if config.get("do_sample") is False:
+            values["temperature"] = 0.0
+        return cls(**{**values, **{name: value for name, value in overrides.items() if value is not None}})
+
+
+class Sampler:
+    """`Sampling` with its random stream. One a generation or chat; not thread-safe."""
+
+    def __init__(self, sampling: Sampling) -> None:
+        self.sampling = sampling
+        self._random = np.random.default_rng(sampling.seed)
+
+    def sample(self, logits: np.ndarray, recent_ids: Sequence[int] = ()) -> int:
+        """Choose a token. logits: float32 [vocab_size], left as they are; recent_ids: what the penalty applies to.
+
+        Ties go to the lowest id. Raises EdgeGemmaError if the logits hold a NaN or an infinity above the rest.
+        """
+        s = self.sampling
+        if s.repetition_penalty != 1 and len(recent_ids):
+            logits = penalised(logits, recent_ids, s.repetition_penalty)
+        best = int(np.argmax(logits))
+        if not math.isfinite(logits[best]):
+            raise EdgeGemmaError(f"the model's logits hold {logits[best]}, expected numbers: verify the model's files")
+        if s.temperature == 0 or s.top_k == 1:
+            return best
+        ids, probabilities = candidates(logits, s)
+        return int(ids[_draw(probabilities, self._random.random())])
+
+
+def penalised(logits: np.ndarray, ids: Sequence[int], penalty: float) -> np.ndarray:
+    """A copy with the logits of `ids` pushed down, each once (Keskar et al. 2019, section 4.1)."""
+    seen = np.unique(np.asarray(ids, np.int64))
+    logits = logits.copy()
+    values = logits[seen]
+    logits[seen] = np.where(values > 0, values / penalty, values * penalty)
+    return logits
+
+
+def candidates(logits: np.ndarray, sampling: Sampling) -> tuple[np.ndarray, np.ndarray]:
+    """What may be drawn. Returns ids: int64 [n], likeliest first, and probabilities: float64 [n], of sum 1."""
+    n = len(logits)
+    if 0 < sampling.top_k < n:
+        ids = _largest(logits, sampling.top_k)
+        weights = _weights(logits[ids], logits[ids[0]], sampling.temperature)
+        ids, weights = _nucleus(ids, weights, sampling.top_p * weights.sum())
+    elif sampling.top_p < 1:
+        # The sum needs every logit, the nucleus only the largest: look at more until they hold top_p of it.
+        goal = sampling.top_p * _weights(logits, logits.max(), sampling.temperature).sum()
+        count = _NUCLEUS_START
+        while True:
+            ids = _largest(logits, min(count, n))
+            weights = _weights(logits[ids], logits[ids[0]], sampling.temperature)
+            if count >= n or weights.sum() >= goal:
+                break
+            count *= 8
+        ids, weights = _nucleus(ids, weights, goal)
+    else:
+        ids = np.arange(n)
+        weights = _weights(logits, logits.max(), sampling.temperature)
+    if sampling.min_p > 0:
+        keep = weights >= sampling.min_p  # the largest weight is 1
+        ids, weights = ids[keep], weights[keep]
+    return ids, weights / weights.sum()
+
+
+def _weights(logits: np.ndarray, largest: float, temperature: float) -> np.ndarray:
+    """exp((logit - largest) / temperature): float64 [n], 1 for the largest; to float32's precision."""
+    with np.errstate(over="ignore", under="ignore"):
+        return np.exp((logits - np.float32(largest)) / np.float32(max(temperature, 1e-6))).astype(np.float64)
+
+
+def _nucleus(ids: np.ndarray, weights: np.ndarray, goal: float) -> tuple[np.ndarray, np.ndarray]:
+    """The fewest leading entries whose weights reach `goal`, at least one."""
+    count = int(np.searchsorted(np.cumsum(weights), goal)) + 1
+    return ids[:count], weights[:count]
+
+
+def _largest(logits: np.ndarray, k: int) -> np.ndarray:
+    """Ids of the k largest logits, largest first, ties by id: int64 [k].
+
+    The k-th largest of k or more blocks' maxima is a lower bound for the k-th largest logit: two passes at memory
+    speed leave a handful to sort.
+    """
+    n, width = len(logits), max(1, len(logits) // max(512, 2 * k))
+    blocks = n // width
+    ids: np.ndarray = np.arange(n)
+    if blocks > k:
+        maxima = logits[: blocks * width].reshape(blocks, width).max(axis=1)
+        ids = np.flatnonzero(logits >= np.partition(maxima, blocks - k)[blocks - k])
+    order = np.argsort(-logits[ids], kind="stable")[:k]
+    return ids[order]
+
+
+def _draw(probabilities: np.ndarray, uniform: float) -> int:
+    """The index whose share of [0, 1) holds `uniform`."""
+    cumulative = np.cumsum(probabilities)
+    return min(int(np.searchsorted(cumulative, uniform * cumulative[-1], side="right")), len(probabilities) - 1)
+
+
+def _check(name: str, value: object, good: bool, expected: str) -> None:
+    if not good:
+        raise UsageError(f"{name} is {value!r}, expected {expected}")
