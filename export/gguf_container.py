@@ -104,7 +104,7 @@ class _ArrayRange:
 
 
 class Metadata(Mapping[str, Any]):
-    """Key -> int, float, bool or str; an array is read from the file at each access, as list[str], list[bool] or a NumPy
+    """Key -> int, float, bool or str. Arrays are read from the file at each access: list[str], list[bool], or a NumPy
     array of the stored type."""
 
     def __init__(self, file: SourceFile, values: dict[str, Any]) -> None:

@@ -68,7 +68,13 @@ _KEYS = {
     "rope.dimension_count", "rope.dimension_count_swa", "rope.freq_base", "rope.freq_base_swa", "rope.scaling.factor",
     "rope.scaling.finetuned", "rope.scaling.original_context_length", "rope.scaling.type", "vocab_size",
 }  # fmt: skip
-_SAMPLING = {"temp": "temperature", "top_k": "top_k", "top_p": "top_p", "min_p": "min_p"}
+_SAMPLING = {
+    "temp": "temperature",
+    "top_k": "top_k",
+    "top_p": "top_p",
+    "min_p": "min_p",
+    "penalty_repeat": "repetition_penalty",
+}
 
 
 class _Values:
@@ -102,7 +108,7 @@ class _Values:
     def number(self, key: str, default: float | None = None) -> float:
         value = self.get(key)
         value = default if value is None else value
-        if type(value) not in (int, float):
+        if isinstance(value, bool) or not isinstance(value, int | float):
             raise self.fail(key, "a number")
         return shortest(value)
 
@@ -220,11 +226,10 @@ def _gemma4_config(v: _Values, file: GgufFile, depth: int) -> dict[str, Any]:
         raise v.fail("feed_forward_length", f"one number, doubled in the last {shared} layers")
     kv_heads, kv_full = _gemma4_kv_heads(v, layer_types)
     k_eq_v = bool(full) and not any(f"blk.{i}.attn_v.weight" in file.tensors for i in full if i < depth - shared)
-    if kv_full == kv_heads:
-        global_kv = {}
-    elif k_eq_v:
+    global_kv: dict[str, Any] = {}
+    if kv_full != kv_heads and k_eq_v:
         global_kv = {"num_global_key_value_heads": kv_full}
-    else:
+    elif kv_full != kv_heads:
         global_kv = {"per_layer_config": {str(i): {"num_key_value_heads": kv_full} for i in full}}
     ple = v.integer("embedding_length_per_layer_input", 0)
     return common | global_kv | {

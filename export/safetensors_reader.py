@@ -72,8 +72,13 @@ def parse_json(data: bytes, what: str) -> dict[str, Any]:
     def constant(name: str) -> float:
         raise ValueError(f"{name} is not JSON")
 
+    def finite(text: str) -> float:
+        if not math.isfinite(number := float(text)):
+            raise ValueError(f"{text} is too large")
+        return number
+
     try:
-        value = json.loads(data.decode("utf-8"), object_pairs_hook=once, parse_constant=constant)
+        value = json.loads(data.decode("utf-8"), object_pairs_hook=once, parse_constant=constant, parse_float=finite)
     except (ValueError, RecursionError) as e:
         raise CheckpointError(f"{what} is not valid JSON: {show(e)}") from e
     if not isinstance(value, dict):
@@ -249,8 +254,10 @@ class SafetensorsCheckpoint:
         if isinstance(template, list):  # several named templates
             named = [t for t in template if isinstance(t, dict) and t.get("name") == "default"]
             template = named[0].get("template") if named else None
-        if template is not None and not isinstance(template, str):
-            raise CheckpointError(f"{self._name}: chat_template is {type(template).__name__}, expected text")
+        if template is None:
+            return None
+        if not isinstance(template, str) or any("\ud800" <= c <= "\udfff" for c in template):
+            raise CheckpointError(f"{self._name}: chat_template is not text")
         return template
 
     def _read_generation_config(self, top: Mapping[str, Any]) -> dict[str, Any]:
@@ -290,7 +297,7 @@ def _text_config(top: Mapping[str, Any]) -> dict[str, Any]:
     model_type = top.get("model_type")
     if not isinstance(model_type, str) or model_type not in _PREFIX:
         raise ConfigError(f"model_type is {show(repr(model_type))}, expected one of {', '.join(sorted(_PREFIX))}")
-    text = top
+    text: Any = top
     if model_type == "gemma4":
         glue = [k for k in top if k not in _TOP_KEYS and k != "quantization_config" and not _GLUE_KEY.fullmatch(k)]
         if glue:

@@ -137,7 +137,7 @@ def read_rows(tensor: StoredTensor, start: int, stop: int) -> NDArray[np.float32
     raw = np.empty((min(step, last - first), kind.block_bytes), np.uint8)
     for at in range(first, last, step):
         blocks = raw[: min(step, last - at)]
-        tensor.file.read_into(tensor.offset + at * kind.block_bytes, memoryview(blocks.reshape(-1)))
+        tensor.file.read_into(tensor.offset + at * kind.block_bytes, blocks.reshape(-1).data)
         dequantize_into(kind, blocks, values[at - first : at - first + len(blocks)])
     skip = start * row - first * kind.block_elements  # only vectors of block types start inside a block
     return values.reshape(-1)[skip : skip + (stop - start) * row].reshape(stop - start, *tensor.shape[1:])

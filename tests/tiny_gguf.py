@@ -1,0 +1,172 @@
+"""Tiny random models as GGUF files, written with the `gguf` package: the same weights as tests/tiny.py's folders.
+
+Owns: the metadata llama.cpp's converter writes for gemma4 and gemma3, and its tensor names, spelled out here a second
+time. Does not know: our readers; nothing of edge_gemma is imported here.
+"""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+
+from tests.tiny import CHAT_TEMPLATE, VOCAB, tiny_config, tiny_weights
+from tests.tiny_tokenizer import tokenizer_json
+
+NAMES = {
+    "embed_tokens": "token_embd",
+    "embed_tokens_per_layer": "per_layer_token_embd",
+    "per_layer_model_projection": "per_layer_model_proj",
+    "per_layer_projection_norm": "per_layer_proj_norm",
+    "norm": "output_norm",
+    "lm_head": "output",
+    "input_layernorm": "attn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+    "post_attention_layernorm": "post_attention_norm",
+    "pre_feedforward_layernorm": "ffn_norm",
+    "post_feedforward_layernorm": "post_ffw_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+    "per_layer_input_gate": "inp_gate",
+    "per_layer_projection": "proj",
+    "post_per_layer_input_norm": "post_norm",
+    "layer_scalar": "layer_output_scale",
+}
+
+
+def gguf_name(canonical: str) -> str:
+    """layers.3.mlp.up_proj.weight -> blk.3.ffn_up.weight"""
+    plain = canonical.removesuffix(".weight")
+    if plain.startswith("layers."):
+        _, index, rest = plain.split(".", 2)
+        return f"blk.{index}.{NAMES[rest]}.weight"
+    return f"{NAMES[plain]}.weight"
+
+
+def tiny_metadata(kind: str) -> dict[str, Any]:
+    """What the converter writes for a kind of tests/tiny.py, tokenizer included."""
+    c = tiny_config(kind)
+    arch = "gemma3" if kind == "gemma3" else "gemma4"
+    depth, sliding = c["num_hidden_layers"], [t == "sliding_attention" for t in c["layer_types"]]
+    words: dict[str, Any] = {
+        "context_length": c["max_position_embeddings"],
+        "embedding_length": c["hidden_size"],
+        "block_count": depth,
+        "feed_forward_length": c["intermediate_size"],
+        "attention.head_count": c["num_attention_heads"],
+        "attention.head_count_kv": c["num_key_value_heads"],
+        "attention.layer_norm_rms_epsilon": 1e-6,
+        "attention.key_length": c.get("global_head_dim", c["head_dim"]),
+        "attention.value_length": c.get("global_head_dim", c["head_dim"]),
+        "attention.sliding_window": c["sliding_window"],
+        "rope.freq_base": 1e6,
+    }
+    if arch == "gemma3":
+        words |= {"rope.scaling.type": "linear", "rope.scaling.factor": 8.0, "attention.sliding_window_pattern": 3}
+    else:
+        shared = c["num_kv_shared_layers"]
+        words |= {
+            "attention.key_length_swa": c["head_dim"],
+            "attention.value_length_swa": c["head_dim"],
+            "attention.shared_kv_layers": shared,
+            "attention.sliding_window_pattern": sliding,
+            "embedding_length_per_layer_input": c["hidden_size_per_layer_input"],
+            "final_logit_softcapping": 30.0,
+            "rope.freq_base_swa": 1e4,
+            "rope.dimension_count": c["global_head_dim"],
+            "rope.dimension_count_swa": c["head_dim"],
+        }
+        if c["use_double_wide_mlp"]:
+            words["feed_forward_length"] = [c["intermediate_size"] * (1 + (i >= depth - shared)) for i in range(depth)]
+        if (kv := c.get("num_global_key_value_heads")) is not None:
+            words["attention.head_count_kv"] = [c["num_key_value_heads"] if s else kv for s in sliding]
+    general = {"general.architecture": arch, "general.license": "apache-2.0", "tokenizer.chat_template": CHAT_TEMPLATE}
+    return general | {f"{arch}.{k}": v for k, v in words.items()} | tokenizer_metadata()
+
+
+def tokenizer_metadata() -> dict[str, Any]:
+    """The tiny tokenizer in the merges form of Gemma 4's GGUF files."""
+    content = tokenizer_json(VOCAB)
+    special = {t["content"] for t in content["added_tokens"]}
+    pieces = list(content["model"]["vocab"])
+
+    def kind(piece: str) -> int:
+        if piece == "<unk>":
+            return int(gguf.TokenType.UNKNOWN)
+        if piece.startswith("<0x"):
+            return int(gguf.TokenType.BYTE)
+        return int(gguf.TokenType.CONTROL if piece in special else gguf.TokenType.NORMAL)
+
+    return {
+        "tokenizer.ggml.model": "gemma4",
+        "tokenizer.ggml.tokens": pieces,
+        "tokenizer.ggml.scores": [-1000.0] * len(pieces),
+        "tokenizer.ggml.token_type": [kind(p) for p in pieces],
+        "tokenizer.ggml.merges": [" ".join(pair) for pair in content["model"]["merges"]],
+        "tokenizer.ggml.bos_token_id": pieces.index("<bos>"),
+        "tokenizer.ggml.eos_token_id": pieces.index("<eos>"),
+        "tokenizer.ggml.unknown_token_id": pieces.index("<unk>"),
+        "tokenizer.ggml.padding_token_id": pieces.index("<pad>"),
+        "tokenizer.ggml.add_bos_token": True,
+        "tokenizer.ggml.add_space_prefix": False,
+    }
+
+
+def tiny_tensors(kind: str, *, seed: int = 0, unused_kv: bool = False) -> dict[str, np.ndarray]:
+    """GGUF name -> float32 values, with the frequency table of Gemma 4's full layers."""
+    weights = tiny_weights(kind, seed=seed)
+    if unused_kv:
+        weights = tiny_weights(kind, seed=seed, stored=True) | weights
+    tensors = {gguf_name(name): value for name, value in weights.items()}
+    if kind != "gemma3":
+        pairs = tiny_config(kind)["global_head_dim"] // 2
+        tensors["rope_freqs.weight"] = np.where(np.arange(pairs) < pairs // 4, 1.0, 1e30).astype(np.float32)
+    return tensors
+
+
+def write_gguf(
+    path: Path,
+    kind: str,
+    *,
+    quant: Callable[[str], str] | str = "F32",
+    metadata: Mapping[str, Any] | None = None,
+    tensors: Mapping[str, np.ndarray] | None = None,
+) -> Path:
+    """Write a tiny model of `kind` ("e2b", "e4b", "dense", "gemma3") and return `path`.
+
+    `quant`: the type of matrices, for all or by GGUF name; vectors are F32 as the converter leaves them.
+    `metadata`: keys to change, None to leave out. `tensors`: in place of `tiny_tensors(kind)`.
+    """
+    words = {k: v for k, v in (tiny_metadata(kind) | dict(metadata or {})).items() if v is not None}
+    writer = gguf.GGUFWriter(path, words.pop("general.architecture"))
+    for key, value in words.items():
+        _add(writer, key, value)
+    for name, value in (tiny_tensors(kind) if tensors is None else tensors).items():
+        chosen = quant if isinstance(quant, str) else quant(name)
+        raw = gguf.GGMLQuantizationType[chosen if value.ndim > 1 else "F32"]
+        writer.add_tensor(name, gguf.quants.quantize(value, raw), raw_dtype=raw)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def _add(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
+    if isinstance(value, bool):
+        writer.add_bool(key, value)
+    elif isinstance(value, int):
+        writer.add_uint32(key, value)
+    elif isinstance(value, float):
+        writer.add_float32(key, value)
+    elif isinstance(value, str):
+        writer.add_string(key, value)
+    else:
+        writer.add_array(key, value)
