@@ -1,0 +1,478 @@
+"""Rebuilds a SentencePiece model from the two forms in which Gemma checkpoints carry their tokenizer.
+
+Owns the reading of tokenizer.json (BPE with byte fallback) and of GGUF's tokenizer metadata (with scores, as Gemma 3,
+or with merges, as Gemma 4), the scores that make SentencePiece merge in the order of a merge list, and the protobuf
+bytes. It does not know how a GGUF file is laid out, nor how the model is used: that is `edge_gemma.tokenizer`.
+
+Why equal ids. A merge list joins the adjacent pair of the best rank, leftmost first; SentencePiece joins the adjacent
+pair whose joined piece has the best score, leftmost first, whatever the two halves are. The two agree when the list
+  1. holds every split of every piece it can build (else SentencePiece would join a pair that the list does not name),
+  2. ranks the splits of one piece next to each other, so that a piece has one rank, hence one score: -rank, and
+  3. builds pieces from characters that are pieces themselves.
+Gemma's 514,906 merges do, except for newline, space and tab runs, which are ordered by the length of their left half.
+There the list grows one run from the left until the longest run piece is reached; so does SentencePiece when all runs
+share the best score. All of this is checked here, and a list that does not comply is refused: ids that differ silently
+would be worse. Point 2 leaves the order of two splits of the *same* piece open; it could only matter
+where two such splits overlap, and tests/test_tokenizer_real.py searches the real vocabulary for such a place.
+
+Only three messages of sentencepiece_model.proto are needed, so their fields are written by hand below: protobuf would
+be a new dependency of the exporter, and its generated module costs more to import than this costs to read.
+"""
+
+import json
+import math
+import re
+import struct
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from edge_gemma.errors import CheckpointError
+
+SPACE = "\u2581"  # how SentencePiece spells " "
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # SentencePiece.Type; GGUF's token_type is the same
+MAX_VOCABULARY = 4_000_000  # sixteen times Gemma's; a larger claim is not a Gemma tokenizer
+MAX_PIECE_BYTES = 1024  # Gemma's longest is 93
+BYTE_PIECES = tuple(f"<0x{byte:02X}>" for byte in range(256))
+SPECIAL_SPELLING = re.compile(r'<\|[a-z_"]+>|<[a-z_]+\|>|<\|[a-z_"]+\|>|<(?:start|end)_of_(?:turn|image)>')
+PLAIN_SPELLING = re.compile(r"<unused\d+>|<mask>")
+
+Merges = list[tuple[int, int, int]]  # ids of left half, right half and joined piece, best rank first
+
+
+@dataclass(frozen=True)
+class _Vocabulary:
+    """Pieces by id. `names` are the pieces that SentencePiece must know by role; "" where there is none."""
+
+    source: str  # "tokenizer.json" or "GGUF", for messages
+    pieces: list[str]
+    types: list[int]
+    unk: str
+    bos: str = ""
+    eos: str = ""
+    pad: str = ""
+
+    def ids(self) -> dict[str, int]:
+        return {piece: index for index, piece in enumerate(self.pieces)}
+
+
+def from_tokenizer_json(data: bytes) -> bytes:
+    """The serialised SentencePiece ModelProto with the ids of a tokenizer.json.
+
+    Special added tokens become CONTROL pieces (never produced from text), other added tokens USER_DEFINED pieces
+    (always produced). CheckpointError, one line, when the file is malformed, is not Gemma's kind of BPE, or has merges
+    whose order SentencePiece cannot follow (see the module docstring).
+    """
+    root = _parse_json(data)
+    model = _member(root, "model", dict)
+    _check_pipeline(root, model)
+    vocabulary = _json_vocabulary(root, model)
+    ids = vocabulary.ids()
+    merges = _json_merges(_member(model, "merges", list), vocabulary, ids)
+    return _serialise(vocabulary, _scores_of_merges(vocabulary, ids, merges))
+
+
+def from_gguf_metadata(metadata: Mapping[str, object]) -> bytes:
+    """The serialised SentencePiece ModelProto with the ids of a GGUF file's `tokenizer.ggml.*` metadata.
+
+    tokenizer.ggml.model "llama" takes the stored scores, "gemma4" and "gpt2" the stored merges. Lists may be lists or
+    arrays. CheckpointError, one line, as in `from_tokenizer_json`.
+    """
+    kind = metadata.get("tokenizer.ggml.model")
+    if kind not in ("llama", "gemma4", "gpt2"):
+        raise CheckpointError(
+            f"GGUF: tokenizer.ggml.model is {_show(kind)}, expected 'llama' or 'gemma4'; not a Gemma file"
+        )
+    if metadata.get("tokenizer.ggml.add_space_prefix", False):
+        raise CheckpointError("GGUF: tokenizer.ggml.add_space_prefix is true, expected false; not a Gemma tokenizer")
+    vocabulary = _gguf_vocabulary(metadata, scored=kind == "llama")
+    if kind == "llama":
+        return _serialise(vocabulary, _gguf_scores(metadata, vocabulary))
+    ids = vocabulary.ids()
+    merges = _merges(_gguf_list(metadata, "merges", None), vocabulary, ids)
+    return _serialise(vocabulary, _scores_of_merges(vocabulary, ids, merges))
+
+
+# --- tokenizer.json ---------------------------------------------------------------------------------------------------
+
+
+def _parse_json(data: bytes) -> dict:
+    try:
+        root = json.loads(data.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"tokenizer.json: not readable as JSON ({_show(error)}); fetch it again") from None
+    if not isinstance(root, dict):
+        raise CheckpointError(f"tokenizer.json: holds a {type(root).__name__}, expected an object; fetch it again")
+    return root
+
+
+def _member(parent: dict, key: str, kind: type) -> dict | list:
+    value = parent.get(key)
+    if not isinstance(value, kind):
+        raise CheckpointError(
+            f"tokenizer.json: {key} is a {type(value).__name__}, expected a {kind.__name__}; not a Gemma tokenizer"
+        )
+    return value
+
+
+def _check_pipeline(root: dict, model: dict) -> None:
+    """Refuse everything between text and merges that is not Gemma's: " " becomes "▁", and nothing is split."""
+    normalizer = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
+    split = {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious", "invert": False}
+    expected: tuple[tuple[str, object, tuple], ...] = (
+        ("normalizer", root.get("normalizer"), (normalizer, {"type": "Sequence", "normalizers": [normalizer]})),
+        ("pre_tokenizer", root.get("pre_tokenizer"), (None, split)),  # after the normaliser no " " is left to split at
+        ("model.type", model.get("type"), ("BPE",)),
+        ("model.byte_fallback", model.get("byte_fallback"), (True,)),
+        ("model.dropout", model.get("dropout"), (None, 0.0)),
+        ("model.continuing_subword_prefix", model.get("continuing_subword_prefix"), (None, "")),
+        ("model.end_of_word_suffix", model.get("end_of_word_suffix"), (None, "")),
+        ("model.ignore_merges", model.get("ignore_merges", False), (False,)),
+    )
+    for name, got, allowed in expected:
+        if got not in allowed:
+            raise CheckpointError(
+                f"tokenizer.json: {name} is {_show(got)}, expected {_show(allowed[0])}; not a Gemma tokenizer"
+            )
+
+
+def _json_vocabulary(root: dict, model: dict) -> _Vocabulary:
+    pieces: dict[str, object] = dict(_member(model, "vocab", dict))
+    unk = model.get("unk_token")
+    if not isinstance(unk, str) or unk not in pieces:
+        raise CheckpointError(f"tokenizer.json: unk_token is {_show(unk)}, expected a token of the vocabulary")
+    added = [_added_token(entry) for entry in (_member(root, "added_tokens", list) if "added_tokens" in root else ())]
+    for text, index, _special in added:
+        if pieces.setdefault(text, index) != index:
+            raise CheckpointError(
+                f"tokenizer.json: added token {_show(text)} has id {index}, but {_show(pieces[text])} in the vocabulary"
+            )
+    by_id = _dense("tokenizer.json", pieces)
+    types = [NORMAL] * len(by_id)
+    for text, index, special in added:
+        types[index] = CONTROL if special or SPECIAL_SPELLING.fullmatch(text) else USER_DEFINED
+    roles = {role: f"<{role}>" if f"<{role}>" in pieces else "" for role in ("bos", "eos", "pad")}
+    return _typed("tokenizer.json", by_id, types, unk, **roles)
+
+
+def _added_token(entry: object) -> tuple[str, int, bool]:
+    """(text, id, special) of an added token that SentencePiece can match just as the tokenizers library does."""
+    fields = entry if isinstance(entry, dict) else {}
+    text, index, special = fields.get("content"), fields.get("id"), fields.get("special", False)
+    if not isinstance(text, str) or type(index) is not int or type(special) is not bool:
+        raise CheckpointError(f"tokenizer.json: added token {_show(entry)}, expected its content, id and special flag")
+    refused = [flag for flag in ("single_word", "lstrip", "rstrip") if fields.get(flag)]
+    if fields.get("normalized") and (" " in text or SPACE in text):
+        refused.append("normalized")
+    if " " in text and not special:
+        refused.append("a space inside")
+    if refused:
+        raise CheckpointError(f"tokenizer.json: added token {_show(text)} has {refused[0]}, which is not supported")
+    return text, index, special
+
+
+def _dense(source: str, pieces: Mapping[str, object]) -> list[str]:
+    """The pieces ordered by id; their ids must be 0..n-1, each once."""
+    count = len(pieces)
+    _check_count(source, count)
+    by_id: list[str | None] = [None] * count
+    for piece, index in pieces.items():
+        if type(index) is not int:
+            raise CheckpointError(f"{source}: token {_show(piece)} has id {_show(index)}, expected an integer")
+        if not 0 <= index < count:
+            raise CheckpointError(
+                f"{source}: token {_show(piece)} has id {_show(index)}, expected ids 0 to {count - 1} without holes"
+            )
+        if by_id[index] is not None:
+            raise CheckpointError(f"{source}: id {index} is given to {_show(by_id[index])} and {_show(piece)}")
+        by_id[index] = piece
+    return [piece for piece in by_id if piece is not None]
+
+
+def _json_merges(entries: list, vocabulary: _Vocabulary, ids: dict[str, int]) -> Merges:
+    """Merges written as "a b" or as ["a", "b"]."""
+    return _merges(
+        (" ".join(e) if isinstance(e, list) and all(isinstance(half, str) for half in e) else e for e in entries),
+        vocabulary,
+        ids,
+    )
+
+
+# --- GGUF -------------------------------------------------------------------------------------------------------------
+
+
+def _gguf_list(metadata: Mapping[str, object], key: str, length: int | None) -> Sequence:
+    name = f"tokenizer.ggml.{key}"
+    value = metadata.get(name)
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    if not isinstance(value, list | tuple):
+        raise CheckpointError(f"GGUF: {name} is {_show(value)}, expected a list; the tokenizer is not in this file")
+    if length is not None and len(value) != length:
+        raise CheckpointError(f"GGUF: {name} holds {len(value)} entries, expected {length}, one for each token")
+    return value
+
+
+def _gguf_vocabulary(metadata: Mapping[str, object], *, scored: bool) -> _Vocabulary:
+    tokens = _gguf_list(metadata, "tokens", None)
+    _check_count("GGUF", len(tokens))
+    types = list(_gguf_list(metadata, "token_type", len(tokens)))
+    pieces: dict[str, int] = {}
+    for index, token in enumerate(tokens):
+        if not isinstance(token, str):
+            raise CheckpointError(f"GGUF: token {index} is {_show(token)}, expected text")
+        if type(types[index]) is not int or not NORMAL <= types[index] <= BYTE:
+            raise CheckpointError(f"GGUF: token {index} has token_type {_show(types[index])}, expected 1 to 6")
+        piece = token.replace(" ", SPACE)  # writers store runs of spaces either way
+        if pieces.setdefault(piece, index) != index:
+            raise CheckpointError(
+                f"GGUF: ids {pieces[piece]} and {index} are both {_show(piece)}, expected each token once"
+            )
+        types[index] = _gguf_type(piece, types[index], scored)
+    by_id = list(pieces)
+    roles = {
+        role: _gguf_role(metadata, key, by_id) for role, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"))
+    }
+    unk = _gguf_role(metadata, "unknown", by_id) or ("<unk>" if "<unk>" in pieces else "")
+    if not unk:
+        raise CheckpointError("GGUF: tokenizer.ggml.unknown_token_id is missing and there is no token <unk>")
+    return _typed("GGUF", by_id, types, unk, **roles)
+
+
+def _gguf_type(piece: str, kind: int, scored: bool) -> int:
+    """The type as the checkpoint's own tokenizer has it, where llama.cpp's converter writes another.
+
+    It writes some of Gemma's special tokens as USER_DEFINED (Gemma 4's tool and channel tokens, so that they are
+    printed; Gemma 3's image tokens), and Gemma 3's `<unusedN>` and `<mask>`, ordinary added tokens, as CONTROL.
+    """
+    if kind == USER_DEFINED and SPECIAL_SPELLING.fullmatch(piece):
+        return CONTROL
+    if scored and kind == CONTROL and PLAIN_SPELLING.fullmatch(piece):
+        return USER_DEFINED
+    if not scored and kind == UNUSED:
+        return NORMAL  # a merge list has no such notion
+    return kind
+
+
+def _gguf_role(metadata: Mapping[str, object], key: str, pieces: list[str]) -> str:
+    name = f"tokenizer.ggml.{key}_token_id"
+    index = metadata.get(name)
+    if index is None:
+        return ""
+    try:
+        return pieces[range(len(pieces)).index(index)]
+    except ValueError:
+        raise CheckpointError(f"GGUF: {name} is {_show(index)}, expected an id below {len(pieces)}") from None
+
+
+def _gguf_scores(metadata: Mapping[str, object], vocabulary: _Vocabulary) -> list[float]:
+    scores = _gguf_list(metadata, "scores", len(vocabulary.pieces))
+    for index, score in enumerate(scores):
+        if not isinstance(score, int | float) or not math.isfinite(score):
+            raise CheckpointError(f"GGUF: token {index} has score {_show(score)}, expected a finite number")
+    return [float(score) for score in scores]
+
+
+# --- merges -> scores -------------------------------------------------------------------------------------------------
+
+
+def _merges(entries: Iterable[object], vocabulary: _Vocabulary, ids: dict[str, int]) -> Merges:
+    """Merges as ids, each checked: two known halves, a known joined piece, none of them special, none twice."""
+    merges: dict[tuple[int, int], int] = {}
+    for rank, entry in enumerate(entries):
+        halves = entry.split(" ") if isinstance(entry, str) else ()
+        if len(halves) != 2:
+            raise CheckpointError(f"{vocabulary.source}: merge {rank} is {_show(entry)}, expected two tokens")
+        left, right = halves
+        triple = ids.get(left), ids.get(right), ids.get(left + right)
+        if None in triple:
+            unknown = (left, right, left + right)[triple.index(None)]
+            raise CheckpointError(f"{vocabulary.source}: merge {rank} names {_show(unknown)}, which is not a token")
+        if any(vocabulary.types[index] not in (NORMAL, USER_DEFINED) for index in triple):
+            raise CheckpointError(
+                f"{vocabulary.source}: merge {rank}, {_show(entry)}, uses a special or byte token, expected plain ones"
+            )
+        if (triple[0], triple[1]) in merges:
+            raise CheckpointError(f"{vocabulary.source}: merge {rank}, {_show(entry)}, is listed twice")
+        merges[triple[0], triple[1]] = triple[2]
+    return [(left, right, joined) for (left, right), joined in merges.items()]
+
+
+def _scores_of_merges(vocabulary: _Vocabulary, ids: dict[str, int], merges: Merges) -> list[float]:
+    """One score for each piece, such that the best score first means the best rank first; see the module docstring."""
+    source, types, pieces = vocabulary.source, vocabulary.types, vocabulary.pieces
+    longest = _greedy_runs(pieces, ids, merges)
+    runs = {ids[char * size] for char, most in longest.items() for size in range(2, most + 1)}
+    _check_added_spaces(vocabulary, longest.get(SPACE, 1))
+    scores = dict.fromkeys(runs, 0.0)
+    splits: dict[int, int] = {}
+    last = -1
+    for left, right, joined in merges:
+        if joined in runs:
+            continue
+        added = [index for index in (left, right, joined) if types[index] == USER_DEFINED]
+        if any(SPACE in pieces[index] for index in added):
+            raise CheckpointError(
+                f"{source}: merges take part in the added token {_show(pieces[added[0]])}, which has a space; "
+                "SentencePiece cannot follow such a list"
+            )
+        if added:
+            continue  # neither library comes to this merge: text that spells the added token is taken out before
+        if joined != last:
+            if joined in scores:
+                raise CheckpointError(
+                    f"{source}: merges that give {_show(pieces[joined])} stand in several places, expected one; "
+                    "SentencePiece cannot follow such a list"
+                )
+            scores[joined], splits[joined], last = -1.0 - len(splits), 0, joined
+        splits[joined] += 1
+    _check_complete(vocabulary, ids, runs, splits)
+    return [scores.get(index, 0.0) for index in range(len(pieces))]
+
+
+def _greedy_runs(pieces: list[str], ids: dict[str, int], merges: Merges) -> dict[str, int]:
+    """The characters whose runs the merges build greedily from the left, each with its longest run piece.
+
+    Writing k for a run of k characters: no length is missing, joining (k, 1) ranks before joining (1, 1), and both
+    before any other merge that takes such a run. Then a run always looks like longest ... longest, k, 1 ... 1 while it
+    is being joined, and scores that are equal and better than all others lead to the same pieces.
+    """
+    run_of = [piece[0] if piece == piece[0] * len(piece) else "" for piece in pieces]
+    rank: dict[tuple[int, int], int] = {}
+    taken: dict[str, int] = {}  # rank of the first merge that makes something else of a run
+    longest: dict[str, int] = {}
+    for index, (left, right, joined) in enumerate(merges):
+        char = run_of[joined]
+        if char:
+            rank[left, right] = index
+            longest[char] = max(longest.get(char, 1), len(pieces[joined]))
+        else:
+            taken.setdefault(run_of[left], index)
+            taken.setdefault(run_of[right], index)
+
+    def is_greedy(char: str, most: int) -> bool:
+        one = ids.get(char, -1)
+        grow = [rank.get((ids.get(char * size, -1), one), len(merges)) for size in range(1, most)]
+        return grow[0] < taken.get(char, len(merges)) and all(step < grow[0] for step in grow[1:])
+
+    return {char: most for char, most in longest.items() if is_greedy(char, most)}
+
+
+def _check_added_spaces(vocabulary: _Vocabulary, longest: int) -> None:
+    """Added tokens with a space in them must be all runs of 2 to `longest` spaces, or none.
+
+    SentencePiece takes added tokens out after " " became "▁", the tokenizers library before. For a full set of runs the
+    two are equal: the longest run first is what the merges of the opening runs build.
+    """
+    found = {
+        p for p, kind in zip(vocabulary.pieces, vocabulary.types, strict=True) if kind == USER_DEFINED and SPACE in p
+    }
+    wrong = found ^ {SPACE * size for size in range(2, longest + 1)} if found else found
+    if wrong:
+        raise CheckpointError(
+            f"{vocabulary.source}: added tokens and merges disagree about {_show(min(wrong))}, expected every run "
+            f"of 2 to {longest} spaces in both; SentencePiece cannot follow such a list"
+        )
+
+
+def _check_complete(vocabulary: _Vocabulary, ids: dict[str, int], runs: set[int], splits: Mapping[int, int]) -> None:
+    """Every split of every plain piece, `runs` excepted, must be a merge (`splits` counts them).
+
+    A split is two symbols that SentencePiece would join unasked: plain pieces, or characters that are no piece at all.
+    """
+    types = vocabulary.types
+
+    def is_symbol(text: str) -> bool:
+        index = ids.get(text)
+        return len(text) == 1 if index is None else types[index] == NORMAL
+
+    for index, piece in enumerate(vocabulary.pieces):
+        if types[index] != NORMAL or index in runs:
+            continue
+        count = sum(is_symbol(piece[:cut]) and is_symbol(piece[cut:]) for cut in range(1, len(piece)))
+        if count != splits.get(index, 0):
+            raise CheckpointError(
+                f"{vocabulary.source}: merges list {splits.get(index, 0)} of the {count} splits of {_show(piece)}, "
+                "expected all, as Gemma's do; SentencePiece cannot follow such a list"
+            )
+
+
+# --- checks and bytes that both forms share ---------------------------------------------------------------------------
+
+
+def _check_count(source: str, count: int) -> None:
+    if not 0 < count <= MAX_VOCABULARY:
+        raise CheckpointError(f"{source}: {count} tokens, expected 1 to {MAX_VOCABULARY}; not a Gemma tokenizer")
+
+
+def _typed(source: str, pieces: list[str], types: list[int], unk: str, **roles: str) -> _Vocabulary:
+    """The vocabulary with its byte, unknown and role tokens typed, and every piece fit for SentencePiece."""
+    ids = {piece: index for index, piece in enumerate(pieces)}
+    for byte_piece in BYTE_PIECES:
+        if byte_piece not in ids:
+            raise CheckpointError(
+                f"{source}: there is no byte token {byte_piece}, expected all 256; not a Gemma tokenizer"
+            )
+    types = [NORMAL if kind == BYTE else CONTROL if kind == UNKNOWN else kind for kind in types]
+    for role in filter(None, roles.values()):
+        types[ids[role]] = CONTROL
+    for byte_piece in BYTE_PIECES:
+        types[ids[byte_piece]] = BYTE
+    types[ids[unk]] = UNKNOWN
+    for piece, kind in zip(pieces, types, strict=True):
+        try:
+            size = len(piece.encode("utf-8"))
+        except UnicodeEncodeError:
+            size = 0
+        if not 0 < size <= MAX_PIECE_BYTES or "\0" in piece:
+            raise CheckpointError(
+                f"{source}: token {_show(piece)} is not text of 1 to {MAX_PIECE_BYTES} bytes without NUL"
+            )
+        if kind in (CONTROL, UNKNOWN) and len(piece) == 1:
+            raise CheckpointError(
+                f"{source}: special token {_show(piece)} is one character, expected a longer spelling"
+            )
+    return _Vocabulary(source, pieces, types, unk, **roles)
+
+
+def _show(value: object) -> str:
+    """A value in one short line of a message."""
+    text = (
+        repr(value) if isinstance(value, str | int | float | bool | None) else f"{type(value).__name__} {value!r:.200}"
+    )
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _serialise(vocabulary: _Vocabulary, scores: list[float]) -> bytes:
+    """ModelProto: pieces (field 1: piece 1, score 2, type 3), trainer_spec (2), normalizer_spec (3)."""
+    parts: list[bytes] = []
+    for piece, score, kind in zip(vocabulary.pieces, scores, vocabulary.types, strict=True):
+        parts.append(_field(1, _field(1, piece) + b"\x15" + struct.pack("<f", score) + _field(3, kind)))
+    ids = vocabulary.ids()
+    roles = (vocabulary.unk, vocabulary.bos, vocabulary.eos, vocabulary.pad)
+    trainer = (
+        _field(3, 2) + _field(4, len(vocabulary.pieces)) + _field(35, 1)
+    )  # model_type BPE, vocab_size, byte_fallback
+    for number, role in enumerate(roles):
+        trainer += _field(40 + number, ids.get(role, -1))  # unk_id, bos_id, eos_id, pad_id
+        if role:
+            trainer += _field(45 + number, role)  # unk_piece, bos_piece, eos_piece, pad_piece
+    # name; no charsmap: text is taken as it is; add_dummy_prefix, remove_extra_whitespaces, escape_whitespaces
+    normalizer = _field(1, "identity") + _field(3, 0) + _field(4, 0) + _field(5, 1)
+    return b"".join(parts) + _field(2, trainer) + _field(3, normalizer)
+
+
+def _field(number: int, value: int | str | bytes) -> bytes:
+    """One protobuf field: integers as varints (negative ones in 64-bit two's complement), text and bytes by length."""
+    if isinstance(value, int):
+        return _varint(number << 3) + _varint(value & 0xFFFFFFFFFFFFFFFF)
+    data = value.encode("utf-8") if isinstance(value, str) else value
+    return _varint(number << 3 | 2) + _varint(len(data)) + data
+
+
+def _varint(value: int) -> bytes:
+    out = bytearray()
+    while value > 0x7F:
+        out.append(value & 0x7F | 0x80)
+        value >>= 7
+    out.append(value)
+    return bytes(out)
