@@ -265,7 +265,7 @@ def _layer(c: Mapping[str, Any], index: int, layer_type: str, kv_source: int) ->
     heads = _integer(c, "num_attention_heads")
     if heads % kv_heads or head_dim % 2:
         raise ConfigError(
-            f"layer {index} has {heads} heads of {head_dim} and {kv_heads} KV heads: expected whole groups, an even head_dim"
+            f"layer {index}: {heads} heads of {head_dim} on {kv_heads} KV heads, expected whole groups and an even size"
         )
     wide = gemma4 and bool(c.get("use_double_wide_mlp", False)) and kv_source != index
     theta, factor, rotary_dim = _rope(c, layer_type, head_dim)

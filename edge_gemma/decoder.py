@@ -15,7 +15,7 @@ from edge_gemma import kernels, ops
 from edge_gemma.config import GemmaConfig, LayerSpec
 from edge_gemma.kv_cache import KVCache
 from edge_gemma.linear import Activations
-from edge_gemma.weights import LayerWeights, Weights
+from edge_gemma.weights import KeyValueWeights, Weights
 
 Rope = dict[str, tuple[np.ndarray, np.ndarray]]  # layer_type -> (cos, sin), each float32 [n, hd / 2]
 
@@ -27,7 +27,6 @@ class Decoder:
         self.config = config
         self.weights = weights
         self.embed_scale = np.float32(math.sqrt(config.hidden_size))
-        self._ones = np.ones(max(layer.head_dim for layer in config.layers), np.float32)
         self._frequencies = {layer.layer_type: rope_frequencies(layer) for layer in config.layers}
 
     def embed(self, ids: np.ndarray) -> np.ndarray:
@@ -52,8 +51,8 @@ class Decoder:
 
         for layer, w in zip(config.layers, self.weights.layers, strict=True):
             x = Activations(ops.rms_norm(h, w.input_layernorm, eps))
-            if layer.owns_kv:
-                k, v = self.keys_and_values(x, layer, w, rope)
+            if w.kv is not None:
+                k, v = self.keys_and_values(x, layer, w.kv, rope)
                 cache.layers[layer.index].store(first, k, v)
             if layer.index == producer:
                 if keep == 0:
@@ -76,9 +75,9 @@ class Decoder:
             kernels.add_rms_norm(h, m, w.post_feedforward_layernorm, eps)
 
             # per-layer embedding: the gate reads h as it is, not normalised
-            if w.per_layer_input_gate is not None:
-                g = ops.gelu_mul(w.per_layer_input_gate(Activations(h)), ple[layer.index])
-                kernels.add_rms_norm(h, w.per_layer_projection(Activations(g)), w.post_per_layer_input_norm, eps)
+            if (branch := w.per_layer_input) is not None:
+                g = ops.gelu_mul(branch.gate(Activations(h)), ple[layer.index])
+                kernels.add_rms_norm(h, branch.projection(Activations(g)), branch.post_norm, eps)
 
             h *= w.layer_scalar
 
@@ -86,14 +85,14 @@ class Decoder:
         return ops.rms_norm(h, self.weights.norm, eps) if keep else h[:0]
 
     def keys_and_values(
-        self, x: Activations, layer: LayerSpec, w: LayerWeights, rope: Rope
+        self, x: Activations, layer: LayerSpec, w: KeyValueWeights, rope: Rope
     ) -> tuple[np.ndarray, np.ndarray]:
         """K after k_norm and RoPE, V after the weightless v_norm: float32 [n, KV, hd] each."""
         eps = self.config.rms_norm_eps
         k = w.k_proj(x).reshape(-1, layer.num_key_value_heads, layer.head_dim)
         v = k if w.v_proj is None else w.v_proj(x).reshape(k.shape)  # attention_k_eq_v: the raw key projection
         if layer.v_norm:
-            v = ops.rms_norm(v, self._ones[: layer.head_dim], eps)
+            v = ops.rms_norm(v, None, eps)
         return ops.rms_norm_rope(k, w.k_norm, *rope[layer.layer_type], eps), v
 
     def per_layer_inputs(self, ids: np.ndarray, embeddings: np.ndarray, start: int, stop: int) -> dict[int, np.ndarray]:
@@ -102,15 +101,14 @@ class Decoder:
         ids: int64 [n], the pad token at soft positions; embeddings: float32 [n, D], what enters layer 0.
         (rms(projection(e) / sqrt(D)) + table[id] * sqrt(P)) / sqrt(2), each layer's slice normalised on its own.
         """
-        w, p = self.weights, self.config.hidden_size_per_layer_input
-        if not p or start == stop or not len(ids):
+        w, p = self.weights.per_layer_embeddings, self.config.hidden_size_per_layer_input
+        if w is None or start == stop or not len(ids):
             return {}
-        context = w.per_layer_model_projection(Activations(embeddings), start * p, stop * p)
+        context = w.model_projection(Activations(embeddings), start * p, stop * p)
         context *= np.float32(self.config.hidden_size**-0.5)
-        context = ops.rms_norm(
-            context.reshape(len(ids), stop - start, p), w.per_layer_projection_norm, self.config.rms_norm_eps
-        )
-        table = w.embed_tokens_per_layer.gather(ids).reshape(len(ids), -1, p)[:, start:stop]
+        context = context.reshape(len(ids), stop - start, p)
+        context = ops.rms_norm(context, w.projection_norm, self.config.rms_norm_eps)
+        table = w.table.gather(ids).reshape(len(ids), -1, p)[:, start:stop]
         inputs = (context + table * np.float32(math.sqrt(p))) * np.float32(2**-0.5)
         return {start + i: np.ascontiguousarray(inputs[:, i]) for i in range(stop - start)}
 

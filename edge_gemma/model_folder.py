@@ -189,7 +189,7 @@ class ModelFolder:
                             progress(done, total, name)
                     if digest.hexdigest() != expected:
                         raise ModelFolderError(
-                            f"{self.path / file}: {name} does not have the digest of the manifest: copy or export it again"
+                            f"{self.path / file}: {name} differs from the digest of the manifest: export it again"
                         )
         return done
 
@@ -240,7 +240,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         raise ModelFolderError(f"{file} is not the manifest of a model folder")
     if manifest.get("version") != VERSION:
         raise ModelFolderError(
-            f"{file} has format version {manifest.get('version')!r}, this edge_gemma reads {VERSION}: export the model again"
+            f"{file} has format version {manifest.get('version')!r}, expected {VERSION}: export the model again"
         )
     if manifest.get("digest") != manifest_digest(manifest):
         raise ModelFolderError(f"{file} was altered (its digest differs): copy or export the model again")

@@ -20,7 +20,7 @@ def cache_folder() -> Path:
     """Where converted models are kept: the platform's cache folder for this user."""
     from platformdirs import user_cache_path
 
-    return user_cache_path("edge_gemma") / "models"
+    return user_cache_path("edge-gemma", appauthor=False) / "models"
 
 
 def resolve(model: Path | str | None = None, progress: Progress | None = None) -> Path:

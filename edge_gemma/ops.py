@@ -8,8 +8,8 @@ import numpy as np
 from edge_gemma import kernels
 
 
-def rms_norm(x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
-    """x / sqrt(mean(x^2) + eps) * weight over the last axis: float32, x's shape."""
+def rms_norm(x: np.ndarray, weight: np.ndarray | None, eps: float) -> np.ndarray:
+    """x / sqrt(mean(x^2) + eps) * weight over the last axis: float32, x's shape. Without a weight: times 1."""
     flat = x.reshape(-1, x.shape[-1])
     out = np.empty_like(flat)
     kernels.rms_norm(flat, weight, eps, out)

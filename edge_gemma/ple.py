@@ -42,7 +42,7 @@ class DiskRows:
         done = 0
         while done < len(record):
             try:
-                got = os.preadv(self._fd, [record[done:]], offset + done)
+                got = os.preadv(self._fd, [record[done:].data], offset + done)
             except OSError as error:
                 raise ModelFolderError(f"{self._path}: reading a row failed: {error.strerror}") from None
             if got == 0:

@@ -128,10 +128,10 @@ class Session:
 
     def _check(self, ids: list[int]) -> None:
         vocab_size = self._decoder.config.vocab_size
-        if not ids or not all(0 <= i < vocab_size for i in ids):
-            raise UsageError(
-                f"expected one or more token ids below {vocab_size}, got {[i for i in ids if not 0 <= i < vocab_size][:5]}"
-            )
+        if not ids:
+            raise UsageError("expected one or more token ids, got none")
+        if strange := [i for i in ids if not 0 <= i < vocab_size]:
+            raise UsageError(f"token id {strange[0]} is outside the vocabulary, expected 0 to {vocab_size - 1}")
         if self.position + len(ids) > self.context:
             raise ContextFullError(
                 f"{len(ids)} tokens do not fit: {self.position} of {self.context} are used; "

@@ -13,52 +13,76 @@ from edge_gemma.ple import DiskRows
 
 
 @dataclass(frozen=True)
+class KeyValueWeights:
+    """What a layer needs to write its own KV cache."""
+
+    k_proj: Matrix  # [KV * hd, D]
+    k_norm: np.ndarray  # float32 [hd]
+    v_proj: Matrix | None  # [KV * hd, D]; None where V is the raw key projection (attention_k_eq_v)
+
+
+@dataclass(frozen=True)
+class PerLayerInputWeights:
+    """A layer's branch for its per-layer embedding."""
+
+    gate: Matrix  # per_layer_input_gate [P, D]
+    projection: Matrix  # per_layer_projection [D, P]
+    post_norm: np.ndarray  # post_per_layer_input_norm, float32 [D]
+
+
+@dataclass(frozen=True)
 class LayerWeights:
     """One layer. D hidden_size, H heads, KV key-value heads, hd head_dim, F intermediate_size, P per-layer input."""
 
     input_layernorm: np.ndarray  # float32 [D]
     q_proj: Matrix  # [H * hd, D]
-    q_norm: np.ndarray  # [hd]
-    k_proj: Matrix | None  # [KV * hd, D]; None in layers that share another's KV
-    k_norm: np.ndarray | None  # [hd]
-    v_proj: Matrix | None  # [KV * hd, D]; None also where V is the raw key projection
+    q_norm: np.ndarray  # float32 [hd]
+    kv: KeyValueWeights | None  # None in layers that share another's KV
     o_proj: Matrix  # [D, H * hd]
-    post_attention_layernorm: np.ndarray  # [D]
-    pre_feedforward_layernorm: np.ndarray  # [D]
+    post_attention_layernorm: np.ndarray  # float32 [D]
+    pre_feedforward_layernorm: np.ndarray  # float32 [D]
     gate_proj: Matrix  # [F, D]
     up_proj: Matrix  # [F, D]
     down_proj: Matrix  # [D, F]
-    post_feedforward_layernorm: np.ndarray  # [D]
-    per_layer_input_gate: Matrix | None  # [P, D]; None without per-layer embeddings
-    per_layer_projection: Matrix | None  # [D, P]
-    post_per_layer_input_norm: np.ndarray | None  # [D]
+    post_feedforward_layernorm: np.ndarray  # float32 [D]
+    per_layer_input: PerLayerInputWeights | None  # None in models without per-layer embeddings
     layer_scalar: float  # factor on the residual stream
 
 
 @dataclass(frozen=True)
+class PerLayerEmbeddings:
+    """Where per-layer inputs come from. L layers."""
+
+    table: DiskRows  # embed_tokens_per_layer [V, L * P], on disk
+    model_projection: Matrix  # per_layer_model_projection [L * P, D]
+    projection_norm: np.ndarray  # per_layer_projection_norm, float32 [P]
+
+
+@dataclass(frozen=True)
 class Weights:
-    """A whole text decoder. L layers, V vocabulary."""
+    """A whole text decoder. V vocab_size."""
 
     embed_tokens: Matrix  # [V, D]
-    embed_tokens_per_layer: DiskRows | None  # [V, L * P], on disk
-    per_layer_model_projection: Matrix | None  # [L * P, D]
-    per_layer_projection_norm: np.ndarray | None  # [P]
+    per_layer_embeddings: PerLayerEmbeddings | None
     layers: tuple[LayerWeights, ...]
-    norm: np.ndarray  # [D]
+    norm: np.ndarray  # float32 [D]
     lm_head: Matrix  # [V, D]; embed_tokens itself where they are tied
 
     def close(self) -> None:
-        if self.embed_tokens_per_layer is not None:
-            self.embed_tokens_per_layer.close()
+        if self.per_layer_embeddings is not None:
+            self.per_layer_embeddings.table.close()
 
 
 class _Binder:
-    """Looks tensors up once. A name the configuration does not call for gives None."""
+    """Looks tensors up once."""
 
     def __init__(self, folder: ModelFolder) -> None:
         self._tensors = folder.tensors
         self._files: MappedFiles = folder.map()
         self._path = folder.path
+
+    def has(self, name: str) -> bool:
+        return name in self._tensors
 
     def matrix(self, name: str) -> Matrix:
         tensor = self._tensors[f"{name}.weight"]
@@ -70,41 +94,49 @@ class _Binder:
     def vector(self, name: str) -> np.ndarray:
         return widen(self._files.array(self._tensors[name].parts["values"])).astype(np.float32)
 
-    def optional_matrix(self, name: str) -> Matrix | None:
-        return self.matrix(name) if f"{name}.weight" in self._tensors else None
-
-    def optional_vector(self, name: str) -> np.ndarray | None:
-        return self.vector(name) if name in self._tensors else None
-
-    def optional_disk_rows(self, name: str) -> DiskRows | None:
-        tensor = self._tensors.get(f"{name}.weight")
-        return None if tensor is None else DiskRows(self._path, tensor)
+    def disk_rows(self, name: str) -> DiskRows:
+        return DiskRows(self._path, self._tensors[f"{name}.weight"])
 
 
 def bind(folder: ModelFolder) -> Weights:
     """Map the folder and bind every tensor; the folder's table was checked against the configuration when opened."""
     b = _Binder(folder)
     embed_tokens = b.matrix("embed_tokens")
+    per_layer_embeddings = None
+    if folder.config.hidden_size_per_layer_input:
+        per_layer_embeddings = PerLayerEmbeddings(
+            table=b.disk_rows("embed_tokens_per_layer"),
+            model_projection=b.matrix("per_layer_model_projection"),
+            projection_norm=b.vector("per_layer_projection_norm.weight"),
+        )
     return Weights(
         embed_tokens=embed_tokens,
-        embed_tokens_per_layer=b.optional_disk_rows("embed_tokens_per_layer"),
-        per_layer_model_projection=b.optional_matrix("per_layer_model_projection"),
-        per_layer_projection_norm=b.optional_vector("per_layer_projection_norm.weight"),
+        per_layer_embeddings=per_layer_embeddings,
         layers=tuple(_bind_layer(b, f"layers.{layer.index}") for layer in folder.config.layers),
         norm=b.vector("norm.weight"),
-        lm_head=b.optional_matrix("lm_head") or embed_tokens,
+        lm_head=embed_tokens if folder.config.tie_word_embeddings else b.matrix("lm_head"),
     )
 
 
 def _bind_layer(b: _Binder, at: str) -> LayerWeights:
-    scalar = b.optional_vector(f"{at}.layer_scalar")
+    kv = per_layer_input = None
+    if b.has(f"{at}.self_attn.k_proj.weight"):
+        kv = KeyValueWeights(
+            k_proj=b.matrix(f"{at}.self_attn.k_proj"),
+            k_norm=b.vector(f"{at}.self_attn.k_norm.weight"),
+            v_proj=b.matrix(f"{at}.self_attn.v_proj") if b.has(f"{at}.self_attn.v_proj.weight") else None,
+        )
+    if b.has(f"{at}.per_layer_input_gate.weight"):
+        per_layer_input = PerLayerInputWeights(
+            gate=b.matrix(f"{at}.per_layer_input_gate"),
+            projection=b.matrix(f"{at}.per_layer_projection"),
+            post_norm=b.vector(f"{at}.post_per_layer_input_norm.weight"),
+        )
     return LayerWeights(
         input_layernorm=b.vector(f"{at}.input_layernorm.weight"),
         q_proj=b.matrix(f"{at}.self_attn.q_proj"),
         q_norm=b.vector(f"{at}.self_attn.q_norm.weight"),
-        k_proj=b.optional_matrix(f"{at}.self_attn.k_proj"),
-        k_norm=b.optional_vector(f"{at}.self_attn.k_norm.weight"),
-        v_proj=b.optional_matrix(f"{at}.self_attn.v_proj"),
+        kv=kv,
         o_proj=b.matrix(f"{at}.self_attn.o_proj"),
         post_attention_layernorm=b.vector(f"{at}.post_attention_layernorm.weight"),
         pre_feedforward_layernorm=b.vector(f"{at}.pre_feedforward_layernorm.weight"),
@@ -112,8 +144,6 @@ def _bind_layer(b: _Binder, at: str) -> LayerWeights:
         up_proj=b.matrix(f"{at}.mlp.up_proj"),
         down_proj=b.matrix(f"{at}.mlp.down_proj"),
         post_feedforward_layernorm=b.vector(f"{at}.post_feedforward_layernorm.weight"),
-        per_layer_input_gate=b.optional_matrix(f"{at}.per_layer_input_gate"),
-        per_layer_projection=b.optional_matrix(f"{at}.per_layer_projection"),
-        post_per_layer_input_norm=b.optional_vector(f"{at}.post_per_layer_input_norm.weight"),
-        layer_scalar=1.0 if scalar is None else float(scalar[0]),
+        per_layer_input=per_layer_input,
+        layer_scalar=float(b.vector(f"{at}.layer_scalar")[0]) if b.has(f"{at}.layer_scalar") else 1.0,
     )

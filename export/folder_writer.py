@@ -64,7 +64,7 @@ class FolderWriter:
             self._lay_out(file, parts)
 
     def _lay_out(self, file: str, parts: list[tuple[str, str, Part]]) -> None:
-        """A safetensors file whose every part starts on a cache line; fillers keep it free of holes, as the format asks."""
+        """A safetensors file whose every part starts on a cache line; fillers leave no holes, as it asks."""
         entries: dict[str, Any] = {"__metadata__": {"format": FORMAT}}
         spans, offset = [], 0
         for name, key, part in parts:

