@@ -4,6 +4,7 @@ Owns: one file (`write_file`) and one folder (`new_folder`). Does not know what 
 """
 
 import contextlib
+import ctypes
 import fcntl
 import os
 import shutil
@@ -13,7 +14,7 @@ from pathlib import Path
 
 from edge_gemma.errors import UsageError
 
-_ASIDE = ".partial"
+_ASIDE, _REPLACED = ".partial", ".replaced"
 
 
 def sync_folder(path: Path) -> None:
@@ -50,10 +51,10 @@ def new_folder(dest: Path, *, force: bool = False) -> Iterator[Path]:
     Raises UsageError if `dest` exists without `force`, or is not a folder.
     """
     dest = dest.absolute()
+    dest.parent.mkdir(parents=True, exist_ok=True)
+    _clear_leftovers(dest)
     if dest.exists() and (not force or not dest.is_dir()):
         raise UsageError(f"{dest} exists already: choose another name, or --force to replace a model folder")
-    dest.parent.mkdir(parents=True, exist_ok=True)
-    _remove_abandoned(dest)
     aside = Path(tempfile.mkdtemp(prefix=f".{dest.name}.", suffix=_ASIDE, dir=dest.parent))
     lock = os.open(aside, os.O_RDONLY | os.O_DIRECTORY)
     try:
@@ -73,20 +74,31 @@ def new_folder(dest: Path, *, force: bool = False) -> Iterator[Path]:
 
 def _rename(aside: Path, dest: Path) -> None:
     aside.chmod(0o755)
-    if dest.exists():
-        # A folder can't be renamed over a full one. The old one steps aside first; its name says what it was.
-        old = dest.with_name(f".{dest.name}.replaced{_ASIDE}")
-        shutil.rmtree(old, ignore_errors=True)
+    if not dest.exists():
+        os.rename(aside, dest)
+    elif _exchange(aside, dest):
+        shutil.rmtree(aside, ignore_errors=True)  # holds the old folder now
+    else:
+        old = dest.with_name(f".{dest.name}{_REPLACED}")
         os.rename(dest, old)
         os.rename(aside, dest)
         shutil.rmtree(old, ignore_errors=True)
-    else:
-        os.rename(aside, dest)
     sync_folder(dest.parent)
 
 
-def _remove_abandoned(dest: Path) -> None:
-    for left in dest.parent.glob(f".{dest.name}.*{_ASIDE}"):
+def _exchange(a: Path, b: Path) -> bool:
+    """Swap two names in one step, where the system and the file system can (Linux `renameat2`, RENAME_EXCHANGE)."""
+    renameat2 = getattr(ctypes.CDLL(None), "renameat2", None)
+    at_cwd, exchange = -100, 2
+    return renameat2 is not None and renameat2(at_cwd, os.fsencode(a), at_cwd, os.fsencode(b), exchange) == 0
+
+
+def _clear_leftovers(dest: Path) -> None:
+    """Remove what killed runs left aside; where one died between taking the old folder away and naming the new, undo."""
+    old = dest.with_name(f".{dest.name}{_REPLACED}")
+    if old.exists() and not dest.exists():
+        os.rename(old, dest)
+    for left in [*dest.parent.glob(f".{dest.name}.*{_ASIDE}"), old]:
         if not left.is_dir():
             continue
         fd = os.open(left, os.O_RDONLY | os.O_DIRECTORY)

@@ -1,0 +1,75 @@
+"""Imports point up the list of DESIGN: a module may import only what stands above it; export/ and quant/ stay outside."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+ORDER = [
+    "errors", "atomic", "config", "qformat", "model_folder", "kernels", "linear", "ple", "weights", "kv_cache", "ops",
+    "decoder", "tokenizer", "tool_call", "template", "chat", "sampler", "models", "session", "engine", "generate",
+    "conversation", "terminal", "cli",
+]  # fmt: skip
+# The places of the runtime that may reach into export/ and quant/, and only inside a function.
+CONVERTERS = {"cli", "models"}
+
+
+def imported(tree: ast.Module, *, nested: bool) -> set[str]:
+    """Names below edge_gemma that a module imports, at its top level or (nested) anywhere."""
+    nodes = ast.walk(tree) if nested else _top_level(tree)
+    found = set()
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            found |= {alias.name.removeprefix("edge_gemma.") for alias in node.names if "edge_gemma" in alias.name}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0 and (node.module or "").startswith("edge_gemma"):
+            module = (node.module or "").removeprefix("edge_gemma").removeprefix(".")
+            found |= {module} if module else {alias.name for alias in node.names}
+    return {name.split(".")[0] for name in found}
+
+
+def _top_level(tree: ast.Module):
+    for node in tree.body:
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test):
+            continue
+        yield node
+
+
+def modules() -> dict[str, list[Path]]:
+    package = ROOT / "edge_gemma"
+    found = {path.stem: [path] for path in package.glob("*.py") if path.stem != "__init__"}
+    for folder in package.iterdir():
+        if (folder / "__init__.py").exists():
+            found[folder.name] = sorted(folder.glob("*.py"))
+    return found
+
+
+def test_every_module_has_its_place() -> None:
+    assert not set(modules()) - set(ORDER), "add new modules to ORDER where they belong"
+
+
+@pytest.mark.parametrize("name", sorted(modules()))
+def test_imports_point_up(name: str) -> None:
+    for path in modules()[name]:
+        tree = ast.parse(path.read_text())
+        allowed = {*ORDER[: ORDER.index(name)], name, "__version__"}
+        assert imported(tree, nested=False) <= allowed, path
+        outside = imported(tree, nested=True) & {"export", "quant"}
+        assert not outside or name in CONVERTERS, path
+        assert not imported(tree, nested=False) & {"export", "quant"}, path
+
+
+def test_no_relative_imports() -> None:
+    for folder in ("edge_gemma", "export", "quant"):
+        for path in (ROOT / folder).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text())):
+                assert not (isinstance(node, ast.ImportFrom) and node.level), path
+
+
+def test_neither_running_nor_exporting_imports_torch() -> None:
+    for folder in ("edge_gemma", "export", "quant"):
+        for path in (ROOT / folder).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text())):
+                names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+                names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+                assert not {n.split(".")[0] for n in names} & {"torch", "transformers"}, path
