@@ -4,51 +4,58 @@ Owns: reading a raw `text_config` for itself and the arithmetic of Gemma 4 E2B, 
 Does not know: anything of edge_gemma. It shares no code with what it judges and favours clarity over speed.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 Weights = dict[str, np.ndarray]
+Rounding = Callable[[np.ndarray], np.ndarray]
 SLIDING, FULL = "sliding_attention", "full_attention"
 
 
-def reference_logits(weights: Weights, config: dict[str, Any], ids: list[int], dtype: Any = np.float64) -> np.ndarray:
+def reference_logits(
+    weights: Weights, config: dict[str, Any], ids: list[int], dtype: Any = np.float64, rounded: Rounding = lambda x: x
+) -> np.ndarray:
     """Logits [len(ids), vocab] in `dtype`. `weights`: canonical names, effective values (Gemma 3's norms with the 1
-    added); `config`: a raw text_config in either spelling."""
+    added); `config`: a raw text_config in either spelling; `rounded`: done to the input of every matrix product."""
     w = {name: value.astype(dtype) for name, value in weights.items()}
     gemma4, depth, d = config["model_type"] == "gemma4_text", config["num_hidden_layers"], config["hidden_size"]
     eps = config["rms_norm_eps"]
     first_shared = depth - (config.get("num_kv_shared_layers") or 0)
     e = w["embed_tokens.weight"][ids] * np.sqrt(dtype(d))
-    ple = _per_layer_inputs(w, config, ids, e) if config.get("hidden_size_per_layer_input") else None
+    ple = _per_layer_inputs(w, config, ids, e, rounded(e)) if config.get("hidden_size_per_layer_input") else None
     h = e
     latest: dict[str, tuple[np.ndarray, np.ndarray]] = {}  # layer type -> K, V of the last unshared layer of that type
     for i, layer_type in enumerate(config["layer_types"]):
         p = f"layers.{i}."
         layer = {name.removeprefix(p): value for name, value in w.items() if name.startswith(p)}
-        x = _rms(h, layer["input_layernorm.weight"], eps)
+        x = rounded(_rms(h, layer["input_layernorm.weight"], eps))
         if i < first_shared:
             latest[layer_type] = _keys_values(x, layer, config, i, layer_type)
         a = _attention(x, layer, config, i, layer_type, *latest[layer_type])
+        a = rounded(a) @ layer["self_attn.o_proj.weight"].T
         h = h + _rms(a, layer["post_attention_layernorm.weight"], eps)
-        x = _rms(h, layer["pre_feedforward_layernorm.weight"], eps)
+        x = rounded(_rms(h, layer["pre_feedforward_layernorm.weight"], eps))
         m = _gelu(x @ layer["mlp.gate_proj.weight"].T) * (x @ layer["mlp.up_proj.weight"].T)
-        h = h + _rms(m @ layer["mlp.down_proj.weight"].T, layer["post_feedforward_layernorm.weight"], eps)
+        h = h + _rms(rounded(m) @ layer["mlp.down_proj.weight"].T, layer["post_feedforward_layernorm.weight"], eps)
         if ple is not None:
-            g = _gelu(h @ layer["per_layer_input_gate.weight"].T) * ple[:, i]
-            h = h + _rms(g @ layer["per_layer_projection.weight"].T, layer["post_per_layer_input_norm.weight"], eps)
+            g = _gelu(rounded(h) @ layer["per_layer_input_gate.weight"].T) * ple[:, i]
+            h = h + _rms(
+                rounded(g) @ layer["per_layer_projection.weight"].T, layer["post_per_layer_input_norm.weight"], eps
+            )
         if gemma4:
             h = h * layer["layer_scalar"]
-    logits = _rms(h, w["norm.weight"], eps) @ w.get("lm_head.weight", w["embed_tokens.weight"]).T
+    logits = rounded(_rms(h, w["norm.weight"], eps)) @ w.get("lm_head.weight", w["embed_tokens.weight"]).T
     cap = config.get("final_logit_softcapping")
     return cap * np.tanh(logits / cap) if cap else logits
 
 
-def _per_layer_inputs(w: Weights, config: dict[str, Any], ids: list[int], e: np.ndarray) -> np.ndarray:
-    """[T, layers, P]: the token's own rows and a projection of its embedding, in equal parts."""
+def _per_layer_inputs(w: Weights, config: dict[str, Any], ids: list[int], e: np.ndarray, x: np.ndarray) -> np.ndarray:
+    """[T, layers, P]: the token's own rows and a projection of its embedding e (x: e rounded), in equal parts."""
     depth, width = config["num_hidden_layers"], config["hidden_size_per_layer_input"]
     tok = w["embed_tokens_per_layer.weight"][ids].reshape(-1, depth, width) * np.sqrt(e.dtype.type(width))
-    ctx = (e @ w["per_layer_model_projection.weight"].T) * e.dtype.type(config["hidden_size"]) ** -0.5
+    ctx = (x @ w["per_layer_model_projection.weight"].T) * e.dtype.type(config["hidden_size"]) ** -0.5
     ctx = _rms(ctx.reshape(-1, depth, width), w["per_layer_projection_norm.weight"], config["rms_norm_eps"])
     return (ctx + tok) * e.dtype.type(2) ** -0.5
 
@@ -80,7 +87,7 @@ def _attention(x: np.ndarray, layer: Weights, config: dict[str, Any], i: int, la
         scores = np.where(hidden, -np.inf, q[:, j] @ k[:, source].T)
         p = np.exp(scores - scores.max(axis=1, keepdims=True))
         out[:, j] = (p / p.sum(axis=1, keepdims=True)) @ v[:, source]
-    return out.reshape(n, -1) @ layer["self_attn.o_proj.weight"].T
+    return out.reshape(n, -1)
 
 
 def _head_dim(config: dict[str, Any], i: int, layer_type: str) -> int:
