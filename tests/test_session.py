@@ -1,0 +1,172 @@
+"""Random lives of a session against the simplest model of one: a list of ids, and what a fresh computation over the
+same ids gives. Rings are kept small (chunks of 5 tokens) so that every operation meets turned-over rings."""
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
+
+from edge_gemma import session as session_module
+from edge_gemma.engine import Engine
+from edge_gemma.errors import ContextFullError, UsageError
+from edge_gemma.export.convert import export_checkpoint
+from tests.reference_decoder import reference_logits
+from tests.tiny import tiny_config, tiny_weights, write_checkpoint
+
+CONTEXT, CHUNK = 48, 5
+MODELS = [("e2b", "float"), ("e4b", "q4"), ("dense", "q8"), ("gemma3", "float")]
+TOKENS = st.lists(st.integers(0, 639), min_size=1, max_size=20)
+SETTINGS = settings(
+    max_examples=20, stateful_step_count=16, deadline=None, suppress_health_check=list(HealthCheck), print_blob=True
+)
+
+
+@pytest.fixture(scope="module", params=MODELS, ids="-".join)
+def model(request, tmp_path_factory):
+    """(engine, oracle, bound): oracle(ids) -> logits [n, vocab] of the same ids computed without any history."""
+    kind, recipe = request.param
+    root = tmp_path_factory.mktemp(kind)
+    folder = export_checkpoint(write_checkpoint(root / "source", kind), root / "model", recipe)
+    with Engine.load(folder, threads=1, kv_dtype="float32") as engine:
+        if recipe == "float":
+            weights, config = tiny_weights(kind), tiny_config(kind)
+            yield engine, lambda ids: reference_logits(weights, config, ids, np.float32), 1e-4
+        else:
+            yield engine, lambda ids: engine.session().forward(ids), 0.0
+
+
+class Life(RuleBasedStateMachine):
+    """`ids` is what the session must hold; each rule checks what comes out against the oracle."""
+
+    engine: Engine
+    oracle = bound = folder = None
+
+    @initialize()
+    def begin(self):
+        self.session, self.ids = self.engine.session(context=CONTEXT), []
+
+    def check(self, logits, rows):
+        expected = type(self).oracle(self.ids)[-rows:]
+        assert np.abs(logits.reshape(rows, -1) - expected).max() <= self.bound
+        assert logits.dtype == np.float32
+        self.check_ids()
+
+    def check_ids(self):
+        assert self.session.ids == self.ids
+        assert self.session.position == len(self.ids)
+
+    def append(self, call, ids, rows):
+        if len(self.ids) + len(ids) > CONTEXT:
+            with pytest.raises(ContextFullError):
+                call()
+            self.check_ids()
+            return
+        self.ids = self.ids + ids
+        self.check(call(), rows)
+
+    @rule(ids=TOKENS)
+    def prefill(self, ids):
+        self.append(lambda: self.session.prefill(ids), ids, 1)
+
+    @rule(ids=TOKENS)
+    def forward(self, ids):
+        self.append(lambda: self.session.forward(ids), ids, len(ids))
+
+    @rule(token=st.integers(0, 639))
+    def step(self, token):
+        self.append(lambda: self.session.step(token), [token], 1)
+
+    @precondition(lambda self: self.ids)
+    @rule(share=st.floats(0, 1))
+    def rewind(self, share):
+        position = round(share * len(self.ids))
+        self.session.rewind(position)
+        self.ids = self.ids[:position]
+        self.check_ids()
+
+    @precondition(lambda self: self.ids)
+    @rule(back=st.integers(0, 8))
+    def rewind_a_little(self, back):
+        position = max(0, len(self.ids) - back)
+        self.session.rewind(position)
+        self.ids = self.ids[:position]
+
+    @rule(beyond=st.integers(1, 3))
+    def rewind_too_far(self, beyond):
+        for position in (len(self.ids) + beyond, -beyond):
+            with pytest.raises(UsageError):
+                self.session.rewind(position)
+        self.check_ids()
+
+    @rule(ids=TOKENS, wrong=st.sampled_from([-1, 640, 1 << 31, 1 << 70]))
+    def refuse(self, ids, wrong):
+        with pytest.raises(UsageError):
+            self.session.prefill([*ids, wrong])
+        self.check_ids()
+
+    @rule()
+    def mark(self):
+        self.session.mark()
+
+    @precondition(lambda self: self.ids)
+    @rule()
+    def save_and_load_into_a_used_session(self):
+        self.session.save(self.folder / "saved")
+        self.session = self.engine.session(context=CONTEXT)
+        self.session.prefill([9, 8, 7, 6, 5, 4, 3] * 5)
+        self.session.mark()
+        self.session.load(self.folder / "saved")
+        self.check_ids()
+
+    @rule(cut=st.integers(1, 10))
+    def interrupt(self, cut):
+        """Ctrl-C in the middle of a prefill: some whole chunks were taken, and the session goes on from there."""
+        ids, done = list(range(100, 120)), 0
+        if len(self.ids) + len(ids) > CONTEXT:
+            return
+        store = self.session._cache.advance
+
+        def advance(n):
+            nonlocal done
+            done += 1
+            if done == 1 + cut // 4:
+                raise KeyboardInterrupt
+            store(n)
+
+        self.session._cache.advance = advance
+        with pytest.raises(KeyboardInterrupt):
+            self.session.prefill(ids)
+        del self.session._cache.advance
+        taken = self.session.position - len(self.ids)
+        assert taken % CHUNK == 0
+        self.ids = self.ids + ids[:taken]
+        self.check_ids()
+
+
+def test_a_session_is_its_ids_whatever_happened_before(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(session_module, "CHUNK", CHUNK)
+    engine, oracle, bound = model
+    members = {"engine": engine, "oracle": staticmethod(oracle), "bound": bound, "folder": tmp_path}
+    run_state_machine_as_test(type("LifeOfThisModel", (Life,), members), settings=SETTINGS)
+
+
+def test_many_short_random_lives(model, monkeypatch):
+    """The same idea without shrinking and without overhead: more steps, every context and chunk size."""
+    engine, oracle, bound = model
+    for seed in range(12):
+        rng = np.random.default_rng(seed)
+        context = int(rng.integers(8, 60))
+        monkeypatch.setattr(session_module, "CHUNK", int(rng.integers(1, 30)))
+        session, ids = engine.session(context=context), []
+        for _ in range(12):
+            if len(ids) > context // 2 and rng.random() < 0.6:
+                ids = ids[: int(rng.integers(0, len(ids)))]
+                session.rewind(len(ids))
+            new = rng.integers(0, 640, int(rng.integers(1, 1 + max(1, context - len(ids))))).tolist()
+            if len(ids) + len(new) > context:
+                continue
+            ids = ids + new
+            logits = session.prefill(new) if rng.random() < 0.5 else session.forward(new)[-1]
+            assert np.abs(logits - oracle(ids)[-1]).max() <= bound, (seed, context)
+        assert session.ids == ids
