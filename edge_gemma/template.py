@@ -87,12 +87,12 @@ class _Budget:
 
     def operands(self, *values: Any) -> None:
         """Refuse what could make a huge result out of small operands: big numbers, text times text."""
-        product = 1
+        product = 1.0
         for value in values:
             if isinstance(value, int | float) and not abs(value) <= _LARGEST_NUMBER:
                 raise _OverBudget(f"it calls something with {value!r:.40}")
-            if isinstance(value, str):
-                product *= max(1, len(value))
+            if isinstance(value, str | int | float):
+                product *= max(1, len(value) if isinstance(value, str) else abs(value))
         if product > _CHARACTERS:
             raise _OverBudget("it multiplies long texts")
 
@@ -140,15 +140,18 @@ class _Environment(ImmutableSandboxedEnvironment):
 
     def call(self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:
         receiver = getattr(__obj, "__self__", None)
-        if isinstance(receiver, str) and getattr(__obj, "__name__", "").startswith("format"):
-            raise _OverBudget("it uses format, which is not supported")  # widths hide inside its texts
         self.budget.step()
         self.budget.operands(*(receiver,) if isinstance(receiver, str) else (), *args, *kwargs.values())
         return self.budget.text(super().call(__context, __obj, *args, **kwargs))
 
+    def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
+        if super().wrap_str_format(value) is not None:
+            raise _OverBudget("it uses format, which is not supported")  # widths hide inside its texts
+        return None
+
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
         if operator == "%" and isinstance(left, str):
-            raise _OverBudget("it formats with %, which is not supported")
+            raise _OverBudget("it uses % as format, which is not supported")
         if operator == "**" and isinstance(right, int | float) and abs(right) > 64:
             raise _OverBudget("it raises to a power above 64")
         sizes = [len(value) for value in (left, right) if isinstance(value, str | list | tuple)]

@@ -1,0 +1,367 @@
+"""The `edge-gemma` command.
+
+Owns: commands, options, exit codes (0; 1 for an error told in one line; 2 for usage; 130 after Ctrl-C). What a command
+does is one call into the library, imported when the command runs, so that `--help` stays instant. Does not know: how
+anything works.
+"""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from edge_gemma import __version__
+from edge_gemma.errors import EdgeGemmaError, UsageError
+
+if TYPE_CHECKING:
+    from edge_gemma.engine import Engine
+    from edge_gemma.sampler import Sampling
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+_INTERRUPTED = 130  # what a shell calls a command that Ctrl-C ended
+
+
+class _Group(click.Group):
+    """Turns what users can cause into one line on standard error and exit code 1."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        if ctx.params.get("debug"):
+            return super().invoke(ctx)
+        try:
+            return super().invoke(ctx)
+        except EdgeGemmaError as error:
+            _fail(ctx, str(error))
+        except BrokenPipeError:
+            raise  # click is quiet about it
+        except OSError as error:
+            _fail(ctx, f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror or error))
+        except MemoryError:
+            _fail(ctx, "there is not enough memory: a smaller model, recipe or --context needs less")
+        except KeyboardInterrupt:
+            click.echo("interrupted", err=True)
+            ctx.exit(_INTERRUPTED)
+
+
+def _fail(ctx: click.Context, message: str) -> None:
+    click.echo(f"error: {' '.join(message.split())}", err=True)
+    ctx.exit(1)
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="edge-gemma")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+def cli(debug: bool) -> None:
+    """Gemma on a CPU as small as a Raspberry Pi's.
+
+    \b
+    edge-gemma chat                             talk with the default model
+    edge-gemma run "Why is the sky blue?"       one answer
+    edge-gemma export CHECKPOINT FOLDER         convert a checkpoint
+
+    MODEL is a model folder, a GGUF file, or a name; without -m it is $EDGE_GEMMA_MODEL, and without that the
+    embedded default.
+    """
+
+
+def _options(*decorators: Callable[[Any], Any]) -> Callable[[Command], Command]:
+    def apply(command: Command) -> Command:
+        for decorator in reversed(decorators):
+            command = decorator(command)
+        return command
+
+    return apply
+
+
+_model = click.option("-m", "--model", metavar="MODEL", help="Model folder, GGUF file or name.")
+_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output.")
+_threads = click.option(
+    "--threads", type=click.IntRange(1, 1024), metavar="N", help="CPU threads [default: all cores]."
+)
+_context = click.option(
+    "--context", type=click.IntRange(1), metavar="N", help="Tokens the model can look back on [default: 4096]."
+)
+_sampling = _options(
+    click.option("--max-tokens", type=click.IntRange(1), metavar="N", help="Longest answer [default: what fits]."),
+    click.option("--temperature", type=click.FloatRange(0), metavar="T", help="0 takes the likeliest token always."),
+    click.option("--top-k", type=click.IntRange(0), metavar="K", help="Choose among the K likeliest tokens; 0: all."),
+    click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), metavar="P", help="... that hold P together."),
+    click.option("--min-p", type=click.FloatRange(0, 1), metavar="P", help="... with P of the likeliest's chance."),
+    click.option(
+        "--repetition-penalty", type=click.FloatRange(0, min_open=True), metavar="R", help="Above 1: repeat less."
+    ),
+    click.option("--seed", type=click.IntRange(0), metavar="S", help="The same seed gives the same answer."),
+    click.option("--stop", multiple=True, metavar="TEXT", help="End the answer before TEXT; may be repeated."),
+)
+_thinking = _options(
+    click.option("--system", metavar="TEXT", help="System prompt."),
+    click.option("--think", is_flag=True, help="Let the model think before it answers; the thoughts stay hidden."),
+    click.option("--show-thinking", is_flag=True, help="Let it think, and show the thoughts (on standard error)."),
+)
+
+
+def load_engine(model: str | None, *, context: int | None = None, threads: int | None = None) -> "Engine":
+    """The model that -m means, converted first where it has to be."""
+    from edge_gemma import models
+    from edge_gemma.engine import Engine
+    from edge_gemma.terminal import progress_bar
+
+    with progress_bar("importing") as progress:
+        path = models.resolve(model, progress)
+    return Engine.load(path, context=context, threads=threads)
+
+
+def _sampling_of(engine: "Engine", options: dict[str, Any]) -> "Sampling":
+    from edge_gemma.sampler import Sampling
+
+    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
+    return Sampling.from_generation_config(engine.generation_config, **{name: options[name] for name in names})
+
+
+@cli.command()
+@_model
+@_thinking
+@click.option("--session", "session_file", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE",
+              help="Go on with the conversation in FILE, and keep it there.")  # fmt: skip
+@_sampling
+@_context
+@_threads
+def chat(model: str | None, session_file: Path | None, **options: Any) -> None:
+    """Talk with a model; /help inside lists the commands.
+
+    \b
+    edge-gemma chat
+    edge-gemma chat -m ./gemma-4-e2b --system "Answer in one sentence."
+    edge-gemma chat --session monday.json
+    """
+    from edge_gemma.conversation import open_conversation
+    from edge_gemma.terminal import ChatLoop, Screen
+    from edge_gemma.transcript import Transcript
+
+    system, earlier = options["system"], Transcript(())
+    if session_file is not None:
+        if not session_file.absolute().parent.is_dir():
+            raise UsageError(f"{session_file} cannot be written: {session_file.parent} is not a folder")
+        if session_file.exists():
+            earlier = Transcript.load(session_file)
+            system = system or earlier.system
+    engine = load_engine(model, context=options["context"], threads=options["threads"])
+    screen = Screen(show_thinking=options["show_thinking"])
+    conversation = open_conversation(
+        engine,
+        system=system,
+        think=options["think"] or options["show_thinking"],
+        messages=earlier.messages,
+        sampling=_sampling_of(engine, options),
+        max_tokens=options["max_tokens"],
+        stop_strings=options["stop"],
+        progress=screen.prefilled,
+    )
+    ChatLoop(conversation, screen, model=_name(engine), session_file=session_file).run()
+
+
+@cli.command()
+@_model
+@click.argument("prompt", metavar="PROMPT|-")
+@click.option("--raw", is_flag=True, help="Continue PROMPT as it is, without the chat template.")
+@_thinking
+@_sampling
+@_context
+@_threads
+@_json
+def run(model: str | None, prompt: str, raw: bool, as_json: bool, **options: Any) -> None:
+    """Answer one PROMPT, or what stands on standard input (-).
+
+    \b
+    edge-gemma run "Why is the sky blue?"
+    edge-gemma run --temperature 0 --json "Three rivers of Norway" | jq -r .text
+    edge-gemma run - < letter.txt --system "Summarise in three points."
+    """
+    from edge_gemma.conversation import Chat, open_conversation
+    from edge_gemma.terminal import Screen, show_reply
+
+    text = click.get_text_stream("stdin", encoding="utf-8", errors="replace").read() if prompt == "-" else prompt
+    engine = load_engine(model, context=options["context"], threads=options["threads"])
+    screen = Screen(show_answer=not as_json, show_thinking=options["show_thinking"])
+    conversation = open_conversation(
+        engine,
+        raw=raw,
+        system=options["system"],
+        think=options["think"] or options["show_thinking"],
+        sampling=_sampling_of(engine, options),
+        max_tokens=options["max_tokens"],
+        stop_strings=options["stop"],
+        progress=screen.prefilled,
+    )
+    if not raw and not isinstance(conversation, Chat):
+        screen.note("a base model without chat template: it continues the text")
+    interrupted = False
+    try:
+        show_reply(conversation.send(text), screen)
+    except KeyboardInterrupt:
+        interrupted = True
+    result = conversation.last
+    if as_json and result is not None:
+        _print_json(_result_json(result))
+    elif result is not None and result.finish_reason == "context":
+        screen.note("cut: the context is full, see --context")
+    if interrupted:
+        raise KeyboardInterrupt
+
+
+def _result_json(result: Any) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    fields = asdict(result)
+    order = ("text", "tokens", "finish_reason", "timings")
+    extra = {name: fields[name] for name in ("reasoning", "tool_calls") if fields[name]}
+    return {name: fields[name] for name in order} | extra
+
+
+@cli.command()
+@click.argument("source", type=click.Path(path_type=Path))
+@click.argument("dest", type=click.Path(path_type=Path))
+@click.option("--recipe", default="q4", show_default=True, metavar="q4|q8|float", help="How weights are stored.")
+@click.option("--force", is_flag=True, help="Replace DEST if it is a model folder already.")
+def export(source: Path, dest: Path, recipe: str, force: bool) -> None:
+    """Convert SOURCE, a checkpoint folder or a GGUF file, to the model folder DEST.
+
+    \b
+    edge-gemma export ~/gemma-4-E2B-it ./gemma-4-e2b
+    edge-gemma export model.gguf ./model --recipe q8
+    """
+    from edge_gemma.export.convert import export_checkpoint
+    from edge_gemma.quant.recipes import RECIPES
+    from edge_gemma.terminal import progress_bar
+
+    if recipe not in RECIPES:
+        raise click.BadParameter(f"{recipe!r} is not one of {', '.join(RECIPES)}.", param_hint="'--recipe'")
+    if not source.exists():
+        raise UsageError(f"{source} does not exist: expected a checkpoint folder or a GGUF file")
+    with progress_bar("exporting") as progress:
+        folder = export_checkpoint(source, dest, recipe, force=force, progress=progress)
+    size = sum(path.stat().st_size for path in folder.iterdir())
+    click.echo(f"wrote {folder}: {size / 1e6:.1f} MB, recipe {recipe}", err=True)
+
+
+@cli.command()
+@_model
+@_json
+def info(model: str | None, as_json: bool) -> None:
+    """What a model is, and how this machine runs it."""
+    from math import prod
+
+    from edge_gemma import kernels
+
+    folder = _open_folder(model)
+    config, manifest = folder.config, folder.manifest
+    source = manifest.get("source", {})
+    facts: dict[str, Any] = {
+        "path": str(folder.path),
+        "model_type": config.model_type,
+        "parameters": sum(prod(shape) for shape in config.tensor_shapes().values()),
+        "bytes": sum(entry["bytes"] for entry in manifest["files"].values()),
+        "recipe": manifest.get("recipe"),
+        "layers": config.num_hidden_layers,
+        "hidden_size": config.hidden_size,
+        "vocab_size": config.vocab_size,
+        "longest_context": config.max_position_embeddings,
+        "chat_template": folder.read_text("chat_template.jinja") is not None,
+        "source": source.get("name"),
+        "source_digest": source.get("digest"),
+        "license": source.get("license"),
+        "kernels": kernels.variant(),
+        "threads": kernels.threads(),
+        "version": __version__,
+    }
+    _print_facts(facts, as_json)
+
+
+@cli.command()
+@_model
+@_json
+def verify(model: str | None, as_json: bool) -> None:
+    """Compare every byte of a model folder with the digests written at export."""
+    from edge_gemma.terminal import progress_bar
+
+    folder = _open_folder(model)
+    with progress_bar("verifying") as progress:
+        checked = folder.verify(progress)
+    if as_json:
+        _print_json({"path": str(folder.path), "ok": True, "bytes": checked, "tensors": len(folder.tensors)})
+    else:
+        click.echo(f"{folder.path}: {len(folder.tensors)} tensors, {checked / 1e6:.1f} MB, all as exported")
+
+
+@cli.command()
+@_model
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option(
+    "--context", type=click.IntRange(4), default=512, show_default=True, metavar="N", help="Window in tokens."
+)
+@_threads
+@_json
+def perplexity(model: str | None, file: Path, context: int, threads: int | None, as_json: bool) -> None:
+    """How well a model predicts the text in FILE: lower is better.
+
+    \b
+    edge-gemma perplexity -m ./gemma-4-e2b wiki.txt
+    """
+    from edge_gemma.terminal import progress_bar
+
+    try:
+        text = file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{file} is not UTF-8 text (byte {error.start})") from None
+    engine = load_engine(model, threads=threads)
+    from edge_gemma.quant import score
+
+    ids = engine.tokenizer.encode(text)
+    with progress_bar("scoring", unit="windows") as progress:
+        result = score.perplexity(engine, ids, context, progress)
+    if as_json:
+        _print_json({"perplexity": result.perplexity, "tokens": result.tokens})
+    else:
+        click.echo(f"perplexity {result.perplexity:.4f} over {result.tokens} tokens in windows of {context}")
+
+
+def _open_folder(model: str | None) -> Any:
+    from edge_gemma import models
+    from edge_gemma.model_folder import ModelFolder
+    from edge_gemma.terminal import progress_bar
+
+    with progress_bar("importing") as progress:
+        return ModelFolder.open(models.resolve(model, progress))
+
+
+def _name(engine: "Engine") -> str:
+    source = engine.manifest.get("source", {})
+    return str(source.get("name") or engine.path.name)
+
+
+def _print_json(value: dict[str, Any]) -> None:
+    click.echo(json.dumps(value, ensure_ascii=False))
+
+
+def _print_facts(facts: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        _print_json(facts)
+        return
+    width = max(map(len, facts))
+    for name, value in facts.items():
+        shown = "-" if value is None else f"{value:,}" if type(value) is int else value
+        click.echo(f"{name.replace('_', ' '):<{width}}  {shown}")
+
+
+def main() -> None:
+    """The entry point."""
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # whatever the locale, text passes
+    cli()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,155 @@
+"""A tool call as Gemma 4 writes it: `call:NAME{key:value,...}`.
+
+Owns: its grammar. Strings stand between `<|"|>` tokens, so they may hold quotes, braces and newlines; keys are bare;
+numbers, true, false and null are JSON's; objects and lists nest. A string in JSON's own quotes is taken too: models
+write those at times. Does not know: replies, templates, tools.
+"""
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+QUOTE = object()  # stands for the token <|"|>
+_DEPTH = 64
+_NAME = re.compile(r"\s*call:\s*([\w.\-/:]+)\s*")
+_KEY = re.compile(r"\s*([^\s:{}\[\],\"][^:{}\[\],\"]*?)\s*:")
+_NUMBER = re.compile(r"-?(0|[1-9]\d{0,300})(\.\d+)?([eE][+-]?\d{1,4})?(?![\w.])")
+_STRING = re.compile(r'"(?:[^"\\\n]|\\.)*"')
+_WORDS = {"true": True, "false": False, "null": None, "True": True, "False": False, "None": None}
+_WORD = re.compile(r"[A-Za-z]+(?![\w.])")
+_SPACE = re.compile(r"\s*")
+
+
+@dataclass(frozen=True)
+class ToolCall:
+    """What the model wants done. arguments: JSON values by name."""
+
+    name: str
+    arguments: dict[str, Any] = field(default_factory=dict)
+
+
+def call_text(parts: Sequence[str | object]) -> str:
+    """The call as the model spelled it."""
+    return "".join(part if isinstance(part, str) else '<|"|>' for part in parts)
+
+
+def parse_call(parts: Sequence[str | object]) -> ToolCall | None:
+    """Texts and QUOTEs to a call; None if they do not make one."""
+    try:
+        return _Reader(parts).call()
+    except (_Malformed, ValueError):
+        return None
+
+
+class _Malformed(Exception):
+    pass
+
+
+class _Reader:
+    """Recursive descent over text in which each string between QUOTEs is one opaque character."""
+
+    def __init__(self, parts: Sequence[str | object]) -> None:
+        self.strings: list[str] = []
+        bare: list[str] = []
+        inside: list[str] | None = None
+        for part in parts:
+            if part is QUOTE:
+                if inside is None:
+                    inside = []
+                else:
+                    self.strings.append("".join(inside))
+                    bare.append("\0")
+                    inside = None
+            elif inside is None:
+                bare.append(str(part).replace("\0", "�"))
+            else:
+                inside.append(str(part))
+        if inside is not None:
+            raise _Malformed
+        self.text, self.at, self.taken = "".join(bare), 0, 0
+
+    def call(self) -> ToolCall:
+        name = self.match(_NAME)
+        arguments = self.object(0)
+        self.match(_SPACE)
+        if self.at != len(self.text):
+            raise _Malformed
+        return ToolCall(name, arguments)
+
+    def match(self, pattern: re.Pattern[str]) -> str:
+        found = pattern.match(self.text, self.at)
+        if not found:
+            raise _Malformed
+        self.at = found.end()
+        return found[1] if pattern.groups == 1 else found[0]
+
+    def accept(self, character: str) -> bool:
+        self.match(_SPACE)
+        if self.text.startswith(character, self.at):
+            self.at += len(character)
+            return True
+        return False
+
+    def string(self) -> str:
+        self.taken += 1
+        return self.strings[self.taken - 1]
+
+    def key(self) -> str:
+        if self.accept("\0"):
+            key = self.string()
+        elif self.text.startswith('"', self.at):
+            key = json.loads(self.match(_STRING))
+        else:
+            return self.match(_KEY)
+        if not self.accept(":"):
+            raise _Malformed
+        return key
+
+    def object(self, depth: int) -> dict[str, Any]:
+        result: dict[str, Any] = {}
+        if depth > _DEPTH or not self.accept("{"):
+            raise _Malformed
+        while not self.accept("}"):
+            if result and not self.accept(","):
+                raise _Malformed
+            key = self.key()
+            if key in result:
+                raise _Malformed
+            result[key] = self.value(depth + 1)
+        return result
+
+    def array(self, depth: int) -> list[Any]:
+        result: list[Any] = []
+        while not self.accept("]"):
+            if result and not self.accept(","):
+                raise _Malformed
+            result.append(self.value(depth + 1))
+        return result
+
+    def value(self, depth: int) -> Any:
+        if depth > _DEPTH:
+            raise _Malformed
+        if self.accept("\0"):
+            return self.string()
+        if self.accept("["):
+            return self.array(depth)
+        start = self.text[self.at : self.at + 1]
+        if start == "{":
+            return self.object(depth)
+        if start == '"':
+            return json.loads(self.match(_STRING))
+        if start.isalpha():
+            word = self.match(_WORD)
+            if word not in _WORDS:
+                raise _Malformed
+            return _WORDS[word]
+        found = _NUMBER.match(self.text, self.at)
+        if not found:
+            raise _Malformed
+        self.at = found.end()
+        number = float(found[0]) if found[2] or found[3] else int(found[0])
+        if number in (float("inf"), float("-inf")):
+            raise _Malformed
+        return number
