@@ -4,16 +4,17 @@ Owns the reading of tokenizer.json (BPE with byte fallback) and of GGUF's tokeni
 or with merges, as Gemma 4), the scores that make SentencePiece merge in the order of a merge list, and the protobuf
 bytes. It does not know how a GGUF file is laid out, nor how the model is used: that is `edge_gemma.tokenizer`.
 
-Why equal ids. A merge list joins the adjacent pair of the best rank, leftmost first; SentencePiece joins the adjacent
-pair whose joined piece has the best score, leftmost first, whatever the two halves are. The two agree when the list
-  1. holds every split of every piece it can build (else SentencePiece would join a pair that the list does not name),
-  2. ranks the splits of one piece next to each other, so that a piece has one rank, hence one score: -rank, and
-  3. builds pieces from characters that are pieces themselves.
-Gemma's 514,906 merges do, except for newline, space and tab runs, which are ordered by the length of their left half.
-There the list grows one run from the left until the longest run piece is reached; so does SentencePiece when all runs
-share the best score. All of this is checked here, and a list that does not comply is refused: ids that differ silently
-would be worse. Point 2 leaves the order of two splits of the *same* piece open; it could only matter
-where two such splits overlap, and tests/test_tokenizer_real.py searches the real vocabulary for such a place.
+Why equal ids. A merge list joins the adjacent pair of the best rank, leftmost first. SentencePiece joins the adjacent
+pair whose joined piece has the best score, leftmost first, whatever its two halves are. Take any moment at which the
+merge list has made two adjacent symbols x, y that spell a piece p. No merge has crossed the ends of that stretch of
+text, so what happened inside is what happens when p is encoded alone, and that passes through one state of two symbols
+only: each piece has one live split (x, y), however many splits the list names. So with score(p) = -rank(x, y) both
+procedures see the same candidates in the same order, ties included, and end in the same ids. The condition is that p
+alone does not end as two symbols because the list lacks their merge: SentencePiece would join them. Such a list is
+refused, with p as the counter-example (text p gives two ids there and one here). Gemma's list names every split of
+every piece, so the condition holds; where a piece's splits also stand side by side in the list, all give the same order
+and any will do as the live one. Newline, space and tab runs are listed by the length of their left half; there the live
+split is looked up.
 
 Only three messages of sentencepiece_model.proto are needed, so their fields are written by hand below: protobuf would
 be a new dependency of the exporter, and its generated module costs more to import than this costs to read.
@@ -25,13 +26,16 @@ import re
 import struct
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, SupportsIndex
 
 from edge_gemma.errors import CheckpointError
 
 SPACE = "\u2581"  # how SentencePiece spells " "
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # SentencePiece.Type; GGUF's token_type is the same
 MAX_VOCABULARY = 4_000_000  # sixteen times Gemma's; a larger claim is not a Gemma tokenizer
-MAX_PIECE_BYTES = 1024  # Gemma's longest is 93
+MAX_MERGES = 1 << 24  # scores are float32: integers up to here are exact
+MAX_PIECE_BYTES = 256  # Gemma's longest is 93
 BYTE_PIECES = tuple(f"<0x{byte:02X}>" for byte in range(256))
 SPECIAL_SPELLING = re.compile(r'<\|[a-z_"]+>|<[a-z_]+\|>|<\|[a-z_"]+\|>|<(?:start|end)_of_(?:turn|image)>')
 PLAIN_SPELLING = re.compile(r"<unused\d+>|<mask>")
@@ -63,7 +67,7 @@ def from_tokenizer_json(data: bytes) -> bytes:
     whose order SentencePiece cannot follow (see the module docstring).
     """
     root = _parse_json(data)
-    model = _member(root, "model", dict)
+    model: dict = _member(root, "model", dict)
     _check_pipeline(root, model)
     vocabulary = _json_vocabulary(root, model)
     ids = vocabulary.ids()
@@ -105,7 +109,7 @@ def _parse_json(data: bytes) -> dict:
     return root
 
 
-def _member(parent: dict, key: str, kind: type) -> dict | list:
+def _member(parent: dict, key: str, kind: type) -> Any:
     value = parent.get(key)
     if not isinstance(value, kind):
         raise CheckpointError(
@@ -258,10 +262,9 @@ def _gguf_role(metadata: Mapping[str, object], key: str, pieces: list[str]) -> s
     index = metadata.get(name)
     if index is None:
         return ""
-    try:
-        return pieces[range(len(pieces)).index(index)]
-    except ValueError:
-        raise CheckpointError(f"GGUF: {name} is {_show(index)}, expected an id below {len(pieces)}") from None
+    if not isinstance(index, SupportsIndex) or not 0 <= index.__index__() < len(pieces):
+        raise CheckpointError(f"GGUF: {name} is {_show(index)}, expected an id below {len(pieces)}")
+    return pieces[index.__index__()]
 
 
 def _gguf_scores(metadata: Mapping[str, object], vocabulary: _Vocabulary) -> list[float]:
@@ -283,9 +286,9 @@ def _merges(entries: Iterable[object], vocabulary: _Vocabulary, ids: dict[str, i
         if len(halves) != 2:
             raise CheckpointError(f"{vocabulary.source}: merge {rank} is {_show(entry)}, expected two tokens")
         left, right = halves
-        triple = ids.get(left), ids.get(right), ids.get(left + right)
-        if None in triple:
-            unknown = (left, right, left + right)[triple.index(None)]
+        triple = ids.get(left, -1), ids.get(right, -1), ids.get(left + right, -1)
+        if -1 in triple:
+            unknown = (left, right, left + right)[triple.index(-1)]
             raise CheckpointError(f"{vocabulary.source}: merge {rank} names {_show(unknown)}, which is not a token")
         if any(vocabulary.types[index] not in (NORMAL, USER_DEFINED) for index in triple):
             raise CheckpointError(
@@ -298,102 +301,90 @@ def _merges(entries: Iterable[object], vocabulary: _Vocabulary, ids: dict[str, i
 
 
 def _scores_of_merges(vocabulary: _Vocabulary, ids: dict[str, int], merges: Merges) -> list[float]:
-    """One score for each piece, such that the best score first means the best rank first; see the module docstring."""
-    source, types, pieces = vocabulary.source, vocabulary.types, vocabulary.pieces
-    longest = _greedy_runs(pieces, ids, merges)
-    runs = {ids[char * size] for char, most in longest.items() for size in range(2, most + 1)}
-    _check_added_spaces(vocabulary, longest.get(SPACE, 1))
-    scores = dict.fromkeys(runs, 0.0)
-    splits: dict[int, int] = {}
-    last = -1
-    for left, right, joined in merges:
-        if joined in runs:
-            continue
-        added = [index for index in (left, right, joined) if types[index] == USER_DEFINED]
-        if any(SPACE in pieces[index] for index in added):
-            raise CheckpointError(
-                f"{source}: merges take part in the added token {_show(pieces[added[0]])}, which has a space; "
-                "SentencePiece cannot follow such a list"
-            )
-        if added:
-            continue  # neither library comes to this merge: text that spells the added token is taken out before
-        if joined != last:
-            if joined in scores:
-                raise CheckpointError(
-                    f"{source}: merges that give {_show(pieces[joined])} stand in several places, expected one; "
-                    "SentencePiece cannot follow such a list"
-                )
-            scores[joined], splits[joined], last = -1.0 - len(splits), 0, joined
-        splits[joined] += 1
-    _check_complete(vocabulary, ids, runs, splits)
-    return [scores.get(index, 0.0) for index in range(len(pieces))]
-
-
-def _greedy_runs(pieces: list[str], ids: dict[str, int], merges: Merges) -> dict[str, int]:
-    """The characters whose runs the merges build greedily from the left, each with its longest run piece.
-
-    Writing k for a run of k characters: no length is missing, joining (k, 1) ranks before joining (1, 1), and both
-    before any other merge that takes such a run. Then a run always looks like longest ... longest, k, 1 ... 1 while it
-    is being joined, and scores that are equal and better than all others lead to the same pieces.
-    """
-    run_of = [piece[0] if piece == piece[0] * len(piece) else "" for piece in pieces]
+    """score(piece) = -rank of its live split, 0 for pieces that no merge makes; see the module docstring."""
+    types, pieces = vocabulary.types, vocabulary.pieces
+    if len(merges) >= MAX_MERGES:
+        raise CheckpointError(f"{vocabulary.source}: {len(merges)} merges, expected fewer than {MAX_MERGES}")
+    _check_added_spaces(vocabulary, ids, merges)
     rank: dict[tuple[int, int], int] = {}
-    taken: dict[str, int] = {}  # rank of the first merge that makes something else of a run
-    longest: dict[str, int] = {}
+    first: dict[int, int] = {}  # rank of the first of the merges that make a piece
+    count: dict[int, int] = {}  # how many make it
+    scattered: set[int] = set()  # pieces whose merges do not stand side by side
+    last = -1
     for index, (left, right, joined) in enumerate(merges):
-        char = run_of[joined]
-        if char:
-            rank[left, right] = index
-            longest[char] = max(longest.get(char, 1), len(pieces[joined]))
-        else:
-            taken.setdefault(run_of[left], index)
-            taken.setdefault(run_of[right], index)
-
-    def is_greedy(char: str, most: int) -> bool:
-        one = ids.get(char, -1)
-        grow = [rank.get((ids.get(char * size, -1), one), len(merges)) for size in range(1, most)]
-        return grow[0] < taken.get(char, len(merges)) and all(step < grow[0] for step in grow[1:])
-
-    return {char: most for char, most in longest.items() if is_greedy(char, most)}
-
-
-def _check_added_spaces(vocabulary: _Vocabulary, longest: int) -> None:
-    """Added tokens with a space in them must be all runs of 2 to `longest` spaces, or none.
-
-    SentencePiece takes added tokens out after " " became "▁", the tokenizers library before. For a full set of runs the
-    two are equal: the longest run first is what the merges of the opening runs build.
-    """
-    found = {
-        p for p, kind in zip(vocabulary.pieces, vocabulary.types, strict=True) if kind == USER_DEFINED and SPACE in p
-    }
-    wrong = found ^ {SPACE * size for size in range(2, longest + 1)} if found else found
-    if wrong:
-        raise CheckpointError(
-            f"{vocabulary.source}: added tokens and merges disagree about {_show(min(wrong))}, expected every run "
-            f"of 2 to {longest} spaces in both; SentencePiece cannot follow such a list"
-        )
-
-
-def _check_complete(vocabulary: _Vocabulary, ids: dict[str, int], runs: set[int], splits: Mapping[int, int]) -> None:
-    """Every split of every plain piece, `runs` excepted, must be a merge (`splits` counts them).
-
-    A split is two symbols that SentencePiece would join unasked: plain pieces, or characters that are no piece at all.
-    """
-    types = vocabulary.types
+        if USER_DEFINED in (types[left], types[right], types[joined]):
+            continue  # never comes to pass: text that spells an added token is taken out before merging
+        rank[left, right] = index
+        if joined != last and joined in first:
+            scattered.add(joined)
+        first.setdefault(joined, index)
+        count[joined] = count.get(joined, 0) + 1
+        last = joined
 
     def is_symbol(text: str) -> bool:
         index = ids.get(text)
         return len(text) == 1 if index is None else types[index] == NORMAL
 
-    for index, piece in enumerate(vocabulary.pieces):
-        if types[index] != NORMAL or index in runs:
+    added = [piece for piece, kind in zip(pieces, types, strict=True) if kind == USER_DEFINED]
+    scores = [0.0] * len(pieces)
+    for index, piece in enumerate(pieces):
+        if types[index] != NORMAL or len(piece) == 1:
             continue
-        count = sum(is_symbol(piece[:cut]) and is_symbol(piece[cut:]) for cut in range(1, len(piece)))
-        if count != splits.get(index, 0):
+        splits = sum(is_symbol(piece[:cut]) and is_symbol(piece[cut:]) for cut in range(1, len(piece)))
+        if splits == count.get(index, 0) and index not in scattered:
+            scores[index] = -float(first.get(index, 0))
+            continue
+        symbols, live = _encode_alone(piece, ids, rank)
+        if len(symbols) == 2 and not any(text in piece for text in added):
             raise CheckpointError(
-                f"{vocabulary.source}: merges list {splits.get(index, 0)} of the {count} splits of {_show(piece)}, "
-                "expected all, as Gemma's do; SentencePiece cannot follow such a list"
+                f"{vocabulary.source}: the merges leave {_show(piece)} as {_show(symbols[0])} and {_show(symbols[1])}, "
+                "though it is a token; SentencePiece would join them and cannot stand in for such a list"
             )
+        scores[index] = -float(live)
+    return scores
+
+
+def _encode_alone(piece: str, ids: dict[str, int], rank: Mapping[tuple[int, int], int]) -> tuple[list[str], int]:
+    """What the merges make of a piece, and the rank of the last of them (0 when there was none)."""
+    symbols, live = list(piece), 0
+    while len(symbols) > 1:
+        numbers = [ids.get(symbol, -1) for symbol in symbols]
+        ranks = [rank.get(pair, MAX_MERGES) for pair in pairwise(numbers)]
+        best = min(ranks)
+        if best == MAX_MERGES:
+            break
+        at = ranks.index(best)
+        symbols[at : at + 2] = [symbols[at] + symbols[at + 1]]
+        live = best
+    return symbols, live
+
+
+def _check_added_spaces(vocabulary: _Vocabulary, ids: dict[str, int], merges: Merges) -> None:
+    """Added tokens with a space inside must be all the runs of spaces that the merges build, and built greedily.
+
+    SentencePiece takes added tokens out after " " became "▁", longest first from the left; the tokenizers library takes
+    out only typed "▁" (see `edge_gemma.tokenizer`) and leaves runs of spaces to the merges. Both give the same where,
+    writing k for a run of k spaces, joining (k, 1) ranks before (1, 1), and (1, 1) before any other merge of a run.
+    """
+    pieces, types = vocabulary.pieces, vocabulary.types
+    added = {index for index, kind in enumerate(types) if kind == USER_DEFINED and SPACE in pieces[index]}
+    if not added:
+        return
+    run = [ids.get(SPACE * size, -1) for size in range(1, len(added) + 2)]  # run[k - 1] is the id of k spaces
+    rank = {(left, right): index for index, (left, right, _) in enumerate(merges)}
+    taken = min(
+        (index for index, (left, right, joined) in enumerate(merges) if joined not in run and {left, right} & set(run)),
+        default=len(merges),
+    )
+    growth = [rank.get((size, run[0]), len(merges)) for size in run[:-1]]
+    others = [index for index in added if index not in run[1:]]
+    uses = [index for index, triple in enumerate(merges) if triple[2] not in run and added & set(triple)]
+    if others or uses or run[0] in added or not all(step < growth[0] for step in growth[1:]) or growth[0] >= taken:
+        culprit = pieces[others[0]] if others else SPACE * 2
+        raise CheckpointError(
+            f"{vocabulary.source}: added token {_show(culprit)} does not fit the merges, expected added tokens with a "
+            "space to be the runs of spaces that the merges build; SentencePiece cannot stand in for such a list"
+        )
 
 
 # --- checks and bytes that both forms share ---------------------------------------------------------------------------
