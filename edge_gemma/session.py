@@ -106,10 +106,12 @@ class Session:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except (OSError, SafetensorError, ValueError) as error:
             raise ModelFolderError(f"{path} is not a saved session: {error}") from None
-        ids = tensors.pop("ids", np.zeros(0, np.int32)).tolist()
+        ids = tensors.pop("ids", np.zeros(0, np.int32)).ravel().tolist()
         expected = {f"{i}.{part}" for i in self._cache.layers for part in "kv"}
         if header != self._header() or tensors.keys() != expected or len(ids) > self.context:
             raise ModelFolderError(f"{path} was saved from another model or with another context: start a new session")
+        if not all(0 <= i < self._decoder.config.vocab_size for i in ids):
+            raise ModelFolderError(f"{path} holds token ids outside the vocabulary: start a new session")
         targets = [(tensors[f"{i}.{p}"], getattr(layer, p)) for i, layer in self._cache.layers.items() for p in "kv"]
         if any(t.dtype != c.dtype or t.shape != c[: min(len(ids), len(c))].shape for t, c in targets):
             raise ModelFolderError(f"{path} is not whole: start a new session")
