@@ -22,7 +22,7 @@ from edge_gemma.errors import CheckpointError
 from edge_gemma.export.gguf_types import GGUF_TYPES, UNREAD_TYPES
 from edge_gemma.export.source_file import SourceFile, StoredTensor, show
 
-_MAX_HEADER = 512 << 20  # metadata and tensor table; Gemma 4's is 16 MB
+_MAX_HEADER = 128 << 20  # metadata and tensor table; Gemma 4's is 16 MB
 _MAX_TENSORS = 1 << 20
 _MAX_KEYS = 1 << 16
 _FIRST_READ = 4 << 20
@@ -125,6 +125,12 @@ class Metadata(Mapping[str, Any]):
 
     def __len__(self) -> int:
         return len(self._values)
+
+    def scalar(self, key: str, default: Any = None) -> Any:
+        """The value of a key that must not be an array."""
+        if (count := self.length(key)) is not None:
+            raise CheckpointError(f"{self._file.name}: {show(key)} is an array of {count}, expected one value")
+        return self._values.get(key, default)
 
     def length(self, key: str) -> int | None:
         """Elements of an array, without reading it; None where the key is missing or not an array."""
@@ -229,7 +235,7 @@ class GgufFile:
 
     def _place(self, entries: list[tuple[str, tuple[int, ...], int, int]]) -> dict[str, StoredTensor]:
         """Checks types, sizes, alignment and that no two tensors share bytes."""
-        alignment = self.metadata.get("general.alignment", 32)
+        alignment = self.metadata.scalar("general.alignment", 32)
         if type(alignment) is not int or not 8 <= alignment <= 1 << 16 or alignment % 8:
             raise CheckpointError(f"{self.name}: general.alignment is {show(alignment)}, expected a multiple of 8")
         base = -(-self._header_end // alignment) * alignment

@@ -8,7 +8,6 @@ norm weights are the factor itself for Gemma 3 too, and q and k rows are not per
 """
 
 import re
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from numpy.typing import NDArray
 
 from edge_gemma.config import FULL, SLIDING
 from edge_gemma.errors import CheckpointError, ConfigError
-from edge_gemma.export.gguf_container import GgufFile
+from edge_gemma.export.gguf_container import GgufFile, Metadata
 from edge_gemma.export.source_file import (
     StoredTensor,
     TensorInfo,
@@ -68,6 +67,7 @@ _KEYS = {
     "rope.dimension_count", "rope.dimension_count_swa", "rope.freq_base", "rope.freq_base_swa", "rope.scaling.factor",
     "rope.scaling.finetuned", "rope.scaling.original_context_length", "rope.scaling.type", "vocab_size",
 }  # fmt: skip
+_MAX_LAYERS = 512
 _SAMPLING = {
     "temp": "temperature",
     "top_k": "top_k",
@@ -80,9 +80,9 @@ _SAMPLING = {
 class _Values:
     """One architecture's metadata with the types checked; messages name the key."""
 
-    def __init__(self, metadata: Mapping[str, Any], source: str) -> None:
+    def __init__(self, metadata: Metadata, source: str) -> None:
         self._metadata, self.source = metadata, source
-        self.arch = metadata.get("general.architecture")
+        self.arch = metadata.scalar("general.architecture")
         if self.arch not in ("gemma3", "gemma4"):
             raise ConfigError(f"{source}: general.architecture is {show(repr(self.arch))}, expected gemma3 or gemma4")
         prefix = f"{self.arch}."
@@ -91,11 +91,14 @@ class _Values:
             raise ConfigError(f"{source}: unknown configuration keys: {few(unknown)}")
 
     def fail(self, key: str, expected: str) -> ConfigError:
-        value = self._metadata.get(f"{self.arch}.{key}")
-        return ConfigError(f"{self.source}: {self.arch}.{key} is {show(repr(value))}, expected {expected}")
+        return ConfigError(f"{self.source}: {self.arch}.{key} is {show(repr(self.get(key)))}, expected {expected}")
 
     def get(self, key: str) -> Any:
-        value = self._metadata.get(f"{self.arch}.{key}")
+        """The value as Python's own types; None where it is missing."""
+        key = f"{self.arch}.{key}"
+        if (count := self._metadata.length(key) or 0) > _MAX_LAYERS:
+            raise ConfigError(f"{self.source}: {key} is an array of {count}, expected at most {_MAX_LAYERS}")
+        value = self._metadata.get(key)
         return value.tolist() if isinstance(value, np.ndarray) else value
 
     def integer(self, key: str, default: int | None = None) -> int:
@@ -318,13 +321,13 @@ class GgufCheckpoint:
     def _open(self) -> None:
         file, self._name = self._file, self._file.name
         self.metadata = file.metadata
-        splits = file.metadata.get("split.count", 1)
+        splits = file.metadata.scalar("split.count", 1)
         if splits not in (0, 1):
             raise CheckpointError(f"{self._name} is one of {show(splits)} parts; merge them first (llama-gguf-split)")
         values = _Values(file.metadata, self._name)
         depth = values.integer("block_count")
-        if not 1 <= depth <= 512:
-            raise values.fail("block_count", "1 to 512")
+        if not 1 <= depth <= _MAX_LAYERS:
+            raise values.fail("block_count", f"1 to {_MAX_LAYERS}")
         build = _gemma4_config if values.arch == "gemma4" else _gemma3_config
         self.text_config = build(values, file, depth)
         self._config = resolve_config(self._name, self.text_config)
@@ -344,7 +347,7 @@ class GgufCheckpoint:
         return bool(match and match[2] in _KV and int(match[1]) < len(layers) and not layers[int(match[1])].owns_kv)
 
     def _text(self, key: str) -> str | None:
-        value = self.metadata.get(key)
+        value = self.metadata.scalar(key)
         if value is not None and not isinstance(value, str):
             raise CheckpointError(f"{self._name}: {key} is {type(value).__name__}, expected text")
         return value
@@ -352,7 +355,7 @@ class GgufCheckpoint:
     def _generation_config(self) -> dict[str, Any]:
         eos: list[int] = []
         for key in ("eos_token_id", "eot_token_id", "eom_token_id"):
-            value = self.metadata.get(f"tokenizer.ggml.{key}")
+            value = self.metadata.scalar(f"tokenizer.ggml.{key}")
             if value is None:
                 continue
             if type(value) is not int or not 0 <= value < self._config.vocab_size:
@@ -360,7 +363,7 @@ class GgufCheckpoint:
             eos += [value] if value not in eos else []
         result: dict[str, Any] = {"eos_token_id": eos}
         for key, name in _SAMPLING.items():
-            value = self.metadata.get(f"general.sampling.{key}")
+            value = self.metadata.scalar(f"general.sampling.{key}")
             if value is None:
                 continue
             if type(value) not in (int, float) or not value >= 0:
