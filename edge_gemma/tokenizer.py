@@ -66,6 +66,8 @@ class Tokenizer:
     @classmethod
     def from_bytes(cls, model: bytes) -> "Tokenizer":
         """Read a serialised SentencePiece ModelProto; TokenizerError when it is none."""
+        if not model:
+            raise TokenizerError("an empty tokenizer.model; export again")
         try:
             return cls(sentencepiece.SentencePieceProcessor(model_proto=model))
         except (RuntimeError, ValueError, TypeError) as error:
@@ -123,10 +125,7 @@ class Tokenizer:
 
     def id_of(self, piece: str) -> int | None:
         """The id of a piece as the vocabulary spells it ("▁" for a space), None when there is none."""
-        try:
-            index = self._sp.piece_to_id(piece)
-        except UnicodeError:
-            return None
+        index = self._sp.piece_to_id(_without_surrogates(piece))
         return index if index != self.unk_id or piece == self._sp.id_to_piece(index) else None
 
     def token_bytes(self, index: int, skip_special: bool = True) -> bytes:
