@@ -15,10 +15,10 @@ from tests.reference_decoder import reference_logits
 from tests.tiny import KINDS, tiny_config, tiny_weights, write_checkpoint
 
 RECIPES = ("float", "q8", "q4")
-# Relative L2 error of the logits that rounding activations to 8 bits, one scale a token, may cause. Measured here:
-# 2.4e-2 to 4.3e-2, in the decoder and in the NumPy emulation alike. The tiny models are harsh: 64 channels, one of them
-# an outlier in every norm. What the real models lose is measured as perplexity.
-ACTIVATION_BOUND = 0.06
+# Relative L2 error of the logits that rounding activations to 8 bits, one scale for 32 channels, may cause. Measured
+# here: 1.8e-2 to 3.1e-2, in the decoder and in the NumPy emulation alike. The tiny models are harsh: 64 channels, one of
+# them an outlier in every norm. What the real models lose is measured as perplexity.
+ACTIVATION_BOUND = 0.05
 SMALL_CHUNK = 8  # tokens a session prefills at a time where a test wants rings to turn over
 EVERY_MODEL = pytest.mark.parametrize(("kind", "recipe"), [(kind, recipe) for kind in KINDS for recipe in RECIPES])
 EVERY_KIND = pytest.mark.parametrize("kind", KINDS)
@@ -341,10 +341,11 @@ def test_a_model_folder_holds_the_checkpoints_weights(load, kind, recipe):
 
 
 def int8(x):
-    """x with each row rounded to 127ths of its largest magnitude, the quotient taken in float32."""
-    largest = np.abs(x).max(axis=-1, keepdims=True).astype(np.float32)
-    q = np.rint(x.astype(np.float32) * (np.float32(127) / largest))
-    return q.astype(x.dtype) * (largest / np.float32(127))
+    """x with each group of 32 rounded to 127ths of its largest magnitude, the quotient taken in float32."""
+    groups = x.reshape(len(x), -1, 32)
+    largest = np.abs(groups).max(axis=-1, keepdims=True).astype(np.float32)
+    q = np.rint(groups.astype(np.float32) * (np.float32(127) / largest))
+    return (q.astype(x.dtype) * (largest / np.float32(127))).reshape(x.shape)
 
 
 @EVERY_MODEL
@@ -369,7 +370,7 @@ def test_logits_are_as_close_to_the_reference_as_the_activations_allow(load, kin
 @pytest.mark.parametrize("recipe", ["q8", "q4"])
 @EVERY_KIND
 def test_short_prompts_equal_the_reference_with_rounded_activations(load, kind, recipe):
-    """To float32 precision, unless a sum's last bit tips a rounding: most of 16 prompts meet none (measured: 15 or 16).
+    """To float32 precision, unless a sum's last bit tips a rounding: most of 16 prompts meet none (measured: 13 to 16).
 
     The reference runs in float32 too: 4-bit embeddings are often exact ties, which must fall to the same side.
     """
