@@ -9,7 +9,7 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from edge_gemma.engine import Engine
     from edge_gemma.sampler import Sampling
 
-Command = TypeVar("Command", bound=Callable[..., Any])
 _INTERRUPTED = 130  # what a shell calls a command that Ctrl-C ended
 
 
@@ -66,8 +65,10 @@ def cli(debug: bool) -> None:
     """
 
 
-def _options(*decorators: Callable[[Any], Any]) -> Callable[[Command], Command]:
-    def apply(command: Command) -> Command:
+def _options(*decorators: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Several decorators as one."""
+
+    def apply(command: Any) -> Any:
         for decorator in reversed(decorators):
             command = decorator(command)
         return command
@@ -182,7 +183,7 @@ def run(model: str | None, prompt: str, raw: bool, as_json: bool, **options: Any
     from edge_gemma.conversation import Chat, open_conversation
     from edge_gemma.terminal import Screen, show_reply
 
-    text = click.get_text_stream("stdin", encoding="utf-8", errors="replace").read() if prompt == "-" else prompt
+    text = sys.stdin.buffer.read().decode("utf-8", "replace") if prompt == "-" else prompt
     engine = load_engine(model, context=options["context"], threads=options["threads"])
     screen = Screen(show_answer=not as_json, show_thinking=options["show_thinking"])
     conversation = open_conversation(
@@ -273,6 +274,7 @@ def info(model: str | None, as_json: bool) -> None:
         "source_digest": source.get("digest"),
         "license": source.get("license"),
         "kernels": kernels.variant(),
+        "kernel_cache": str(kernels.cache_directory()),
         "threads": kernels.threads(),
         "version": __version__,
     }

@@ -17,7 +17,7 @@ from edge_gemma.transcript import Transcript
 
 _DIM, _PLAIN, _CLEAR_LINE = "\x1b[2m", "\x1b[0m", "\r\x1b[K"
 _CONTROLS = {code: None for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
-_LONG_PROMPT = 256  # tokens to prefill from which on the progress is shown
+_LONG_PROMPT = 512  # tokens from which on a prompt is read in several steps
 
 HELP = """\
 /help             this list
@@ -72,10 +72,12 @@ class Screen:
 
     def prefilled(self, done: int, total: int) -> None:
         """Progress of reading a prompt, in tokens."""
-        if self._status_shown or total - done >= _LONG_PROMPT:
-            self.status(f"reading {done} of {total} tokens")
         if done == total:
             self.clear_status()
+        else:
+            self.status(
+                f"reading {total} tokens" if total - done < _LONG_PROMPT else f"reading {done} of {total} tokens"
+            )
 
     def status(self, text: str) -> None:
         """A line that the next thing printed replaces; only where a person looks."""
