@@ -26,7 +26,7 @@ import struct
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, SupportsIndex
+from typing import Any
 
 from edge_gemma.errors import CheckpointError
 
@@ -81,12 +81,15 @@ def from_gguf_metadata(metadata: Mapping[str, object]) -> bytes:
     arrays. CheckpointError, one line, as in `from_tokenizer_json`.
     """
     kind = metadata.get("tokenizer.ggml.model")
-    if kind not in ("llama", "gemma4", "gpt2"):
+    if not isinstance(kind, str) or kind not in ("llama", "gemma4", "gpt2"):
         raise CheckpointError(
             f"GGUF: tokenizer.ggml.model is {_show(kind)}, expected 'llama' or 'gemma4'; not a Gemma file"
         )
-    if metadata.get("tokenizer.ggml.add_space_prefix", False):
-        raise CheckpointError("GGUF: tokenizer.ggml.add_space_prefix is true, expected false; not a Gemma tokenizer")
+    prefix = metadata.get("tokenizer.ggml.add_space_prefix", False)
+    if prefix is not False:
+        raise CheckpointError(
+            f"GGUF: tokenizer.ggml.add_space_prefix is {_show(prefix)}, expected False; not a Gemma tokenizer"
+        )
     vocabulary = _gguf_vocabulary(metadata, scored=kind == "llama")
     if kind == "llama":
         return _serialise(vocabulary, _gguf_scores(metadata, vocabulary))
@@ -102,7 +105,7 @@ def _parse_json(data: bytes) -> dict:
     try:
         root = json.loads(data.decode("utf-8"))
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"tokenizer.json: not readable as JSON ({_show(error)}); fetch it again") from None
+        raise CheckpointError(f"tokenizer.json: not readable as JSON ({_show(str(error))}); fetch it again") from None
     if not isinstance(root, dict):
         raise CheckpointError(f"tokenizer.json: holds a {type(root).__name__}, expected an object; fetch it again")
     return root
@@ -261,9 +264,9 @@ def _gguf_role(metadata: Mapping[str, object], key: str, pieces: list[str]) -> s
     index = metadata.get(name)
     if index is None:
         return ""
-    if not isinstance(index, SupportsIndex) or not 0 <= index.__index__() < len(pieces):
+    if not isinstance(index, int) or not 0 <= index < len(pieces):
         raise CheckpointError(f"GGUF: {name} is {_show(index)}, expected an id below {len(pieces)}")
-    return pieces[index.__index__()]
+    return pieces[index]
 
 
 def _gguf_scores(metadata: Mapping[str, object], vocabulary: _Vocabulary) -> list[float]:
@@ -426,9 +429,8 @@ def _typed(source: str, pieces: list[str], types: list[int], unk: str, **roles: 
 
 def _show(value: object) -> str:
     """A value in one short line of a message."""
-    text = (
-        repr(value) if isinstance(value, str | int | float | bool | None) else f"{type(value).__name__} {value!r:.200}"
-    )
+    plain = isinstance(value, dict | str | int | float | bool | None)
+    text = repr(value) if plain else f"a {type(value).__name__}"  # a list or an array may be long
     return text if len(text) <= 80 else text[:77] + "..."
 
 

@@ -6,8 +6,12 @@ listed as every split of every piece, newline, space and tab runs, Gemma 4's spe
 """
 
 import json
+import re
 from collections import Counter
+from functools import cache
 from pathlib import Path
+
+import numpy as np
 
 SPACE = "\u2581"  # what the normaliser turns " " into
 FIRST_TOKENS = ("<pad>", "<eos>", "<bos>", "<unk>", "<mask>")  # ids 0..4, as in Gemma
@@ -34,7 +38,8 @@ this is the same thing as that, and those were the things which they wanted to h
 """
 
 
-def _learned_pieces(count: int) -> list[str]:
+@cache
+def _learned_pieces(count: int) -> tuple[str, ...]:
     """The first `count` pieces of byte-pair encoding TRAINING_TEXT, best first; fewer when the text gives no more.
 
     Ties go to the smaller string.
@@ -54,7 +59,7 @@ def _learned_pieces(count: int) -> list[str]:
         pieces.append(best)
         for word, split in splits.items():
             splits[word] = _merged(split, best)
-    return pieces
+    return tuple(pieces)
 
 
 def _merged(split: list[str], piece: str) -> list[str]:
@@ -73,7 +78,7 @@ def _runs() -> list[str]:
     return [char * n for char, most in LONGEST_RUN.items() for n in range(1 + (char == SPACE), most + 1)]
 
 
-def _merges(learned: list[str], runs: list[str], known: set[str]) -> list[list[str]]:
+def _merges(learned: tuple[str, ...], runs: list[str], known: set[str]) -> list[list[str]]:
     """Every split of every piece into two known pieces: runs first (longest left side first), then best piece first."""
 
     def splits(piece: str) -> list[list[str]]:
@@ -150,3 +155,23 @@ def write_tokenizer_json(folder: Path, vocab_size: int = 640, *, runs_are_added:
     config = {"tokenizer_class": "GemmaTokenizerFast", "add_bos_token": False, **CONFIG_TOKENS}
     (Path(folder) / "tokenizer_config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
     return path
+
+
+def gguf_metadata(content: dict) -> dict[str, object]:
+    """The metadata llama.cpp's converter writes for a tokenizer.json of Gemma 4's form."""
+    vocab = content["model"]["vocab"]
+    kinds = {token["id"]: 3 for token in content["added_tokens"]}
+    kinds |= {vocab[piece]: 6 for piece in vocab if re.fullmatch("<0x..>", piece)}
+    kinds[vocab["<|tool_call>"]] = kinds[vocab["<|channel>"]] = 4  # as in the real file: tokens that are to be printed
+    return {
+        "tokenizer.ggml.model": "gemma4",
+        "tokenizer.ggml.tokens": list(vocab),
+        "tokenizer.ggml.scores": np.full(len(vocab), -1000.0, np.float32),
+        "tokenizer.ggml.token_type": np.array([kinds.get(index, 1) for index in range(len(vocab))], np.int32),
+        "tokenizer.ggml.merges": [" ".join(pair) for pair in content["model"]["merges"]],
+        "tokenizer.ggml.bos_token_id": 2,
+        "tokenizer.ggml.eos_token_id": 1,
+        "tokenizer.ggml.unknown_token_id": 3,
+        "tokenizer.ggml.padding_token_id": 0,
+        "tokenizer.ggml.add_space_prefix": False,
+    }
