@@ -25,9 +25,11 @@ from edge_gemma.errors import TemplateError
 
 SOURCE_LIMIT = 1 << 20  # characters of a template
 OUTPUT_LIMIT = 8 << 20  # characters of a rendered prompt
-_STEPS = 1_000_000  # loop items and calls
+_STEPS = 2_000_000  # loop items; a call counts as _CALL
+_CALL = 16
 _CHARACTERS = 1 << 26  # in all texts made on the way
 _LARGEST_NUMBER = 1_000_000  # as an argument: widths, counts
+_LARGEST_POWER = 64
 
 
 class Template:
@@ -140,7 +142,7 @@ class _Environment(ImmutableSandboxedEnvironment):
 
     def call(self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:
         receiver = getattr(__obj, "__self__", None)
-        self.budget.step()
+        self.budget.step(_CALL)
         self.budget.operands(*(receiver,) if isinstance(receiver, str) else (), *args, *kwargs.values())
         return self.budget.text(super().call(__context, __obj, *args, **kwargs))
 
@@ -152,13 +154,10 @@ class _Environment(ImmutableSandboxedEnvironment):
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
         if operator == "%" and isinstance(left, str):
             raise _OverBudget("it uses % as format, which is not supported")
-        if operator == "**" and isinstance(right, int | float) and abs(right) > 64:
-            raise _OverBudget("it raises to a power above 64")
         sizes = [len(value) for value in (left, right) if isinstance(value, str | list | tuple)]
-        if operator == "*":
-            self.budget.operands(left, right)
-            times = [int(value) for value in (left, right) if isinstance(value, int)]
-            self.budget.step(sum(sizes) * max(0, *times, 0))
+        if operator in ("*", "**"):
+            self.budget.operands(left, right if operator == "*" else right * _LARGEST_NUMBER // _LARGEST_POWER)
+            self.budget.step(sum(sizes) * max([0, *(value for value in (left, right) if isinstance(value, int))]))
         elif operator == "+" and not isinstance(left, str):
             self.budget.step(sum(sizes))
         self.budget.step()
@@ -170,7 +169,7 @@ class _Environment(ImmutableSandboxedEnvironment):
     def _bounded(self, function: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(function)  # keeps the mark of filters that want the context
         def bounded(*args: Any, **kwargs: Any) -> Any:
-            self.budget.step()
+            self.budget.step(_CALL)
             self.budget.operands(*args, *kwargs.values())
             return self.budget.text(function(*args, **kwargs))
 

@@ -27,8 +27,7 @@ TEMPLATE = """{{ bos_token }}{% if enable_thinking or messages[0]['role'] == 'sy
 {% endif %}{% if messages[0]['role'] == 'system' %}{{ messages[0]['content'] | trim }}{% endif %}<turn|>
 {% endif %}{% for m in messages if m.role != 'system' %}<|turn>{{ 'model' if m.role == 'assistant' else m.role }}
 {{ m.content | trim }}<turn|>
-{% endfor %}<|turn>model
-"""
+{% endfor %}<|turn>model{{ '\\n' }}"""
 
 
 class FakeTokenizer:
