@@ -247,15 +247,15 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     return manifest
 
 
-def _field(entry: dict[str, Any], key: str, kind: type) -> Any:
+def _field(entry: dict[str, Any], key: str, kind: type, of: str = "the manifest") -> Any:
     value = entry.get(key)
     if not isinstance(value, kind) or isinstance(value, bool):
-        raise ModelFolderError(f"the manifest's {key} is {type(value).__name__}, expected {kind.__name__}")
+        raise ModelFolderError(f"{of}: {key} is {type(value).__name__}, expected {kind.__name__}")
     return value
 
 
 def _shape(name: str, entry: dict[str, Any]) -> tuple[int, ...]:
-    shape = _field(entry, "shape", list)
+    shape = _field(entry, "shape", list, f"tensor {name}")
     if not 1 <= len(shape) <= 4 or not all(type(n) is int and 0 < n < 1 << 40 for n in shape):
         raise ModelFolderError(f"tensor {name}: shape is {shape!r}, expected one to four positive integers")
     return tuple(shape)
@@ -264,14 +264,15 @@ def _shape(name: str, entry: dict[str, Any]) -> tuple[int, ...]:
 def _read_tensor(name: str, entry: Any) -> Tensor:
     if not isinstance(entry, dict):
         raise ModelFolderError(f"tensor {name}: the manifest's entry is not an object")
-    shape, layout, parts = _shape(name, entry), _field(entry, "layout", str), _field(entry, "parts", dict)
+    of, shape = f"tensor {name}", _shape(name, entry)
+    layout, parts = _field(entry, "layout", str, of), _field(entry, "parts", dict, of)
     bits, group, dtype = 0, 0, "F32"
     if layout == "dense":
-        dtype = _field(_field(parts, "values", dict), "dtype", str)
+        dtype = _field(_field(parts, "values", dict, of), "dtype", str, of)
         if dtype not in ("F32", "BF16"):
             raise ModelFolderError(f"tensor {name}: dtype is {dtype!r}, expected F32 or BF16")
     else:
-        bits, group = _field(entry, "bits", int), _field(entry, "group", int)
+        bits, group = _field(entry, "bits", int, of), _field(entry, "group", int, of)
         if bits not in qformat.BITS or group not in qformat.GROUPS or len(shape) != 2:
             raise ModelFolderError(
                 f"tensor {name}: {bits} bits in groups of {group} is not a format of version {VERSION}"
@@ -286,12 +287,13 @@ def _read_tensor(name: str, entry: Any) -> Tensor:
 def _read_part(name: str, key: str, entry: Any, planned: Part) -> Part:
     if not isinstance(entry, dict):
         raise ModelFolderError(f"tensor {name}: part {key} is not an object")
+    of = f"tensor {name}"
     part = Part(
-        file=_field(entry, "file", str),
-        dtype=_field(entry, "dtype", str),
+        file=_field(entry, "file", str, of),
+        dtype=_field(entry, "dtype", str, of),
         shape=_shape(name, entry),
-        offset=_field(entry, "offset", int),
-        sha256=_field(entry, "sha256", str),
+        offset=_field(entry, "offset", int, of),
+        sha256=_field(entry, "sha256", str, of),
     )
     if (part.file, part.dtype, part.shape) != (planned.file, planned.dtype, planned.shape):
         raise ModelFolderError(
