@@ -90,7 +90,7 @@ class Chat(Conversation):
     """Turns through the checkpoint's chat template.
 
     When the context is full the oldest turns are left out of the prompt (they stay in `messages`), never the system
-    turn: enough of them that twice the `reserve` is free, so that the next turn does not have to do it again.
+    turn: until half of the context is free, for whatever is left has to be run again, and not at every turn.
     """
 
     def __init__(
@@ -145,7 +145,7 @@ class Chat(Conversation):
             prompt = self._prompt(messages, start)
             if len(prompt) + needed <= context:
                 return start, prompt
-            needed = 2 * self.reserve
+            needed = context // 2
         if len(prompt) + min(self.reserve, _LEAST_ROOM) > context:
             raise ContextFullError(
                 f"this message makes a prompt of {len(prompt)} tokens, the context holds {context} with the answer: "

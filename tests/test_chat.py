@@ -266,7 +266,7 @@ def parsed(text: str, prompt: str = "") -> list[Piece]:
         ("<|channel>thou", [("thought", "thou")]),
         ("a<channel|>b", [("answer", "ab")]),
         ("thought\nHmm", [("answer", "thought\nHmm")]),
-        ("a<|channel>thought\nx<channel|>b<|channel>y", [("answer", "a"), ("thought", "x"), ("answer", "b"), ("thought", "y")]),
+        ("a<|channel>x<channel|>b<|channel>y", [("answer", "a"), ("thought", "x"), ("answer", "b"), ("thought", "y")]),
     ],
 )  # fmt: skip
 def test_thoughts_and_answer_are_told_apart(reply, expected):
