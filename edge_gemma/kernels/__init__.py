@@ -22,20 +22,31 @@ __all__ = [
 ]  # fmt: skip
 
 
+@functools.cache
 def available_variants() -> tuple[str, ...]:
-    """Instruction sets this CPU can run the matrix kernels with, best first."""
-    return ("portable",)
+    """Instruction sets this CPU can run the matrix kernels with, best first (kernels/isa.py)."""
+    from numba.core.registry import cpu_target
+
+    from edge_gemma.kernels.isa import available
+
+    _, cpu, features = cpu_target.target_context.codegen().magic_tuple()
+    return available(cpu, {f[1:] for f in features.split(",") if f.startswith("+")})
+
+
+_chosen: str | None = None
 
 
 def variant() -> str:
     """The instruction set in use, as `edge-gemma info` shows it."""
-    return "portable"
+    return _chosen or available_variants()[0]
 
 
 def set_variant(name: str | None) -> None:
     """Use another of `available_variants` (None: the best one). For tests and measurements."""
+    global _chosen
     if name not in (None, *available_variants()):
-        raise ValueError(f"kernel variant {name!r}, expected one of {available_variants()}")
+        raise ValueError(f"kernel variant {name!r}, expected one of {', '.join(available_variants())}")
+    _chosen = name
 
 
 def _check(name: str, array: np.ndarray, dtypes: tuple, shape: tuple) -> None:
@@ -79,10 +90,10 @@ def quantize_activations(x, group, q, scale, sums) -> None:
 
 
 @functools.cache
-def _matmul(variant_name, bits, grouped):
+def _matmul(variant_name, bits, group, scale_groups):
     from edge_gemma.kernels.panels import make
 
-    return make(bits, grouped)
+    return make(variant_name, bits, group, scale_groups)
 
 
 def matmul(q, a_scale, sums, packed, w_scale, bits, group, out) -> None:
@@ -107,7 +118,8 @@ def matmul(q, a_scale, sums, packed, w_scale, bits, group, out) -> None:
     _check("packed", packed, (_U8,), (panels, kpad * bits // 32, 8, 4))
     _check("w_scale", w_scale, (_HALF if group else _F32,), (panels, groups, 8))
     _check("out", out, (_F32,), (n, rows))
-    jit.launch(_matmul(variant(), bits, group != 0), q, a_scale, sums, _frozen(packed), _frozen(w_scale), out)
+    function = _matmul(variant(), bits, group, group != 0 and a_scale.shape[1] > 1)
+    jit.launch(function, q, a_scale, sums, _frozen(packed), _frozen(w_scale), out)
 
 
 def rms_norm(x, weight, eps, out) -> None:

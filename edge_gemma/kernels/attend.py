@@ -125,6 +125,6 @@ def make(half):
 
     pair = []
     for function in (attention_decode, attention_prefill):
-        function.__qualname__ = function.__name__ = f"{function.__name__}_{'half' if half else 'float'}"
+        function.__name__ = f"{function.__name__}_{'half' if half else 'float'}"
         pair.append(kernel(function, parallel=True))
     return tuple(pair)

@@ -5,7 +5,7 @@ Does not know: what any kernel computes.
 
 The cache is a folder of the user's cache, named after a digest of this package's sources, the numba and llvmlite
 versions and Python's: an edited intrinsic never meets old code (numba's own cache would not notice). One file a
-compiled function, named after its signature, the CPU with its features and its closure, written beside and renamed,
+compiled function, named after its key, its signature and the CPU with its features, written beside and renamed,
 begun with a digest of its content: processes may share the folder, and a damaged file is compiled again. numba's index
 files are not used: two processes writing one can leave an entry that points at another function's code.
 """
@@ -66,10 +66,9 @@ def cache_note() -> str | None:
 class _KernelCache(_Cache):
     """numba's cache interface over one digest-checked file a compiled function."""
 
-    def __init__(self, py_func):
-        self._name = py_func.__qualname__
-        cells = tuple(cell.cell_contents for cell in py_func.__closure__ or ())
-        self._closure = repr((py_func.__module__, self._name, cells))
+    def __init__(self, py_func, key):
+        self._name = py_func.__name__
+        self._key = f"{py_func.__module__} {key or self._name}"
         self._enabled = True
 
     @property
@@ -87,9 +86,8 @@ class _KernelCache(_Cache):
             path.unlink(missing_ok=True)
 
     def _path(self, sig, codegen) -> Path:
-        key = repr((self._closure, sig, codegen.magic_tuple()))
-        name = "".join(c if c.isalnum() else "_" for c in self._name.rpartition(".")[2])
-        return cache_directory() / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:32]}.bin"
+        key = repr((self._key, sig, codegen.magic_tuple()))
+        return cache_directory() / f"{self._name}-{hashlib.sha256(key.encode()).hexdigest()[:32]}.bin"
 
     def load_overload(self, sig, target_context):
         if not self._enabled:
@@ -131,12 +129,15 @@ def _replace(path: Path, data: bytes) -> None:
         raise
 
 
-def kernel(function=None, *, parallel=False, fastmath=False):
-    """Decorator: compile at the first call, or load from the cache. `parallel` functions release the GIL."""
+def kernel(function=None, *, parallel=False, fastmath=False, key=None):
+    """Decorator: compile at the first call, or load from the cache; releases the GIL.
+
+    `key` names the choices a closure was made with: functions of one module with the same key are the same code.
+    """
     if function is None:
-        return functools.partial(kernel, parallel=parallel, fastmath=fastmath)
+        return functools.partial(kernel, parallel=parallel, fastmath=fastmath, key=key)
     dispatcher = numba.njit(parallel=parallel, fastmath=fastmath, nogil=True, error_model="numpy")(function)
-    dispatcher._cache = _KernelCache(function)
+    dispatcher._cache = _KernelCache(function, key)
     return dispatcher
 
 

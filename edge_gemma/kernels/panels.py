@@ -1,48 +1,74 @@
-"""int8 activations times packed 2, 4 and 8-bit weights.
+"""int8 activations times packed weights: cutting a matrix product into tiles, and tiles among threads.
 
-Owns: the loops over R8K4 panels (edge_gemma/qformat.py). Does not know: where weights come from.
+Owns: the loops over tokens and R8K4 panels (edge_gemma/qformat.py). Does not know: the arithmetic of a tile
+(kernels/tile.py) and where weights come from.
+
+Threads take runs of panels; a tile's rows beyond the matrix (its last panel may be partial) go to a scratch tile
+first. The last tile of several tokens is moved back to end with the last token, so that it overlaps the one before:
+the same results are written twice, and no tile shape is compiled for remainders.
 """
 
 import numba
 import numpy as np
 
-from edge_gemma.kernels.convert import as_float
+from edge_gemma.kernels import isa
 from edge_gemma.kernels.jit import kernel
+from edge_gemma.kernels.tile import TileSpec, make_tile
+
+TOKEN_BLOCK_BYTES = 1 << 18
+"""Activations that are kept in a core's cache while all its panels pass by."""
 
 
-@numba.njit(error_model="numpy")
-def _group_dot(q, panel, row, bits, first, chunks):
-    """Exact sum of q * stored field over `chunks` chunks of one row of a panel."""
-    mask = np.uint8((1 << bits) - 1)
-    fields = 8 // bits
-    total = np.int32(0)
-    for c in range(first, first + chunks):
-        for kk in range(4):
-            byte = panel[c, row, kk]
-            for j in range(fields):
-                u = (byte >> np.uint8(bits * j)) & mask
-                w = np.int32(np.int8(u)) if bits == 8 else np.int32(u)
-                total += w * np.int32(q[(c * fields + j) * 4 + kk])
-    return total
+def make(variant, bits, group, scale_groups):
+    """The matmul kernel of an instruction set, width, group size, and kind of activation scale."""
+    chosen = isa.SETS[variant]
+    zero = np.int32(chosen.zero_point(bits))
+    most, pair = chosen.tokens(group != 0), chosen.panels
+    some = max(most // 2, 2)
+    middle = some < most
+    many_tokens = make_tile(TileSpec(variant, bits, group, scale_groups, most, pair))
+    some_tokens = make_tile(TileSpec(variant, bits, group, scale_groups, some, pair))
+    one_token = make_tile(TileSpec(variant, bits, group, scale_groups, 1, 1))
 
-
-def make(bits, grouped):
-    """The matmul kernel for weights of `bits` bits, with one scale a row or (grouped) float16 scales as uint16."""
-    zero = np.int32(0 if bits == 8 else 1 << (bits - 1))
+    @numba.njit(error_model="numpy")
+    def run(q, a_scale, correction, packed, w_scale, out, n0, n1, first, second):
+        """Tokens [n0, n1) of one or two panels."""
+        rows, n = out.shape[1], n1 - n0
+        whole = 8 * second + 8 <= rows
+        tokens = most if n >= most else some if n >= some else 1
+        target = out if whole else np.empty((tokens, 16), np.float32)
+        stride = rows if whole else 16
+        at, to = (8 * first, 8 * second) if whole else (0, 8 * (second - first))
+        token = n0
+        while token < n1:
+            token = min(token, n1 - tokens)
+            o1, o2 = (token * rows + at, token * rows + to) if whole else (at, to)
+            if tokens == 1:
+                one_token(q, a_scale, correction, packed, w_scale, target, token, first, second, o1, o2, stride)
+            elif tokens == most:
+                many_tokens(q, a_scale, correction, packed, w_scale, target, token, first, second, o1, o2, stride)
+            elif middle:
+                some_tokens(q, a_scale, correction, packed, w_scale, target, token, first, second, o1, o2, stride)
+            if not whole:
+                for t in range(tokens):
+                    for r in range(8 * first, rows):
+                        out[token + t, r] = target[t, r - 8 * first]
+            token += tokens
 
     def matmul(q, a_scale, sums, packed, w_scale, out):
-        groups = w_scale.shape[1]
-        chunks = packed.shape[1] // groups
-        for p in numba.prange(packed.shape[0]):
-            for n in range(q.shape[0]):
-                for r in range(min(8, out.shape[1] - 8 * p)):
-                    total = np.float32(0)
-                    for g in range(groups):
-                        dot = _group_dot(q[n], packed[p], r, bits, g * chunks, chunks) - zero * sums[n, g]
-                        s = as_float(w_scale[p, g, r])
-                        s *= a_scale[n, g if a_scale.shape[1] > 1 else 0]
-                        total += s * np.float32(dot)
-                    out[n, 8 * p + r] = total
+        n, panels = q.shape[0], packed.shape[0]
+        correction = np.empty_like(sums)
+        for i in range(n):
+            for g in range(sums.shape[1]):
+                correction[i, g] = -zero * sums[i, g]
+        width = pair if n >= some else 1
+        units = (panels + width - 1) // width
+        block = most * max(1, TOKEN_BLOCK_BYTES // (q.shape[1] * most))
+        blocks = max(1, n // block)
+        for task in numba.prange(blocks * units):
+            b, u = task // units, task % units
+            n0, n1 = b * block, n if b == blocks - 1 else (b + 1) * block
+            run(q, a_scale, correction, packed, w_scale, out, n0, n1, u * width, min(u * width + width, panels) - 1)
 
-    matmul.__qualname__ = matmul.__name__ = f"matmul_{bits}_{'groups' if grouped else 'rows'}"
-    return kernel(matmul, parallel=True)
+    matmul.__name__ = f"matmul_{variant}_{bits}_{group}_{'groups' if scale_groups else 'tokens'}"
+    return kernel(matmul, parallel=True, key=matmul.__name__)

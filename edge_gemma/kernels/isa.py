@@ -1,0 +1,315 @@
+"""Instruction sets for the matrix kernels: which this CPU has, and how each multiplies int8 by small integers.
+
+Owns: feature tests and the LLVM IR of a dot-product step per instruction set. Does not know: tiles, loops, scales.
+
+A step meets a chunk of weights, 8 rows x 4 k (32 bytes; two panels side by side make 64), with one dword of
+activations that every row shares. Sets with a dot-product instruction add it to 32-bit sums at once. The others
+multiply into 16-bit sums, as many as cannot overflow (activations are within +-127), and then widen:
+
+    avx512-vnni    vpdpbusd, 16 rows a register                   weights unsigned: bytes are stored + 128
+    avx-vnni       vpdpbusd, 8 rows a register                    the same
+    avx2           pmaddubsw, 8 sums of 4-bit products, pmaddwd   bytes: |w| times the activation with w's sign
+    neon-dotprod   sdot, 4 rows a register
+    neon           smull and smlal, sadalp
+    portable       whatever LLVM makes of the same in plain vector operations
+"""
+
+import platform
+from pathlib import Path
+
+from llvmlite import ir
+from numba.core import cgutils
+
+I8, I16, I32, F32 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.FloatType()
+
+
+def vector(scalar, lanes):
+    return ir.VectorType(scalar, lanes)
+
+
+def splat_constant(scalar, lanes, value):
+    return ir.Constant(vector(scalar, lanes), [value] * lanes)
+
+
+def call(builder, name, result, *args):
+    """Call an LLVM intrinsic by its full name."""
+    function_type = ir.FunctionType(result, [a.type for a in args])
+    return builder.call(cgutils.get_or_insert_function(builder.module, function_type, name), args)
+
+
+def shuffle(builder, a, b, lanes):
+    return builder.shuffle_vector(a, b, ir.Constant(vector(I32, len(lanes)), list(lanes)))
+
+
+def splat(builder, value, lanes):
+    """A vector of one scalar."""
+    one = vector(value.type, lanes)
+    first = builder.insert_element(ir.Constant(one, ir.Undefined), value, ir.Constant(I32, 0))
+    return shuffle(builder, first, ir.Constant(one, ir.Undefined), [0] * lanes)
+
+
+def halves(builder, v, parts):
+    """Cut a vector into equal parts."""
+    size = v.type.count // parts
+    return [shuffle(builder, v, v, range(i * size, (i + 1) * size)) for i in range(parts)]
+
+
+def join(builder, parts):
+    """The inverse of halves, for a power of two of parts."""
+    while len(parts) > 1:
+        size = 2 * parts[0].type.count
+        parts = [shuffle(builder, a, b, range(size)) for a, b in zip(parts[::2], parts[1::2], strict=True)]
+    return parts[0]
+
+
+class Portable:
+    """Products in 16 bits, pairs of them widened to 32: plain vector IR that any target can lower."""
+
+    name = "portable"
+    panels = 1  # panels side by side in a tile of several tokens
+    unsigned_bytes = False  # a step takes any unsigned byte as a weight
+    accumulators = 1  # independent sums that hide the latency of a step
+
+    @staticmethod
+    def supported(cpu, features):
+        return True
+
+    @staticmethod
+    def tokens(grouped):
+        """Tokens of a tile: as many as leave the accumulators in registers."""
+        return 2
+
+    def zero_point(self, bits):
+        """What the stored field exceeds the weight by, as this set reads it."""
+        return 0 if bits == 8 else 1 << (bits - 1)
+
+    def chain(self, bits):
+        """Steps whose sum fits 16 bits: |field| * 127 each."""
+        return 32767 // ({2: 3, 4: 15, 8: 128}[bits] * 127)
+
+    def activations(self, builder, pointer, count, panels):
+        """`count` dwords of activations at `pointer`, each repeated for every row: int8 vectors."""
+        lanes = 8 * panels
+        dwords = []
+        for d in range(count):
+            at = builder.gep(builder.bitcast(pointer, I32.as_pointer()), [ir.Constant(I32, d)])
+            dwords.append(builder.bitcast(splat(builder, builder.load(at, align=1), lanes), vector(I8, 4 * lanes)))
+        return dwords
+
+    def prepare(self, builder, field, bits):
+        """What of a weight chunk does not depend on the token."""
+        return builder.sext(field, vector(I16, field.type.count))
+
+    def multiply(self, builder, prepared, activation, bits):
+        """16-bit products (or sums of pairs) of a chunk and a dword."""
+        return builder.mul(prepared, builder.sext(activation, vector(I16, activation.type.count)))
+
+    def widen(self, builder, sums16, total):
+        """total + the 16-bit sums, 32 bits, two a row."""
+        count = sums16.type.count
+        even, odd = (shuffle(builder, sums16, sums16, range(first, count, 2)) for first in (0, 1))
+        wide = vector(I32, count // 2)
+        return builder.add(total, builder.add(builder.sext(even, wide), builder.sext(odd, wide)))
+
+    def start(self, panels):
+        return splat_constant(I32, 16 * panels, 0)
+
+    def finish(self, builder, total):
+        """int32 [rows] of the running sums."""
+        count = total.type.count
+        return builder.add(*(shuffle(builder, total, total, range(first, count, 2)) for first in (0, 1)))
+
+    def dots(self, builder, totals, fields, activations, bits):
+        """totals[t] + sum of fields[d] . activations[t][d], for each token t; totals[t] is a list of independent
+        sums.
+        """
+        sums16, left = [None] * len(totals), self.chain(bits)
+        for d, field in enumerate(fields):
+            prepared = self.prepare(builder, field, bits)
+            for t, row in enumerate(activations):
+                product = self.multiply(builder, prepared, row[d], bits)
+                sums16[t] = product if sums16[t] is None else builder.add(sums16[t], product)
+            left -= 1
+            if not left or d == len(fields) - 1:
+                totals = [[self.widen(builder, s, total)] for s, (total,) in zip(sums16, totals, strict=True)]
+                sums16, left = [None] * len(totals), self.chain(bits)
+        return totals
+
+
+class Avx2(Portable):
+    name = "avx2"
+
+    @staticmethod
+    def supported(cpu, features):
+        return {"avx2", "fma", "f16c"} <= features
+
+    @staticmethod
+    def tokens(grouped):
+        return 4
+
+    def chain(self, bits):
+        return super().chain(bits) // 2  # pmaddubsw adds pairs
+
+    def prepare(self, builder, field, bits):
+        if bits < 8:
+            return field
+        return call(builder, "llvm.abs.v32i8", field.type, field, ir.Constant(ir.IntType(1), 0)), field
+
+    def multiply(self, builder, prepared, activation, bits):
+        if bits == 8:
+            prepared, field = prepared
+            activation = call(builder, "llvm.x86.avx2.psign.b", field.type, activation, field)
+        return call(builder, "llvm.x86.avx2.pmadd.ub.sw", vector(I16, 16), prepared, activation)
+
+    def widen(self, builder, sums16, total):
+        ones = splat_constant(I16, 16, 1)
+        return builder.add(total, call(builder, "llvm.x86.avx2.pmadd.wd", vector(I32, 8), sums16, ones))
+
+    def start(self, panels):
+        return splat_constant(I32, 8, 0)
+
+    def finish(self, builder, total):
+        return total
+
+
+class _DotProduct(Portable):
+    """A set whose instruction adds 4 products to a 32-bit sum."""
+
+    def start(self, panels):
+        return splat_constant(I32, 8 * panels, 0)
+
+    def finish(self, builder, total):
+        return total
+
+    def prepare(self, builder, field, bits):
+        return field
+
+    def dots(self, builder, totals, fields, activations, bits):
+        totals = [list(row) for row in totals]
+        for d, field in enumerate(fields):
+            prepared = self.prepare(builder, field, bits)
+            for row, total in zip(activations, totals, strict=True):
+                total[d % len(total)] = self.dot(builder, total[d % len(total)], prepared, row[d])
+        return totals
+
+
+class AvxVnni(_DotProduct):
+    name = "avx-vnni"
+    unsigned_bytes = True
+    accumulators = 8
+
+    @staticmethod
+    def supported(cpu, features):
+        vnni = "avxvnni" in features or {"avx512vnni", "avx512vl"} <= features
+        return vnni and {"avx2", "fma", "f16c"} <= features
+
+    @staticmethod
+    def tokens(grouped):
+        return 4
+
+    def zero_point(self, bits):
+        return 1 << (bits - 1)
+
+    def prepare(self, builder, field, bits):
+        if bits < 8:
+            return field
+        return builder.xor(field, splat_constant(I8, field.type.count, 0x80))
+
+    def dot(self, builder, total, weights, activation):
+        lanes = total.type.count
+        words = [builder.bitcast(v, total.type) for v in (weights, activation)]
+        return call(builder, f"llvm.x86.avx512.vpdpbusd.{32 * lanes}", total.type, total, *words)
+
+
+class Avx512Vnni(AvxVnni):
+    name = "avx512-vnni"
+    panels = 2
+
+    @staticmethod
+    def supported(cpu, features):
+        return {"avx512f", "avx512bw", "avx512vl", "avx512vnni", "fma", "f16c"} <= features
+
+    @staticmethod
+    def tokens(grouped):
+        return 8
+
+
+class Neon(Portable):
+    name = "neon"
+
+    @staticmethod
+    def supported(cpu, features):
+        return "neon" in features
+
+    @staticmethod
+    def tokens(grouped):
+        return 2
+
+    def activations(self, builder, pointer, count, panels):
+        """One 16-byte load for 4 dwords: the instructions take a lane of a register."""
+        rows = []
+        for block in range(count // 4):
+            at = builder.gep(builder.bitcast(pointer, vector(I32, 4).as_pointer()), [ir.Constant(I32, block)])
+            four = builder.load(at, align=1)
+            rows += [builder.bitcast(shuffle(builder, four, four, [lane] * 4), vector(I8, 16)) for lane in range(4)]
+        return rows
+
+    def prepare(self, builder, field, bits):
+        return halves(builder, field, 4)
+
+    def multiply(self, builder, prepared, activation, bits):
+        dword = halves(builder, activation, 2)[0]
+        wide = vector(I16, 8)
+        return join(builder, [call(builder, "llvm.aarch64.neon.smull.v8i16", wide, p, dword) for p in prepared])
+
+    def widen(self, builder, sums16, total):
+        pairs = [
+            call(builder, "llvm.aarch64.neon.saddlp.v4i32.v8i16", vector(I32, 4), part)
+            for part in halves(builder, sums16, 4)
+        ]
+        return builder.add(total, join(builder, pairs))
+
+
+class NeonDotprod(_DotProduct):
+    name = "neon-dotprod"
+    accumulators = 4
+    activations = Neon.activations
+
+    @staticmethod
+    def supported(cpu, features):
+        # LLVM does not read asimddp from the kernel on every version, but knows it of the CPUs it knows by name.
+        return "neon" in features and ("dotprod" in features or (cpu != "generic" and "asimddp" in _cpuinfo_features()))
+
+    @staticmethod
+    def tokens(grouped):
+        return 4 if grouped else 8
+
+    def prepare(self, builder, field, bits):
+        return halves(builder, field, 2)
+
+    def dot(self, builder, total, weights, activation):
+        four = vector(I32, 4)
+        parts = [
+            call(builder, "llvm.aarch64.neon.sdot.v4i32.v16i8", four, t, w, activation)
+            for t, w in zip(halves(builder, total, 2), weights, strict=True)
+        ]
+        return join(builder, parts)
+
+
+SETS = {s.name: s for s in (Avx512Vnni(), AvxVnni(), Avx2(), NeonDotprod(), Neon(), Portable())}
+"""Every instruction set, best first within an architecture."""
+
+
+def _cpuinfo_features() -> set[str]:
+    """Words of the Features line of /proc/cpuinfo (Linux on ARM), else nothing."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(errors="replace")
+    except OSError:
+        return set()
+    return {word for line in text.splitlines() if line.startswith("Features") for word in line.split()}
+
+
+def available(cpu: str, features: set[str]) -> tuple[str, ...]:
+    """Names of the sets a CPU can run, best first; `features` are LLVM's names."""
+    arm = platform.machine().lower() in ("aarch64", "arm64")
+    return tuple(n for n, s in SETS.items() if s.supported(cpu, features) and (n == "portable" or arm == ("neon" in n)))
