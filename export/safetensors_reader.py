@@ -37,9 +37,9 @@ _ITEM_BYTES = {
     "I32": 4, "U32": 4, "F32": 4, "I64": 8, "U64": 8, "F64": 8,
 }  # fmt: skip
 _READABLE = ("F32", "F16", "BF16")
-_MAX_HEADER = 100_000_000  # the container's own limit
-_MAX_JSON = 64 << 20
-_MAX_TOKENIZER = 512 << 20
+_MAX_HEADER = 8 << 20  # E2B has 0.3 MB; parsing costs several times the size
+_MAX_JSON = 8 << 20
+_MAX_TOKENIZER = 128 << 20
 
 # Where the text decoder's tensors are, by the model_type of config.json.
 _PREFIX = {"gemma4": "model.language_model.", "gemma4_text": "model.", "gemma3_text": "model."}

@@ -15,8 +15,8 @@ from edge_gemma.export.checkpoint import TensorInfo, open_checkpoint
 from edge_gemma.export.gguf_container import GgufFile
 from edge_gemma.export.gguf_reader import GgufCheckpoint, shortest
 from edge_gemma.export.gguf_types import GGUF_TYPES, UNREAD_TYPES, dequantize
-from tests.tiny import KINDS, VOCAB, tiny_config, tiny_weights
-from tests.tiny_gguf import gguf_name, tiny_tensors, write_gguf
+from tests.tiny import KINDS, VOCAB, tiny_config, tiny_weights, write_checkpoint
+from tests.tiny_gguf import e2b_sized_file, gguf_name, tiny_tensors, write_gguf
 
 
 def same_bits(a: np.ndarray, b: np.ndarray) -> bool:
@@ -261,6 +261,19 @@ def test_generation_settings(tmp_path: Path) -> None:
     checkpoint.close()
 
 
+def test_the_tokenizer_is_the_folders(tmp_path: Path) -> None:
+    from sentencepiece import SentencePieceProcessor
+
+    pieces = []
+    for source in (write_gguf(tmp_path / "x.gguf", "e4b"), write_checkpoint(tmp_path / "folder", "e4b")):
+        checkpoint = open_checkpoint(source)
+        model = SentencePieceProcessor(model_proto=checkpoint.tokenizer_model())
+        checkpoint.close()
+        pieces.append([model.id_to_piece(i) for i in range(model.vocab_size())])
+    assert pieces[0] == pieces[1]
+    assert len(pieces[0]) == VOCAB
+
+
 def test_the_digest_follows_header_and_size(tmp_path: Path) -> None:
     def digest(path: Path) -> str:
         checkpoint = open_checkpoint(path)
@@ -280,55 +293,6 @@ def test_the_digest_follows_header_and_size(tmp_path: Path) -> None:
 
 
 # --- the real sizes of E2B, as a sparse file --------------------------------------------------------------------------
-
-
-def e2b_sized_file(path: Path) -> Path:
-    """Metadata and tensor table of a full Gemma 4 E2B; the data is one hole."""
-    depth, shared, d = 35, 20, 1536
-    full = [i % 5 == 4 for i in range(depth)]
-    words: dict[str, Any] = {
-        "context_length": 131072, "embedding_length": d, "block_count": depth,
-        "feed_forward_length": [6144 if i < depth - shared else 12288 for i in range(depth)],
-        "attention.head_count": 8, "attention.head_count_kv": [1] * depth, "attention.key_length": 512,
-        "attention.value_length": 512, "attention.key_length_swa": 256, "attention.value_length_swa": 256,
-        "attention.shared_kv_layers": shared, "attention.sliding_window": 512,
-        "attention.sliding_window_pattern": [not f for f in full], "attention.layer_norm_rms_epsilon": 1e-6,
-        "embedding_length_per_layer_input": 256, "final_logit_softcapping": 30.0, "rope.freq_base": 1e6,
-        "rope.freq_base_swa": 1e4, "rope.dimension_count": 512, "rope.dimension_count_swa": 256,
-    }  # fmt: skip
-    shapes: dict[str, tuple[int, ...]] = {
-        "token_embd": (262144, d), "per_layer_token_embd": (262144, depth * 256),
-        "per_layer_model_proj": (depth * 256, d), "per_layer_proj_norm": (256,), "output_norm": (d,),
-    }  # fmt: skip
-    for i in range(depth):
-        hd, ff = 512 if full[i] else 256, words["feed_forward_length"][i]
-        layer: dict[str, tuple[int, ...]] = {
-            "attn_norm": (d,), "post_attention_norm": (d,), "ffn_norm": (d,), "post_ffw_norm": (d,), "post_norm": (d,),
-            "attn_q": (8 * hd, d), "attn_q_norm": (hd,), "attn_output": (d, 8 * hd), "layer_output_scale": (1,),
-            "ffn_gate": (ff, d), "ffn_up": (ff, d), "ffn_down": (d, ff), "inp_gate": (256, d), "proj": (d, 256),
-            "attn_k": (hd, d), "attn_v": (hd, d), "attn_k_norm": (hd,),  # in shared layers too, as older files have it
-        }  # fmt: skip
-        shapes |= {f"blk.{i}.{name}": shape for name, shape in layer.items()}
-    writer = gguf.GGUFWriter(path, "gemma4")
-    for key, value in words.items():
-        add = {int: writer.add_uint32, float: writer.add_float32, list: writer.add_array}[type(value)]
-        add(f"gemma4.{key}", value)
-    writer.add_array("tokenizer.ggml.tokens", [f"token {i}" for i in range(262144)])
-    writer.add_array("tokenizer.ggml.merges", [f"{i} {i}" for i in range(514906)])
-    end = 0
-    for name, shape in shapes.items():
-        raw = gguf.GGMLQuantizationType.Q4_K if len(shape) > 1 else gguf.GGMLQuantizationType.F32
-        block, size = gguf.GGML_QUANT_SIZES[raw]
-        nbytes = int(np.prod(shape)) // block * size
-        writer.add_tensor_info(f"{name}.weight", shape, np.dtype(np.float32), nbytes, raw_dtype=raw)
-        end = -(-end // 32) * 32 + nbytes
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()
-    writer.close()
-    with path.open("r+b") as file:
-        file.truncate(-(-path.stat().st_size // 32) * 32 + end)
-    return path
 
 
 def test_a_full_size_e2b_opens_and_reads_in_the_memory_of_its_blocks(tmp_path: Path) -> None:
@@ -440,6 +404,7 @@ def test_tensors_that_do_not_fit(tmp_path: Path) -> None:
     fails("no tensor token_embd.weight", token_embd__weight=None)
     fails("blk.0.attn_q.weight is (8, 64), expected (64, 64)", blk__0__attn_q__weight=np.ones((8, 64), np.float32))
     fails("blk.0.layer_output_scale.weight is (2,), expected (1,)", blk__0__layer_output_scale__weight=np.ones(2, "f4"))
+    fails("1 tensors are missing: blk.4.attn_v.weight", blk__4__attn_v__weight=None)  # one full layer has it, one not
     fails("rope_freqs.weight is F32 (3,)", rope_freqs__weight=np.ones(3, np.float32))
 
 

@@ -397,6 +397,13 @@ def test_missing_tensors_are_counted_and_named(tmp_path: Path) -> None:
     refused(folder, "17 tensors are missing: model.language_model.layers.2.input_layernorm.weight, ")
 
 
+def test_a_value_projection_where_keys_serve_as_values_is_unknown(tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path / "m", "dense")
+    name = "model.layers.2.self_attn.v_proj.weight"  # a full layer that owns its KV
+    add_tensors(folder, {name: np.ones((64, 64), np.float32)})
+    refused(folder, f"1 unknown tensors: {name}")
+
+
 def test_truncated_and_extended_files(tmp_path: Path) -> None:
     folder = write_checkpoint(tmp_path / "m", "gemma3")
     path = folder / "model.safetensors"

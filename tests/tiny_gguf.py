@@ -1,7 +1,7 @@
 """Tiny random models as GGUF files, written with the `gguf` package: the same weights as tests/tiny.py's folders.
 
 Owns: the metadata llama.cpp's converter writes for gemma4 and gemma3, and its tensor names, spelled out here a second
-time. Does not know: our readers; nothing of edge_gemma is imported here.
+time; and the header of a full-size E2B over a hole. Does not know: our readers; nothing of edge_gemma is imported here.
 """
 
 from collections.abc import Callable, Mapping
@@ -170,3 +170,52 @@ def _add(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
         writer.add_string(key, value)
     else:
         writer.add_array(key, value)
+
+
+def e2b_sized_file(path: Path) -> Path:
+    """Metadata and tensor table of a full Gemma 4 E2B; the data is one hole."""
+    depth, shared, d = 35, 20, 1536
+    full = [i % 5 == 4 for i in range(depth)]
+    words: dict[str, Any] = {
+        "context_length": 131072, "embedding_length": d, "block_count": depth,
+        "feed_forward_length": [6144 if i < depth - shared else 12288 for i in range(depth)],
+        "attention.head_count": 8, "attention.head_count_kv": [1] * depth, "attention.key_length": 512,
+        "attention.value_length": 512, "attention.key_length_swa": 256, "attention.value_length_swa": 256,
+        "attention.shared_kv_layers": shared, "attention.sliding_window": 512,
+        "attention.sliding_window_pattern": [not f for f in full], "attention.layer_norm_rms_epsilon": 1e-6,
+        "embedding_length_per_layer_input": 256, "final_logit_softcapping": 30.0, "rope.freq_base": 1e6,
+        "rope.freq_base_swa": 1e4, "rope.dimension_count": 512, "rope.dimension_count_swa": 256,
+    }  # fmt: skip
+    shapes: dict[str, tuple[int, ...]] = {
+        "token_embd": (262144, d), "per_layer_token_embd": (262144, depth * 256),
+        "per_layer_model_proj": (depth * 256, d), "per_layer_proj_norm": (256,), "output_norm": (d,),
+    }  # fmt: skip
+    for i in range(depth):
+        hd, ff = 512 if full[i] else 256, words["feed_forward_length"][i]
+        layer: dict[str, tuple[int, ...]] = {
+            "attn_norm": (d,), "post_attention_norm": (d,), "ffn_norm": (d,), "post_ffw_norm": (d,), "post_norm": (d,),
+            "attn_q": (8 * hd, d), "attn_q_norm": (hd,), "attn_output": (d, 8 * hd), "layer_output_scale": (1,),
+            "ffn_gate": (ff, d), "ffn_up": (ff, d), "ffn_down": (d, ff), "inp_gate": (256, d), "proj": (d, 256),
+            "attn_k": (hd, d), "attn_v": (hd, d), "attn_k_norm": (hd,),  # in shared layers too, as older files have it
+        }  # fmt: skip
+        shapes |= {f"blk.{i}.{name}": shape for name, shape in layer.items()}
+    writer = gguf.GGUFWriter(path, "gemma4")
+    for key, value in words.items():
+        add = {int: writer.add_uint32, float: writer.add_float32, list: writer.add_array}[type(value)]
+        add(f"gemma4.{key}", value)
+    writer.add_array("tokenizer.ggml.tokens", [f"token {i}" for i in range(262144)])
+    writer.add_array("tokenizer.ggml.merges", [f"{i} {i}" for i in range(514906)])
+    end = 0
+    for name, shape in shapes.items():
+        raw = gguf.GGMLQuantizationType.Q4_K if len(shape) > 1 else gguf.GGMLQuantizationType.F32
+        block, size = gguf.GGML_QUANT_SIZES[raw]
+        nbytes = int(np.prod(shape)) // block * size
+        writer.add_tensor_info(f"{name}.weight", shape, np.dtype(np.float32), nbytes, raw_dtype=raw)
+        end = -(-end // 32) * 32 + nbytes
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    writer.close()
+    with path.open("r+b") as file:
+        file.truncate(-(-path.stat().st_size // 32) * 32 + end)
+    return path
