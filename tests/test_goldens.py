@@ -16,8 +16,8 @@ from tests.tiny import KINDS, tiny_config, tiny_weights, write_checkpoint
 
 RECIPES = ("float", "q8", "q4")
 # Relative L2 error of the logits that rounding activations to 8 bits, one scale for 32 channels, may cause. Measured
-# here: 1.8e-2 to 3.1e-2, in the decoder and in the NumPy emulation alike. The tiny models are harsh: 64 channels, one of
-# them an outlier in every norm. What the real models lose is measured as perplexity.
+# here: 1.8e-2 to 3.1e-2, in the decoder and in the NumPy emulation alike. The tiny models are harsh: 64 channels, one
+# of them an outlier in every norm. What the real models lose is measured as perplexity.
 ACTIVATION_BOUND = 0.05
 SMALL_CHUNK = 8  # tokens a session prefills at a time where a test wants rings to turn over
 EVERY_MODEL = pytest.mark.parametrize(("kind", "recipe"), [(kind, recipe) for kind in KINDS for recipe in RECIPES])
