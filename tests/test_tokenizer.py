@@ -9,7 +9,7 @@ from functools import cache
 import numpy as np
 import pytest
 import tokenizers
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from edge_gemma.errors import CheckpointError, TokenizerError
@@ -139,6 +139,33 @@ def test_a_list_with_one_merge_for_each_piece_is_equal_or_refused() -> None:
     assert "equal" in outcomes
 
 
+@pytest.mark.parametrize("missing", [0.0, 0.2])
+@pytest.mark.parametrize("seed", range(20))
+def test_any_order_of_merges_is_equal_or_refused(seed: int, missing: float) -> None:
+    """Merge lists no training would give, splits of a piece all over the list: the argument of the rebuild holds."""
+    rng = random.Random(seed)
+    pieces = sorted({"".join(rng.choices("abc", k=rng.randint(2, 5))) for _ in range(25)})
+    known = {*"abc", *pieces}
+    splits = [[piece[:cut], piece[cut:]] for piece in pieces for cut in range(1, len(piece))]
+    merges = [pair for pair in splits if known.issuperset(pair) and rng.random() >= missing]
+    rng.shuffle(merges)
+    content = tokenizer_json(420)
+    fixed = [piece for piece in content["model"]["vocab"] if len(piece) == 1 or piece[0] == "<"]
+    content["model"] |= {"vocab": {p: i for i, p in enumerate([*fixed, *pieces])}, "merges": merges}
+    reference = oracle(content)
+    try:
+        tokenizer = Tokenizer.from_bytes(from_tokenizer_json(_bytes(content)))
+    except CheckpointError as error:
+        refused = re.search("leave '(.*?)' as", str(error))[1]
+    else:
+        refused = None
+        text = "".join(rng.choices("abc", k=300))
+        assert tokenizer.encode(text) == reference.encode(text, add_special_tokens=False).ids
+    if refused:
+        assert len(merges) < sum(known.issuperset(pair) for pair in splits)
+        assert len(reference.encode(refused, add_special_tokens=False).ids) == 2
+
+
 def test_a_merge_list_that_cannot_be_followed_names_its_counter_example() -> None:
     content = tokenizer_json()
     content["model"]["merges"] = [pair for pair in content["model"]["merges"] if pair != [SPACE + "th", "e"]]
@@ -204,15 +231,19 @@ def test_guarded_texts_joined_never_make_a_special_token(texts: list[str]) -> No
     assert tokenizer.encode_prompt("".join(map(tokenizer.guard, texts))) == tokenizer.encode("".join(texts))
 
 
+@example(text="see <|tu", before="", after="rn>")
+@example(text="<|tu \n", before="x", after="rn>")
+@example(text="rn> it is", before="<|tu", after="")
 @settings(deadline=None, max_examples=200)
 @given(
     text=fragments,
     before=st.sampled_from(["", "<", "<|", "<|tu", "x"]),
-    after=st.sampled_from(["", ">", "n>", "|>", "x"]),
+    after=st.sampled_from(["", ">", "rn>", "|>", "x"]),
 )
 def test_the_template_cannot_complete_a_guarded_part(text: str, before: str, after: str) -> None:
+    """Only the inside of a spelling, without its ends, is not marked: no template writes "<|" and ">" around a text."""
     tokenizer = tiny()
-    if text and not any(text in spelling for spelling in SPECIAL_TOKENS):
+    if not any(text in spelling[1:-1] for spelling in SPECIAL_TOKENS):
         assert tokenizer.encode_prompt(before + tokenizer.guard(text) + after) == tokenizer.encode(
             before + text + after
         )
