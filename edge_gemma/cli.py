@@ -44,8 +44,13 @@ class _Group(click.Group):
             ctx.exit(_INTERRUPTED)
 
 
+def _printable(text: str) -> str:
+    """Without control characters: names in hostile files must not steer a terminal."""
+    return "".join(c if c.isprintable() else "?" for c in text)
+
+
 def _fail(ctx: click.Context, message: str) -> None:
-    click.echo(f"error: {' '.join(message.split())}", err=True)
+    click.echo(f"error: {_printable(' '.join(message.split()))}", err=True)
     ctx.exit(1)
 
 
@@ -258,7 +263,7 @@ def info(model: str | None, as_json: bool) -> None:
 
     folder = _open_folder(model)
     config, manifest = folder.config, folder.manifest
-    source = manifest.get("source", {})
+    source = _source(manifest)
     facts: dict[str, Any] = {
         "path": str(folder.path),
         "model_type": config.model_type,
@@ -339,8 +344,12 @@ def _open_folder(model: str | None) -> Any:
 
 
 def _name(engine: "Engine") -> str:
-    source = engine.manifest.get("source", {})
-    return str(source.get("name") or engine.path.name)
+    return str(_source(engine.manifest).get("name") or engine.path.name)
+
+
+def _source(manifest: dict[str, Any]) -> dict[str, Any]:
+    source = manifest.get("source")
+    return source if isinstance(source, dict) else {}
 
 
 def _print_json(value: dict[str, Any]) -> None:
@@ -353,7 +362,7 @@ def _print_facts(facts: dict[str, Any], as_json: bool) -> None:
         return
     width = max(map(len, facts))
     for name, value in facts.items():
-        shown = "-" if value is None else f"{value:,}" if type(value) is int else value
+        shown = "-" if value is None else f"{value:,}" if type(value) is int else _printable(str(value))
         click.echo(f"{name.replace('_', ' '):<{width}}  {shown}")
 
 

@@ -54,13 +54,13 @@ class Screen:
             return
         text = piece.text.translate(_CONTROLS) if self._styled else piece.text  # a model must not steer a terminal
         if piece.kind == "thought":
-            sys.stderr.write(f"{_DIM}{text}{_PLAIN}" if sys.stderr.isatty() else text)
+            sys.stderr.write(f"{_DIM}{text.translate(_CONTROLS)}{_PLAIN}" if sys.stderr.isatty() else text)
             sys.stderr.flush()
             return
         if self.show_answer:
+            self._last = text[-1:] or self._last  # before Ctrl-C can come between
             sys.stdout.write(text)
             sys.stdout.flush()
-            self._last = text[-1:] or self._last
 
     def end(self) -> None:
         """The reply is over: the next thing printed starts a line."""
@@ -99,7 +99,7 @@ class Screen:
             sys.stdout.write("\n")
             self._last = ""
         sys.stdout.flush()
-        print(f"({text})", file=sys.stderr, flush=True)
+        print(f"({text.translate(_CONTROLS)})", file=sys.stderr, flush=True)
 
 
 class ChatLoop:

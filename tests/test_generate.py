@@ -406,3 +406,45 @@ def test_raw_uses_no_template():
     assert prompt_of(engine.timeline) == "<bos>a b"
     with pytest.raises(UsageError, match="Continuation"):
         Chat(FakeEngine(chat_template=None))
+
+
+# --- over the real session --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tiny_engine(tmp_path_factory):
+    """A tiny random E2B with sliding windows of 7 tokens; its answers are noise, the same whenever its input is."""
+    from edge_gemma import Engine
+    from edge_gemma.export.convert import export_checkpoint
+    from tests.tiny import write_checkpoint
+
+    folder = tmp_path_factory.mktemp("tiny")
+    export_checkpoint(write_checkpoint(folder / "source", "e2b"), folder / "model", "float")
+    with Engine.load(folder / "model", context=400, kv_dtype="float32") as engine:
+        yield engine
+
+
+def test_a_long_chat_answers_as_one_that_starts_from_its_transcript(tiny_engine):
+    """Rewinding, reuse, marks and dropped turns change the work, never the answer."""
+    options = {"sampling": GREEDY, "max_tokens": 12, "system": "be kind"}
+    long_lived = Chat(tiny_engine, **options)
+    dropped = 0
+    for turn in range(12):
+        long_lived.think = turn % 3 == 1
+        pieces = list(long_lived.send(f"the train leaves at {turn}, what is the time now?"))
+        dropped += sum(piece.kind == "notice" for piece in pieces)
+        fresh = Chat(tiny_engine, messages=long_lived.messages[long_lived._first : -2], **options)
+        fresh.think = long_lived.think
+        list(fresh.send(f"the train leaves at {turn}, what is the time now?"))
+        assert fresh.last.tokens == long_lived.last.tokens, turn
+        assert fresh.last.timings.reused_tokens == 0
+    assert dropped
+    assert long_lived.last.timings.prefill_tokens > 0
+
+
+def test_the_next_turn_runs_only_what_is_new(tiny_engine):
+    conversation = Chat(tiny_engine, sampling=GREEDY, max_tokens=5)
+    list(conversation.send("the quick brown fox jumps over the lazy dog"))
+    first = conversation.last.timings.prefill_tokens
+    list(conversation.send("and then?"))
+    assert conversation.last.timings.reused_tokens >= first
