@@ -162,3 +162,8 @@ def test_gemma3_scores_equal_gemma3_merges(gemma3: Tokenizer, gemma3_gguf: Path)
         assert scored.encode(text) == gemma3.encode(text), text
     for index in range(scored.vocab_size):
         assert scored.token_bytes(index, skip_special=False) == gemma3.token_bytes(index, skip_special=False)
+
+
+def test_gemma4_as_tokenizer_json(gemma4_metadata: dict, gemma4_reference: tokenizers.Tokenizer) -> None:
+    """The tokenizer.json that the library writes for Gemma 4's tokens and merges gives the GGUF form, byte for byte."""
+    assert from_tokenizer_json(gemma4_reference.to_str().encode()) == from_gguf_metadata(gemma4_metadata)
