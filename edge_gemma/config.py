@@ -257,7 +257,8 @@ def _layer(c: Mapping[str, Any], index: int, layer_type: str, kv_source: int) ->
         head_dim = _integer(c, "global_head_dim", 512)
         if k_eq_v:
             kv_heads = _integer(c, "num_global_key_value_heads", kv_heads)
-    override = _mapping(_mapping(c, "per_layer_config"), str(index))
+    overrides = {key.lstrip("0") or "0": value for key, value in _mapping(c, "per_layer_config").items()}
+    override = _mapping(overrides, str(index))  # transformers pads the layers' numbers to equal length: "05"
     if unknown := sorted(set(override) - {"head_dim", "num_key_value_heads"}):
         raise ConfigError(f"unknown keys in per_layer_config of layer {index}: {', '.join(unknown)}")
     head_dim = _integer(override, "head_dim", head_dim)

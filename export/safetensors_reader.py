@@ -318,11 +318,7 @@ def _text_config(top: Mapping[str, Any]) -> dict[str, Any]:
         raise ConfigError("tie_word_embeddings differs between config.json and its text_config")
     result = {k: v for k, v in text.items() if k not in _GENERIC_KEYS and k != "quantization_config"}
     result |= {"model_type": model_type if model_type != "gemma4" else "gemma4_text"}
-    result |= {"tie_word_embeddings": tied.pop()} if tied else {}
-    overrides = result.get("per_layer_config")
-    if isinstance(overrides, dict):  # transformers pads the layer numbers to equal length: "05"
-        result["per_layer_config"] = {k.lstrip("0") or "0": v for k, v in overrides.items()}
-    return result
+    return result | ({"tie_word_embeddings": tied.pop()} if tied else {})
 
 
 def _weight_map(index: Mapping[str, Any]) -> dict[str, str]:

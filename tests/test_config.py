@@ -64,7 +64,7 @@ def test_gemma3_layers() -> None:
 
 def test_both_spellings_of_the_global_layers_resolve_alike() -> None:
     other = {key: value for key, value in E2B.items() if key != "global_head_dim"}
-    other["per_layer_config"] = {str(i): {"head_dim": 512} for i in range(4, 35, 5)}
+    other["per_layer_config"] = {f"{i:02d}": {"head_dim": 512} for i in range(4, 35, 5)}  # padded, as transformers does
     assert GemmaConfig.from_text_config(other).layers == GemmaConfig.from_text_config(E2B).layers
 
 
@@ -96,7 +96,7 @@ def test_both_spellings_of_the_global_layers_resolve_alike() -> None:
         ({"rope_parameters": []}, "rope_parameters"),
         ({"rope_parameters": {FULL: {"rope_type": "yarn"}}}, "yarn"),
         ({"rope_parameters": {FULL: {"rope_type": "default", "beta": 1}}}, "beta"),
-        ({"per_layer_config": {"4": {"sliding": 1}}}, "per_layer_config"),
+        ({"per_layer_config": {"04": {"sliding": 1}}}, "per_layer_config"),
         ({"sliding_window": 0}, "sliding_window"),
         ({"final_logit_softcapping": "thirty"}, "final_logit_softcapping"),
     ],
