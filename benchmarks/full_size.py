@@ -10,6 +10,7 @@ The weights are random: this proves sizes, speed and memory, not quality.
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -52,7 +53,7 @@ def write_checkpoint(folder: Path, size: str, tokenizer: Path) -> None:
     text_config = TEXT_CONFIGS[size]
     config = {"model_type": "gemma4", "architectures": ["Gemma4ForConditionalGeneration"], "text_config": text_config}
     (folder / "config.json").write_text(json.dumps(config))
-    copy_tokenizer(tokenizer, folder / "tokenizer.json", text_config["vocab_size"])
+    shutil.copy(tokenizer, folder / "tokenizer.json")
     shapes = GemmaConfig.from_text_config(text_config).tensor_shapes()
     shapes = {f"model.language_model.{name}": shape for name, shape in shapes.items()} | TOWERS
     header, offset = {}, 0
@@ -79,15 +80,6 @@ def write_checkpoint(folder: Path, size: str, tokenizer: Path) -> None:
                 file.write(block.data)
                 left -= len(block)
         file.truncate(8 + len(data) + offset)
-
-
-def copy_tokenizer(source: Path, dest: Path, vocab_size: int) -> None:
-    """A tokenizer.json without tokens beyond the vocabulary (Gemma 3's has one more than Gemma 4's)."""
-    tokenizer = json.loads(source.read_bytes())
-    tokenizer["added_tokens"] = [token for token in tokenizer["added_tokens"] if token["id"] < vocab_size]
-    vocab = tokenizer["model"]["vocab"]
-    tokenizer["model"]["vocab"] = {piece: i for piece, i in vocab.items() if i < vocab_size}
-    dest.write_text(json.dumps(tokenizer))
 
 
 def measured(*command: str) -> tuple[float, float, str]:

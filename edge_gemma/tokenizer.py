@@ -64,17 +64,15 @@ class Tokenizer:
         self._space_runs = self._added_space_runs()
 
     @classmethod
-    def from_bytes(cls, model: bytes) -> "Tokenizer":
-        """Read a serialised SentencePiece ModelProto; TokenizerError when it is none."""
+    def from_bytes(cls, model: bytes, name: str = "the tokenizer") -> "Tokenizer":
+        """Read a serialised SentencePiece ModelProto; TokenizerError naming it when it is none."""
         if not model:
-            raise TokenizerError("an empty tokenizer.model; export again")
+            raise TokenizerError(f"{name} is empty, expected a SentencePiece model; export again")
         try:
             return cls(sentencepiece.SentencePieceProcessor(model_proto=model))
         except (RuntimeError, ValueError, TypeError) as error:
             reason = " ".join(str(error).split())[:120]
-            raise TokenizerError(
-                f"{len(model)} bytes that are no SentencePiece model ({reason}); export again"
-            ) from None
+            raise TokenizerError(f"{name} is no SentencePiece model ({reason}); export again") from None
 
     @classmethod
     def load(cls, path: Path | str) -> "Tokenizer":
@@ -83,7 +81,7 @@ class Tokenizer:
             model = Path(path).read_bytes()
         except OSError as error:
             raise TokenizerError(f"{path}: {error.strerror}; expected a tokenizer.model") from None
-        return cls.from_bytes(model)
+        return cls.from_bytes(model, str(path))
 
     def encode(self, text: str, bos: bool = False) -> list[int]:
         """The ids of a user's text, spellings of special tokens included as text; `bos` puts bos_id first.

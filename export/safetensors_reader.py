@@ -226,7 +226,8 @@ class SafetensorsCheckpoint:
             raise CheckpointError(f"{self._name} has neither tokenizer.model nor tokenizer.json")
         from edge_gemma.export.sentencepiece_model import from_tokenizer_json
 
-        return from_tokenizer_json(read_small(self._folder / "tokenizer.json", _MAX_TOKENIZER))
+        data = read_small(self._folder / "tokenizer.json", _MAX_TOKENIZER)
+        return from_tokenizer_json(data, self._config.vocab_size)
 
     def digest(self) -> str:
         """sha256 over config.json, and every file's size and header."""

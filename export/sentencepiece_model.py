@@ -58,9 +58,10 @@ class _Vocabulary:
         return {piece: index for index, piece in enumerate(self.pieces)}
 
 
-def from_tokenizer_json(data: bytes) -> bytes:
+def from_tokenizer_json(data: bytes, vocab_size: int | None = None) -> bytes:
     """The serialised SentencePiece ModelProto with the ids of a tokenizer.json.
 
+    Special tokens from `vocab_size` (the model's) on are left out: Gemma 3's files list one such placeholder.
     Special added tokens become CONTROL pieces (never produced from text), other added tokens USER_DEFINED pieces
     (always produced). CheckpointError, one line, when the file is malformed, is not Gemma's kind of BPE, or has merges
     whose order SentencePiece cannot follow (see the module docstring).
@@ -68,7 +69,7 @@ def from_tokenizer_json(data: bytes) -> bytes:
     root = _parse_json(data)
     model: dict = _member(root, "model", dict)
     _check_pipeline(root, model)
-    vocabulary = _json_vocabulary(root, model)
+    vocabulary = _json_vocabulary(root, model, vocab_size)
     ids = vocabulary.ids()
     merges = _json_merges(_member(model, "merges", list), vocabulary, ids)
     return _serialise(vocabulary, _scores_of_merges(vocabulary, ids, merges))
@@ -141,12 +142,16 @@ def _check_pipeline(root: dict, model: dict) -> None:
             )
 
 
-def _json_vocabulary(root: dict, model: dict) -> _Vocabulary:
+def _json_vocabulary(root: dict, model: dict, vocab_size: int | None) -> _Vocabulary:
     pieces: dict[str, object] = dict(_member(model, "vocab", dict))
     unk = model.get("unk_token")
     if not isinstance(unk, str) or unk not in pieces:
         raise CheckpointError(f"tokenizer.json: unk_token is {_show(unk)}, expected a token of the vocabulary")
     added = [_added_token(entry) for entry in (_member(root, "added_tokens", list) if "added_tokens" in root else ())]
+    if vocab_size is not None:
+        beyond = {text for text, index, special in added if special and index >= vocab_size}
+        added = [token for token in added if token[0] not in beyond]
+        pieces = {text: index for text, index in pieces.items() if text not in beyond}
     for text, index, _special in added:
         if pieces.setdefault(text, index) != index:
             raise CheckpointError(

@@ -29,7 +29,19 @@ SHA256 = {
 def pip_source(requirement: str, folder: Path) -> Path:
     """The source archive of a PyPI package."""
     name = requirement.partition("==")[0]
-    command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--no-binary", name, requirement, "-d", folder]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "-q",
+        "--no-deps",
+        "--no-binary",
+        name,
+        requirement,
+        "-d",
+        folder,
+    ]
     subprocess.run(command, check=True)
     return next(folder.glob("*.tar.gz"))
 

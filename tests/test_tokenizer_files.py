@@ -225,3 +225,14 @@ def test_any_damage_is_one_line_or_a_loadable_model(data: st.DataObject) -> None
         return
     tokenizer = Tokenizer.from_bytes(model)
     assert tokenizer.decode(tokenizer.encode("the fox <|turn>")) == "the fox <|turn>"
+
+
+def test_special_tokens_beyond_the_models_vocabulary_are_left_out() -> None:
+    """Gemma 3's tokenizer.json lists <image_soft_token> one past the model's 262,144 rows."""
+    content = tokenizer_json(640)
+    plain = from_tokenizer_json(json.dumps(content).encode())
+    token = {"id": 640, "content": "<image_soft_token>", "special": True, "normalized": False}
+    content["added_tokens"].append(token)
+    data = json.dumps(content).encode()
+    assert from_tokenizer_json(data, 640) == plain
+    assert Tokenizer.from_bytes(from_tokenizer_json(data)).vocab_size == 641
