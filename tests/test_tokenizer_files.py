@@ -31,7 +31,7 @@ def test_load(tmp_path: Path) -> None:
         Tokenizer.load(tmp_path / "absent")
     for junk in (b"", b"not a model", b"\x0a\xff\xff\xff\xff\x0f", path.read_bytes()[:1000]):
         path.write_bytes(junk)
-        with pytest.raises(TokenizerError, match=r"no SentencePiece model|an empty tokenizer\.model") as caught:
+        with pytest.raises(TokenizerError, match=r"no SentencePiece model|is empty") as caught:
             Tokenizer.load(path)
         assert "\n" not in str(caught.value)
 
