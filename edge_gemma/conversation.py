@@ -77,7 +77,6 @@ class Conversation:
         try:
             yield from generation
         finally:
-            generation.close()
             self.last = result = generation.result
             if result.tokens or result.finish_reason == "stop":
                 reply = Message("assistant", result.text, result.reasoning or None, result.tool_calls)

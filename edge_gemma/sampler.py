@@ -78,9 +78,8 @@ class Sampler:
 
 def penalised(logits: np.ndarray, ids: Sequence[int], penalty: float) -> np.ndarray:
     """A copy with the logits of `ids` pushed down, each once (Keskar et al. 2019, section 4.1)."""
-    seen = np.unique(np.asarray(ids, np.int64))
-    logits = logits.copy()
-    values = logits[seen]
+    seen = np.asarray(ids, np.int64)
+    values, logits = logits[seen], logits.copy()
     logits[seen] = np.where(values > 0, values / penalty, values * penalty)
     return logits
 
@@ -91,7 +90,8 @@ def candidates(logits: np.ndarray, sampling: Sampling) -> tuple[np.ndarray, np.n
     if 0 < sampling.top_k < n:
         ids = _largest(logits, sampling.top_k)
         weights = _weights(logits[ids], logits[ids[0]], sampling.temperature)
-        ids, weights = _nucleus(ids, weights, sampling.top_p * weights.sum())
+        if sampling.top_p < 1:
+            ids, weights = _nucleus(ids, weights, sampling.top_p * weights.sum())
     elif sampling.top_p < 1:
         # The sum needs every logit, the nucleus only the largest: look at more until they hold top_p of it.
         goal = sampling.top_p * _weights(logits, logits.max(), sampling.temperature).sum()

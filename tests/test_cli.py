@@ -434,6 +434,33 @@ def test_a_model_cannot_steer_the_terminal(fake, monkeypatch, capsys):
     assert capsys.readouterr().out == "a[2Jbc\n\td"
 
 
+def test_status_lines_give_way(monkeypatch, capsys):
+    from edge_gemma.chat import Piece
+    from edge_gemma.terminal import Screen
+
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    screen, clear = Screen(), "\r\x1b[K"
+    screen.prefilled(0, 1200)
+    screen.prefilled(512, 1200)
+    screen.prefilled(1200, 1200)
+    screen.show(Piece("thought", "a"))
+    screen.show(Piece("thought", "b"))
+    screen.show(Piece("answer", "c"))
+    screen.end()
+    out, err = capsys.readouterr()
+    shown = [part.replace("\x1b[2m", "").replace("\x1b[0m", "") for part in err.split(clear)]
+    assert shown == [
+        "",
+        "reading 0 of 1200 tokens",
+        "reading 512 of 1200 tokens",
+        "",
+        "thinking (1)",
+        "thinking (2)",
+        "",
+    ]
+    assert out == "c\n"
+
+
 def test_help_is_instant_and_imports_nothing_heavy():
     code = (
         "import sys; from edge_gemma import cli; print(sorted({'numba', 'numpy', 'jinja2', 'rich'} & set(sys.modules)))"

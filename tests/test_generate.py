@@ -326,6 +326,9 @@ def test_a_message_that_never_fits_is_an_error_and_the_chat_goes_on():
     with pytest.raises(ContextFullError, match=r"\d+ tokens, the context holds 128"):
         say(conversation, "x" * 200)
     assert (session.ids, conversation.messages) == (before, messages)
+    around = len(TOKENIZER.encode_prompt("<bos><|turn>user\n<turn|>\n<|turn>model\n"))
+    with pytest.raises(ContextFullError):
+        say(conversation, "x" * (128 - around - 15))  # it fits, an answer would not
     assert say(conversation, "Short") == "fine"
 
 

@@ -67,6 +67,9 @@ def test_ties_go_to_the_lowest_id():
     logits[[700, 300, 500]] = 2
     assert Sampler(Sampling(temperature=0)).sample(logits) == 300
     assert candidates(logits, Sampling(top_k=2, top_p=1))[0].tolist() == [300, 500]
+    few_values = np.random.default_rng(0).integers(0, 3, 9999).astype(np.float32)
+    largest = np.concatenate([np.flatnonzero(few_values == 2), np.flatnonzero(few_values == 1)])[:4500]
+    assert (candidates(few_values, Sampling(top_k=4500, top_p=1))[0] == largest).all()
     assert candidates(np.zeros(GEMMA_VOCAB, np.float32), Sampling(top_k=3, top_p=1))[0].tolist() == [0, 1, 2]
 
 
