@@ -1,10 +1,19 @@
 """Every kernel against its NumPy oracle, at odd sizes, for every instruction set this CPU has."""
 
+import hashlib
+import os
+import re
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 
 from edge_gemma import kernels, qformat
-from edge_gemma.kernels import reference
+from edge_gemma.errors import UsageError
+from edge_gemma.kernels import isa, jit, reference
+from edge_gemma.kernels.assembly import ARM_LINUX, assembly
+from edge_gemma.kernels.tile import TileSpec
 
 LAYOUTS = [(bits, group) for bits in qformat.BITS for group in qformat.GROUPS]
 
@@ -296,3 +305,111 @@ def test_wrong_arguments_never_reach_native_code():
         kernels.store_kv(np.zeros((5, 1, 8), np.float32), np.zeros((5, 1, 8), np.float32), cache, cache, 0)
     with pytest.raises(ValueError, match="variant"):
         kernels.set_variant("mmx")
+
+
+@pytest.mark.parametrize(("cpu", "name"), [("cortex-a76", "neon-dotprod"), ("cortex-a72", "neon")])
+@pytest.mark.parametrize(("bits", "group"), LAYOUTS)
+def test_arm_tiles_use_their_instructions(cpu, name, bits, group):
+    """A Pi 5's tile is made of sdot by element, a Pi 4's of smull and smlal; they hardly spill."""
+    spec = TileSpec(name, bits, group, False, isa.SETS[name].tokens(group != 0), 1)
+    text = assembly(spec, ARM_LINUX, cpu)
+    by_element = re.findall(r"\tsdot\tv\d+\.4s, v\d+\.16b, v\d+\.4b\[\d\]", text)
+    assert len(by_element) == (spec.tokens * (group or 32) // 2 if name == "neon-dotprod" else 0)
+    assert ("smlal" in text) == (name == "neon")
+    assert "\n\tbl\t" not in text  # no library calls
+    if bits < 8 or name == "neon-dotprod":
+        inner = max(re.split(r"\n(?=\.LBB\S+:)", text), key=len)
+        assert len(re.findall(r"\tst[rp]\tq\d+.*\[sp", inner)) <= 2
+
+
+def small_kernel():
+    @jit.kernel(key="test")
+    def twice(x):
+        return 2 * x
+
+    return twice
+
+
+def test_compiled_code_is_kept_and_damage_is_compiled_again(tmp_path):
+    jit.set_cache_root(tmp_path)
+    try:
+        first = small_kernel()
+        assert first(21) == 42
+        (path,) = jit.cache_directory().iterdir()
+        whole = path.read_bytes()
+        assert path.name.startswith("twice-")
+        again = small_kernel()
+        assert again(21) == 42
+        assert sum(again.stats.cache_hits.values()) == 1
+        for damaged in (b"", whole[:40], whole[:-1], whole[:100] + bytes([whole[100] ^ 1]) + whole[101:]):
+            path.write_bytes(damaged)
+            fresh = small_kernel()
+            assert fresh(21) == 42
+            assert not fresh.stats.cache_hits
+            assert path.read_bytes()[:32] == hashlib.sha256(path.read_bytes()[32:]).digest()
+    finally:
+        jit.set_cache_root(None)
+
+
+def test_a_cache_that_cannot_be_written_is_said_once(tmp_path, caplog):
+    (tmp_path / "file").write_text("in the way")
+    jit.set_cache_root(tmp_path / "file")
+    try:
+        assert jit.cache_note() is None
+        assert small_kernel()(21) == 42
+        assert small_kernel()(1.5) == 3
+        assert "not writable" in kernels.cache_note()
+        assert [r.getMessage() for r in caplog.records] == [kernels.cache_note()]
+    finally:
+        jit.set_cache_root(None)
+    assert kernels.cache_note() is None
+
+
+def run_python(script: str, *arguments: str, **environment: str) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-W", "error", "-c", script, *arguments],
+        env=os.environ | environment,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_processes_may_share_a_cache(tmp_path):
+    script = """
+import sys, pathlib, numpy as np
+from edge_gemma import kernels
+kernels.set_cache_root(pathlib.Path(sys.argv[1]))
+x = np.float32([0, 30, -60])
+kernels.softcap(x, 30.0)
+print(x.tolist())
+"""
+    printed = {process.communicate()[0] for process in [run_python(script, str(tmp_path)) for _ in range(3)]}
+    assert len(printed) == 1
+    assert len(list(tmp_path.rglob("*"))) == 2
+
+
+def test_threads_may_call_kernels_where_openmp_is_missing():
+    """numba's workqueue layer aborts the process when two threads launch at once; the kernels take turns."""
+    script = """
+import threading, numpy as np
+from edge_gemma import kernels
+x = np.random.default_rng(0).standard_normal((64, 1024)).astype(np.float32)
+results = []
+def work():
+    for _ in range(20):
+        out = np.empty_like(x)
+        kernels.gelu_tanh_mul(x, x, out)
+    results.append(out)
+workers = [threading.Thread(target=work) for _ in range(3)]
+[w.start() for w in workers], [w.join() for w in workers]
+import numba
+print(numba.threading_layer(), all(np.array_equal(r, results[0]) for r in results), len(results))
+"""
+    process = run_python(script, NUMBA_THREADING_LAYER="workqueue")
+    assert process.communicate()[0].split() == ["workqueue", "True", "3"]
+
+
+def test_threads_out_of_range_are_refused():
+    for wrong in (0, -1, 1 << 20):
+        with pytest.raises(UsageError, match="threads, expected 1 to"):
+            kernels.set_threads(wrong)

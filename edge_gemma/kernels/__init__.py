@@ -203,10 +203,10 @@ def store_kv(k, v, k_cache, v_cache, first_position) -> None:
 
 
 @functools.cache
-def _attention(variant_name, half):
+def _attention(variant_name, half, many_rows, plain):
     from edge_gemma.kernels.attend import make
 
-    return make(half)
+    return make(variant_name, half, 8 if many_rows else 4, plain)
 
 
 def attention(q, k_cache, v_cache, first_position, window, scale, out) -> None:
@@ -229,7 +229,5 @@ def attention(q, k_cache, v_cache, first_position, window, scale, out) -> None:
     _check("out", out, (_F32,), (n, heads, hd))
     _check("k_cache", k_cache, (_F32, _HALF), (capacity, kv_heads, hd))
     _check("v_cache", v_cache, (k_cache.dtype,), (capacity, kv_heads, hd))
-    decode, prefill = _attention(variant(), k_cache.dtype == _HALF)
-    jit.launch(
-        decode if n == 1 else prefill, q, k_cache, v_cache, int(first_position), int(window), np.float32(scale), out
-    )
+    function = _attention(variant(), k_cache.dtype == _HALF, heads // kv_heads > 4, hd % 64 != 0)
+    jit.launch(function, q, k_cache, v_cache, int(first_position), int(window), np.float32(scale), out)

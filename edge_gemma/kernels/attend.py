@@ -1,7 +1,7 @@
-"""Attention over ring and growing KV caches, float32 or float16.
+"""Attention over ring and growing KV caches, float32 or float16: blocks of keys, merging, threads.
 
-Owns: scores, softmax and the weighted sum for grouped-query heads. Does not know: projections, rotary positions,
-layers.
+Owns: which keys a query sees and in what order they are taken. Does not know: the arithmetic of a block
+(kernels/block.py), projections, rotary positions, layers.
 
 Keys are taken in blocks of 128 absolute positions; each block is a softmax of its own (maximum, sum, weighted values),
 and the blocks of a query are merged in ascending order. So a query's result depends only on its position, never on the
@@ -12,12 +12,16 @@ spreads queries.
 import numba
 import numpy as np
 
+from edge_gemma.kernels.block import make_block, rows_of
 from edge_gemma.kernels.convert import as_float
 from edge_gemma.kernels.elementwise import exp32
 from edge_gemma.kernels.jit import kernel
 
 BLOCK = 128
 """Keys of a block."""
+
+HEAD_MULTIPLE = 64
+"""Head sizes that the vector block takes; any other goes through plain loops."""
 
 
 @numba.njit(fastmath={"contract", "reassoc", "nsz"}, error_model="numpy")
@@ -28,103 +32,112 @@ def _dot(q, k):
     return total
 
 
-@numba.njit(fastmath={"contract"}, error_model="numpy")
-def _add_scaled(out, v, p):
-    for d in range(out.shape[0]):
-        out[d] += p * as_float(v[d])
-
-
 @numba.njit(error_model="numpy")
-def _block(q, k_cache, v_cache, kv, first, stop, scale, top, total, out, scores):
-    """One block of keys [first, stop) for the query heads q [heads, hd]: its maxima, sums and weighted values."""
+def _plain_block(q, k_cache, v_cache, kv, slot, count, first, scores, top, total, values):
+    """One query row against `count` keys from `slot` on; the arguments are those of block.make_block with one row."""
     capacity = k_cache.shape[0]
-    for h in range(q.shape[0]):
-        best = np.float32(-np.inf)
-        for p in range(first, stop):
-            s = _dot(q[h], k_cache[p % capacity, kv]) * scale
-            scores[p - first] = s
-            best = max(best, s)
-        out[h] = 0
-        norm = np.float32(0)
-        for p in range(first, stop):
-            e = exp32(scores[p - first] - best)
-            norm += e
-            _add_scaled(out[h], v_cache[p % capacity, kv], e)
-        top[h] = best
-        total[h] = norm
+    best = np.float32(-np.inf)
+    for i in range(count):
+        scores[i, 0] = _dot(q[first], k_cache[(slot + i) % capacity, kv])
+        best = max(best, scores[i, 0])
+    values[first] = 0
+    norm = np.float32(0)
+    for i in range(count):
+        e = exp32(scores[i, 0] - best)
+        norm += e
+        for d in range(q.shape[1]):
+            values[first, d] += e * as_float(v_cache[(slot + i) % capacity, kv, d])
+    top[first], total[first] = best, norm
 
 
 @numba.njit(fastmath={"contract"}, error_model="numpy")
-def _merge(top, total, out, new_top, new_total, new_out):
+def _merge(top, total, values, new_top, new_total, new_values):
     """Fold one block's (maximum, sum, values) into the running ones, head by head."""
     for h in range(top.shape[0]):
         best = max(top[h], new_top[h])
         old, new = exp32(top[h] - best), exp32(new_top[h] - best)
         top[h] = best
         total[h] = total[h] * old + new_total[h] * new
-        for d in range(out.shape[1]):
-            out[h, d] = out[h, d] * old + new_out[h, d] * new
+        for d in range(values.shape[1]):
+            values[h, d] = values[h, d] * old + new_values[h, d] * new
 
 
 @numba.njit(error_model="numpy")
-def _finish(total, out):
-    for h in range(out.shape[0]):
+def _scaled_rows(q, first, rows, scale, padded):
+    """float32 [padded, hd]: rows of q times the attention scale, then zeros."""
+    result = np.zeros((padded, q.shape[1]), np.float32)
+    for h in range(rows):
+        for d in range(q.shape[1]):
+            result[h, d] = q[first + h, d] * scale
+    return result
+
+
+@numba.njit(error_model="numpy")
+def _finish(total, values, out, first, rows):
+    for h in range(rows):
         inverse = np.float32(1) / total[h]
-        for d in range(out.shape[1]):
-            out[h, d] *= inverse
+        for d in range(values.shape[1]):
+            out[first + h, d] = values[h, d] * inverse
 
 
-def make(half):
-    """(decode, prefill) kernels for float32 (half false) or float16 caches."""
+def make(variant, half, group_rows, plain):
+    """The attention kernel of an instruction set for float32 or (half) float16 caches.
 
-    def attention_decode(q, k_cache, v_cache, position, window, scale, out):
-        heads, hd = q.shape[1], q.shape[2]
+    group_rows: query heads of a KV head, which decides the tile; plain: loops without vector IR, for any head size.
+    """
+    tile = 1 if plain else rows_of(variant, group_rows)
+    block = _plain_block if plain else make_block(variant, half, tile)
+
+    @numba.njit(error_model="numpy")
+    def span(q, k_cache, v_cache, kv, low, position, b0, b1, top, total, values):
+        """Blocks [b0, b1) of the keys low..position for all rows of a KV head, into (top, total, values)."""
+        scores = np.empty((BLOCK, tile), np.float32)
+        more_top, more_total = np.empty_like(top), np.empty_like(total)
+        more_values = np.empty_like(values) if b1 - b0 > 1 else values
+        for b in range(b0, b1):
+            begin = max(low, b * BLOCK)
+            count = min(position + 1, (b + 1) * BLOCK) - begin
+            slot = begin % k_cache.shape[0]
+            t, s, v = (top, total, values) if b == b0 else (more_top, more_total, more_values)
+            for first in range(0, q.shape[0], tile):
+                block(q, k_cache, v_cache, kv, slot, count, first, scores, t, s, v)
+            if b > b0:
+                _merge(top, total, values, t, s, v)
+
+    def attention(q, k_cache, v_cache, first_position, window, scale, out):
+        n, heads, hd = q.shape
         kv_heads = k_cache.shape[1]
         rows = heads // kv_heads
-        low = max(0, position - window + 1) if window else 0
-        low_block = low // BLOCK
-        blocks = position // BLOCK + 1 - low_block
-        top = np.empty((blocks, heads), np.float32)
-        total = np.empty((blocks, heads), np.float32)
-        values = np.empty((blocks, heads, hd), np.float32)
-        for task in numba.prange(blocks * kv_heads):
-            b, kv = task // kv_heads, task % kv_heads
-            begin = (low_block + b) * BLOCK
-            mine = slice(kv * rows, (kv + 1) * rows)
-            scores = np.empty(BLOCK, np.float32)
-            _block(
-                q[0, mine], k_cache, v_cache, kv, max(low, begin), min(position + 1, begin + BLOCK), scale,
-                top[b, mine], total[b, mine], values[b, mine], scores,
-            )  # fmt: skip
-        for b in range(1, blocks):
-            _merge(top[0], total[0], values[0], top[b], total[b], values[b])
-        _finish(total[0], values[0])
-        out[0] = values[0]
-
-    def attention_prefill(q, k_cache, v_cache, first_position, window, scale, out):
-        heads, hd = q.shape[1], q.shape[2]
-        kv_heads = k_cache.shape[1]
-        rows = heads // kv_heads
-        for task in numba.prange(q.shape[0] * kv_heads):
-            i, kv = task // kv_heads, task % kv_heads
+        padded = (rows + tile - 1) // tile * tile
+        parts = 1
+        if n == 1:
+            low = max(0, first_position - window + 1) if window else 0
+            parts = first_position // BLOCK + 1 - low // BLOCK
+        shared = parts if parts > 1 else 0
+        tops = np.empty((shared, kv_heads, padded), np.float32)
+        totals = np.empty((shared, kv_heads, padded), np.float32)
+        everything = np.empty((shared, kv_heads, padded, hd), np.float32)
+        for task in numba.prange(n * kv_heads * parts):
+            part, kv, i = task % parts, task // parts % kv_heads, task // parts // kv_heads
             position = first_position + i
             low = max(0, position - window + 1) if window else 0
-            mine = slice(kv * rows, (kv + 1) * rows)
-            scores = np.empty(BLOCK, np.float32)
-            top, total = np.empty((2, rows), np.float32), np.empty((2, rows), np.float32)
-            values = np.empty((rows, hd), np.float32)
-            done = out[i, mine]
-            for b in range(low // BLOCK, position // BLOCK + 1):
-                begin, stop = max(low, b * BLOCK), min(position + 1, (b + 1) * BLOCK)
-                if b == low // BLOCK:
-                    _block(q[i, mine], k_cache, v_cache, kv, begin, stop, scale, top[0], total[0], done, scores)
-                else:
-                    _block(q[i, mine], k_cache, v_cache, kv, begin, stop, scale, top[1], total[1], values, scores)
-                    _merge(top[0], total[0], done, top[1], total[1], values)
-            _finish(total[0], done)
+            b0 = low // BLOCK + part
+            b1 = position // BLOCK + 1 if parts == 1 else b0 + 1
+            mine = _scaled_rows(q[i], kv * rows, rows, scale, padded)
+            if parts > 1:
+                span(mine, k_cache, v_cache, kv, low, position, b0, b1,
+                     tops[part, kv], totals[part, kv], everything[part, kv])  # fmt: skip
+            else:
+                top, total = np.empty(padded, np.float32), np.empty(padded, np.float32)
+                values = np.empty((padded, hd), np.float32)
+                span(mine, k_cache, v_cache, kv, low, position, b0, b1, top, total, values)
+                _finish(total, values, out[i], kv * rows, rows)
+        if parts > 1:
+            for kv in range(kv_heads):
+                for part in range(1, parts):
+                    _merge(tops[0, kv], totals[0, kv], everything[0, kv],
+                           tops[part, kv], totals[part, kv], everything[part, kv])  # fmt: skip
+                _finish(totals[0, kv], everything[0, kv], out[0], kv * rows, rows)
 
-    pair = []
-    for function in (attention_decode, attention_prefill):
-        function.__name__ = f"{function.__name__}_{'half' if half else 'float'}"
-        pair.append(kernel(function, parallel=True))
-    return tuple(pair)
+    attention.__name__ = f"attention_{'plain' if plain else variant}_{'half' if half else 'float'}_{tile}"
+    return kernel(attention, parallel=True, key=attention.__name__)

@@ -20,7 +20,8 @@ from pathlib import Path
 from llvmlite import ir
 from numba.core import cgutils
 
-I8, I16, I32, F32 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.FloatType()
+I8, I16, I32, I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
+F32 = ir.FloatType()
 
 
 def vector(scalar, lanes):
@@ -48,6 +49,52 @@ def splat(builder, value, lanes):
     return shuffle(builder, first, ir.Constant(one, ir.Undefined), [0] * lanes)
 
 
+def at(builder, pointer, scalar, offset):
+    """pointer + offset elements of a scalar type."""
+    return builder.gep(builder.bitcast(pointer, scalar.as_pointer()), [offset])
+
+
+def load(builder, pointer, of):
+    """A value at any address: numba promises less alignment than vectors want."""
+    return builder.load(builder.bitcast(pointer, of.as_pointer()), align=1)
+
+
+def store(builder, value, pointer):
+    builder.store(value, builder.bitcast(pointer, value.type.as_pointer()), align=1)
+
+
+def prefetch(builder, pointer):
+    """Ask for the cache line at `pointer`, which need not exist."""
+    pointer = builder.bitcast(pointer, I8.as_pointer())
+    call(builder, "llvm.prefetch.p0", ir.VoidType(), pointer, I32(0), I32(3), I32(1))
+
+
+def multiply_add(builder, a, b, c):
+    """a * b + c, in one rounding wherever the CPU can."""
+    return call(builder, f"llvm.fmuladd.v{a.type.count}f32", a.type, a, b, c)
+
+
+def loop(builder, count, state, body):
+    """for i in range(count): state = body(i, state); count >= 1. Returns the last state."""
+    before, block = builder.block, builder.append_basic_block("steps")
+    builder.branch(block)
+    builder.position_at_end(block)
+    index = builder.phi(I64)
+    phis = [builder.phi(v.type) for v in state]
+    index.add_incoming(I64(0), before)
+    for phi, value in zip(phis, state, strict=True):
+        phi.add_incoming(value, before)
+    state = body(index, phis)
+    following = builder.add(index, I64(1))
+    index.add_incoming(following, builder.block)
+    for phi, value in zip(phis, state, strict=True):
+        phi.add_incoming(value, builder.block)
+    after = builder.append_basic_block("done")
+    builder.cbranch(builder.icmp_unsigned("<", following, count), block, after)
+    builder.position_at_end(after)
+    return state
+
+
 def halves(builder, v, parts):
     """Cut a vector into equal parts."""
     size = v.type.count // parts
@@ -69,6 +116,8 @@ class Portable:
     panels = 1  # panels side by side in a tile of several tokens
     unsigned_bytes = False  # a step takes any unsigned byte as a weight
     accumulators = 1  # independent sums that hide the latency of a step
+    float_lanes = 4  # float32 in a register
+    float_sums = 8  # registers of running sums that attention keeps
 
     @staticmethod
     def supported(cpu, features):
@@ -138,6 +187,7 @@ class Portable:
 
 class Avx2(Portable):
     name = "avx2"
+    float_lanes = 8
 
     @staticmethod
     def supported(cpu, features):
@@ -197,6 +247,7 @@ class AvxVnni(_DotProduct):
     name = "avx-vnni"
     unsigned_bytes = True
     accumulators = 8
+    float_lanes = 8
 
     @staticmethod
     def supported(cpu, features):
@@ -224,6 +275,8 @@ class AvxVnni(_DotProduct):
 class Avx512Vnni(AvxVnni):
     name = "avx512-vnni"
     panels = 2
+    float_lanes = 16
+    float_sums = 16
 
     @staticmethod
     def supported(cpu, features):
@@ -236,6 +289,7 @@ class Avx512Vnni(AvxVnni):
 
 class Neon(Portable):
     name = "neon"
+    float_sums = 16
 
     @staticmethod
     def supported(cpu, features):
@@ -273,6 +327,7 @@ class Neon(Portable):
 class NeonDotprod(_DotProduct):
     name = "neon-dotprod"
     accumulators = 4
+    float_sums = 16
     activations = Neon.activations
 
     @staticmethod

@@ -10,15 +10,29 @@ multiply-add each, in a lane of its own: no tile shape changes a result. With on
 
 from dataclasses import dataclass
 
-from llvmlite import ir
 from numba.core import types
 from numba.extending import intrinsic
 
 from edge_gemma.kernels import isa
 from edge_gemma.kernels.convert import widen_half
-from edge_gemma.kernels.isa import F32, I8, I16, I32, call, join, splat, splat_constant, vector
+from edge_gemma.kernels.isa import (
+    F32,
+    I8,
+    I16,
+    I32,
+    I64,
+    at,
+    join,
+    load,
+    loop,
+    multiply_add,
+    prefetch,
+    splat,
+    splat_constant,
+    store,
+    vector,
+)
 
-I64 = ir.IntType(64)
 PREFETCH = 4096
 """Bytes ahead of a single token's walk through the weights."""
 
@@ -35,37 +49,7 @@ class TileSpec:
     panels: int  # 1, or 2 side by side
 
 
-def _at(builder, pointer, scalar, offset):
-    """pointer + offset elements of a scalar type."""
-    return builder.gep(builder.bitcast(pointer, scalar.as_pointer()), [offset])
-
-
-def _load(builder, pointer, of):
-    return builder.load(builder.bitcast(pointer, of.as_pointer()), align=1)
-
-
-def _loop(builder, count, state, body):
-    """for i in range(count): state = body(i, state); count >= 1. Returns the last state."""
-    before, block = builder.block, builder.append_basic_block("steps")
-    builder.branch(block)
-    builder.position_at_end(block)
-    index = builder.phi(I64)
-    phis = [builder.phi(v.type) for v in state]
-    index.add_incoming(ir.Constant(I64, 0), before)
-    for phi, value in zip(phis, state, strict=True):
-        phi.add_incoming(value, before)
-    state = body(index, phis)
-    following = builder.add(index, ir.Constant(I64, 1))
-    index.add_incoming(following, builder.block)
-    for phi, value in zip(phis, state, strict=True):
-        phi.add_incoming(value, builder.block)
-    after = builder.append_basic_block("done")
-    builder.cbranch(builder.icmp_unsigned("<", following, count), block, after)
-    builder.position_at_end(after)
-    return state
-
-
-class _Tile:
+class Tile:
     """Emits one tile; pointers are to the tile's first token and to each panel's first byte."""
 
     def __init__(self, context, builder, spec, pointers):
@@ -82,8 +66,8 @@ class _Tile:
         """The unpacked weight chunks of one step, in order of k; packed are the panels' pointers."""
         b, bits, result = self.builder, self.spec.bits, []
         for chunk in range(self.step_k * bits // 32):
-            at = ir.Constant(I64, 32 * chunk)
-            raw = join(b, [_load(b, _at(b, p, I8, at), vector(I8, 32)) for p in packed])
+            here = I64(32 * chunk)
+            raw = join(b, [load(b, at(b, p, I8, here), vector(I8, 32)) for p in packed])
             for j in range(8 // bits):
                 if self.in_place:
                     mask = ((1 << bits) - 1) << (bits * j)
@@ -97,15 +81,13 @@ class _Tile:
     def step(self, index, totals):
         """totals + the dot products of the step's columns; totals[t] is a list of independent sums."""
         b, spec = self.builder, self.spec
-        offset = b.mul(index, ir.Constant(I64, self.step_k * spec.bits))
-        packed = [_at(b, p, I8, offset) for p in self.p["packed"]]
+        offset = b.mul(index, I64(self.step_k * spec.bits))
+        packed = [at(b, p, I8, offset) for p in self.p["packed"]]
         if spec.tokens == 1:
             for line in range(0, self.step_k * spec.bits, 64):
-                ahead = b.bitcast(_at(b, packed[0], I8, ir.Constant(I64, PREFETCH + line)), I8.as_pointer())
-                flags = [ir.Constant(I32, v) for v in (0, 3, 1)]
-                call(b, "llvm.prefetch.p0", ir.VoidType(), ahead, *flags)
-        column = b.mul(index, ir.Constant(I64, self.step_k))
-        rows = [_at(b, q, I8, column) for q in self.p["q"]]
+                prefetch(b, at(b, packed[0], I8, I64(PREFETCH + line)))
+        column = b.mul(index, I64(self.step_k))
+        rows = [at(b, q, I8, column) for q in self.p["q"]]
         activations = [self.isa.activations(b, q, self.step_k // 4, spec.panels) for q in rows]
         return self.isa.dots(b, totals, self.fields(packed), activations, spec.bits)
 
@@ -122,19 +104,19 @@ class _Tile:
         total = totals[0]
         for more in totals[1:]:
             total = b.add(total, more)
-        correction = b.load(_at(b, self.p["correction"][token], I32, group), align=4)
+        correction = b.load(at(b, self.p["correction"][token], I32, group), align=4)
         total = b.add(self.isa.finish(b, total), splat(b, correction, self.lanes))
         return b.sitofp(total, vector(F32, self.lanes))
 
     def weight_scales(self, group):
-        b, offset = self.builder, self.builder.mul(group, ir.Constant(I64, 8))
+        b, offset = self.builder, self.builder.mul(group, I64(8))
         scalar = I16 if self.spec.group else F32
-        s = join(b, [_load(b, _at(b, p, scalar, offset), vector(scalar, 8)) for p in self.p["w_scale"]])
+        s = join(b, [load(b, at(b, p, scalar, offset), vector(scalar, 8)) for p in self.p["w_scale"]])
         return widen_half(self.context, b, s) if self.spec.group else s
 
     def a_scale(self, token, group):
         b = self.builder
-        return splat(b, b.load(_at(b, self.p["a_scale"][token], F32, group), align=4), self.lanes)
+        return splat(b, b.load(at(b, self.p["a_scale"][token], F32, group), align=4), self.lanes)
 
     def grouped(self, index, sums):
         """One group: float sums + scale * integer dot."""
@@ -144,16 +126,15 @@ class _Tile:
         result = []
         for t, total in enumerate(totals):
             s = b.fmul(scales, self.a_scale(t, index)) if self.spec.scale_groups else scales
-            name = f"llvm.fma.v{self.lanes}f32"
-            result.append(call(b, name, scales.type, self.to_float(total, t, index), s, sums[t]))
+            result.append(multiply_add(b, self.to_float(total, t, index), s, sums[t]))
         return result
 
     def emit(self, steps):
         """float32 vectors of the tile's tokens."""
-        b, first = self.builder, ir.Constant(I64, 0)
+        b, first = self.builder, I64(0)
         if self.spec.group:
             sums = [splat_constant(F32, self.lanes, 0.0)] * self.spec.tokens
-            sums = _loop(b, steps, sums, self.grouped)
+            sums = loop(b, steps, sums, self.grouped)
             if self.spec.scale_groups:
                 return sums
         else:
@@ -164,7 +145,7 @@ class _Tile:
                 totals = self.step(index, [flat[i : i + width] for i in range(0, len(flat), width)])
                 return [v for row in totals for v in row]
 
-            flat = _loop(b, steps, [v for row in start for v in row], body)
+            flat = loop(b, steps, [v for row in start for v in row], body)
             scales = self.weight_scales(first)
             rows = [flat[i : i + width] for i in range(0, len(flat), width)]
             sums = [b.fmul(self.to_float(row, t, first), scales) for t, row in enumerate(rows)]
@@ -188,25 +169,24 @@ def make_tile(spec: TileSpec):
         pointers = {}
         for name, scalar in scalars.items():
             stride = builder.extract_value(data[name].shape, 1)
-            rows = [builder.add(token, ir.Constant(I64, t)) for t in range(spec.tokens)]
-            pointers[name] = [_at(builder, data[name].data, scalar, builder.mul(row, stride)) for row in rows]
+            rows = [builder.add(token, I64(t)) for t in range(spec.tokens)]
+            pointers[name] = [at(builder, data[name].data, scalar, builder.mul(row, stride)) for row in rows]
         panels = [first, second][: spec.panels]
         for name, size_axes, scalar in (
             ("packed", (1, 2, 3), I8),
             ("w_scale", (1, 2), I16 if spec.group else F32),
         ):
-            size = ir.Constant(I64, 1)
+            size = I64(1)
             for axis in size_axes:
                 size = builder.mul(size, builder.extract_value(data[name].shape, axis))
-            pointers[name] = [_at(builder, data[name].data, scalar, builder.mul(p, size)) for p in panels]
+            pointers[name] = [at(builder, data[name].data, scalar, builder.mul(p, size)) for p in panels]
         k = builder.extract_value(data["q"].shape, 1)
-        steps = builder.udiv(k, ir.Constant(I64, spec.group or 32))
-        for t, value in enumerate(_Tile(context, builder, spec, pointers).emit(steps)):
-            shift = builder.mul(out_stride, ir.Constant(I64, t))
+        steps = builder.udiv(k, I64(spec.group or 32))
+        for t, value in enumerate(Tile(context, builder, spec, pointers).emit(steps)):
+            shift = builder.mul(out_stride, I64(t))
             places = [out_first, out_second][: spec.panels]
             for place, part in zip(places, isa.halves(builder, value, spec.panels), strict=True):
-                at = _at(builder, data["out"].data, F32, builder.add(place, shift))
-                builder.store(part, builder.bitcast(at, part.type.as_pointer()), align=4)
+                store(builder, part, at(builder, data["out"].data, F32, builder.add(place, shift)))
         return context.get_dummy_value()
 
     @intrinsic
