@@ -94,7 +94,7 @@ def _exchange(a: Path, b: Path) -> bool:
 
 
 def _clear_leftovers(dest: Path) -> None:
-    """Remove what killed runs left aside; where one died between taking the old folder away and naming the new, undo."""
+    """Remove what killed runs left aside; give a folder its name back where one died between the two renames."""
     old = dest.with_name(f".{dest.name}{_REPLACED}")
     if old.exists() and not dest.exists():
         os.rename(old, dest)

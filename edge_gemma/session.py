@@ -82,6 +82,7 @@ class Session:
 
     def mark(self) -> None:
         """Remember the present position, so that rewinding to it (or soon after it) stays cheap."""
+        self._cache.truncate(self.position)  # ids are the truth: an interruption may have left the cache ahead
         if not self._marks or self._marks[-1].position != self.position:
             self._marks = [*self._marks[1 - _MARKS :], self._cache.snapshot()]
 
@@ -104,9 +105,12 @@ class Session:
                 metadata = file.metadata() or {}
                 header, floor = json.loads(metadata.get("session", "null")), int(metadata.get("floor", "0"))
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (OSError, SafetensorError, ValueError) as error:
+        except (OSError, SafetensorError, ValueError, RecursionError) as error:
             raise ModelFolderError(f"{path} is not a saved session: {error}") from None
-        ids = tensors.pop("ids", np.zeros(0, np.int32)).ravel().tolist()
+        saved_ids = tensors.pop("ids", None)
+        if saved_ids is None or saved_ids.dtype != np.int32 or saved_ids.ndim != 1:
+            raise ModelFolderError(f"{path} is not a saved session: it holds no token ids")
+        ids = saved_ids.tolist()
         expected = {f"{i}.{part}" for i in self._cache.layers for part in "kv"}
         if header != self._header() or tensors.keys() != expected or len(ids) > self.context:
             raise ModelFolderError(f"{path} was saved from another model or with another context: start a new session")
@@ -143,7 +147,7 @@ class Session:
     def _run(self, ids: list[int], keep: int) -> np.ndarray:
         """Run ids in chunks; the last `keep` rows that enter the head. An interruption leaves whole chunks behind."""
         rows, chunk = [], self._cache.slack
-        self._cache.truncate(self.position)  # ids are the truth: an interruption may have left the cache ahead
+        self._cache.truncate(self.position)  # as in mark
         for start in range(0, len(ids), chunk):
             part = ids[start : start + chunk]
             wanted = min(len(part), max(0, keep - (len(ids) - start - len(part))))

