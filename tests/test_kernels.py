@@ -166,14 +166,14 @@ def test_rms_norm_rope_in_place_and_out_of_place(n, heads, hd):
     angle = rng.uniform(0, 500, (n, hd // 2))
     angle[:, hd // 4 :] = 0
     cos, sin = np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)
-    for weight in (rng.standard_normal(hd).astype(np.float32), None):
-        expected, got = np.empty_like(x), np.empty_like(x)
-        reference.rms_norm_rope(x, weight, cos, sin, 1e-6, expected)
-        kernels.rms_norm_rope(x, weight, cos, sin, 1e-6, got)
-        close(got, expected, 1e-6)
-        again = x.copy()
-        kernels.rms_norm_rope(again, weight, cos, sin, 1e-6, again)
-        assert np.array_equal(again, got)
+    weight = rng.standard_normal(hd).astype(np.float32)
+    expected, got = np.empty_like(x), np.empty_like(x)
+    reference.rms_norm_rope(x, weight, cos, sin, 1e-6, expected)
+    kernels.rms_norm_rope(x, weight, cos, sin, 1e-6, got)
+    close(got, expected, 1e-6)
+    again = x.copy()
+    kernels.rms_norm_rope(again, weight, cos, sin, 1e-6, again)
+    assert np.array_equal(again, got)
 
 
 @pytest.mark.parametrize("n", [1, 40])
@@ -259,6 +259,20 @@ def test_attention_does_not_depend_on_chunks_or_threads(variant, half, window):
     assert np.array_equal(part, whole)
 
 
+def test_float16_rounds_as_numpy_does():
+    """Every float16, the float32 next to it, the middle between two and its neighbours; beyond the range it clamps."""
+    exact = np.arange(0x7C00, dtype=np.uint16).view(np.float16).astype(np.float32)
+    middle = (exact + np.append(exact[1:], np.float32(65536))) / 2
+    x = np.concatenate([f(v, np.float32(s)) for v in (exact, middle) for f, s in
+                        [(np.nextafter, -1), (np.nextafter, 1e9), (np.copysign, 1), (np.copysign, -1)]])  # fmt: skip
+    x = np.append(x, [np.inf, -np.inf, np.nan, 1e-45, -1e-45, 1e30]).astype(np.float32).reshape(-1, 1, 2)
+    got, expected = np.zeros((2, *x.shape), np.uint16)
+    kernels.store_kv(x, x, got, got.copy(), 0)
+    reference.store_kv(x, x, expected, expected.copy(), 0)
+    assert np.array_equal(got.view(np.float16), expected.view(np.float16), equal_nan=True)
+    assert np.array_equal(np.signbit(got.view(np.float16))[:-3], np.signbit(expected.view(np.float16))[:-3])
+
+
 def test_half_values_widen_exactly(variant):
     """Every finite float16 as a value of one visible key: softmax of one key returns it."""
     bits = np.arange(65536, dtype=np.uint16)
@@ -289,7 +303,7 @@ def test_wrong_arguments_never_reach_native_code():
         (7, np.empty((16, 2), np.float32).T),
     ]
     for index, wrong in replacements:
-        with pytest.raises(ValueError, match=r"expected|no packed matrix"):
+        with pytest.raises(ValueError, match="arguments do not fit"):
             kernels.matmul(*good[:index], wrong, *good[index + 1 :])
     cache = np.zeros((4, 1, 8), np.float32)
     q = np.zeros((2, 2, 8), np.float32)
@@ -299,9 +313,9 @@ def test_wrong_arguments_never_reach_native_code():
         (q[:, :, :4], cache, cache, 0, 0),
         (q, cache, cache, -1, 0),
     ]:
-        with pytest.raises(ValueError, match=r"expected|do not fit"):
+        with pytest.raises(ValueError, match="arguments do not fit"):
             kernels.attention(*arguments, 1.0, np.zeros_like(arguments[0]))
-    with pytest.raises(ValueError, match="cache of 4"):
+    with pytest.raises(ValueError, match="room for 5 rows"):
         kernels.store_kv(np.zeros((5, 1, 8), np.float32), np.zeros((5, 1, 8), np.float32), cache, cache, 0)
     with pytest.raises(ValueError, match="variant"):
         kernels.set_variant("mmx")
@@ -323,28 +337,35 @@ def test_arm_tiles_use_their_instructions(cpu, name, bits, group):
 
 
 def small_kernel():
-    @jit.kernel(key="test")
+    @jit.kernel(jit.array("f4", 1, True), key="test")
     def twice(x):
-        return 2 * x
+        for i in range(x.shape[0]):
+            x[i] *= 2
+        return True
 
     return twice
+
+
+def doubles(function) -> bool:
+    x = np.float32([21])
+    return jit.launch(function, x) and x[0] == 42
 
 
 def test_compiled_code_is_kept_and_damage_is_compiled_again(tmp_path):
     jit.set_cache_root(tmp_path)
     try:
         first = small_kernel()
-        assert first(21) == 42
+        assert doubles(first)
         (path,) = jit.cache_directory().iterdir()
         whole = path.read_bytes()
         assert path.name.startswith("twice-")
         again = small_kernel()
-        assert again(21) == 42
+        assert doubles(again)
         assert sum(again.stats.cache_hits.values()) == 1
         for damaged in (b"", whole[:40], whole[:-1], whole[:100] + bytes([whole[100] ^ 1]) + whole[101:]):
             path.write_bytes(damaged)
             fresh = small_kernel()
-            assert fresh(21) == 42
+            assert doubles(fresh)
             assert not fresh.stats.cache_hits
             assert path.read_bytes()[:32] == hashlib.sha256(path.read_bytes()[32:]).digest()
     finally:
@@ -356,8 +377,8 @@ def test_a_cache_that_cannot_be_written_is_said_once(tmp_path, caplog):
     jit.set_cache_root(tmp_path / "file")
     try:
         assert jit.cache_note() is None
-        assert small_kernel()(21) == 42
-        assert small_kernel()(1.5) == 3
+        assert doubles(small_kernel())
+        assert doubles(small_kernel())
         assert "not writable" in kernels.cache_note()
         assert [r.getMessage() for r in caplog.records] == [kernels.cache_note()]
     finally:

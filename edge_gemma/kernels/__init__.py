@@ -49,24 +49,13 @@ def set_variant(name: str | None) -> None:
     _chosen = name
 
 
-def _check(name: str, array: np.ndarray, dtypes: tuple, shape: tuple) -> None:
-    """Native code does not check bounds, so everything is checked here: dtype, shape and C order."""
-    if array.dtype not in dtypes or array.shape != shape or not array.flags.c_contiguous:
-        raise ValueError(
-            f"{name} is {array.dtype} {array.shape} with strides {array.strides}, "
-            f"expected C-contiguous {' or '.join(str(np.dtype(d)) for d in dtypes)} {shape}"
-        )
-
-
-_F32, _HALF, _I8, _I32, _U8 = np.dtype("f4"), np.dtype("u2"), np.dtype("i1"), np.dtype("i4"), np.dtype("u1")
-
-
-def _frozen(array: np.ndarray) -> np.ndarray:
-    """A read-only view: mapped weights are read-only, and numba compiles again for every mutability."""
-    if array.flags.writeable:
-        array = array.view()
-        array.flags.writeable = False
-    return array
+def _refuse(what: str, **arrays: np.ndarray) -> None:
+    """Compiled kernels check types and shapes before they touch anything; this says what they were given."""
+    given = ", ".join(
+        f"{name} {a.dtype}{list(a.shape)}{'' if a.flags.c_contiguous else ' not C-contiguous'}"
+        for name, a in arrays.items()
+    )
+    raise ValueError(f"arguments do not fit each other, expected {what}: got {given}")
 
 
 def quantize_activations(x, group, q, scale, sums) -> None:
@@ -79,20 +68,16 @@ def quantize_activations(x, group, q, scale, sums) -> None:
     """
     from edge_gemma.kernels import elementwise
 
-    n, k = x.shape
-    kpad = -(-k // 32) * 32
-    groups = kpad // group if group else 1
-    _check("x", x, (_F32,), (n, k))
-    _check("q", q, (_I8,), (n, kpad))
-    _check("scale", scale, (_F32,), (n, groups if scale.shape[1:] == (groups,) else 1))
-    _check("sums", sums, (_I32,), (n, groups))
-    jit.launch(elementwise.quantize_activations, x, q, scale, sums)
+    if not jit.launch(elementwise.quantize_activations, x, group, q, scale, sums):
+        _refuse(f"float32, int8, float32, int32 rows with groups of {group}", x=x, q=q, scale=scale, sums=sums)
 
 
 @functools.cache
 def _matmul(variant_name, bits, group, scale_groups):
     from edge_gemma.kernels.panels import make
 
+    if bits not in (2, 4, 8) or group not in (0, 16, 32):
+        raise ValueError(f"weights of {bits} bits in groups of {group}, expected 2, 4 or 8 bits and 0, 16 or 32")
     return make(variant_name, bits, group, scale_groups)
 
 
@@ -105,21 +90,10 @@ def matmul(q, a_scale, sums, packed, w_scale, bits, group, out) -> None:
     rows], rows <= 8 panels. Integer sums are exact; float32 products are added in ascending order of g, so a result is
     the same for every n and every number of threads.
     """
-    n, rows = out.shape
-    panels, kpad = packed.shape[0], q.shape[1]
-    groups = kpad // group if group else 1
-    if bits not in (2, 4, 8) or group not in (0, 16, 32) or kpad % 32 or not 8 * panels - 8 < rows <= 8 * panels:
-        raise ValueError(
-            f"{rows} rows in {panels} panels, {kpad} columns, {bits} bits, group {group} is no packed matrix"
-        )
-    _check("q", q, (_I8,), (n, kpad))
-    _check("a_scale", a_scale, (_F32,), (n, groups if a_scale.shape[1:] == (groups,) else 1))
-    _check("sums", sums, (_I32,), (n, groups))
-    _check("packed", packed, (_U8,), (panels, kpad * bits // 32, 8, 4))
-    _check("w_scale", w_scale, (_HALF if group else _F32,), (panels, groups, 8))
-    _check("out", out, (_F32,), (n, rows))
-    function = _matmul(variant(), bits, group, group != 0 and a_scale.shape[1] > 1)
-    jit.launch(function, q, a_scale, sums, _frozen(packed), _frozen(w_scale), out)
+    function = _matmul(variant(), bits, group, group != 0 and a_scale.shape[1] != 1)
+    if not jit.launch(function, q, a_scale, sums, packed, w_scale, out):
+        arrays = {"q": q, "a_scale": a_scale, "sums": sums, "packed": packed, "w_scale": w_scale, "out": out}
+        _refuse(f"a packed matrix of {bits} bits with groups of {group}", **arrays)
 
 
 def rms_norm(x, weight, eps, out) -> None:
@@ -128,58 +102,53 @@ def rms_norm(x, weight, eps, out) -> None:
     """
     from edge_gemma.kernels import elementwise
 
-    _check("x", x, (_F32,), x.shape[:2])
-    _check("out", out, (_F32,), x.shape)
-    if weight is not None:
-        _check("weight", weight, (_F32,), x.shape[1:])
-        weight = _frozen(weight)
-    elementwise.rms_norm(x, weight, float(eps), out)
+    if weight is None:
+        if not jit.launch(elementwise.rms_norm_unweighted, x, eps, out):
+            _refuse("float32 [n, d]", x=x, out=out)
+    elif not jit.launch(elementwise.rms_norm, x, weight, eps, out):
+        _refuse("float32 [n, d] and [d]", x=x, weight=weight, out=out)
 
 
 def add_rms_norm(h, a, weight, eps) -> None:
     """h += rms_norm(a) * weight; h, a float32 [n, d], weight float32 [d]."""
     from edge_gemma.kernels import elementwise
 
-    _check("h", h, (_F32,), h.shape[:2])
-    _check("a", a, (_F32,), h.shape)
-    _check("weight", weight, (_F32,), h.shape[1:])
-    elementwise.add_rms_norm(h, a, _frozen(weight), float(eps))
+    if not jit.launch(elementwise.add_rms_norm, h, a, weight, eps):
+        _refuse("float32 [n, d] and [d]", h=h, a=a, weight=weight)
 
 
 def rms_norm_rope(x, weight, cos, sin, eps, out) -> None:
     """RMS norm of every head, then rotary positions on pairs (i, i + hd / 2); out may be x.
 
-    x, out float32 [n, heads, hd], weight float32 [hd] or None, cos and sin float32 [n, hd / 2].
+    x, out float32 [n, heads, hd], weight float32 [hd], cos and sin float32 [n, hd / 2].
     """
     from edge_gemma.kernels import elementwise
 
-    n, heads, hd = x.shape
-    _check("x", x, (_F32,), (n, heads, hd))
-    _check("out", out, (_F32,), (n, heads, hd))
-    _check("cos", cos, (_F32,), (n, hd // 2))
-    _check("sin", sin, (_F32,), (n, hd // 2))
-    if weight is not None:
-        _check("weight", weight, (_F32,), (hd,))
-        weight = _frozen(weight)
-    elementwise.rms_norm_rope(x, weight, _frozen(cos), _frozen(sin), float(eps), out)
+    if not jit.launch(elementwise.rms_norm_rope, x, weight, cos, sin, eps, out):
+        _refuse("float32 [n, heads, hd], [hd] and [n, hd / 2]", x=x, weight=weight, cos=cos, sin=sin, out=out)
 
 
 def gelu_tanh_mul(gate, up, out) -> None:
     """out = 0.5 gate (1 + tanh(sqrt(2/pi) (gate + 0.044715 gate^3))) * up; float32 [n, d]; out may be gate or up."""
     from edge_gemma.kernels import elementwise
 
-    _check("gate", gate, (_F32,), gate.shape[:2])
-    _check("up", up, (_F32,), gate.shape)
-    _check("out", out, (_F32,), gate.shape)
-    jit.launch(elementwise.gelu_tanh_mul, gate, up, out)
+    if not jit.launch(elementwise.gelu_tanh_mul, gate, up, out):
+        _refuse("float32 [n, d]", gate=gate, up=up, out=out)
 
 
 def softcap(x, cap) -> None:
     """x = cap * tanh(x / cap), in place; float32 of any shape."""
     from edge_gemma.kernels import elementwise
 
-    _check("x", x, (_F32,), x.shape)
-    elementwise.softcap(x.reshape(-1), float(cap))
+    if not x.flags.c_contiguous or not jit.launch(elementwise.softcap, x.reshape(-1), cap):
+        _refuse("float32", x=x)
+
+
+@functools.cache
+def _store(half):
+    from edge_gemma.kernels.attend import make_store
+
+    return make_store(half)
 
 
 def store_kv(k, v, k_cache, v_cache, first_position) -> None:
@@ -188,18 +157,9 @@ def store_kv(k, v, k_cache, v_cache, first_position) -> None:
     k, v float32 [n, KV, hd], n <= capacity; caches [capacity, KV, hd] float32, or uint16 holding float16 (values beyond
     +-65504 are clamped).
     """
-    n, capacity = len(k), len(k_cache)
-    if n > capacity or first_position < 0:
-        raise ValueError(f"{n} rows from position {first_position} for a cache of {capacity} rows")
-    start = first_position % capacity
-    head = min(n, capacity - start)
-    for cache, rows in ((k_cache, k), (v_cache, v)):
-        _check("cache", cache, (_F32, _HALF), (capacity, *k.shape[1:]))
-        _check("rows", rows, (_F32,), k.shape)
-        if cache.dtype == _HALF:
-            rows = np.clip(rows, -65504, 65504).astype(np.float16).view(np.uint16)
-        cache[start : start + head] = rows[:head]
-        cache[: n - head] = rows[head:]
+    if not jit.launch(_store(k_cache.dtype == np.uint16), k, v, k_cache, v_cache, first_position):
+        what = f"room for {len(k)} rows from position {first_position}"
+        _refuse(what, k=k, v=v, k_cache=k_cache, v_cache=v_cache)
 
 
 @functools.cache
@@ -216,18 +176,8 @@ def attention(q, k_cache, v_cache, first_position, window, scale, out) -> None:
     capacity. Query head j reads KV head j * KV // H. Visible are max(0, position - window + 1) <= p <= position, or
     all p <= position when window is 0. Softmax in float32 with the maximum subtracted.
     """
-    n, heads, hd = q.shape
-    capacity, kv_heads, _ = k_cache.shape
-    last = first_position + n - 1
-    oldest = max(0, first_position - window + 1) if window else 0
-    if not n or heads % kv_heads or first_position < 0 or window < 0 or last - oldest >= capacity:
-        raise ValueError(
-            f"{n} queries of {heads} heads from position {first_position} with window {window} "
-            f"do not fit a cache of {capacity} rows and {kv_heads} heads"
-        )
-    _check("q", q, (_F32,), (n, heads, hd))
-    _check("out", out, (_F32,), (n, heads, hd))
-    _check("k_cache", k_cache, (_F32, _HALF), (capacity, kv_heads, hd))
-    _check("v_cache", v_cache, (k_cache.dtype,), (capacity, kv_heads, hd))
-    function = _attention(variant(), k_cache.dtype == _HALF, heads // kv_heads > 4, hd % 64 != 0)
-    jit.launch(function, q, k_cache, v_cache, int(first_position), int(window), np.float32(scale), out)
+    rows = q.shape[1] // max(1, k_cache.shape[1])
+    function = _attention(variant(), k_cache.dtype == np.uint16, rows > 4, q.shape[2] % 64 != 0)
+    if not jit.launch(function, q, k_cache, v_cache, first_position, window, scale, out):
+        what = f"every key of positions from {first_position} with window {window} in the cache"
+        _refuse(what, q=q, k_cache=k_cache, v_cache=v_cache, out=out)

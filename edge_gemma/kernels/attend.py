@@ -11,11 +11,12 @@ spreads queries.
 
 import numba
 import numpy as np
+from numba.core import types
 
 from edge_gemma.kernels.block import make_block, rows_of
-from edge_gemma.kernels.convert import as_float
+from edge_gemma.kernels.convert import as_float, to_half
 from edge_gemma.kernels.elementwise import exp32
-from edge_gemma.kernels.jit import kernel
+from edge_gemma.kernels.jit import array, kernel
 
 BLOCK = 128
 """Keys of a block."""
@@ -107,6 +108,15 @@ def make(variant, half, group_rows, plain):
     def attention(q, k_cache, v_cache, first_position, window, scale, out):
         n, heads, hd = q.shape
         kv_heads = k_cache.shape[1]
+        if k_cache.shape != v_cache.shape or k_cache.shape[2] != hd or out.shape != q.shape or heads % max(kv_heads, 1):
+            return False
+        oldest = max(0, first_position - window + 1) if window else 0
+        if (
+            min(n, hd, kv_heads) < 1
+            or min(first_position, window) < 0
+            or n > k_cache.shape[0] - (first_position - oldest)
+        ):
+            return False
         rows = heads // kv_heads
         padded = (rows + tile - 1) // tile * tile
         parts = 1
@@ -139,5 +149,32 @@ def make(variant, half, group_rows, plain):
                            tops[part, kv], totals[part, kv], everything[part, kv])  # fmt: skip
                 _finish(totals[0, kv], everything[0, kv], out[0], kv * rows, rows)
 
+        return True
+
     attention.__name__ = f"attention_{'plain' if plain else variant}_{'half' if half else 'float'}_{tile}"
-    return kernel(attention, parallel=True, key=attention.__name__)
+    cache = array("u2" if half else "f4", 3)
+    signature = array("f4", 3), cache, cache, types.int64, types.int64, types.float32, array("f4", 3, True)
+    return kernel(*signature, parallel=True, key=attention.__name__)(attention)
+
+
+def make_store(half):
+    """The kernel that writes rows into ring caches."""
+
+    def store_kv(k, v, k_cache, v_cache, first_position):
+        n, kv_heads, hd = k.shape
+        capacity = k_cache.shape[0]
+        if v.shape != k.shape or v_cache.shape != k_cache.shape or k_cache.shape[1:] != (kv_heads, hd):
+            return False
+        if n > capacity or first_position < 0:
+            return False
+        for i in range(n):
+            slot = (first_position + i) % capacity
+            for h in range(kv_heads):
+                for d in range(hd):
+                    k_cache[slot, h, d] = to_half(k[i, h, d]) if half else k[i, h, d]
+                    v_cache[slot, h, d] = to_half(v[i, h, d]) if half else v[i, h, d]
+        return True
+
+    store_kv.__name__ = f"store_kv_{'half' if half else 'float'}"
+    rows, cache = array("f4", 3), array("u2" if half else "f4", 3, True)
+    return kernel(rows, rows, cache, cache, types.int64, key=store_kv.__name__)(store_kv)

@@ -1,8 +1,10 @@
 """float16 bits to float32 and back to bits, for CPUs with and without the instruction.
 
-Owns: `as_float`, usable inside kernels. numba takes no float16 arrays, so kernels see uint16.
+Owns: `as_float` and `to_half`, for use inside kernels. numba takes no float16 arrays, so kernels see uint16.
 """
 
+import numba
+import numpy as np
 from llvmlite import ir
 from numba.core import types
 from numba.extending import intrinsic
@@ -52,3 +54,38 @@ def as_float(typingctx, value):
         return widen_half(context, builder, args[0]) if half else args[0]
 
     return types.float32(types.uint16 if half else types.float32), codegen
+
+
+@intrinsic
+def float_of_bits(typingctx, bits):
+    """The float32 whose bits are an int32."""
+
+    def codegen(context, builder, signature, args):
+        return builder.bitcast(args[0], ir.FloatType())
+
+    return types.float32(types.int32), codegen
+
+
+@intrinsic
+def bits_of_float(typingctx, value):
+    """The bits of a float32, as int32."""
+
+    def codegen(context, builder, signature, args):
+        return builder.bitcast(args[0], ir.IntType(32))
+
+    return types.int32(types.float32), codegen
+
+
+@numba.njit(error_model="numpy")
+def to_half(value):
+    """float16 bits of a float32, rounded half to even; beyond +-65504 the largest finite value, NaN stays NaN."""
+    magnitude = bits_of_float(value) & np.int32(0x7FFFFFFF)
+    sign = (bits_of_float(value) >> np.int32(16)) & np.int32(0x8000)
+    x = min(float_of_bits(magnitude), np.float32(65504))
+    bits = bits_of_float(x)
+    # Below 2^-14 the addition itself rounds to the subnormals' step of 2^-24.
+    small = bits_of_float(x + np.float32(0.5)) - np.int32(0x3F000000)
+    large = (bits + np.int32(0xFFF) + ((bits >> np.int32(13)) & np.int32(1)) - np.int32(112 << 23)) >> np.int32(13)
+    half = small if bits < np.int32(113 << 23) else large
+    half = np.int32(0x7E00) if magnitude > np.int32(0x7F800000) else half
+    return np.uint16(half | sign)

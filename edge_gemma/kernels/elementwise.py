@@ -6,11 +6,14 @@ plain loops that LLVM vectorises. Small inputs run on the calling thread, since 
 
 import numba
 import numpy as np
-from llvmlite import ir
 from numba.core import types
-from numba.extending import intrinsic
 
-from edge_gemma.kernels.jit import kernel
+from edge_gemma.kernels.convert import float_of_bits
+from edge_gemma.kernels.jit import array, kernel
+
+_READ_1D, _READ_2D = array("f4", 1), array("f4", 2)
+_WRITTEN_1D, _WRITTEN_2D = array("f4", 1, True), array("f4", 2, True)
+_F64 = types.float64
 
 _LOG2E = np.float32(1.4426950408889634)
 _LN2_HIGH = np.float32(0.693359375)
@@ -18,16 +21,6 @@ _LN2_LOW = np.float32(-2.12194440e-4)
 _SMALLEST = np.float32(2.0**-100)  # below it 127 / amax is no longer a float32
 _INFINITY_BITS = np.int32(0x7F800000)
 _SERIAL = 1 << 15  # elements below which threads do not pay
-
-
-@intrinsic
-def _float_of_bits(typingctx, bits):
-    """The float32 whose bits are an int32."""
-
-    def codegen(context, builder, signature, args):
-        return builder.bitcast(args[0], ir.FloatType())
-
-    return types.float32(types.int32), codegen
 
 
 @numba.njit(fastmath={"contract", "nsz"}, error_model="numpy")
@@ -47,7 +40,7 @@ def exp32(x):
     p = p * r + np.float32(1.6666665459e-1)
     p = p * r + np.float32(5.0000001201e-1)
     y = p * r * r + r + np.float32(1)
-    return y * _float_of_bits((np.int32(n) + np.int32(127)) << np.int32(23))
+    return y * float_of_bits((np.int32(n) + np.int32(127)) << np.int32(23))
 
 
 @numba.njit(fastmath={"contract", "reassoc", "nsz"}, error_model="numpy")
@@ -58,46 +51,58 @@ def _inverse_rms(x, eps):
     return np.float32(1) / np.sqrt(total / np.float32(x.shape[0]) + np.float32(eps))
 
 
-@numba.njit(fastmath={"contract"}, error_model="numpy")
-def _norm_row(x, weight, eps, out):
-    factor = _inverse_rms(x, eps)
-    if weight is None:
-        for i in range(x.shape[0]):
-            out[i] = x[i] * factor
-    else:
-        for i in range(x.shape[0]):
-            out[i] = x[i] * factor * weight[i]
-
-
-@kernel
-def rms_norm(x, weight, eps, out):
+@kernel(_READ_2D, _F64, _WRITTEN_2D, fastmath={"contract"})
+def rms_norm_unweighted(x, eps, out):
+    if x.shape != out.shape:
+        return False
     for n in range(x.shape[0]):
-        _norm_row(x[n], weight, eps, out[n])
+        factor = _inverse_rms(x[n], eps)
+        for i in range(x.shape[1]):
+            out[n, i] = x[n, i] * factor
+    return True
 
 
-@kernel
+@kernel(_READ_2D, _READ_1D, _F64, _WRITTEN_2D, fastmath={"contract"})
+def rms_norm(x, weight, eps, out):
+    if x.shape != out.shape or x.shape[1] != weight.shape[0]:
+        return False
+    for n in range(x.shape[0]):
+        factor = _inverse_rms(x[n], eps)
+        for i in range(x.shape[1]):
+            out[n, i] = x[n, i] * factor * weight[i]
+    return True
+
+
+@kernel(_WRITTEN_2D, _READ_2D, _READ_1D, _F64, fastmath={"contract"})
 def add_rms_norm(h, a, weight, eps):
+    if h.shape != a.shape or h.shape[1] != weight.shape[0]:
+        return False
     for n in range(h.shape[0]):
         factor = _inverse_rms(a[n], eps)
         for i in range(h.shape[1]):
             h[n, i] += a[n, i] * factor * weight[i]
+    return True
 
 
 @numba.njit(fastmath={"contract"}, error_model="numpy")
-def _rotate(x, cos, sin):
+def _norm_rope_row(x, weight, cos, sin, eps, out):
     half = x.shape[0] // 2
+    factor = _inverse_rms(x, eps)
     for i in range(half):
-        first, second = x[i], x[half + i]
-        x[i] = first * cos[i] - second * sin[i]
-        x[half + i] = second * cos[i] + first * sin[i]
+        first, second = x[i] * factor * weight[i], x[half + i] * factor * weight[half + i]
+        out[i] = first * cos[i] - second * sin[i]
+        out[half + i] = second * cos[i] + first * sin[i]
 
 
-@kernel
+@kernel(array("f4", 3), _READ_1D, _READ_2D, _READ_2D, _F64, array("f4", 3, True))
 def rms_norm_rope(x, weight, cos, sin, eps, out):
-    for n in range(x.shape[0]):
-        for h in range(x.shape[1]):
-            _norm_row(x[n, h], weight, eps, out[n, h])
-            _rotate(out[n, h], cos[n], sin[n])
+    n, heads, hd = x.shape
+    if out.shape != x.shape or weight.shape[0] != hd or hd % 2 or cos.shape != (n, hd // 2) or sin.shape != cos.shape:
+        return False
+    for i in range(n):
+        for h in range(heads):
+            _norm_rope_row(x[i, h], weight, cos[i], sin[i], eps, out[i, h])
+    return True
 
 
 @numba.njit(fastmath={"contract", "nsz"}, error_model="numpy")
@@ -109,17 +114,20 @@ def _gelu_row(gate, up, out):
         out[i] = x / (np.float32(1) + exp32(-u)) * up[i]
 
 
-@kernel(parallel=True)
+@kernel(_READ_2D, _READ_2D, _WRITTEN_2D, parallel=True)
 def gelu_tanh_mul(gate, up, out):
+    if gate.shape != up.shape or gate.shape != out.shape:
+        return False
     if gate.size < _SERIAL:
         for n in range(gate.shape[0]):
             _gelu_row(gate[n], up[n], out[n])
     else:
         for n in numba.prange(gate.shape[0]):
             _gelu_row(gate[n], up[n], out[n])
+    return True
 
 
-@kernel(fastmath={"contract", "nsz"})
+@kernel(_WRITTEN_1D, _F64, fastmath={"contract", "nsz"})
 def softcap(x, cap):
     inverse = np.float32(1) / np.float32(cap)
     for i in range(x.shape[0]):
@@ -131,6 +139,7 @@ def softcap(x, cap):
         far = (np.float32(1) - e) / (np.float32(1) + e)
         far = far if y > np.float32(0) else -far
         x[i] = np.float32(cap) * (near if abs(y) < np.float32(0.625) else far)
+    return True
 
 
 @numba.njit(fastmath={"contract"}, error_model="numpy")
@@ -141,7 +150,7 @@ def _quantize_block(x, q):
     top = np.int32(0)
     for i in range(k):
         top = max(top, bits[i] & np.int32(0x7FFFFFFF))
-    amax = _float_of_bits(top)
+    amax = float_of_bits(top)
     finite = top < _INFINITY_BITS
     usable = finite and amax >= _SMALLEST
     inverse = np.float32(127) / amax if usable else np.float32(0)
@@ -170,11 +179,18 @@ def _quantize_row(x, q, scale, sums):
         sums[g] = total
 
 
-@kernel(parallel=True)
-def quantize_activations(x, q, scale, sums):
+@kernel(_READ_2D, types.int64, array("i1", 2, True), _WRITTEN_2D, array("i4", 2, True), parallel=True)
+def quantize_activations(x, group, q, scale, sums):
+    n, kpad = q.shape
+    groups = kpad // group if group else 1
+    if kpad != (x.shape[1] + 31) // 32 * 32 or x.shape[0] != n or sums.shape != (n, groups) or 32 % max(group, 1):
+        return False
+    if scale.shape[0] != n or (scale.shape[1] != groups and scale.shape[1] != 1):
+        return False
     if x.size < _SERIAL:
         for n in range(x.shape[0]):
             _quantize_row(x[n], q[n], scale[n], sums[n])
     else:
         for n in numba.prange(x.shape[0]):
             _quantize_row(x[n], q[n], scale[n], sums[n])
+    return True

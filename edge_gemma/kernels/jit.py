@@ -24,13 +24,14 @@ import llvmlite
 import numba
 import numpy as np
 import platformdirs
-from numba.core import compiler, serialize
+from numba.core import compiler, serialize, types
 from numba.core.caching import _Cache
 
 from edge_gemma.errors import UsageError
 
 log = logging.getLogger(__name__)
 
+_caller = threading.local()
 _launch = threading.Lock()  # numba's workqueue layer aborts the process when two threads launch at once
 _threads = numba.config.NUMBA_NUM_THREADS
 _cache_root: Path | None = None
@@ -129,24 +130,40 @@ def _replace(path: Path, data: bytes) -> None:
         raise
 
 
-def kernel(function=None, *, parallel=False, fastmath=False, key=None):
-    """Decorator: compile at the first call, or load from the cache; releases the GIL.
+def array(dtype, axes: int, written: bool = False) -> types.Array:
+    """The numba type of a C-contiguous array argument. Arrays that are only read may be writeable or not."""
+    return types.Array(numba.from_dtype(np.dtype(dtype)), axes, "C", readonly=not written)
 
-    `key` names the choices a closure was made with: functions of one module with the same key are the same code.
+
+def kernel(*signature, parallel=False, fastmath=False, key=None):
+    """Decorator: a function compiled for one signature, at its first launch or from the cache. It releases the GIL.
+
+    It returns False for shapes that do not fit each other, before touching anything, and else True. `key` names the
+    choices a closure was made with: functions of one module with the same key are the same code.
     """
-    if function is None:
-        return functools.partial(kernel, parallel=parallel, fastmath=fastmath, key=key)
-    dispatcher = numba.njit(parallel=parallel, fastmath=fastmath, nogil=True, error_model="numpy")(function)
-    dispatcher._cache = _KernelCache(function, key)
-    return dispatcher
+
+    def decorate(function):
+        dispatcher = numba.njit(parallel=parallel, fastmath=fastmath, nogil=True, error_model="numpy")(function)
+        dispatcher._cache = _KernelCache(function, key)
+        dispatcher.kernel_signature = signature
+        return dispatcher
+
+    return decorate
 
 
-def launch(dispatcher, *args) -> None:
-    """Call a parallel kernel with the chosen number of threads, one launch at a time."""
+def launch(dispatcher, *args) -> bool:
+    """Call a kernel with the chosen number of threads, one launch at a time. False: the arguments do not fit."""
     with _launch:
-        if numba.get_num_threads() != _threads:  # numba keeps the number per calling thread
+        if not dispatcher.overloads:
+            dispatcher.compile(dispatcher.kernel_signature)
+            dispatcher.disable_compile()
+        if getattr(_caller, "threads", 0) != _threads:  # numba keeps the number per calling thread
             numba.set_num_threads(_threads)
-        dispatcher(*args)
+            _caller.threads = _threads
+        try:
+            return dispatcher(*args)
+        except TypeError:  # another dtype, number of axes or memory order
+            return False
 
 
 def set_threads(threads: int | None) -> None:

@@ -12,7 +12,7 @@ import numba
 import numpy as np
 
 from edge_gemma.kernels import isa
-from edge_gemma.kernels.jit import kernel
+from edge_gemma.kernels.jit import array, kernel
 from edge_gemma.kernels.tile import TileSpec, make_tile
 
 TOKEN_BLOCK_BYTES = 1 << 18
@@ -56,7 +56,15 @@ def make(variant, bits, group, scale_groups):
             token += tokens
 
     def matmul(q, a_scale, sums, packed, w_scale, out):
-        n, panels = q.shape[0], packed.shape[0]
+        n, kpad = q.shape
+        panels, rows = packed.shape[0], out.shape[1]
+        groups = kpad // group if group else 1
+        if kpad % 32 or sums.shape != (n, groups) or a_scale.shape != (n, groups if scale_groups else 1):
+            return False
+        if packed.shape != (panels, kpad * bits // 32, 8, 4) or w_scale.shape != (panels, groups, 8):
+            return False
+        if out.shape[0] != n or not 8 * panels - 8 < rows <= 8 * panels:
+            return False
         correction = np.empty_like(sums)
         for i in range(n):
             for g in range(sums.shape[1]):
@@ -70,5 +78,9 @@ def make(variant, bits, group, scale_groups):
             n0, n1 = b * block, n if b == blocks - 1 else (b + 1) * block
             run(q, a_scale, correction, packed, w_scale, out, n0, n1, u * width, min(u * width + width, panels) - 1)
 
+        return True
+
     matmul.__name__ = f"matmul_{variant}_{bits}_{group}_{'groups' if scale_groups else 'tokens'}"
-    return kernel(matmul, parallel=True, key=matmul.__name__)
+    signature = array("i1", 2), array("f4", 2), array("i4", 2), array("u1", 4)
+    signature += array("u2" if group else "f4", 3), array("f4", 2, True)
+    return kernel(*signature, parallel=True, key=matmul.__name__)(matmul)
