@@ -372,6 +372,16 @@ def test_compiled_code_is_kept_and_damage_is_compiled_again(tmp_path):
         jit.set_cache_root(None)
 
 
+def test_code_of_sources_that_changed_meanwhile_is_not_kept(tmp_path, monkeypatch):
+    jit.set_cache_root(tmp_path)
+    monkeypatch.setattr(jit, "_source_digest", lambda: "of the files as they are now")
+    try:
+        assert doubles(small_kernel())
+        assert not list(tmp_path.rglob("*.bin"))
+    finally:
+        jit.set_cache_root(None)
+
+
 def test_a_cache_that_cannot_be_written_is_said_once(tmp_path, caplog):
     (tmp_path / "file").write_text("in the way")
     jit.set_cache_root(tmp_path / "file")

@@ -10,7 +10,6 @@ begun with a digest of its content: processes may share the folder, and a damage
 files are not used: two processes writing one can leave an entry that points at another function's code.
 """
 
-import functools
 import hashlib
 import logging
 import os
@@ -38,7 +37,6 @@ _cache_root: Path | None = None
 _unwritable = False
 
 
-@functools.cache
 def _source_digest() -> str:
     """Changes whenever cached machine code could be stale."""
     digest = hashlib.sha256(f"{numba.__version__} {llvmlite.__version__} {np.__version__} {sys.version}".encode())
@@ -47,10 +45,13 @@ def _source_digest() -> str:
     return digest.hexdigest()[:24]
 
 
+_SOURCES = _source_digest()  # of the sources this process runs, as they were when it imported them
+
+
 def cache_directory() -> Path:
     """Where compiled kernels are kept. It need not exist."""
     root = _cache_root or Path(platformdirs.user_cache_dir("edge-gemma", appauthor=False)) / "kernels"
-    return root / _source_digest()
+    return root / _SOURCES
 
 
 def set_cache_root(root: Path | None) -> None:
@@ -106,6 +107,8 @@ class _KernelCache(_Cache):
     def save_overload(self, sig, data):
         global _unwritable
         if not self._enabled or data.lifted or data.library.has_dynamic_globals:
+            return
+        if _source_digest() != _SOURCES:  # edited or upgraded under a running process: this code is not the folder's
             return
         path = self._path(sig, data.codegen)
         body = serialize.dumps(data._reduce())
