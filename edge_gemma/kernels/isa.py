@@ -293,7 +293,7 @@ class Neon(Portable):
 
     @staticmethod
     def supported(cpu, features):
-        return "neon" in features
+        return True  # every AArch64 CPU
 
     @staticmethod
     def tokens(grouped):
@@ -333,7 +333,7 @@ class NeonDotprod(_DotProduct):
     @staticmethod
     def supported(cpu, features):
         # LLVM does not read asimddp from the kernel on every version, but knows it of the CPUs it knows by name.
-        return "neon" in features and ("dotprod" in features or (cpu != "generic" and "asimddp" in _cpuinfo_features()))
+        return "dotprod" in features or (cpu != "generic" and "asimddp" in _cpuinfo_features())
 
     @staticmethod
     def tokens(grouped):

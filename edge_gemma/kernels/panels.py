@@ -3,9 +3,9 @@
 Owns: the loops over tokens and R8K4 panels (edge_gemma/qformat.py). Does not know: the arithmetic of a tile
 (kernels/tile.py) and where weights come from.
 
-Threads take runs of panels; a tile's rows beyond the matrix (its last panel may be partial) go to a scratch tile
-first. The last tile of several tokens is moved back to end with the last token, so that it overlaps the one before:
-the same results are written twice, and no tile shape is compiled for remainders.
+Threads take runs of panels; a tile's rows beyond the matrix (its last panel may be partial) go to a scratch tile first.
+Tiles have `most`, half as many, or one token. The last tile of several tokens is moved back to end with the last token,
+so that it overlaps the one before: the same results are written twice, and no shape is compiled for remainders.
 """
 
 import numba
@@ -35,12 +35,12 @@ def make(variant, bits, group, scale_groups):
         """Tokens [n0, n1) of one or two panels."""
         rows, n = out.shape[1], n1 - n0
         whole = 8 * second + 8 <= rows
-        tokens = most if n >= most else some if n >= some else 1
-        target = out if whole else np.empty((tokens, 16), np.float32)
+        target = out if whole else np.empty((most, 16), np.float32)
         stride = rows if whole else 16
         at, to = (8 * first, 8 * second) if whole else (0, 8 * (second - first))
         token = n0
         while token < n1:
+            tokens = most if n1 - token >= most else some if n >= some else 1
             token = min(token, n1 - tokens)
             o1, o2 = (token * rows + at, token * rows + to) if whole else (at, to)
             if tokens == 1:
