@@ -25,6 +25,9 @@ Scales. group = 32 or 16 columns share a scale: float16 [panels, groups, 8]. gro
 Row records, for tables that are read one row at a time:
 
     uint8 [rows, record_bytes]: [ its scales: float16 x groups, or float32 x 1 ][ fields, k ascending, low bits first ]
+
+Records may also have groups of 256, one scale a layer's slice of the per-layer-embedding table, float32 as in the QAT
+checkpoints.
 """
 
 from typing import Any
@@ -40,13 +43,14 @@ PANEL_ROWS = 8
 K_MULTIPLE = 32
 BITS = (2, 4, 8)
 GROUPS = (0, 16, 32)
+RECORD_GROUPS = (*GROUPS, 256)
 
 
-def _check(bits: int, group: int = 0) -> None:
+def _check(bits: int, group: int = 0, groups: tuple[int, ...] = GROUPS) -> None:
     if bits not in BITS:
         raise ModelFolderError(f"weights of {bits} bits, expected one of {BITS}")
-    if group not in GROUPS:
-        raise ModelFolderError(f"scales in groups of {group}, expected one of {GROUPS} (0: one a row)")
+    if group not in groups:
+        raise ModelFolderError(f"scales in groups of {group}, expected one of {groups} (0: one a row)")
 
 
 def zero_point(bits: int) -> int:
@@ -79,9 +83,9 @@ def scales_shape(rows: int, k: int, bits: int, group: int) -> tuple[int, int, in
 
 
 def scales_dtype(group: int) -> np.dtype[Any]:
-    """float32 for one scale a row (group = 0), float16 for groups."""
-    _check(8, group)
-    return np.dtype(np.float16 if group else np.float32)
+    """float32 for one scale a row (group = 0) and groups of 256, float16 for small groups."""
+    _check(8, group, RECORD_GROUPS)
+    return np.dtype(np.float16 if group in (16, 32) else np.float32)
 
 
 def _unsigned(w: Array, bits: int) -> Array:
@@ -151,6 +155,7 @@ def pack_scales(scales: Array, group: int, k: int | None = None) -> Array:
     """float [rows, groups] (or [rows] when group = 0) -> [panels, groups, 8]; groups are padded to group_count(k,
     group).
     """
+    _check(8, group)
     s = np.asarray(scales, np.float32)
     s = s[:, None] if s.ndim == 1 else s
     if s.ndim != 2 or (not group and s.shape[1] != 1):
@@ -195,10 +200,10 @@ def dequantize_panels(packed: Array, scales: Array, bits: int, group: int, row_i
 
 def _record_layout(k: int, bits: int, group: int) -> tuple[int, int]:
     """(bytes of scales, bytes of fields) of a row record."""
-    _check(bits, group)
+    _check(bits, group, RECORD_GROUPS)
     if k < 1:
         raise ModelFolderError(f"rows of {k} columns, expected at least one")
-    return 2 * -(-k // group) if group else 4, -(-k * bits // 8)
+    return scales_dtype(group).itemsize * (-(-k // group) if group else 1), -(-k * bits // 8)
 
 
 def record_bytes(k: int, bits: int, group: int) -> int:

@@ -420,6 +420,26 @@ print(x.tolist())
     assert len(list(tmp_path.rglob("*"))) == 2
 
 
+def test_cached_closures_of_two_processes_stay_apart(tmp_path):
+    """Two processes each compile one closure of a name; a third loads both, and must not run one for the other."""
+    script = """
+import sys, pathlib, numpy as np
+from edge_gemma import kernels
+kernels.set_cache_root(pathlib.Path(sys.argv[1]))
+q, sums = np.ones((1, 64), np.int8), np.full((1, 2), 32, np.int32)
+packed = np.full((1, 8, 8, 4), 0x99, np.uint8)  # every weight 1
+w_scale = np.ones((1, 2, 8), np.float16).view(np.uint16)
+for groups in map(int, sys.argv[2:]):
+    a_scale, out = np.arange(1, groups + 1, dtype=np.float32)[None], np.empty((1, 8), np.float32)
+    kernels.matmul(q, a_scale, sums, packed, w_scale, 4, 32, out)
+    print(out[0, 0])
+"""
+    for process, expected in [(run_python(script, str(tmp_path), g), e) for g, e in (("1", "64.0\n"), ("2", "96.0\n"))]:
+        assert process.communicate()[0] == expected
+    assert run_python(script, str(tmp_path), "1", "2").communicate()[0] == "64.0\n96.0\n"
+    assert len(list(tmp_path.rglob("*.bin"))) == 2
+
+
 def test_threads_may_call_kernels_where_openmp_is_missing():
     """numba's workqueue layer aborts the process when two threads launch at once; the kernels take turns."""
     script = """

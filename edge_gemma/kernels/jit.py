@@ -11,9 +11,11 @@ files are not used: two processes writing one can leave an entry that points at 
 """
 
 import hashlib
+import itertools
 import logging
 import os
 import pickle
+import secrets
 import sys
 import tempfile
 import threading
@@ -24,11 +26,17 @@ import numba
 import numpy as np
 import platformdirs
 from numba.core import compiler, serialize, types
+from numba.core.bytecode import FunctionIdentity
 from numba.core.caching import _Cache
 
 from edge_gemma.errors import UsageError
 
 log = logging.getLogger(__name__)
+
+# numba numbers functions from 1 in every process, and the number is all that tells the symbols of two closures of one
+# name apart. Cached code of two processes meets in a third, where the linker takes whichever symbol came first: number
+# from a random start. (Seen: a kernel for scales a group that ran the code for scales a token.)
+FunctionIdentity._unique_ids = itertools.count(secrets.randbits(60))
 
 _caller = threading.local()
 _launch = threading.Lock()  # numba's workqueue layer aborts the process when two threads launch at once
