@@ -20,24 +20,9 @@ from pathlib import Path
 import click
 import numpy as np
 
-from edge_gemma.config import FULL, SLIDING, GemmaConfig
+from edge_gemma.config import GemmaConfig
+from edge_gemma.export.synth import TEXT_CONFIGS
 
-COMMON = {
-    "model_type": "gemma4_text", "vocab_size": 262144, "vocab_size_per_layer_input": 262144, "num_attention_heads": 8,
-    "head_dim": 256, "global_head_dim": 512, "hidden_size_per_layer_input": 256, "sliding_window": 512,
-    "final_logit_softcapping": 30.0, "max_position_embeddings": 131072, "tie_word_embeddings": True,
-    "rms_norm_eps": 1e-6, "hidden_activation": "gelu_pytorch_tanh",
-}  # fmt: skip
-TEXT_CONFIGS = {
-    "e2b": COMMON | {
-        "hidden_size": 1536, "intermediate_size": 6144, "use_double_wide_mlp": True, "num_hidden_layers": 35,
-        "num_key_value_heads": 1, "num_kv_shared_layers": 20, "layer_types": ([SLIDING] * 4 + [FULL]) * 7,
-    },
-    "e4b": COMMON | {
-        "hidden_size": 2560, "intermediate_size": 10240, "use_double_wide_mlp": False, "num_hidden_layers": 42,
-        "num_key_value_heads": 2, "num_kv_shared_layers": 18, "layer_types": ([SLIDING] * 5 + [FULL]) * 7,
-    },
-}  # fmt: skip
 TOWERS = {"model.audio_tower.weights": (304_825_088,), "model.vision_tower.weights": (167_365_056,)}
 _BLOCK = 1 << 23  # values drawn at a time
 

@@ -89,6 +89,7 @@ _threads = click.option(
 _context = click.option(
     "--context", type=click.IntRange(1), metavar="N", help="Tokens the model can look back on [default: 4096]."
 )
+_force = click.option("--force", is_flag=True, help="Replace DEST if it is a model folder already.")
 _sampling = _options(
     click.option("--max-tokens", type=click.IntRange(1), metavar="N", help="Longest answer [default: what fits]."),
     click.option("--temperature", type=click.FloatRange(0), metavar="T", help="0 takes the likeliest token always."),
@@ -229,8 +230,8 @@ def _result_json(result: Any) -> dict[str, Any]:
 @cli.command()
 @click.argument("source", type=click.Path(path_type=Path))
 @click.argument("dest", type=click.Path(path_type=Path))
-@click.option("--recipe", default="q4", show_default=True, metavar="q4|q8|float", help="How weights are stored.")
-@click.option("--force", is_flag=True, help="Replace DEST if it is a model folder already.")
+@click.option("--recipe", default="q4", show_default=True, metavar="q4|q8|q2|float", help="How weights are stored.")
+@_force
 def export(source: Path, dest: Path, recipe: str, force: bool) -> None:
     """Convert SOURCE, a checkpoint folder or a GGUF file, to the model folder DEST.
 
@@ -239,17 +240,37 @@ def export(source: Path, dest: Path, recipe: str, force: bool) -> None:
     edge-gemma export model.gguf ./model --recipe q8
     """
     from edge_gemma.export.convert import export_checkpoint
-    from edge_gemma.quant.recipes import RECIPES
+    from edge_gemma.quant.recipes import RECIPES, TRAINED_RECIPES
     from edge_gemma.terminal import progress_bar
 
-    if recipe not in RECIPES:
+    if recipe not in RECIPES | TRAINED_RECIPES:
         raise click.BadParameter(f"{recipe!r} is not one of {', '.join(RECIPES)}.", param_hint="'--recipe'")
     if not source.exists():
         raise UsageError(f"{source} does not exist: expected a checkpoint folder or a GGUF file")
     with progress_bar("exporting") as progress:
         folder = export_checkpoint(source, dest, recipe, force=force, progress=progress)
-    size = sum(path.stat().st_size for path in folder.iterdir())
-    click.echo(f"wrote {folder}: {size / 1e6:.1f} MB, recipe {recipe}", err=True)
+    _say_written(folder, recipe)
+
+
+@cli.command()
+@click.argument("size", type=click.Choice(["e2b", "e4b", "tiny"]))
+@click.argument("dest", type=click.Path(path_type=Path))
+@click.option("--recipe", type=click.Choice(["q4", "q8", "mobile", "q2", "float"]), default="q4", show_default=True,
+              help="How weights are stored; mobile has the bit widths of the official QAT checkpoints.")  # fmt: skip
+@click.option("--seed", type=click.IntRange(0), default=0, metavar="S", help="The same seed gives the same folder.")
+@_force
+def synth(size: str, dest: Path, recipe: str, seed: int, force: bool) -> None:
+    """Write a model of random weights to the folder DEST, to measure this machine before a download.
+
+    \b
+    edge-gemma synth e2b ./random-e2b && edge-gemma bench -m ./random-e2b
+    """
+    from edge_gemma.export.synth import synthesize
+    from edge_gemma.terminal import progress_bar
+
+    with progress_bar("writing") as progress:
+        folder = synthesize(size, dest, recipe, seed=seed, force=force, progress=progress)
+    _say_written(folder, recipe)
 
 
 @cli.command()
@@ -332,6 +353,11 @@ def perplexity(model: str | None, file: Path, context: int, threads: int | None,
         _print_json({"perplexity": result.perplexity, "tokens": result.tokens})
     else:
         click.echo(f"perplexity {result.perplexity:.4f} over {result.tokens} tokens in windows of {context}")
+
+
+def _say_written(folder: Path, recipe: str) -> None:
+    size = sum(path.stat().st_size for path in folder.iterdir())
+    click.echo(f"wrote {folder}: {size / 1e6:.1f} MB, recipe {recipe}", err=True)
 
 
 def _open_folder(model: str | None) -> Any:

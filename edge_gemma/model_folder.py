@@ -273,7 +273,7 @@ def _read_tensor(name: str, entry: Any) -> Tensor:
             raise ModelFolderError(f"tensor {name}: dtype is {dtype!r}, expected F32 or BF16")
     else:
         bits, group = _field(entry, "bits", int, of), _field(entry, "group", int, of)
-        if bits not in qformat.BITS or group not in qformat.GROUPS or len(shape) != 2:
+        if bits not in qformat.BITS or group not in qformat.RECORD_GROUPS or len(shape) != 2:
             raise ModelFolderError(
                 f"tensor {name}: {bits} bits in groups of {group} is not a format of version {VERSION}"
             )

@@ -1,11 +1,15 @@
-"""Recipes: which tensor gets how many bits. A recipe is data; the first pattern that matches a tensor's name decides.
+"""Recipes: which tensor gets how many bits. A recipe is data; the first rule that matches a tensor decides.
 
 Norms, scalars and other one-dimensional tensors are always dense float32: they are too small to save on.
 """
 
-from dataclasses import dataclass
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from typing import Any
 
+from edge_gemma.config import GemmaConfig
 from edge_gemma.errors import UsageError
 
 
@@ -17,23 +21,71 @@ class Format:
     group: int = 0
 
 
-DENSE = Format(0)
+@dataclass(frozen=True)
+class Rule:
+    """A format for the tensors whose name matches `pattern` (as in a shell) and whose model has what `where` asks for.
 
-RECIPES: dict[str, tuple[tuple[str, Format], ...]] = {
-    "float": (("*", DENSE),),
-    "q8": (("*", Format(8, 32)),),
-    "q4": (
-        # 13.8 M weights that every layer's per-layer input comes from: 7 MB more than at 4 bits.
-        ("per_layer_model_projection.weight", Format(8, 32)),
-        ("*", Format(4, 32)),
+    `where` names words of the checkpoint's `text_config`, and "kv_shared": whether the layer reads another layer's KV.
+    """
+
+    pattern: str
+    format: Format
+    where: Mapping[str, object] = field(default_factory=dict)
+
+
+DENSE = Format(0)
+# 13.8 M weights that every layer's per-layer input comes from: 7 MB more than at 4 bits.
+_MODEL_PROJECTION = Rule("per_layer_model_projection.weight", Format(8, 32))
+
+# What weights can be rounded to.
+RECIPES: dict[str, tuple[Rule, ...]] = {
+    "float": (Rule("*", DENSE),),
+    "q8": (Rule("*", Format(8, 32)),),
+    "q4": (_MODEL_PROJECTION, Rule("*", Format(4, 32))),
+    # To measure 2-bit kernels: weights rounded to 2 bits after training have lost what they knew.
+    "q2": (_MODEL_PROJECTION, Rule("layers.*.mlp.*", Format(2, 32)), Rule("*", Format(4, 32))),
+}
+
+# What only training towards it makes usable: the bit widths of the official QAT checkpoints, one scale a row.
+_E2B: Mapping[str, object] = {"use_double_wide_mlp": True}
+TRAINED_RECIPES: dict[str, tuple[Rule, ...]] = {
+    "mobile": (
+        Rule("layers.*.self_attn.*", Format(4)),
+        Rule("layers.*.mlp.*", Format(2), {**_E2B, "kv_shared": True}),  # layers 15 to 34, the wide ones
+        Rule("layers.*.mlp.*", Format(4)),
+        Rule("embed_tokens_per_layer.weight", Format(4, 256), _E2B),
+        Rule("embed_tokens_per_layer.weight", Format(2, 256)),
+        Rule("*per_layer*", Format(8)),  # gates and projections; the model projection is bfloat16 in the checkpoint
+        Rule("*", Format(2)),  # embed_tokens and lm_head
     ),
 }
 
 
 def tensor_format(recipe: str, name: str, shape: tuple[int, ...]) -> Format:
-    """The format a recipe gives a tensor. Raises UsageError for an unknown recipe."""
+    """The format that rounding a checkpoint by a recipe gives a tensor. Raises UsageError for any other recipe."""
+    if recipe in TRAINED_RECIPES:
+        raise UsageError(f"{recipe} has 2-bit weights, which only a checkpoint trained for them survives: use q4")
     if recipe not in RECIPES:
         raise UsageError(f"unknown recipe {recipe!r}: choose one of {', '.join(RECIPES)}")
+    return _format(RECIPES[recipe], name, shape, {})
+
+
+def planned_format(recipe: str, name: str, shape: tuple[int, ...], config: GemmaConfig) -> Format:
+    """The format of a tensor in a model of any recipe, trained ones included. Raises UsageError if there is none."""
+    recipes = RECIPES | TRAINED_RECIPES
+    if recipe not in recipes:
+        raise UsageError(f"unknown recipe {recipe!r}: choose one of {', '.join(recipes)}")
+    facts: dict[str, Any] = dict(config.text_config)
+    if layer := re.match(r"layers\.(\d+)\.", name):
+        facts["kv_shared"] = not config.layers[int(layer[1])].owns_kv
+    return _format(recipes[recipe], name, shape, facts)
+
+
+def _format(rules: tuple[Rule, ...], name: str, shape: tuple[int, ...], facts: Mapping[str, object]) -> Format:
     if len(shape) < 2:
         return DENSE
-    return next(fmt for pattern, fmt in RECIPES[recipe] if fnmatchcase(name, pattern))
+    return next(
+        rule.format
+        for rule in rules
+        if fnmatchcase(name, rule.pattern) and all(facts.get(word) == value for word, value in rule.where.items())
+    )
