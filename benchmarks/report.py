@@ -1,0 +1,215 @@
+"""docs/BENCHMARKS.md from the CSV files of benchmarks/results/, and from nothing else.
+
+Owns: medians, ratios round by round, the tables. Does not know: how anything was measured.
+"""
+
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.measure import Machine, Row, read_csv
+
+OURS = "edge_gemma"
+PEER = "llama.cpp"
+
+INTRODUCTION = """\
+# Benchmarks
+
+Written by `benchmarks/report.py` from the CSV files in `benchmarks/results/`; do not edit. How to measure a machine of
+your own and what each number means: [benchmarks/README.md](../benchmarks/README.md). Every model of full size here has
+random weights: they cost what real ones cost. Random weights say nothing about quality.
+"""
+
+
+@dataclass(frozen=True)
+class Compared:
+    """A test measured with both engines in the same rounds."""
+
+    model: str
+    test: str
+    unit: str
+    ours: float  # median over the rounds
+    peer: float
+    ratios: tuple[float, ...]  # ours / peer of each round, ascending; for times and memory peer / ours: more is better
+    form: str  # the peer's file
+
+    @property
+    def ratio(self) -> float:
+        return statistics.median(self.ratios)
+
+
+def better_is_more(unit: str) -> bool:
+    return unit in ("tok/s", "GB/s", "GOPS")
+
+
+def median(rows: Iterable[Row]) -> float:
+    return statistics.median(row.value for row in rows)
+
+
+def compare(rows: Sequence[Row], peer: str = PEER) -> list[Compared]:
+    """Every (model, test, file of the peer) that both engines measured, in the order of the rows."""
+    ours: dict[tuple[str, str], dict[int, Row]] = {}
+    theirs: dict[tuple[str, str, str], dict[int, Row]] = {}
+    for row in rows:
+        if not row.round:
+            continue
+        if row.engine == OURS:
+            ours.setdefault((row.model, row.test), {})[row.round] = row
+        elif row.engine == peer:
+            theirs.setdefault((row.model, row.test, row.form), {})[row.round] = row
+    result = []
+    for (model, test, form), of_peer in theirs.items():
+        mine = ours.get((model, test), {})
+        both = sorted(mine.keys() & of_peer.keys())
+        if not both:
+            continue
+        unit = of_peer[both[0]].unit
+        ratios = [mine[r].value / of_peer[r].value for r in both]
+        if not better_is_more(unit):
+            ratios = [1 / r for r in ratios]
+        values = [median(side[r] for r in both) for side in (mine, of_peer)]
+        result.append(Compared(model, test, unit, values[0], values[1], tuple(sorted(ratios)), form))
+    return result
+
+
+def number(value: float) -> str:
+    """Three significant digits, without exponents."""
+    if value >= 100:
+        return f"{value:,.0f}"
+    return f"{value:.3g}" if value >= 0.001 or value == 0 else f"{value:.4f}"
+
+
+def ratio_cell(c: Compared) -> str:
+    """Median, and the least and largest of the rounds."""
+    low, high = c.ratios[0], c.ratios[-1]
+    return f"**{number(c.ratio)}**" + (f" ({number(low)} to {number(high)})" if len(c.ratios) > 1 else "")
+
+
+def table(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    body = [header, ["---"] + ["---:"] * (len(header) - 1), *lines]
+    return "\n".join("| " + " | ".join(line) + " |" for line in body) + "\n"
+
+
+def comparison_table(compared: Sequence[Compared]) -> str:
+    lines = [
+        [f"{c.model}, {c.test} ({c.unit})", c.form, number(c.ours), number(c.peer), ratio_cell(c)] for c in compared
+    ]
+    return table(["", "file of llama.cpp", "edge_gemma", "llama.cpp", "times better (rounds)"], lines)
+
+
+def share_table(rows: Sequence[Row]) -> str:
+    """Decoding at depth 0 against the read bandwidth measured in the same run."""
+    bandwidth = [r for r in rows if r.test == "read bandwidth"]
+    if not bandwidth:
+        return ""
+    reach = median(bandwidth)
+    lines = []
+    for read in _first(rows, lambda r: r.test == "read a token"):
+        speed = [r for r in rows if (r.model, r.engine, r.form) == (read.model, read.engine, read.form)]
+        speed = [r for r in speed if r.test.startswith("decode") and r.test.endswith(" at 0")]
+        if not speed:
+            continue
+        gb_s = read.value * median(speed) / 1000
+        lines.append(
+            [f"{read.model}, {read.engine} {read.form}", number(read.value), number(gb_s), f"{gb_s / reach:.0%}"]
+        )
+    head = ["decoding", "MB of weights a token", "GB/s", f"share of {number(reach)} GB/s"]
+    return table(head, lines)
+
+
+def memory_table(rows: Sequence[Row]) -> str:
+    lines = []
+    for first in _first(rows, lambda r: r.test.startswith("peak RSS")):
+        same = [r for r in rows if (r.model, r.engine, r.form, r.test) == _key(first)]
+        lines.append([f"{first.model}, {first.engine} {first.form}", first.test, number(median(same))])
+    return table(["", "", "MiB"], lines)
+
+
+def matmul_table(rows: Sequence[Row]) -> str:
+    """onnxruntime and our kernels on the same shapes."""
+    lines = []
+    for c in compare([r for r in rows if r.model.startswith("matmul")], "onnxruntime"):
+        lines.append([c.model.removeprefix("matmul "), c.form, f"{c.test} ({c.unit})", number(c.ours), number(c.peer),
+                      ratio_cell(c)])  # fmt: skip
+    return table(["rows x columns", "weights", "", "edge_gemma", "onnxruntime", "times better (rounds)"], lines)
+
+
+def curve(rows: Sequence[Row], model: str, engine: str, form: str, test: str) -> dict[int, float]:
+    """Points of "prefill N" or "decode K at N": N -> median tok/s."""
+    found: dict[int, list[Row]] = {}
+    for row in rows:
+        if (row.model, row.engine, row.form) == (model, engine, form) and row.test.startswith(test):
+            found.setdefault(int(row.test.rpartition(" ")[2]), []).append(row)
+    return {n: median(of) for n, of in sorted(found.items()) if of[0].unit == "tok/s"}
+
+
+def curve_tables(rows: Sequence[Row]) -> str:
+    parts = []
+    for title, test in (("tokens in the prompt, prefill tok/s", "prefill"), ("depth, decode tok/s", "decode")):
+        lines, points = [], set()
+        curves = {}
+        for first in _first(rows, lambda r, test=test: r.test.startswith(test) and not r.model.startswith("matmul")):
+            name = (first.model, first.engine, first.form)
+            curves[name] = curve(rows, *name, test)
+        curves = {name: c for name, c in curves.items() if len(c) > 1}
+        for c in curves.values():
+            points |= c.keys()
+        for (model, engine, form), c in curves.items():
+            lines.append([f"{model}, {engine} {form}", *(number(c[n]) if n in c else "-" for n in sorted(points))])
+        if lines:
+            parts.append(table([title, *map(str, sorted(points))], lines))
+    return "\n".join(parts)
+
+
+def _key(row: Row) -> tuple[str, str, str, str]:
+    return row.model, row.engine, row.form, row.test
+
+
+def _first(rows: Sequence[Row], wanted: Callable[[Row], bool]) -> list[Row]:
+    """The first row of each (model, engine, form) among the wanted, in order."""
+    found: dict[tuple[str, ...], Row] = {}
+    for row in rows:
+        if wanted(row):
+            found.setdefault((row.model, row.engine, row.form), row)
+    return list(found.values())
+
+
+def commands(rows: Sequence[Row]) -> str:
+    return "```\n" + "\n".join(dict.fromkeys(r.command for r in rows)) + "\n```\n"
+
+
+def section(name: str, about: Machine, rows: Sequence[Row], plots: Sequence[str] = ()) -> str:
+    """Everything measured on one machine."""
+    loads = [row.load for row in rows]
+    facts = (
+        f"{about.cores} cores, {about.memory_gb:g} GB, {about.threads} threads, kernels {about.kernels}; "
+        f"{about.versions}; {about.date}; load average at the start of a process {min(loads):.2f} to {max(loads):.2f} "
+        f"(median {statistics.median(loads):.2f})."
+    )
+    models = [r for r in rows if not r.model.startswith("matmul")]
+    parts = [f"## {about.cpu}\n", facts + f" All numbers: [{name}](../benchmarks/results/{name}).\n"]
+    headline = [c for c in compare(models) if not c.test.startswith(("peak RSS", "read a token"))]
+    for title, body in (
+        ("Side by side", comparison_table(headline)),
+        ("Decoding against the memory's bandwidth", share_table(models)),
+        ("Memory", memory_table(models)),
+        ("Along the prompt and the context", curve_tables(models)),
+        ("Single products against onnxruntime MatMulNBits", matmul_table(rows)),
+    ):
+        if body.count("\n") > 2:
+            parts.append(f"### {title}\n\n{body}")
+    parts += [f"![{Path(plot).stem}](../benchmarks/results/{plot})\n" for plot in plots]
+    parts.append(f"### Commands\n\n{commands(rows)}")
+    return "\n".join(parts)
+
+
+def write(results: Path, document: Path) -> None:
+    """Rewrite the document from every CSV in `results`, and the estimate beside them if there is one."""
+    parts = [INTRODUCTION]
+    for path in sorted(results.glob("*.csv")):
+        about, rows = read_csv(path)
+        plots = [p.name for p in sorted(results.glob(f"{path.stem}-*.svg"))]
+        parts.append(section(path.name, about, rows, plots))
+    parts += [path.read_text(encoding="utf-8") for path in sorted(results.glob("*-estimate.md"))]
+    document.write_text("\n".join(parts), encoding="utf-8")
