@@ -1,0 +1,66 @@
+"""What only holds on a board's processor: which instructions were chosen. Run by inside.py, after the kernel tests."""
+
+import importlib
+import platform
+import struct
+
+import pytest
+
+from edge_gemma import kernels
+
+# sdot, by vector and by element (Arm Architecture Reference Manual, C7.2 SDOT): (mask, value) of the instruction word
+SDOT = ((0xBFE0FC00, 0x0E809400), (0xBFC0F400, 0x0F80E000))
+EXECUTABLE = 4  # SHF_EXECINSTR
+
+
+def code_sections(data: bytes) -> list[bytes]:
+    """Machine code of every little-endian ELF64 object within `data`."""
+    sections, at = [], data.find(b"\x7fELF\x02\x01")
+    while at >= 0:
+        (table,) = struct.unpack_from("<Q", data, at + 40)
+        size, count = struct.unpack_from("<HH", data, at + 58)
+        for header in range(at + table, at + table + size * count, size):
+            flags, _, offset, length = struct.unpack_from("<QQQQ", data, header + 8)
+            if flags & EXECUTABLE:
+                sections.append(data[at + offset : at + offset + length])
+        at = data.find(b"\x7fELF\x02\x01", at + 1)
+    return sections
+
+
+def dot_products(data: bytes) -> int:
+    """How many sdot instructions the objects within `data` have."""
+    words = [w for code in code_sections(data) for (w,) in struct.iter_unpack("<I", code[: len(code) & ~3])]
+    assert words
+    return sum(w & mask == value for w in words for mask, value in SDOT)
+
+
+def test_the_processor_is_the_boards(board):
+    from llvmlite import binding
+
+    assert platform.machine() == "aarch64"
+    assert binding.get_host_cpu_name() == board.cpu
+
+
+def test_the_variant_is_the_boards(board):
+    assert kernels.variant() == board.variant
+    assert kernels.available_variants() == ("neon-dotprod", "neon", "portable")[-2 - (board.name == "pi5") :]
+    if board.name == "pi4":
+        with pytest.raises(ValueError, match="neon-dotprod"):
+            kernels.set_variant("neon-dotprod")
+
+
+def test_sdot_is_in_the_code_of_a_pi_5_and_not_in_that_of_a_pi_4(board):
+    """In the code that ran: every kernel that the tests before have left in the board's cache."""
+    counts = {path.name: dot_products(path.read_bytes()) for path in kernels.cache_directory().glob("*.bin")}
+    print(counts)
+    best = {name: n for name, n in counts.items() if name.startswith(f"matmul_{board.variant}_")}
+    assert len(best) >= 9  # every width and layout
+    if board.name == "pi5":
+        assert min(best.values()) >= 16
+    else:
+        assert sum(counts.values()) == 0
+
+
+@pytest.mark.parametrize("name", ["jinja2", "onnxruntime", "rich", "safetensors", "sentencepiece", "tokenizers"])
+def test_dependencies_with_machine_code_import(name):
+    importlib.import_module(name)
