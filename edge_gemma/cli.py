@@ -5,6 +5,7 @@ does is one call into the library, imported when the command runs, so that `--he
 anything works.
 """
 
+import functools
 import json
 import sys
 from collections.abc import Callable
@@ -111,13 +112,21 @@ _thinking = _options(
 
 def load_engine(model: str | None, *, context: int | None = None, threads: int | None = None) -> "Engine":
     """The model that -m means, converted first where it has to be."""
-    from edge_gemma import models
+    from edge_gemma import kernels, models
     from edge_gemma.engine import Engine
     from edge_gemma.terminal import progress_bar
 
     with progress_bar("importing") as progress:
         path = models.resolve(model, progress)
+    kernels.announce_compiling(_tell_compiling)
     return Engine.load(path, context=context, threads=threads)
+
+
+@functools.cache
+def _tell_compiling() -> None:
+    """Said once: a first start takes its time."""
+    start = "\r\x1b[K" if sys.stderr.isatty() else ""  # over the status line, where there is one
+    click.echo(f"{start}(compiling the kernels for this machine: 10 to 60 seconds, once)", err=True)
 
 
 def _sampling_of(engine: "Engine", options: dict[str, Any]) -> "Sampling":

@@ -47,7 +47,8 @@ class Decoder:
         h = self.embed(ids)
         rope = self.rope(first, len(ids))
         embeddings = h[len(ids) - keep :].copy()
-        ple = self.per_layer_inputs(ids, h, 0, producer)
+        everywhere = config.num_hidden_layers if keep == len(ids) else producer
+        ple = self.per_layer_inputs(ids, h, 0, everywhere)
 
         for layer, w in zip(config.layers, self.weights.layers, strict=True):
             x = Activations(ops.rms_norm(h, w.input_layernorm, eps))
@@ -59,7 +60,7 @@ class Decoder:
                     break
                 first, h, x = first + len(h) - keep, h[len(h) - keep :], x.tail(keep)
                 rope = {kind: (cos[-keep:], sin[-keep:]) for kind, (cos, sin) in rope.items()}
-                ple = self.per_layer_inputs(ids[-keep:], embeddings, producer, config.num_hidden_layers)
+                ple |= self.per_layer_inputs(ids[-keep:], embeddings, everywhere, config.num_hidden_layers)
 
             # attention
             q = w.q_proj(x).reshape(len(h), layer.num_attention_heads, layer.head_dim)

@@ -13,7 +13,7 @@ from edge_gemma.decoder import Decoder
 from edge_gemma.errors import ContextFullError, ModelFolderError, UsageError
 from edge_gemma.kv_cache import KVCache, Snapshot
 
-CHUNK = 256  # tokens prefilled at a time
+CHUNK = 128  # tokens prefilled at a time
 _MARKS = 4  # snapshots kept
 
 

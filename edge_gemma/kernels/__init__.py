@@ -13,10 +13,18 @@ import functools
 import numpy as np
 
 from edge_gemma.kernels import jit
-from edge_gemma.kernels.jit import cache_directory, cache_note, set_cache_root, set_threads, threads
+from edge_gemma.kernels.jit import (
+    announce_compiling,
+    cache_directory,
+    cache_note,
+    set_cache_root,
+    set_threads,
+    threads,
+)
 
 __all__ = [
-    "add_rms_norm", "attention", "available_variants", "cache_directory", "cache_note", "gelu_tanh_mul", "matmul",
+    "add_rms_norm", "announce_compiling", "attention", "available_variants", "cache_directory", "cache_note",
+    "gelu_tanh_mul", "matmul",
     "quantize_activations", "rms_norm", "rms_norm_rope", "set_cache_root", "set_threads", "set_variant", "softcap",
     "store_kv", "threads", "variant",
 ]  # fmt: skip

@@ -19,6 +19,7 @@ import secrets
 import sys
 import tempfile
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import llvmlite
@@ -39,9 +40,10 @@ log = logging.getLogger(__name__)
 FunctionIdentity._unique_ids = itertools.count(secrets.randbits(60))
 
 _caller = threading.local()
-# Turns a thread of libgomp spins for the others before it sleeps. The default, some hundred times more, is as fast on an
-# idle machine and 4 to 8 times slower on a busy one: a thread that spins keeps the one it waits for off the core.
+# Turns a thread of libgomp spins for the others before it sleeps. The default, some hundred times more, is as fast on
+# an idle machine and 4 to 8 times slower on a busy one: a thread that spins keeps its partner off the core.
 _SPIN_COUNT = "1000"
+_announce: Callable[[], object] | None = None
 _launch = threading.Lock()  # numba's workqueue layer aborts the process when two threads launch at once
 _threads = numba.config.NUMBA_NUM_THREADS
 _cache_root: Path | None = None
@@ -69,6 +71,12 @@ def set_cache_root(root: Path | None) -> None:
     """Keep compiled kernels below `root` from now on (None: the user's cache)."""
     global _cache_root, _unwritable
     _cache_root, _unwritable = root, False
+
+
+def announce_compiling(announce: Callable[[], object] | None) -> None:
+    """Call `announce` whenever a kernel is about to be compiled because the cache does not have it (None: nothing)."""
+    global _announce
+    _announce = announce
 
 
 def cache_note() -> str | None:
@@ -113,6 +121,8 @@ class _KernelCache(_Cache):
                 return None
             return compiler.CompileResult._rebuild(target_context, *pickle.loads(body))
         except OSError:
+            if _announce is not None:
+                _announce()
             return None
 
     def save_overload(self, sig, data):
