@@ -57,6 +57,7 @@ SHAPES = ((12288, 1536), (1536, 12288), (4096, 1536), (1536, 4096), (262144, 153
 PRODUCT_TOKENS = 128
 PEAK = f"peak RSS, context {CONTEXT}"
 READ = "read a token"
+FIRST = f"first token, prompt {SHORT_PROMPT}"
 
 
 class Bench:
@@ -81,7 +82,10 @@ class Bench:
 
     def ours(self, pair: Pair, prompt: int, generate: int, depth: int) -> "Run":
         """`edge-gemma bench`: one prompt length, one depth."""
-        options = [*words(prompt=[prompt], generate=[generate], depth=[depth], threads=[self.threads]), "--json"]
+        options = [
+            *words(prompt=[prompt], generate=[generate], depth=[depth], threads=[self.threads], repeat=[1]),
+            "--json",
+        ]
         command = [*CLI, "bench", "-m", str(self.folder(pair)), *options]
         return self.run(command, ["edge-gemma", "bench", "-m", pair.model, *options])
 
@@ -99,44 +103,48 @@ class Bench:
     # --- what is measured ---------------------------------------------------------------------------------------------
 
     def main_round(self, pair: Pair, round_: int) -> None:
-        """Prefill 512 and decode 128 of both, ours beside each of the peer's files."""
+        """Prefill 512, decode 128 and the first token after 20, ours beside each of the peer's files."""
 
         def ours() -> None:
             run, who = self.ours(pair, PROMPT, GENERATE, 0), (pair.model, report.OURS, pair.recipe)
             run.add(round_, *who, f"prefill {PROMPT}", run.answer["prefill_tok_s"], "tok/s")
             run.add(round_, *who, f"decode {GENERATE} at 0", run.answer["decode_tok_s"], "tok/s")
-            run.add(round_, *who, PEAK, run.peak_rss_mib, "MiB")
+            run.add(round_, *who, FIRST, run.answer["ttft_20_s"], "s")
             run.add(round_, *who, "load", run.answer["load_s"], "s")
             run.add(round_, *who, "read bandwidth", run.answer["bandwidth_gb_s"], "GB/s")
             run.add(round_, *who, READ, run.answer["bytes_per_token"] / 1e6, "MB")
 
         def peer(kind: str) -> None:
-            run = self.peer(pair, kind, prompts=[PROMPT], depths=[0], generate=[GENERATE])
-            run.add_peer(round_, pair.model, kind, GENERATE)
+            run = self.peer(pair, kind, prompts=[SHORT_PROMPT, PROMPT], depths=[0], generate=[GENERATE])
             who = (pair.model, report.PEER, kind)
-            run.add(round_, *who, PEAK, run.peak_rss_mib, "MiB")
+            run.add(round_, *who, f"prefill {PROMPT}", run.answer["prefill_tok_s"][str(PROMPT)], "tok/s")
+            run.add(round_, *who, f"decode {GENERATE} at 0", run.answer["decode_tok_s"]["0"], "tok/s")
+            run.add(round_, *who, FIRST, run.answer["prefill_s"][str(SHORT_PROMPT)], "s")
             run.add(round_, *who, "load", run.answer["load_s"], "s")
+            run.add(round_, *who, PEAK, run.peak_rss_mib, "MiB")
             run.add(round_, *who, READ, bytes_read(self.gguf(pair, kind)) / 1e6, "MB")
 
         steps = [ours, *(partial(peer, kind) for kind in pair.files)]
         for step in steps if round_ % 2 else reversed(steps):
             step()
 
-    def short_round(self, pair: Pair, round_: int) -> None:
-        """A prompt of 20 tokens: with the model loaded, and from the start of the process."""
-        kind = pair.files[0]
-        who, other = (pair.model, report.OURS, pair.recipe), (pair.model, report.PEER, kind)
-        ready, started = f"first token, prompt {SHORT_PROMPT}", f"process start to first token, prompt {SHORT_PROMPT}"
-        run = self.ours(pair, SHORT_PROMPT, 1, 0)
-        run.add(round_, *who, ready, run.answer["ttft_s"], "s")
-        run = self.peer(pair, kind, prompts=[SHORT_PROMPT])
-        run.add(round_, *other, ready, run.answer["prefill_s"][str(SHORT_PROMPT)], "s")
-        options = ["--raw", "--max-tokens", "1", "--temperature", "0", "--json", "--threads", str(self.threads)]
+    def start_round(self, pair: Pair, round_: int) -> None:
+        """From the start of a process to its end after one token."""
+        kind, test = pair.files[0], f"process with one token, prompt {SHORT_PROMPT}"
+        options = ["--raw", "--max-tokens", "1", "--temperature", "0", "--json", *words(threads=[self.threads])]
         command = [*CLI, "run", "-m", str(self.folder(pair)), *options, SHORT_TEXT]
         run = self.run(command, ["edge-gemma", "run", "-m", pair.model, *options, f'"{SHORT_TEXT}"'])
-        run.add(round_, *who, started, run.seconds, "s")
+        run.add(round_, pair.model, report.OURS, pair.recipe, test, run.seconds, "s")
         run = self.peer(pair, kind, prompts=[SHORT_PROMPT], no_warm_up=[])
-        run.add(round_, *other, started, run.seconds, "s")
+        run.add(round_, pair.model, report.PEER, kind, test, run.seconds, "s")
+
+    def memory(self, pair: Pair) -> None:
+        """Our peak with a context of 4096 tokens that is full (llama.cpp touches all of its own at once)."""
+        run = self.ours(pair, PROMPT, CURVE_GENERATE, CONTEXT - PROMPT)
+        peak = run.answer["peak_rss_mb"] * 1e6 / 2**20
+        run.add(0, pair.model, report.OURS, pair.recipe, PEAK, peak, "MiB")
+        anonymous = run.answer["anonymous_rss_mb"] * 1e6 / 2**20
+        run.add(0, pair.model, report.OURS, pair.recipe, f"{PEAK}, not backed by files", anonymous, "MiB")
 
     def lazy(self, pair: Pair) -> None:
         """llama.cpp's memory when it reads the rows of the PLE table on demand."""
@@ -265,7 +273,8 @@ def main(
     for pair in chosen:
         bench.folder(pair), [bench.gguf(pair, kind) for kind in pair.files]
     steps = [partial(step, pair, r) for r in range(1, rounds + 1) for pair in chosen
-             for step in (bench.main_round, bench.short_round)]  # fmt: skip
+             for step in (bench.main_round, bench.start_round)]  # fmt: skip
+    steps += [partial(bench.memory, pair) for pair in chosen]
     steps += [partial(bench.lazy, pair) for pair in chosen if pair.random]
     steps += [partial(bench.matmuls, r) for r in range(1, rounds + 1)] if matmuls else []
     steps += [partial(bench.curves, pair) for pair in chosen] if curves else []

@@ -135,7 +135,7 @@ def noise(kind: str, rng: np.random.Generator) -> np.ndarray:
 
 
 def write(path: Path, kind: str, vocabulary: Path = VOCABULARY, *, header_only: bool = False) -> None:
-    """Write the file; `header_only` leaves the data as one hole. The file appears under its name when it is whole."""
+    """Write the file; `header_only` leaves the matrices as holes. The file appears under its name when it is whole."""
     text_config = TEXT_CONFIGS["e2b"]
     table = tensors(kind, GemmaConfig.from_text_config(text_config))
     part = path.with_suffix(".part")
@@ -157,11 +157,11 @@ def write(path: Path, kind: str, vocabulary: Path = VOCABULARY, *, header_only: 
             file.truncate(-(-file.tell() // 32) * 32)
             file.seek(0, 2)
             size = tensor_bytes(shape, quant)
-            if header_only:
+            if quant == "F32":
+                file.write(_vector(name, shape[0]).tobytes())
+            elif header_only:
                 file.truncate(file.tell() + size)
                 file.seek(0, 2)
-            elif quant == "F32":
-                file.write(_vector(name, shape[0]).tobytes())
             else:
                 _write_noise(file, blocks[quant], size, rng)
     part.rename(path)

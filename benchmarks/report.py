@@ -4,9 +4,13 @@ Owns: medians, ratios round by round, the tables. Does not know: how anything wa
 """
 
 import statistics
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
 
 from benchmarks.measure import Machine, Row, read_csv
 
@@ -119,10 +123,12 @@ def share_table(rows: Sequence[Row]) -> str:
 
 
 def memory_table(rows: Sequence[Row]) -> str:
-    lines = []
-    for first in _first(rows, lambda r: r.test.startswith("peak RSS")):
-        same = [r for r in rows if (r.model, r.engine, r.form, r.test) == _key(first)]
-        lines.append([f"{first.model}, {first.engine} {first.form}", first.test, number(median(same))])
+    peaks: dict[tuple[str, ...], list[Row]] = {}
+    for row in rows:
+        if row.test.startswith("peak RSS"):
+            peaks.setdefault((row.model, row.engine, row.form, row.test), []).append(row)
+    lines = [[f"{model}, {engine} {form}", test, number(median(same))]
+             for (model, engine, form, test), same in peaks.items()]  # fmt: skip
     return table(["", "", "MiB"], lines)
 
 
@@ -160,10 +166,6 @@ def curve_tables(rows: Sequence[Row]) -> str:
         if lines:
             parts.append(table([title, *map(str, sorted(points))], lines))
     return "\n".join(parts)
-
-
-def _key(row: Row) -> tuple[str, str, str, str]:
-    return row.model, row.engine, row.form, row.test
 
 
 def _first(rows: Sequence[Row], wanted: Callable[[Row], bool]) -> list[Row]:
@@ -213,3 +215,7 @@ def write(results: Path, document: Path) -> None:
         parts.append(section(path.name, about, rows, plots))
     parts += [path.read_text(encoding="utf-8") for path in sorted(results.glob("*-estimate.md"))]
     document.write_text("\n".join(parts), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    write(ROOT / "benchmarks" / "results", ROOT / "docs" / "BENCHMARKS.md")
