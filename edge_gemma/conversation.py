@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from edge_gemma.chat import ChatFormat, Message, Piece
 from edge_gemma.errors import ContextFullError, UsageError
-from edge_gemma.generate import Progress, Result, StreamTokenizer, Timeline, generate, stop_ids_of
+from edge_gemma.generate import Generation, Progress, Result, StreamTokenizer, Timeline, stop_ids_of
 from edge_gemma.sampler import Sampler, Sampling
 
 CONTINUATION_TOKENS = 128  # a base model seldom stops by itself
@@ -62,7 +62,7 @@ class Conversation:
         self.messages, self.last = [], None
 
     def _reply(self, prompt: list[int], asked: list[Message]) -> Iterator[Piece]:
-        generation = generate(
+        generation = Generation(
             self.session,
             prompt,
             tokenizer=self.tokenizer,
@@ -160,22 +160,9 @@ class Chat(Conversation):
 class Continuation(Conversation):
     """A base model has no turns: it goes on with the text it is given. An empty text goes on with the last one."""
 
-    def __init__(
-        self,
-        engine: ChatEngine,
-        *,
-        sampling: Sampling | None = None,
-        max_tokens: int | None = None,
-        stop_strings: Sequence[str] = (),
-        progress: Progress | None = None,
-    ) -> None:
-        super().__init__(
-            engine,
-            sampling=sampling,
-            max_tokens=max_tokens or CONTINUATION_TOKENS,
-            stop_strings=stop_strings,
-            progress=progress,
-        )
+    def __init__(self, engine: ChatEngine, *, max_tokens: int | None = None, **options: Any) -> None:
+        """options: as in Conversation."""
+        super().__init__(engine, max_tokens=max_tokens or CONTINUATION_TOKENS, **options)
         self._ids: list[int] = []
 
     def send(self, text: str) -> Iterator[Piece]:

@@ -74,9 +74,10 @@ class Result:
 
 
 class Generation:
-    """Iterate over it once for the reply's pieces; `result` is whole afterwards, however the iteration ended.
+    """Continues a prompt. Iterate over it once for the reply's pieces; `result` is whole afterwards, however it ended.
 
-    An exception (Ctrl-C's too) passes through after `result` was completed with finish_reason "interrupted".
+    What the session holds of the prompt already is kept, the rest is rewound and prefilled. An exception (Ctrl-C's
+    too) passes through after `result` was completed with finish_reason "interrupted".
     """
 
     def __init__(
@@ -92,6 +93,20 @@ class Generation:
         progress: Progress | None = None,
         mark: bool = False,
     ) -> None:
+        """max_tokens: None goes on until the context is full. stop_strings end the answer and are never part of it.
+
+        mark: let the session remember the prompt's end, for a later rewind. Raises ContextFullError, before the session
+        is touched, if the prompt is longer than the context; UsageError for an empty prompt or a senseless limit.
+        """
+        if not prompt_ids:
+            raise UsageError("the prompt is empty, expected at least one token")
+        if max_tokens is not None and max_tokens < 1:
+            raise UsageError(f"max_tokens is {max_tokens}, expected 1 or more")
+        if len(prompt_ids) > session.context:
+            raise ContextFullError(
+                f"the prompt has {len(prompt_ids)} tokens, the context holds {session.context}: "
+                "shorten it or use a larger --context"
+            )
         self.result = Result("interrupted")
         self._session, self._prompt = session, list(prompt_ids)
         self._sampler, self._max_tokens, self._stop_ids = sampler, max_tokens, frozenset(stop_ids)
@@ -184,46 +199,6 @@ class Generation:
                     self.result.tool_calls += (piece.call,)
                 shown.append(piece)
         return shown
-
-
-def generate(
-    session: Timeline,
-    prompt_ids: Sequence[int],
-    *,
-    tokenizer: StreamTokenizer,
-    sampler: Sampler,
-    max_tokens: int | None = None,
-    stop_ids: Collection[int] = (),
-    stop_strings: Sequence[str] = (),
-    progress: Progress | None = None,
-    mark: bool = False,
-) -> Generation:
-    """Continue `prompt_ids`. What the session holds of it already is kept, the rest is rewound and prefilled.
-
-    max_tokens: None goes on until the context is full. stop_strings end the answer and are never part of it.
-    mark: let the session remember the prompt's end, for a later rewind. Raises ContextFullError, before the session is
-    touched, if the prompt is longer than the context; UsageError for an empty prompt or a senseless limit.
-    """
-    if not prompt_ids:
-        raise UsageError("the prompt is empty, expected at least one token")
-    if max_tokens is not None and max_tokens < 1:
-        raise UsageError(f"max_tokens is {max_tokens}, expected 1 or more")
-    if len(prompt_ids) > session.context:
-        raise ContextFullError(
-            f"the prompt has {len(prompt_ids)} tokens, the context holds {session.context}: "
-            "shorten it or use a larger --context"
-        )
-    return Generation(
-        session,
-        prompt_ids,
-        tokenizer=tokenizer,
-        sampler=sampler,
-        max_tokens=max_tokens,
-        stop_ids=stop_ids,
-        stop_strings=stop_strings,
-        progress=progress,
-        mark=mark,
-    )
 
 
 class StopStrings:

@@ -37,7 +37,7 @@ def rendered(messages, template=CHAT_TEMPLATE, **options):
     return ChatFormat(template, TOKENIZER).render(messages, **options).replace(MARK, "")
 
 
-# GEMMA4.md 6.2, without a large model's empty thought block
+# Gemma 4's turns, without a large model's empty thought block
 PROMPTS = {
     "plain": ([HI], {}, "<bos><|turn>user\nHi<turn|>\n<|turn>model\n"),
     "system and thinking": (
@@ -321,7 +321,7 @@ def test_the_real_template_renders_gemma_4s_form(gemma4, case):
     template, tokenizer = gemma4
     messages, options, expected = PROMPTS[case]
     chat = ChatFormat(template, tokenizer)
-    expected = expected.replace("<|think|>\n", "<|think|>")  # this file's template is older than GEMMA4.md's
+    expected = expected.replace("<|think|>\n", "<|think|>")  # the template in this file is older than the released one
     if not options.get("think"):
         expected += "<|channel>thought\n<channel|>"  # and of a large model
     ids = chat.prompt_ids(messages, **options)

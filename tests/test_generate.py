@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from edge_gemma.chat import Message
 from edge_gemma.conversation import CONTINUATION_TOKENS, Chat, Continuation, open_conversation
 from edge_gemma.errors import ContextFullError, TemplateError, UsageError
-from edge_gemma.generate import PREFILL_PIECE, StopStrings, common_prefix, generate, stop_ids_of
+from edge_gemma.generate import PREFILL_PIECE, Generation, StopStrings, common_prefix, stop_ids_of
 from edge_gemma.sampler import Sampler, Sampling
 from edge_gemma.tool_call import ToolCall
 from tests.fakes import BYTE, FakeEngine, FakeSession, FakeTokenizer, reply
@@ -24,7 +24,7 @@ GREEDY = Sampling(temperature=0)
 def start(script, *, context=4096, prompt="hi", session=None, **options):
     session = session or FakeSession([reply(script) if isinstance(script, str) else script], context)
     options = {"stop_ids": {END}, "sampler": Sampler(GREEDY), "tokenizer": TOKENIZER} | options
-    return generate(session, TOKENIZER.encode(prompt, bos=True), **options)
+    return Generation(session, TOKENIZER.encode(prompt, bos=True), **options)
 
 
 # --- one generation ---------------------------------------------------------------------------------------------------
@@ -95,7 +95,7 @@ def test_what_cannot_be_served_leaves_the_session_alone(prompt, options, error):
 
 def test_an_empty_prompt_is_refused():
     with pytest.raises(UsageError, match="empty"):
-        generate(FakeSession([[1]]), [], tokenizer=TOKENIZER, sampler=Sampler(GREEDY))
+        Generation(FakeSession([[1]]), [], tokenizer=TOKENIZER, sampler=Sampler(GREEDY))
 
 
 def test_what_the_session_holds_is_not_run_again():
