@@ -19,6 +19,7 @@ from edge_gemma.errors import EdgeGemmaError, UsageError
 
 if TYPE_CHECKING:
     from edge_gemma.engine import Engine
+    from edge_gemma.model_folder import ModelFolder
     from edge_gemma.sampler import Sampling
 
 _INTERRUPTED = 130  # what a shell calls a command that Ctrl-C ended
@@ -91,6 +92,9 @@ _context = click.option(
     "--context", type=click.IntRange(1), metavar="N", help="Tokens the model can look back on [default: 4096]."
 )
 _force = click.option("--force", is_flag=True, help="Replace DEST if it is a model folder already.")
+_memory_limit = click.option(
+    "--memory-limit", type=click.IntRange(1), metavar="MB", help="Refuse a model that would need more memory than this."
+)
 _sampling = _options(
     click.option("--max-tokens", type=click.IntRange(1), metavar="N", help="Longest answer [default: what fits]."),
     click.option("--temperature", type=click.FloatRange(0), metavar="T", help="0 takes the likeliest token always."),
@@ -112,14 +116,25 @@ _thinking = _options(
 
 def load_engine(model: str | None, *, context: int | None = None, threads: int | None = None) -> "Engine":
     """The model that -m means, converted first where it has to be."""
-    from edge_gemma import kernels, models
+    from edge_gemma import kernels
     from edge_gemma.engine import Engine
-    from edge_gemma.terminal import progress_bar
 
-    with progress_bar("importing") as progress:
-        path = models.resolve(model, progress)
+    path = _resolve(model)
     kernels.announce_compiling(_tell_compiling)
     return Engine.load(path, context=context, threads=threads)
+
+
+def _load(model: str | None, options: dict[str, Any]) -> "Engine":
+    _check_memory(model, options["context"], options["memory_limit"])
+    return load_engine(model, context=options["context"], threads=options["threads"])
+
+
+def _check_memory(model: str | None, context: int | None, memory_limit: int | None) -> None:
+    """Before anything is loaded; memory_limit in MB, None: no limit."""
+    if memory_limit is not None:
+        from edge_gemma.memory import check_limit
+
+        check_limit(_open_folder(model), context, memory_limit * 1_000_000)
 
 
 @functools.cache
@@ -143,6 +158,7 @@ def _sampling_of(engine: "Engine", options: dict[str, Any]) -> "Sampling":
               help="Go on with the conversation in FILE, and keep it there.")  # fmt: skip
 @_sampling
 @_context
+@_memory_limit
 @_threads
 def chat(model: str | None, session_file: Path | None, **options: Any) -> None:
     """Talk with a model; /help inside lists the commands.
@@ -163,7 +179,7 @@ def chat(model: str | None, session_file: Path | None, **options: Any) -> None:
         if session_file.exists():
             earlier = Transcript.load(session_file)
             system = system or earlier.system
-    engine = load_engine(model, context=options["context"], threads=options["threads"])
+    engine = _load(model, options)
     screen = Screen(show_thinking=options["show_thinking"])
     conversation = open_conversation(
         engine,
@@ -185,6 +201,7 @@ def chat(model: str | None, session_file: Path | None, **options: Any) -> None:
 @_thinking
 @_sampling
 @_context
+@_memory_limit
 @_threads
 @_json
 def run(model: str | None, prompt: str, raw: bool, as_json: bool, **options: Any) -> None:
@@ -199,7 +216,7 @@ def run(model: str | None, prompt: str, raw: bool, as_json: bool, **options: Any
     from edge_gemma.terminal import Screen, show_reply
 
     text = sys.stdin.buffer.read().decode("utf-8", "replace") if prompt == "-" else prompt
-    engine = load_engine(model, context=options["context"], threads=options["threads"])
+    engine = _load(model, options)
     screen = Screen(show_answer=not as_json, show_thinking=options["show_thinking"])
     conversation = open_conversation(
         engine,
@@ -364,18 +381,54 @@ def perplexity(model: str | None, file: Path, context: int, threads: int | None,
         click.echo(f"perplexity {result.perplexity:.4f} over {result.tokens} tokens in windows of {context}")
 
 
+@cli.command()
+@_model
+@click.option("--prompt", type=click.IntRange(1), default=512, show_default=True, metavar="N", help="Prompt tokens.")
+@click.option("--generate", type=click.IntRange(1), default=128, show_default=True, metavar="N",
+              help="Tokens decoded one at a time.")  # fmt: skip
+@click.option("--depth", type=click.IntRange(0), default=0, show_default=True, metavar="N",
+              help="Tokens the model looks back on before the prompt.")  # fmt: skip
+@click.option("--repeat", type=click.IntRange(1), default=3, show_default=True, metavar="R",
+              help="Runs; results are their medians.")  # fmt: skip
+@_memory_limit
+@_threads
+@_json
+def bench(model: str | None, as_json: bool, memory_limit: int | None, **options: Any) -> None:
+    """Measure a model on this machine: speed, memory, and the share of the memory's bandwidth it uses.
+
+    \b
+    edge-gemma bench -m ./gemma-4-e2b --depth 4096
+    """
+    from edge_gemma import bench as benchmark
+    from edge_gemma import kernels
+
+    context = benchmark.needed_context(options["prompt"], options["generate"], options["depth"])
+    _check_memory(model, context, memory_limit)
+    kernels.announce_compiling(_tell_compiling)
+    result = benchmark.measure(_resolve(model), **options, note=lambda text: click.echo(text, err=True))
+    if as_json:
+        _print_json(result.as_dict())
+    else:
+        benchmark.print_table(result)
+
+
 def _say_written(folder: Path, recipe: str) -> None:
     size = sum(path.stat().st_size for path in folder.iterdir())
     click.echo(f"wrote {folder}: {size / 1e6:.1f} MB, recipe {recipe}", err=True)
 
 
-def _open_folder(model: str | None) -> Any:
+def _resolve(model: str | None) -> Path:
     from edge_gemma import models
-    from edge_gemma.model_folder import ModelFolder
     from edge_gemma.terminal import progress_bar
 
     with progress_bar("importing") as progress:
-        return ModelFolder.open(models.resolve(model, progress))
+        return models.resolve(model, progress)
+
+
+def _open_folder(model: str | None) -> "ModelFolder":
+    from edge_gemma.model_folder import ModelFolder
+
+    return ModelFolder.open(_resolve(model))
 
 
 def _name(engine: "Engine") -> str:

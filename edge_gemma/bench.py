@@ -1,0 +1,302 @@
+"""The command behind every published speed: a model measured on this machine, beside what its memory could give.
+
+Owns: what is timed and how (`measure`), bytes a token costs (`bytes_per_token`), the memory's read bandwidth
+(`ReadBandwidth`). Does not know: other runtimes (benchmarks/ compares with them).
+
+Method. Prompts and continuations are random ids, so that rows of the per-layer-embedding table come from everywhere;
+every repetition has its own. One untimed run first: it compiles kernels where their cache is empty, and brings the
+weights into memory. Then, `repeat` times: the prompt, a prompt of 20 tokens, the decoding of `generate` tokens one at a
+time (each after `depth` tokens), and the read bandwidth, so that a machine with other work to do disturbs both alike.
+Results are medians. Sampling is not in the decoding speed; the choice of the likeliest token is in the time to first
+token.
+
+The bandwidth is that of a plain sum over the very pages the weights are mapped from, by as many threads, with software
+prefetch 4 kB ahead (without it, one core of some machines reaches a fifth); the best of several passes. A model smaller
+than the CPU's caches is read from those, in both figures.
+"""
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numba
+import numpy as np
+from numba import types
+from numba.extending import intrinsic
+
+from edge_gemma import kernels
+from edge_gemma.engine import Engine
+from edge_gemma.errors import UsageError
+from edge_gemma.kernels import isa
+from edge_gemma.memory import resident
+from edge_gemma.model_folder import PER_LAYER, WEIGHTS, ModelFolder
+from edge_gemma.session import Session
+
+SHORT_PROMPT = 20  # tokens
+_PASS_BYTES = 256_000_000  # read at least for one timing of the bandwidth
+_PASSES = 4
+_LINE = 8  # 64-bit words in a cache line
+_STEP = 4 * _LINE
+_AHEAD = 64 * _LINE  # 4 kB
+
+Note = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Result:
+    """One object of `bench --json`. Speeds in tokens a second, MB and GB are powers of ten, times in seconds."""
+
+    model: str
+    recipe: str
+    kernels: str  # the instruction set
+    threads: int
+    prompt: int  # tokens, as are the next two
+    generate: int
+    depth: int
+    repeat: int
+    prefill_tok_s: float
+    decode_tok_s: float
+    ttft_s: float  # from the prompt's ids to the first token
+    ttft_20_s: float  # the same for a prompt of 20 tokens
+    load_s: float
+    peak_rss_mb: float | None  # of the whole process
+    rss_mb: float | None  # after a whole repetition
+    anonymous_rss_mb: float | None  # of these, what no file backs
+    bytes_per_token: int  # read to decode one token, halfway through `generate`
+    read_gb_s: float  # bytes_per_token x decode_tok_s
+    bandwidth_gb_s: float
+    share: float  # read_gb_s / bandwidth_gb_s
+    disk_load_mb: float | None  # read from the disk by loading and the untimed run
+    disk_run_mb: float | None  # read from the disk afterwards
+    runs: dict[str, list[float]]  # every repetition of what medians were taken of
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def measure(
+    model: Path | str,
+    *,
+    prompt: int = 512,
+    generate: int = 128,
+    depth: int = 0,
+    threads: int | None = None,
+    repeat: int = 3,
+    seed: int = 0,
+    note: Note = lambda text: None,
+) -> Result:
+    """Load a model folder and measure it; `note` is told what is going on. Raises EdgeGemmaError as Engine.load does,
+    UsageError for counts that are not positive (depth: negative).
+    """
+    if min(prompt, generate, repeat) < 1 or depth < 0:
+        raise UsageError("prompt, generate and repeat must be at least 1, depth at least 0")
+    folder = ModelFolder.open(model)
+    disk = [disk_bytes()]
+    start = time.perf_counter()
+    with Engine.load(model, context=needed_context(prompt, generate, depth), threads=threads) as engine:
+        load_s = time.perf_counter() - start
+        session, random = engine.session(), np.random.default_rng(seed)
+        note(f"warming up with {depth + prompt} tokens")
+        if depth:
+            session.prefill(_ids(random, engine, depth))
+            session.mark()
+        _repetition(session, random, engine, prompt, min(generate, 2))
+        disk.append(disk_bytes())
+        seconds: list[tuple[float, float, float]] = []
+        bandwidths: list[float] = []
+        for i in range(repeat):
+            note(f"run {i + 1} of {repeat}")
+            seconds.append(_repetition(session, random, engine, prompt, generate))
+            if i == 0:  # the bandwidth's own mapping would count from here on
+                memory = [resident(key) for key in ("VmHWM", "VmRSS", "RssAnon")]
+                bandwidth = ReadBandwidth(folder.path / WEIGHTS)
+            bandwidths.append(bandwidth.measure())
+        disk.append(disk_bytes())
+    first, short, decode = zip(*seconds, strict=True)
+    runs = {
+        "prefill_tok_s": [prompt / s for s in first],
+        "decode_tok_s": [generate / s for s in decode],
+        "ttft_20_s": list(short),
+        "bandwidth_gb_s": bandwidths,
+    }
+    middle = {name: statistics.median(values) for name, values in runs.items()}
+    touched = bytes_per_token(folder, depth + generate // 2)
+    read = touched * middle["decode_tok_s"] / 1e9
+    return Result(
+        model=str(model),
+        recipe=str(folder.manifest.get("recipe")),
+        kernels=kernels.variant(),
+        threads=kernels.threads(),
+        prompt=prompt,
+        generate=generate,
+        depth=depth,
+        repeat=repeat,
+        ttft_s=statistics.median(first),
+        load_s=load_s,
+        peak_rss_mb=_mb(memory[0]),
+        rss_mb=_mb(memory[1]),
+        anonymous_rss_mb=_mb(memory[2]),
+        bytes_per_token=touched,
+        read_gb_s=read,
+        share=read / middle["bandwidth_gb_s"],
+        disk_load_mb=_mb(None if disk[0] is None or disk[1] is None else disk[1] - disk[0]),
+        disk_run_mb=_mb(None if disk[1] is None or disk[2] is None else disk[2] - disk[1]),
+        runs=runs,
+        **middle,
+    )
+
+
+def print_table(result: Result) -> None:
+    """The result for people, on standard output."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    def mb(value: float | None) -> str:
+        return "-" if value is None else f"{value:,.0f} MB"
+
+    after = f" after {result.depth}" if result.depth else ""
+    rows = [
+        (f"prefill, {result.prompt} tokens{after}", f"{result.prefill_tok_s:.1f} tok/s", "prefill_tok_s"),
+        (f"decode, {result.generate} tokens{after}", f"{result.decode_tok_s:.1f} tok/s", "decode_tok_s"),
+        (f"first token after {result.prompt}", f"{result.ttft_s:.3f} s", ""),
+        (f"first token after {SHORT_PROMPT}", f"{result.ttft_20_s:.3f} s", "ttft_20_s"),
+        ("load", f"{result.load_s:.3f} s", ""),
+        ("memory, peak", mb(result.peak_rss_mb), ""),
+        ("memory, steady", mb(result.rss_mb), ""),
+        ("  of it not in files", mb(result.anonymous_rss_mb), ""),
+        ("read for a token", mb(result.bytes_per_token / 1e6), ""),
+        ("read while decoding", f"{result.read_gb_s:.1f} GB/s", ""),
+        ("read bandwidth", f"{result.bandwidth_gb_s:.1f} GB/s", "bandwidth_gb_s"),
+        ("share of the bandwidth", f"{result.share:.0%}", ""),
+        ("disk, loading", mb(result.disk_load_mb), ""),
+        ("disk, running", mb(result.disk_run_mb), ""),
+    ]
+    title = f"{result.model} ({result.recipe}), {result.kernels}, {result.threads} threads"
+    table = Table("", "median", "runs", title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    for what, value, runs in rows:
+        table.add_row(what, value, " ".join(_short(run) for run in result.runs[runs]) if runs else "")
+    Console(highlight=False, markup=False).print(table)
+
+
+def _short(value: float) -> str:
+    return f"{value:.1f}" if value >= 10 else f"{value:.3f}"
+
+
+def needed_context(prompt: int, generate: int, depth: int) -> int:
+    """Tokens the session of a measurement holds at most."""
+    return depth + max(prompt, generate, SHORT_PROMPT)
+
+
+def _repetition(
+    session: Session, random: np.random.Generator, engine: Engine, prompt: int, generate: int
+) -> tuple[float, float, float]:
+    """Seconds to the first token of the prompt, of the short prompt, and of decoding; the session ends as it began."""
+    depth, seconds = session.position, []
+    for n in (prompt, SHORT_PROMPT):
+        ids = _ids(random, engine, n)
+        start = time.perf_counter()
+        int(session.prefill(ids).argmax())
+        seconds.append(time.perf_counter() - start)
+        session.rewind(depth)
+    ids = _ids(random, engine, generate)
+    start = time.perf_counter()
+    for token in ids:
+        session.step(token)
+    seconds.append(time.perf_counter() - start)
+    session.rewind(depth)
+    return seconds[0], seconds[1], seconds[2]
+
+
+def _ids(random: np.random.Generator, engine: Engine, n: int) -> list[int]:
+    return [int(i) for i in random.integers(engine.config.vocab_size, size=n)]
+
+
+def bytes_per_token(folder: ModelFolder, position: int) -> int:
+    """Bytes that decoding one token at `position` must bring from memory or disk, at least.
+
+    Every matrix and vector of the decoder and the head once, one row of each embedding table, and what the float16
+    caches hold for the token to see. A cache that several layers read counts once, as does a tied head and embedding.
+    """
+    total, tied = 0, folder.config.tie_word_embeddings
+    for name, tensor in folder.tensors.items():
+        size = sum(part.nbytes for part in tensor.parts.values())
+        is_table = any(part.file == PER_LAYER for part in tensor.parts.values())
+        if is_table or (name == "embed_tokens.weight" and not tied):
+            size //= tensor.shape[0]
+        total += size
+    for layer in folder.config.layers:
+        if layer.owns_kv:
+            visible = min(position, layer.sliding_window or position)
+            total += visible * layer.num_key_value_heads * layer.head_dim * 2 * 2
+    return total
+
+
+def disk_bytes() -> int | None:
+    """Bytes this process has had read from a disk so far; None where the system does not say (/proc/self/io)."""
+    try:
+        lines = Path("/proc/self/io").read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) for line in lines if line.startswith("read_bytes:")), None)
+
+
+def _mb(count: int | None) -> float | None:
+    return None if count is None else count / 1e6
+
+
+class ReadBandwidth:
+    """The speed at which this machine's threads read a file's pages once they are in memory."""
+
+    def __init__(self, file: Path) -> None:
+        words = file.stat().st_size // 8
+        self._words = np.asarray(np.memmap(file, np.uint64, "r", shape=(words,)))
+        self._parts = kernels.threads()
+        if words < _STEP * self._parts:
+            raise UsageError(f"{file} is too small to measure a bandwidth with it")
+        numba.set_num_threads(self._parts)
+        _sum(self._words, self._parts)  # compiles, and maps every page
+
+    def measure(self) -> float:
+        """GB/s of the best of several passes."""
+        rounds = -(-_PASS_BYTES // self._words.nbytes)
+        best = 0.0
+        for _ in range(_PASSES):
+            start = time.perf_counter()
+            for _ in range(rounds):
+                _sum(self._words, self._parts)
+            best = max(best, rounds * self._read / (time.perf_counter() - start) / 1e9)
+        return best
+
+    @property
+    def _read(self) -> int:
+        return len(self._words) // (_STEP * self._parts) * _STEP * self._parts * 8
+
+
+@intrinsic
+def _prefetch(typing_context, array, index):  # type: ignore[no-untyped-def]
+    def emit(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        data = context.make_array(signature.args[0])(context, builder, arguments[0]).data
+        isa.prefetch(builder, builder.gep(data, [arguments[1]]))
+        return context.get_dummy_value()
+
+    return types.void(array, types.int64), emit
+
+
+@numba.njit(parallel=True, nogil=True)
+def _sum(words, parts):  # type: ignore[no-untyped-def]
+    """The sum of uint64 words, each part read by one thread from end to end."""
+    steps = len(words) // (parts * _STEP)
+    total = np.uint64(0)
+    for part in numba.prange(parts):
+        partial = np.uint64(0)
+        for step in range(part * steps, (part + 1) * steps):
+            for line in range(0, _STEP, _LINE):
+                _prefetch(words, step * _STEP + line + _AHEAD)  # type: ignore[call-arg]  # ignored beyond the end
+            for word in range(_STEP):
+                partial += words[step * _STEP + word]
+        total += partial
+    return total

@@ -1,0 +1,127 @@
+"""What a model will need in memory, told before it is loaded.
+
+Owns: the estimate (`footprint`), this process's own figures (`resident`), and the refusal that says what would fit.
+Does not know: how to measure speed (bench.py). MB are 10^6 bytes.
+
+Resident is what counts against a board's memory: the interpreter with its libraries, the vocabulary, the mapped
+weights a token touches, the KV cache of the whole context and the activations of the longest chunk. Rows of the
+per-layer-embedding table are read from disk and stay in the system's own cache, which gives way to everything else.
+"""
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import numpy as np
+
+from edge_gemma import kernels, qformat
+from edge_gemma.config import GemmaConfig
+from edge_gemma.engine import DEFAULT_CONTEXT
+from edge_gemma.errors import UsageError
+from edge_gemma.model_folder import PER_LAYER, TOKENIZER, ModelFolder
+from edge_gemma.session import CHUNK
+
+# Measured with `edge-gemma bench` on x86-64 Linux, Python 3.11 to 3.13, numba 0.61 to 0.66.
+_KERNEL_CODE = 60_000_000  # compiled kernels loaded from their cache, and the parts of LLVM that takes
+_COMPILER = 100_000_000  # on top when they are compiled first; kept until the process ends
+_TOKENIZER_FACTOR = 15  # SentencePiece's tables per byte of tokenizer.model
+_PAGE = 4096
+_WIDENED_ROWS = 1024  # of a bfloat16 matrix, as float32
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes that will be resident, by what they are for."""
+
+    process: int
+    tokenizer: int
+    weights: int
+    kv_cache: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        return sum(getattr(self, field.name) for field in fields(self))
+
+
+def resident(key: str = "VmRSS") -> int | None:
+    """Bytes of this process in memory now ("VmRSS"), at most so far ("VmHWM") or not in files ("RssAnon").
+
+    None where the system does not say (/proc/self/status).
+    """
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{key}:")), None)
+
+
+def footprint(folder: ModelFolder, context: int | None = None) -> Footprint:
+    """The estimate for a session of `context` tokens (None: the default). Within 15% of the measured peak
+    (tests/test_bench.py).
+    """
+    config = folder.config
+    context = context or min(DEFAULT_CONTEXT, config.max_position_embeddings)
+    compiled = any(kernels.cache_directory().glob("*.bin"))
+    return Footprint(
+        process=(resident() or 100_000_000) + _KERNEL_CODE + (0 if compiled else _COMPILER),
+        tokenizer=_TOKENIZER_FACTOR * folder.manifest["files"][TOKENIZER]["bytes"],
+        weights=_weights(folder, context),
+        kv_cache=_kv_cache(config, context),
+        activations=_activations(folder, min(context, CHUNK)),
+    )
+
+
+def check_limit(folder: ModelFolder, context: int | None, limit: int) -> None:
+    """Raise UsageError, saying what would fit, if a session of `context` tokens needs more than `limit` bytes."""
+    context = context or min(DEFAULT_CONTEXT, folder.config.max_position_embeddings)
+    needed = footprint(folder, context)
+    if needed.total <= limit:
+        return
+    if shorter := next((c for c in _shorter(context) if footprint(folder, c).total <= limit), None):
+        advice = f"--context {shorter} would fit"
+    elif (at_4_bits := needed.total - needed.weights + _weights_at_4_bits(folder)) <= limit:
+        advice = f"exported with --recipe q4 it needs about {at_4_bits / 1e6:.0f} MB"
+    else:
+        advice = "no context of this model fits: use a smaller model"
+    raise UsageError(
+        f"the model needs about {needed.total / 1e6:.0f} MB of memory for a context of {context} tokens "
+        f"({needed.weights / 1e6:.0f} MB are weights), the limit is {limit / 1e6:.0f} MB: {advice}"
+    )
+
+
+def _shorter(context: int) -> list[int]:
+    """Contexts worth offering, longest first: multiples of 256, then halves."""
+    return [*range((context - 1) // 256 * 256, 0, -256), *(c for c in (128, 64) if c < context)]
+
+
+def _weights(folder: ModelFolder, context: int) -> int:
+    total = 0
+    for name, tensor in folder.tensors.items():
+        size = sum(part.nbytes for part in tensor.parts.values() if part.file != PER_LAYER)
+        if name == "embed_tokens.weight" and not folder.config.tie_word_embeddings:
+            size = min(size, context * 2 * _PAGE)  # rows of the tokens seen
+        total += size
+    return total
+
+
+def _weights_at_4_bits(folder: ModelFolder) -> int:
+    """Groups of 32 with a float16 scale: 4.5 bits a weight."""
+    shapes = [t.shape for t in folder.tensors.values() if len(t.shape) == 2 and t.layout != "rows"]
+    return sum(rows * qformat.padded_k(k) * 9 // 16 for rows, k in shapes)
+
+
+def _kv_cache(config: GemmaConfig, context: int) -> int:
+    """float16 K and V (kv_cache.py): rings of the window and a chunk, or the whole context."""
+    slots = ((layer, min(context, (layer.sliding_window or context) + CHUNK)) for layer in config.layers)
+    return sum(n * layer.num_key_value_heads * layer.head_dim * 2 * 2 for layer, n in slots if layer.owns_kv)
+
+
+def _activations(folder: ModelFolder, chunk: int) -> int:
+    """float32 rows of a chunk where it is widest: the gated MLP, the per-layer inputs; and the logits."""
+    config = folder.config
+    widest = max(layer.intermediate_size for layer in config.layers[: config.last_kv_producer + 1])
+    per_layer = config.hidden_size_per_layer_input * config.num_hidden_layers
+    total = 4 * chunk * (3 * widest + 2 * per_layer + 4 * config.hidden_size) + 4 * config.vocab_size
+    if any(tensor.layout == "dense" and len(tensor.shape) == 2 for tensor in folder.tensors.values()):
+        total += 4 * _WIDENED_ROWS * int(np.max([layer.intermediate_size for layer in config.layers]))
+    return total
