@@ -4,8 +4,8 @@ Owns: `Message`, rendering with the checkpoint's own template (user text guarded
 token), and `ReplyParser`, which tells the parts of a reply apart as its tokens arrive. Does not know: sessions,
 sampling, screens.
 
-The chat template writes `<|channel>thought\\n...<channel|>` and `<|tool_call>call:NAME{...}<tool_call|>`, and so do replies.
-Vocabularies without these tokens (Gemma 3) have replies of answer text only.
+The chat template writes `<|channel>thought\\n...<channel|>` and `<|tool_call>call:NAME{...}<tool_call|>`, and replies
+follow it. Vocabularies without these tokens (Gemma 3) have replies of answer text only.
 """
 
 from collections.abc import Mapping, Sequence
