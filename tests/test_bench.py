@@ -1,0 +1,273 @@
+"""The measuring command and the memory estimate: every field, their arithmetic, and what a limit answers."""
+
+import json
+import statistics
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from edge_gemma import bench, memory
+from edge_gemma.cli import cli
+from edge_gemma.config import GemmaConfig
+from edge_gemma.engine import Engine
+from edge_gemma.errors import UsageError
+from edge_gemma.export.synth import TEXT_CONFIGS, plan_model, synthesize
+from edge_gemma.model_folder import TOKENIZER, ModelFolder
+
+CONTRACT = {
+    "prefill_tok_s", "decode_tok_s", "ttft_s", "load_s", "peak_rss_mb", "bytes_per_token", "read_gb_s",
+    "bandwidth_gb_s", "share",
+}  # fmt: skip
+SMALL = {"prompt": 40, "generate": 6, "repeat": 3}
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return synthesize("tiny", tmp_path_factory.mktemp("synth") / "tiny")
+
+
+def planned(size: str, recipe: str, **words: object) -> ModelFolder:
+    """A folder that exists on paper only."""
+    config = GemmaConfig.from_text_config(TEXT_CONFIGS[size] | words)
+    return ModelFolder(Path(size), config, plan_model(config, recipe), {"files": {TOKENIZER: {"bytes": 4_300_000}}})
+
+
+@pytest.mark.parametrize("depth", [0, 300])
+def test_the_figures_fit_each_other(tiny: Path, depth: int) -> None:
+    notes: list[str] = []
+    result = bench.measure(tiny, **SMALL, depth=depth, threads=1, note=notes.append)
+    assert notes == [f"warming up with {depth + 40} tokens", "run 1 of 3", "run 2 of 3", "run 3 of 3"]
+    assert (result.prompt, result.generate, result.depth, result.repeat, result.threads) == (40, 6, depth, 3, 1)
+    assert result.recipe == "q4"
+    for name, values in result.runs.items():
+        assert len(values) == 3, name
+        assert min(values) > 0, name
+        assert getattr(result, name) == statistics.median(values), name
+    assert result.ttft_s == pytest.approx(40 / result.prefill_tok_s)
+    assert result.read_gb_s == pytest.approx(result.bytes_per_token * result.decode_tok_s / 1e9)
+    assert result.share == pytest.approx(result.read_gb_s / result.bandwidth_gb_s)
+    assert result.bytes_per_token == bench.bytes_per_token(ModelFolder.open(tiny), depth + 3)
+    if result.peak_rss_mb is not None and result.rss_mb is not None and result.anonymous_rss_mb is not None:  # Linux
+        assert 10 < result.anonymous_rss_mb < result.rss_mb <= result.peak_rss_mb
+        assert result.peak_rss_mb <= (memory.resident("VmHWM") or 0) / 1e6
+
+
+def test_every_repetition_starts_from_the_same_depth(tiny: Path) -> None:
+    with Engine.load(tiny, context=200) as engine:
+        session, random = engine.session(), np.random.default_rng(0)
+        session.prefill(list(range(100)))
+        session.mark()
+        expected = session.step(7)
+        session.rewind(100)
+        assert all(s > 0 for s in bench._repetition(session, random, engine, 90, 50))
+        assert session.ids == list(range(100))
+        assert np.array_equal(session.step(7), expected)
+
+
+def test_without_proc_what_is_unknown_is_left_open(tiny: Path, monkeypatch, capsys) -> None:
+    read_text = Path.read_text
+
+    def refuse(path: Path, **options: str) -> str:
+        if path.parts[1] == "proc":
+            raise OSError
+        return read_text(path, **options)
+
+    monkeypatch.setattr(Path, "read_text", refuse)
+    result = bench.measure(tiny, prompt=5, generate=1, repeat=1)
+    unknown = {"peak_rss_mb", "rss_mb", "anonymous_rss_mb", "disk_load_mb", "disk_run_mb"}
+    assert {name for name, value in result.as_dict().items() if value is None} == unknown
+    bench.print_table(result)
+    assert "memory, peak" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("wrong", [{"prompt": 0}, {"generate": 0}, {"repeat": 0}, {"depth": -1}])
+def test_counts_out_of_range_are_refused(tiny: Path, wrong: dict[str, int]) -> None:
+    with pytest.raises(UsageError, match="at least"):
+        bench.measure(tiny, **wrong)
+    with pytest.raises(UsageError, match="context is 9000"):
+        bench.measure(tiny, depth=8000, prompt=1000)
+
+
+# --- bytes a token ----------------------------------------------------------------------------------------------------
+
+
+def test_bytes_of_a_token_grow_with_what_it_sees(tiny: Path) -> None:
+    folder = ModelFolder.open(tiny)
+    at = [bench.bytes_per_token(folder, position) for position in (0, 1, 32, 100)]
+    # three sliding layers with windows of 32 and heads of 32, one full layer with heads of 64: K and V, float16
+    assert [n - at[0] for n in at] == [0, 3 * 32 * 4 + 64 * 4, 32 * (3 * 32 * 4 + 64 * 4), 3 * 32 * 32 * 4 + 100 * 256]
+    table = folder.tensors["embed_tokens_per_layer.weight"].parts["records"].nbytes
+    everything = sum(part.nbytes for _, part in folder.parts())
+    assert at[0] == everything - table + table // 1024
+
+
+# GEMMA4.md 8.2 and 8.4: bytes of a decoded token without scales; the model projection has 8 bits here, in E2B's
+# mobile recipe in place of 16.
+@pytest.mark.parametrize(
+    ("size", "recipe", "expected", "scales"),
+    [
+        ("e2b", "mobile", 790e6 - 13.8e6, 1.011),
+        ("e2b", "q4", 1139.7e6 + 6.9e6, 1.125),
+        ("e2b", "q8", 2279.5e6, 1.0625),
+        ("e4b", "mobile", 2223e6 - 27.5e6, 1.006),
+        ("e2b", "float", 4559e6, 1.0),
+    ],
+)
+def test_bytes_of_a_token_are_those_of_the_architecture(size: str, recipe: str, expected: float, scales: float) -> None:
+    assert bench.bytes_per_token(planned(size, recipe), 0) == pytest.approx(expected * scales, rel=3e-3)
+
+
+def test_an_untied_embedding_costs_a_row() -> None:
+    tied, untied = (bench.bytes_per_token(planned("e2b", "q4", tie_word_embeddings=tie), 0) for tie in (True, False))
+    assert untied - tied == 1536 // 2 + 1536 // 32 * 2  # the head is counted in both
+
+
+# --- bandwidth --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3])
+def test_the_bandwidth_is_that_of_reading_every_word(parts: int) -> None:
+    words = np.random.default_rng(0).integers(0, 1 << 63, parts * 32 * 7 + 5, np.uint64)
+    assert bench._sum(words, parts) == words[: parts * 32 * 7].sum()
+
+
+def test_the_bandwidth_is_of_the_order_of_a_memory(tmp_path: Path) -> None:
+    file = tmp_path / "data"
+    np.arange(1 << 20, dtype=np.uint64).tofile(file)
+    assert 0.05 < bench.ReadBandwidth(file).measure() < 10_000
+    file.write_bytes(b"short")
+    with pytest.raises(UsageError, match="too small"):
+        bench.ReadBandwidth(file)
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+
+def test_json_is_one_object_with_every_field(tiny: Path) -> None:
+    arguments = [
+        "bench",
+        "-m",
+        str(tiny),
+        "--prompt",
+        "9",
+        "--generate",
+        "3",
+        "--depth",
+        "2",
+        "--repeat",
+        "2",
+        "--json",
+    ]
+    result = CliRunner().invoke(cli, arguments)
+    assert result.exit_code == 0, result.output
+    assert result.stdout.count("\n") == 1
+    answer = json.loads(result.stdout)
+    assert set(answer) == {field.name for field in fields(bench.Result)} >= CONTRACT
+    assert (answer["prompt"], answer["generate"], answer["depth"], answer["repeat"]) == (9, 3, 2, 2)
+    assert result.stderr.splitlines()[-1] == "run 2 of 2"
+
+
+def test_people_get_a_table(tiny: Path) -> None:
+    arguments = ["bench", "-m", str(tiny), "--prompt", "9", "--generate", "3", "--depth", "2", "--repeat", "1"]
+    result = CliRunner().invoke(cli, arguments, env={"COLUMNS": "100"})
+    assert result.exit_code == 0, result.output
+    for words in ("prefill, 9 tokens after 2", "decode, 3 tokens after 2", "share of the bandwidth", "tok/s", "GB/s"):
+        assert words in result.stdout
+
+
+@pytest.mark.parametrize("wrong", [["--prompt", "0"], ["--generate", "x"], ["--depth", "-1"], ["--memory-limit", "0"]])
+def test_wrong_options_are_usage_errors(wrong: list[str]) -> None:
+    assert CliRunner().invoke(cli, ["bench", *wrong]).exit_code == 2
+
+
+# --- the memory estimate and --memory-limit ---------------------------------------------------------------------------
+
+
+def test_the_estimate_counts_the_bytes_there_are(tiny: Path) -> None:
+    folder = ModelFolder.open(tiny)
+    for context in (16, 100, 4096):
+        estimate = memory.footprint(folder, context)
+        with Engine.load(tiny, context=context) as engine:
+            assert estimate.kv_cache == engine.session()._cache.nbytes
+        assert estimate.weights == sum(p.nbytes for _, p in folder.parts() if p.file == "weights.safetensors")
+    assert memory.footprint(folder) == memory.footprint(folder, 4096)
+
+
+USE = """
+import sys
+from edge_gemma import memory
+from edge_gemma.engine import Engine
+from edge_gemma.model_folder import ModelFolder
+folder, context = ModelFolder.open(sys.argv[1]), int(sys.argv[2])
+estimate = memory.footprint(folder, context).total
+with Engine.load(folder.path, context=context) as engine:
+    session = engine.session()
+    session.prefill([i % 1000 for i in range(context - 4)])
+    for i in range(4):
+        session.step(i)
+print(estimate, memory.resident("VmHWM"))
+"""
+
+
+@pytest.mark.parametrize("recipe", ["q4", "float"])
+def test_the_estimate_is_near_what_is_used(tmp_path: Path, recipe: str) -> None:
+    if memory.resident() is None:
+        pytest.skip("this system has no /proc/self/status")
+    model = synthesize("tiny", tmp_path / "m", recipe)
+    command = [sys.executable, "-c", USE, str(model), "1024"]
+    subprocess.run(command, check=True, capture_output=True)  # compiles what is not in the kernels' cache
+    result = subprocess.run(command, check=True, capture_output=True, text=True)
+    estimate, peak = map(int, result.stdout.split())
+    assert 0.85 < estimate / peak < 1.15
+
+
+def test_a_limit_answers_what_would_fit(monkeypatch) -> None:
+    monkeypatch.setattr(memory, "resident", lambda: 100_000_000)
+    folder = planned("e2b", "q4")
+    needed = memory.footprint(folder, 4096).total
+    memory.check_limit(folder, 4096, needed)
+    memory.check_limit(folder, None, needed)  # the default is 4096
+    with pytest.raises(
+        UsageError, match=r"needs about 15\d\d MB .* context of 4096 tokens .*: --context 3840 would fit"
+    ):
+        memory.check_limit(folder, 4096, needed - 1)
+    least = memory.footprint(folder, 64).total
+    with pytest.raises(UsageError, match="--context 64 would fit"):
+        memory.check_limit(folder, 4096, least)
+    with pytest.raises(UsageError, match="no context of this model fits: use a smaller model"):
+        memory.check_limit(folder, 4096, least - 1)
+    with pytest.raises(UsageError, match=r"exported with --recipe q4 it needs about 15\d\d MB"):
+        memory.check_limit(planned("e2b", "q8"), 4096, needed + 10_000_000)
+
+
+def test_the_4_bit_advice_is_the_size_of_a_4_bit_model() -> None:
+    q4, q8 = planned("e2b", "q4"), planned("e2b", "q8")
+    exact = sum(p.nbytes for _, p in q4.parts() if p.file == "weights.safetensors")
+    assert memory._weights_at_4_bits(q8) == pytest.approx(exact, rel=0.01)
+
+
+def test_rows_of_an_untied_embedding_count_by_the_tokens_seen() -> None:
+    tied, untied = planned("e2b", "q4"), planned("e2b", "q4", tie_word_embeddings=False)
+    assert memory.footprint(untied, 64).weights - memory.footprint(tied, 64).weights == 64 * 2 * 4096
+
+
+@pytest.mark.parametrize("command", [["run", "Hi"], ["chat"], ["bench"]])
+def test_a_model_beyond_the_limit_is_refused_before_it_is_loaded(tiny: Path, monkeypatch, command: list[str]) -> None:
+    monkeypatch.setattr(Engine, "load", lambda *arguments, **options: pytest.fail("it was loaded"))
+    result = CliRunner().invoke(cli, [*command, "-m", str(tiny), "--memory-limit", "50"])
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert result.stderr.startswith("error: the model needs about ")
+    assert "the limit is 50 MB" in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+def test_a_model_within_the_limit_runs(tiny: Path) -> None:
+    result = CliRunner().invoke(
+        cli, ["run", "-m", str(tiny), "--memory-limit", "9000", "--max-tokens", "2", "--json", "Hi"]
+    )
+    assert result.exit_code == 0, result.output
