@@ -154,6 +154,7 @@ def test_the_made_up_vocabulary_encodes_anything_and_gives_it_back(vocab_size: i
     assert tokenizer.vocab_size == vocab_size
     assert (tokenizer.pad_id, tokenizer.eos_id, tokenizer.bos_id, tokenizer.unk_id) == (0, 1, 2, 3)
     assert tokenizer.special_tokens["<turn|>"] == 106
+    assert (tokenizer.id_of("<0x00>"), tokenizer.id_of("<0xFF>")) == (238, 493)
     for text in ("the quick brown fox\n\njumps", "  Größe 文字 \t <|turn> ▁ 12", ""):
         ids = tokenizer.encode(text)
         assert tokenizer.decode(ids) == text.replace("▁", " ")
