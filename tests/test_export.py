@@ -66,8 +66,9 @@ def test_rounding_stays_within_a_step(weights: np.ndarray, bits: int) -> None:
     values, scales = round_to_nearest(weights, bits, 32)
     step = np.repeat(np.abs(scales.astype(np.float32)), 32, axis=1)
     error = np.abs(qformat.dequantize(values, scales, 32) - weights)
-    # the end of the range opposite to the largest weight has one step less: 7 of 8 steps at 4 bits
-    assert (error <= step * (1.01 if bits == 4 else 0.55) + 1e-6).all()
+    # the end of the range opposite to the largest weight has one step less: 7 of 8 steps at 4 bits; and a scale below
+    # float16's normal range is itself off by up to 2^-25, 127 times
+    assert (error <= step * (1.01 if bits == 4 else 0.55) + 127 * 2.0**-25).all()
 
 
 @pytest.mark.parametrize("kind", KINDS)
