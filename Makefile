@@ -1,6 +1,7 @@
 # Two commands do everything from a fresh clone with only Python 3.11+, pip and make:
 #   make chat   sets up .venv, fetches the demonstration model and starts a chat
 #   make test   sets up .venv, fetches what the tests need, and runs linters, types and all tests
+# `make test-arm` runs only the part that is emulated as a Raspberry Pi's code (docs/ARM.md, part of `make test`).
 # `make test-quick` runs the tests without fetching models (those that need one skip).
 
 PYTHON ?= python3
@@ -10,7 +11,7 @@ BIN := $(VENV)/bin
 # "externally managed"; nothing is installed outside .venv.
 PIP := $(PYTHON) -m pip --python $(BIN)/python install --quiet --disable-pip-version-check
 
-.PHONY: chat test test-quick check docs clean
+.PHONY: chat test test-quick test-arm check docs clean
 
 chat: $(VENV)/demo.done
 	$(BIN)/edge-gemma chat
@@ -21,6 +22,9 @@ test: $(VENV)/test.done $(VENV)/demo.done check
 
 test-quick: $(VENV)/test.done check
 	$(BIN)/python -m pytest -m "not real"
+
+test-arm: $(VENV)/test.done
+	$(BIN)/python -m pytest -rs tests/test_aarch64.py
 
 check: $(VENV)/test.done
 	$(BIN)/ruff check

@@ -1,4 +1,7 @@
-"""What only holds on a board's processor: which instructions were chosen. Run by inside.py, after the kernel tests."""
+"""Matrix kernels of every width and layout on a board's processor, and which instructions they are made of.
+
+Run by inside.py, after the other kernel tests.
+"""
 
 import importlib
 import platform
@@ -7,6 +10,8 @@ import struct
 import pytest
 
 from edge_gemma import kernels
+from edge_gemma.kernels import reference
+from tests.test_kernels import LAYOUTS, Case, close
 
 # sdot, by vector and by element (Arm Architecture Reference Manual, C7.2 SDOT): (mask, value) of the instruction word
 SDOT = ((0xBFE0FC00, 0x0E809400), (0xBFC0F400, 0x0F80E000))
@@ -47,6 +52,21 @@ def test_the_variant_is_the_boards(board):
     if board.name == "pi4":
         with pytest.raises(ValueError, match="neon-dotprod"):
             kernels.set_variant("neon-dotprod")
+
+
+OTHERS = [(name, 4, 32) for name in kernels.available_variants()[1:]]
+
+
+@pytest.mark.parametrize(("name", "bits", "group"), [(None, *layout) for layout in LAYOUTS] + OTHERS)
+def test_every_layout_with_the_activation_scales_of_the_decoder(name, bits, group):
+    """A scale for each group of weights, so at least two groups: one would be another kernel (test_kernels.py)."""
+    kernels.set_variant(name)
+    try:
+        for rows, k, n in [(13, 100, 3), (40, 96, 4), (67, 224, 5), (24, 544, 17), (9, 1056, 1)]:
+            case = Case(n, rows, k, bits, group, per_group=True)
+            close(case.run(), case.run(reference), 1e-6, f"{kernels.variant()} {bits} bits, groups of {group}, n={n}")
+    finally:
+        kernels.set_variant(None)
 
 
 def test_sdot_is_in_the_code_of_a_pi_5_and_not_in_that_of_a_pi_4(board):
