@@ -42,7 +42,5 @@ def test_it_continues_a_sentence_in_english(model: tuple[str, Path]) -> None:
     answer = json.loads(result.stdout)
     assert answer["finish_reason"] == "length"
     assert len(answer["tokens"]) == 30
-    assert (
-        " France" in answer["text"] or " French" in answer["text"]
-    )
+    assert " France" in answer["text"] or " French" in answer["text"]
     assert answer["text"].isascii()
