@@ -89,15 +89,17 @@ def prepare(folder: Path) -> Path:
         raise Unavailable(f"AArch64 emulation is set up with Debian's tools, {', '.join(missing)} not found")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with open(folder / "lock", "w") as lock:
+        lock = os.open(folder / "lock", os.O_CREAT | os.O_RDWR)  # held to the end of this process: nobody rebuilds
+        fcntl.flock(lock, fcntl.LOCK_SH)
+        ready, recipe = folder / "ready", _recipe()
+        if not ready.exists() or ready.read_text() != recipe:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            recipe = _recipe()
-            ready = folder / "ready"
             if not ready.exists() or ready.read_text() != recipe:
                 ready.unlink(missing_ok=True)
                 _build(folder)
                 ready.write_text(recipe)
-    except OSError as error:
+            fcntl.flock(lock, fcntl.LOCK_SH)
+    except (OSError, subprocess.SubprocessError) as error:
         raise Unavailable(f"AArch64 emulation cannot be set up in {folder}: {error}") from error
     return folder
 
@@ -113,7 +115,7 @@ def _recipe() -> str:
 
 
 def _build(folder: Path) -> None:
-    for name in ("apt", "root", "site", "qemu", "cache", *BOARDS):
+    for name in ("apt", "root", "site", "qemu", *BOARDS):
         shutil.rmtree(folder / name, ignore_errors=True)
     _debian(folder)
     for board in BOARDS.values():
