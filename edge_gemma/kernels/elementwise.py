@@ -84,7 +84,7 @@ def add_rms_norm(h, a, weight, eps):
     return True
 
 
-@numba.njit(fastmath={"contract"}, error_model="numpy")
+@numba.njit(error_model="numpy")  # not contracted: which of two products is fused would depend on how out lies to x
 def _norm_rope_row(x, weight, cos, sin, eps, out):
     half = x.shape[0] // 2
     factor = _inverse_rms(x, eps)
