@@ -2,7 +2,7 @@
 #   make chat   sets up .venv, fetches the demonstration model and starts a chat
 #   make test   sets up .venv, fetches what the tests need, and runs linters, types and all tests
 # `make test-arm` runs only the part that is emulated as a Raspberry Pi's code (docs/ARM.md, part of `make test`).
-# `make test-quick` runs the tests without fetching models (those that need one skip).
+# `make test-quick` runs the tests without fetching models and without emulating AArch64.
 
 PYTHON ?= python3
 VENV := .venv
@@ -21,7 +21,7 @@ test: $(VENV)/test.done $(VENV)/demo.done check
 	$(BIN)/python -m pytest
 
 test-quick: $(VENV)/test.done check
-	$(BIN)/python -m pytest -m "not real"
+	$(BIN)/python -m pytest -m "not real and not aarch64"
 
 test-arm: $(VENV)/test.done
 	$(BIN)/python -m pytest -rs tests/test_aarch64.py
