@@ -36,7 +36,7 @@ class Row:
     test: str  # "prefill 512", "decode 128 at 0", "peak RSS", ...
     value: float
     unit: str
-    load: float  # the machine's load average over one minute when the process started
+    others: float  # cores that other processes kept busy meanwhile, stolen time of a virtual machine included
     command: str
 
 
@@ -101,24 +101,35 @@ class Finished:
     answer: dict[str, Any]  # the last line of its standard output, a JSON object; empty when it printed none
     seconds: float  # from its start to its end
     peak_rss_mib: float  # the kernel's high-water mark, mapped file pages included
-    load: float
+    others: float  # as in Row
+
+
+def busy_seconds(stat: str) -> float:
+    """Seconds of all cores that were not idle, from the text of /proc/stat."""
+    user, nice, system, _idle, _iowait, irq, softirq, steal = map(int, stat.split("\n", 1)[0].split()[1:9])
+    return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
+
+
+def busy_now() -> float:
+    return busy_seconds(Path("/proc/stat").read_text())
 
 
 def run(command: Sequence[str]) -> Finished:
     """Run a command, its messages left out. Raises RunFailedError with the end of its messages."""
-    load, start = os.getloadavg()[0], time.perf_counter()
+    busy, start = busy_now(), time.perf_counter()
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+", errors="replace") as err:
         process = subprocess.Popen(command, stdout=out, stderr=err, stdin=subprocess.DEVNULL)
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
         seconds = time.perf_counter() - start
+        others = max(0.0, busy_now() - busy - usage.ru_utime - usage.ru_stime) / seconds
         out.seek(0)
         err.seek(0)
         if process.returncode:
             raise RunFailedError(f"{' '.join(command)}: exit code {process.returncode}: {err.read()[-2000:].strip()}")
         lines = out.read().strip().splitlines()
     answer = json.loads(lines[-1]) if lines and lines[-1].startswith("{") else {}
-    return Finished(answer, seconds, usage.ru_maxrss / 1024, load)
+    return Finished(answer, seconds, usage.ru_maxrss / 1024, others)
 
 
 def write_csv(path: Path, about: Machine, rows: Iterable[Row]) -> None:
@@ -129,8 +140,14 @@ def write_csv(path: Path, about: Machine, rows: Iterable[Row]) -> None:
         writer = csv.DictWriter(file, names, lineterminator="\n")
         writer.writeheader()
         for row in rows:
-            value = asdict(row) | {"value": f"{row.value:.5g}", "load": f"{row.load:.2f}"}
+            value = asdict(row) | {"value": f"{row.value:.5g}", "others": f"{row.others:.2f}"}
             writer.writerow(asdict(about) | value)
+
+
+def merge(old: Iterable[Row], new: Iterable[Row]) -> list[Row]:
+    """Rows of both; a new measurement takes the place of the old one of the same round, engine and test."""
+    rows = {(r.round, r.model, r.engine, r.form, r.test): r for r in (*old, *new)}
+    return sorted(rows.values(), key=lambda r: r.model.startswith("matmul"))
 
 
 def read_csv(path: Path) -> tuple[Machine, list[Row]]:

@@ -8,12 +8,11 @@ in the other order, so that a machine that slows down slows both. See benchmarks
 """
 
 import itertools
-import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import click
@@ -29,7 +28,7 @@ CONTEXT = 4096
 PROMPT, GENERATE = 512, 128
 SHORT_PROMPT = 20
 SHORT_TEXT = " ".join("abcdefghijklmnopqrst")  # 20 tokens in every vocabulary here
-PROMPTS = (20, 64, 128, 256, 512, 1024, 2048)
+PROMPTS = (20, 64, 128, 256, 512, 1024)
 DEPTHS = (0, 512, 1024, 2048, 4096)
 CURVE_GENERATE = 32
 
@@ -57,26 +56,39 @@ SHAPES = ((12288, 1536), (1536, 12288), (4096, 1536), (1536, 4096), (262144, 153
 PRODUCT_TOKENS = 128
 PEAK = f"peak RSS, context {CONTEXT}"
 READ = "read a token"
+PARTS = ("speed", "start", "memory", "products", "curves")
 FIRST = f"first token, prompt {SHORT_PROMPT}"
 
 
 class Bench:
     """Runs measurements and collects their rows."""
 
-    def __init__(self, models: Path, llama_python: str, threads: int, wait_load: float) -> None:
-        self.models, self.llama_python = models, llama_python
-        self.threads, self.wait_load = threads, wait_load
+    def __init__(self, models: Path, llama_python: str, threads: int, quiet: tuple[float, int, int]) -> None:
+        self.models, self.llama_python, self.threads = models, llama_python, threads
+        self.disturbed, self.tries, self.patience = quiet
         self.rows: list[Row] = []
 
     def run(self, command: Sequence[str], shown: Sequence[str]) -> "Run":
-        """Run a command when the machine is quiet, or after ten minutes of waiting for that."""
-        for _ in range(120):
-            if os.getloadavg()[0] < self.wait_load:
+        """Run a command until nothing else disturbs it, at most `tries` times; the least disturbed one counts."""
+        text, best = " ".join(shown), None
+        for _ in range(self.tries):
+            self._wait()
+            finished = measure.run(command)
+            click.echo(f"  {text}: {finished.seconds:.0f} s, others {finished.others:.2f} cores", err=True)
+            if best is None or finished.others < best.others:
+                best = finished
+            if best.others <= self.disturbed:
                 break
-            time.sleep(5)
-        text = " ".join(shown)
-        click.echo(f"  [{os.getloadavg()[0]:.2f}] {text}", err=True)
-        return Run(measure.run(command), text, self.rows)
+        assert best is not None
+        return Run(best, text, self.rows)
+
+    def _wait(self) -> None:
+        """Until other processes are quiet for two seconds, or patience (in seconds) is at an end."""
+        for _ in range(self.patience // 2):
+            busy = measure.busy_now()
+            time.sleep(2)
+            if (measure.busy_now() - busy) / 2 <= self.disturbed:
+                break
 
     # --- the two engines ----------------------------------------------------------------------------------------------
 
@@ -97,8 +109,9 @@ class Bench:
         options = words(**lists, context=[-(-longest // 256) * 256], threads=[self.threads])
         options += ["--lazy", "on"] if lazy else []
         runner = "benchmarks/llama_runner.py"
-        command = [self.llama_python, str(ROOT / runner), str(self.gguf(pair, kind)), *options]
-        return self.run(command, ["python", runner, f"{pair.model}-{kind}.gguf", *options])
+        file = self.gguf(pair, kind)
+        command = [self.llama_python, str(ROOT / runner), str(file), *options]
+        return self.run(command, ["python", runner, file.name, *options])
 
     # --- what is measured ---------------------------------------------------------------------------------------------
 
@@ -179,6 +192,24 @@ class Bench:
                 product = run.answer[str(PRODUCT_TOKENS)]
                 run.add(round_, *who, f"{PRODUCT_TOKENS} tokens", product["gops"], "GOPS")
 
+    def plan(self, pairs: Sequence[Pair], parts: Sequence[str], rounds: int) -> list[Callable[[], None]]:
+        """Every step of a run, models first."""
+        steps: list[Callable[[], None]] = []
+        for pair in pairs:
+            steps += [partial(self.folder, pair), *(partial(self.gguf, pair, kind) for kind in pair.files)]
+        if "speed" in parts:
+            steps += [partial(self.main_round, pair, r) for r in range(1, rounds + 1) for pair in pairs]
+        if "start" in parts:
+            steps += [partial(self.start_round, pair, r) for r in range(1, rounds + 1) for pair in pairs]
+        if "memory" in parts:
+            steps += [partial(self.memory, pair) for pair in pairs]
+            steps += [partial(self.lazy, pair) for pair in pairs if pair.random]
+        if "products" in parts:
+            steps += [partial(self.matmuls, r) for r in range(1, rounds + 1)]
+        if "curves" in parts:
+            steps += [partial(self.curves, pair) for pair in pairs]
+        return steps
+
     # --- models -------------------------------------------------------------------------------------------------------
 
     def folder(self, pair: Pair) -> Path:
@@ -212,10 +243,10 @@ class Run:
 
     def __init__(self, finished: measure.Finished, command: str, rows: list[Row]) -> None:
         self.answer, self.seconds, self.peak_rss_mib = finished.answer, finished.seconds, finished.peak_rss_mib
-        self._load, self._command, self._rows = finished.load, command, rows
+        self._others, self._command, self._rows = finished.others, command, rows
 
     def add(self, round_: int, model: str, engine: str, form: str, test: str, value: float, unit: str) -> None:
-        self._rows.append(Row(round_, model, engine, form, test, value, unit, self._load, self._command))
+        self._rows.append(Row(round_, model, engine, form, test, value, unit, self._others, self._command))
 
     def add_peer(self, round_: int, model: str, form: str, generate: int) -> None:
         """llama.cpp's speeds at every prompt length and depth it was given."""
@@ -230,6 +261,7 @@ def words(**options: list[int]) -> list[str]:
     return [w for name, of in options.items() for w in (f"--{name.replace('_', '-')}", *map(str, of))]
 
 
+@cache
 def bytes_read(path: Path) -> int:
     """Bytes of weights a GGUF file makes llama.cpp read for one token."""
     import gguf
@@ -252,36 +284,34 @@ def llama_version(python: str) -> str:
 @click.option("--pair", "pairs", multiple=True, type=click.Choice(list(PAIRS)), help="Only these [default: all].")
 @click.option("--rounds", type=click.IntRange(1), default=3, show_default=True)
 @click.option("--threads", type=click.IntRange(1), default=2, show_default=True)
-@click.option("--curves/--no-curves", default=True, help="Speed along the prompt and the context.")
-@click.option("--matmuls/--no-matmuls", default=True, help="Single products against onnxruntime.")
-@click.option("--wait-load", default=1.0, show_default=True, help="Start a process below this load average.")
-@click.option("--name", help="Name of the CSV [default: from the CPU and the date].")
+@click.option("--part", "parts", multiple=True, type=click.Choice(PARTS), help="Only these [default: all].")
+@click.option("--disturbed", default=0.1, show_default=True, help="Cores busy with other work that are too many.")
+@click.option("--tries", type=click.IntRange(1), default=3, show_default=True, help="Runs of a disturbed process.")
+@click.option("--patience", type=click.IntRange(2), default=600, show_default=True, help="Seconds to wait for quiet.")
+@click.option("--name", help="Name of the CSV [default: from the CPU and the date]; one that is there is added to.")
 def main(
     out: Path, models: Path | None, llama_python: str, pairs: tuple[str, ...], rounds: int, threads: int,
-    curves: bool, matmuls: bool, wait_load: float, name: str | None,
+    parts: tuple[str, ...], disturbed: float, tries: int, patience: int, name: str | None,
 ) -> None:  # fmt: skip
     """Measure, then write a CSV and plots to --out and the tables to docs/BENCHMARKS.md."""
     if models is None:
         from platformdirs import user_cache_path
 
         models = user_cache_path("edge-gemma", appauthor=False) / "benchmarks"
-    bench = Bench(models, llama_python, threads, wait_load)
+    bench = Bench(models, llama_python, threads, (disturbed, tries, patience))
     packages = measure.versions("edge-gemma", "numba", "numpy", "onnxruntime")
     about = measure.machine(threads, packages | {"llama-cpp-python": llama_version(llama_python)})
     stem = name or f"{measure.slug(about.cpu)}-{about.date}"
-    chosen = [PAIRS[p] for p in pairs or PAIRS]
-    for pair in chosen:
-        bench.folder(pair), [bench.gguf(pair, kind) for kind in pair.files]
-    steps = [partial(step, pair, r) for r in range(1, rounds + 1) for pair in chosen
-             for step in (bench.main_round, bench.start_round)]  # fmt: skip
-    steps += [partial(bench.memory, pair) for pair in chosen]
-    steps += [partial(bench.lazy, pair) for pair in chosen if pair.random]
-    steps += [partial(bench.matmuls, r) for r in range(1, rounds + 1)] if matmuls else []
-    steps += [partial(bench.curves, pair) for pair in chosen] if curves else []
-    for step in steps:
+    path, old = out / f"{stem}.csv", []
+    if path.exists():
+        before, old = measure.read_csv(path)
+        if before != about:
+            raise click.ClickException(f"{path.name} is of {before}, this is {about}: choose another --name")
+    for step in bench.plan([PAIRS[p] for p in pairs or PAIRS], parts or PARTS, rounds):
         step()
-        measure.write_csv(out / f"{stem}.csv", about, bench.rows)  # what is there survives an interruption
-    plot.draw(about, bench.rows, out, stem)
+        if bench.rows:  # after every step: an interruption loses one
+            measure.write_csv(path, about, measure.merge(old, bench.rows))
+    plot.draw(about, measure.merge(old, bench.rows), out, stem)
     report.write(out, ROOT / "docs" / "BENCHMARKS.md")
     click.echo(f"wrote {stem}.csv and docs/BENCHMARKS.md")
 

@@ -12,7 +12,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.measure import Machine, Row, read_csv
+from benchmarks.measure import Machine, Row, read_csv  # noqa: E402
 
 OURS = "edge_gemma"
 PEER = "llama.cpp"
@@ -183,11 +183,11 @@ def commands(rows: Sequence[Row]) -> str:
 
 def section(name: str, about: Machine, rows: Sequence[Row], plots: Sequence[str] = ()) -> str:
     """Everything measured on one machine."""
-    loads = [row.load for row in rows]
+    others = sorted(row.others for row in rows)
     facts = (
         f"{about.cores} cores, {about.memory_gb:g} GB, {about.threads} threads, kernels {about.kernels}; "
-        f"{about.versions}; {about.date}; load average at the start of a process {min(loads):.2f} to {max(loads):.2f} "
-        f"(median {statistics.median(loads):.2f})."
+        f"{about.versions}; {about.date}. Other processes kept {statistics.median(others):.2f} cores busy meanwhile "
+        f"(median; at most {others[-1]:.2f})."
     )
     models = [r for r in rows if not r.model.startswith("matmul")]
     parts = [f"## {about.cpu}\n", facts + f" All numbers: [{name}](../benchmarks/results/{name}).\n"]

@@ -1,6 +1,6 @@
 """Fixtures: real models and vocabularies from package registries, and tiny model folders made on the spot.
 
-Real files are looked for in installed packages and in tests/downloads/ (filled by `make test-real`); a test whose file
+Real files are looked for in installed packages and in tests/downloads/ (filled by `make test`); a test whose file
 is missing skips with the reason.
 """
 
@@ -26,7 +26,7 @@ def gemma3_gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _download(name: str) -> Path:
     path = DOWNLOADS / name
     if not path.exists():
-        pytest.skip(f"tests/downloads/{name} is missing: make test-real fetches it")
+        pytest.skip(f"tests/downloads/{name} is missing: python tests/fetch_downloads.py fetches it")
     return path
 
 
