@@ -69,7 +69,7 @@ def test_weights_have_the_deviation_that_keeps_products_of_order_one(tmp_path: P
     weights.close()
 
 
-# GEMMA4.md 8.2 and 8.4, in bytes without scales; counted there from the architecture, not by this code.
+# In bytes without scales, counted from the architecture by hand, not by this code.
 BYTES_PER_TOKEN = {
     ("e2b", "q4"): 1139.7e6 + 13_762_560 / 2,  # the model projection has 8 bits here
     ("e2b", "q8"): 2279.5e6,
