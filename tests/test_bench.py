@@ -106,8 +106,8 @@ def test_bytes_of_a_token_grow_with_what_it_sees(tiny: Path) -> None:
     assert at[0] == everything - table + table // 1024
 
 
-# Counted from the architecture by hand: bytes of a decoded token without scales; the model projection has 8 bits here, in E2B's
-# mobile recipe in place of 16.
+# Counted from the architecture by hand: bytes of a decoded token without scales; the model projection has 8 bits here,
+# in the recipe for E2B, in place of 16.
 @pytest.mark.parametrize(
     ("size", "recipe", "expected", "scales"),
     [
