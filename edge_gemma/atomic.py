@@ -76,6 +76,8 @@ def new_folder(dest: Path, *, force: bool = False) -> Iterator[Path]:
         for path in aside.iterdir():
             with path.open("rb") as file:
                 os.fsync(file.fileno())
+                # what was written piece by piece lies in the cache in small pages: the first to read it gets large ones
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         sync_folder(aside)
         _rename(aside, dest)
 

@@ -18,6 +18,7 @@ Layouts of a tensor's parts (qformat.py draws them):
     rows    records: U8 [rows, record bytes]
 """
 
+import contextlib
 import hashlib
 import json
 import math
@@ -206,10 +207,25 @@ class MappedFiles:
         if part.file not in self._maps:
             with (self._path / part.file).open("rb") as file:
                 self._maps[part.file] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            _read_in_order(self._maps[part.file])
         flat = np.frombuffer(
             self._maps[part.file], _DTYPES[part.dtype], count=math.prod(part.shape), offset=part.offset
         )
         return flat.reshape(part.shape)
+
+
+def _read_in_order(mapped: mmap.mmap) -> None:
+    """Bring a mapped file in from start to end, in large pages where the system has them for files.
+
+    Every token reads all of it, so nothing is read in vain. In order it comes in 2 MB pages (Linux 6.16 on ext4, and
+    others), which decode 9% faster than the 4 kB pages that random faults bring (docs/LOG.md); what is there already is
+    only mapped, in milliseconds. A system that knows neither advice reads on demand.
+    """
+    populate_read = 22  # MADV_POPULATE_READ, Linux 5.14
+    with contextlib.suppress(OSError, AttributeError):
+        mapped.madvise(mmap.MADV_HUGEPAGE)
+    with contextlib.suppress(OSError):
+        mapped.madvise(populate_read)
 
 
 def manifest_digest(manifest: dict[str, Any]) -> str:
