@@ -13,6 +13,7 @@ import ctypes
 import json
 import random
 import time
+from pathlib import Path
 
 import llama_cpp
 from llama_cpp import llama_cpp as api
@@ -99,10 +100,12 @@ def main() -> None:
             model.feed(depth - filled)
         decode[depth] = timed(model.generate, args.generate)
         filled = max(depth, filled) + args.generate
+    peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:"))
     answer = {
         "version": llama_cpp.__version__,
         "system": api.llama_print_system_info().decode(),
         "load_s": load_s,
+        "peak_rss_mb": int(peak.split()[1]) * 1024 / 1e6,
         "prefill_s": prefill,
         "prefill_tok_s": {n: n / s for n, s in prefill.items()},
         "decode_tok_s": {d: args.generate / s for d, s in decode.items()},

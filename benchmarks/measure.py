@@ -100,7 +100,6 @@ class Finished:
 
     answer: dict[str, Any]  # the last line of its standard output, a JSON object; empty when it printed none
     seconds: float  # from its start to its end
-    peak_rss_mib: float  # the kernel's high-water mark, mapped file pages included
     others: float  # as in Row
 
 
@@ -129,7 +128,7 @@ def run(command: Sequence[str]) -> Finished:
             raise RunFailedError(f"{' '.join(command)}: exit code {process.returncode}: {err.read()[-2000:].strip()}")
         lines = out.read().strip().splitlines()
     answer = json.loads(lines[-1]) if lines and lines[-1].startswith("{") else {}
-    return Finished(answer, seconds, usage.ru_maxrss / 1024, others)
+    return Finished(answer, seconds, others)
 
 
 def write_csv(path: Path, about: Machine, rows: Iterable[Row]) -> None:

@@ -134,7 +134,6 @@ class Bench:
             run.add(round_, *who, f"decode {GENERATE} at 0", run.answer["decode_tok_s"]["0"], "tok/s")
             run.add(round_, *who, FIRST, run.answer["prefill_s"][str(SHORT_PROMPT)], "s")
             run.add(round_, *who, "load", run.answer["load_s"], "s")
-            run.add(round_, *who, PEAK, run.peak_rss_mib, "MiB")
             run.add(round_, *who, READ, bytes_read(self.gguf(pair, kind)) / 1e6, "MB")
 
         steps = [ours, *(partial(peer, kind) for kind in pair.files)]
@@ -152,19 +151,15 @@ class Bench:
         run.add(round_, pair.model, report.PEER, kind, test, run.seconds, "s")
 
     def memory(self, pair: Pair) -> None:
-        """Our peak with a context of 4096 tokens that is full (llama.cpp touches all of its own at once)."""
-        run = self.ours(pair, PROMPT, CURVE_GENERATE, CONTEXT - PROMPT)
-        peak = run.answer["peak_rss_mb"] * 1e6 / 2**20
-        run.add(0, pair.model, report.OURS, pair.recipe, PEAK, peak, "MiB")
-        anonymous = run.answer["anonymous_rss_mb"] * 1e6 / 2**20
-        run.add(0, pair.model, report.OURS, pair.recipe, f"{PEAK}, not backed by files", anonymous, "MiB")
-
-    def lazy(self, pair: Pair) -> None:
-        """llama.cpp's memory when it reads the rows of the PLE table on demand."""
+        """Peaks with a context of 4096 tokens: ours is full, llama.cpp touches all of its own at once."""
+        run, who = self.ours(pair, PROMPT, CURVE_GENERATE, CONTEXT - PROMPT), (pair.model, report.OURS, pair.recipe)
+        run.add(0, *who, PEAK, run.answer["peak_rss_mb"] * 1e6 / 2**20, "MiB")
+        run.add(0, *who, f"{PEAK}, not backed by files", run.answer["anonymous_rss_mb"] * 1e6 / 2**20, "MiB")
         for kind in pair.files:
-            run = self.peer(pair, kind, lazy=True, prompts=[PROMPT], depths=[0], generate=[GENERATE])
-            run.add_peer(0, pair.model, f"{kind}, table on demand", GENERATE)
-            run.add(0, pair.model, report.PEER, f"{kind}, table on demand", PEAK, run.peak_rss_mib, "MiB")
+            for lazy in (False, True) if pair.random else (False,):
+                run = self.peer(pair, kind, lazy=lazy, prompts=[PROMPT], depths=[0], generate=[CURVE_GENERATE])
+                form = kind + (", table on demand" if lazy else "")
+                run.add(0, pair.model, report.PEER, form, PEAK, run.answer["peak_rss_mb"] * 1e6 / 2**20, "MiB")
 
     def curves(self, pair: Pair) -> None:
         """Prefill against prompt length, decoding against depth; the peer's in one process, ours in one a point."""
@@ -203,7 +198,6 @@ class Bench:
             steps += [partial(self.start_round, pair, r) for r in range(1, rounds + 1) for pair in pairs]
         if "memory" in parts:
             steps += [partial(self.memory, pair) for pair in pairs]
-            steps += [partial(self.lazy, pair) for pair in pairs if pair.random]
         if "products" in parts:
             steps += [partial(self.matmuls, r) for r in range(1, rounds + 1)]
         if "curves" in parts:
@@ -242,7 +236,7 @@ class Run:
     """One finished process, and where its rows go."""
 
     def __init__(self, finished: measure.Finished, command: str, rows: list[Row]) -> None:
-        self.answer, self.seconds, self.peak_rss_mib = finished.answer, finished.seconds, finished.peak_rss_mib
+        self.answer, self.seconds = finished.answer, finished.seconds
         self._others, self._command, self._rows = finished.others, command, rows
 
     def add(self, round_: int, model: str, engine: str, form: str, test: str, value: float, unit: str) -> None:
@@ -278,7 +272,7 @@ def llama_version(python: str) -> str:
 
 
 @click.command()
-@click.option("--out", type=click.Path(path_type=Path), default=ROOT / "benchmarks" / "results", show_default="here")
+@click.option("--out", type=click.Path(path_type=Path), default=report.RESULTS, show_default="here")
 @click.option("--models", type=click.Path(path_type=Path), help="Where models are kept [default: the user's cache].")
 @click.option("--llama-python", default=sys.executable, help="A Python that has llama-cpp-python [default: this one].")
 @click.option("--pair", "pairs", multiple=True, type=click.Choice(list(PAIRS)), help="Only these [default: all].")
@@ -293,7 +287,7 @@ def main(
     out: Path, models: Path | None, llama_python: str, pairs: tuple[str, ...], rounds: int, threads: int,
     parts: tuple[str, ...], disturbed: float, tries: int, patience: int, name: str | None,
 ) -> None:  # fmt: skip
-    """Measure, then write a CSV and plots to --out and the tables to docs/BENCHMARKS.md."""
+    """Measure, then write a CSV and plots to --out and the tables to docs/BENCHMARKS.md, or beside them elsewhere."""
     if models is None:
         from platformdirs import user_cache_path
 
@@ -312,8 +306,9 @@ def main(
         if bench.rows:  # after every step: an interruption loses one
             measure.write_csv(path, about, measure.merge(old, bench.rows))
     plot.draw(about, measure.merge(old, bench.rows), out, stem)
-    report.write(out, ROOT / "docs" / "BENCHMARKS.md")
-    click.echo(f"wrote {stem}.csv and docs/BENCHMARKS.md")
+    document = (ROOT / "docs" if out.resolve() == report.RESULTS else out) / "BENCHMARKS.md"
+    report.write(out, document)
+    click.echo(f"wrote {path} and {document}")
 
 
 if __name__ == "__main__":

@@ -194,7 +194,8 @@ def main(measured: Path, mca: str, ghz: float | None, out: Path | None) -> None:
             "weights a token", "**decode**", "**first token, prompt 20**"]  # fmt: skip
     out = out or measured.parent / "pi5-estimate.md"
     out.write_text(text + "\n" + report.table(head, lines), encoding="utf-8")
-    report.write(measured.parent, ROOT / "docs" / "BENCHMARKS.md")
+    if out.resolve().parent == report.RESULTS:
+        report.write(report.RESULTS, ROOT / "docs" / "BENCHMARKS.md")
     click.echo(out.read_text(encoding="utf-8"))
 
 

@@ -14,6 +14,7 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.measure import Machine, Row, read_csv  # noqa: E402
 
+RESULTS = ROOT / "benchmarks" / "results"
 OURS = "edge_gemma"
 PEER = "llama.cpp"
 
@@ -218,4 +219,4 @@ def write(results: Path, document: Path) -> None:
 
 
 if __name__ == "__main__":
-    write(ROOT / "benchmarks" / "results", ROOT / "docs" / "BENCHMARKS.md")
+    write(RESULTS, ROOT / "docs" / "BENCHMARKS.md")

@@ -66,12 +66,11 @@ def test_slug_is_a_file_name() -> None:
     assert measure.slug("Intel(R) Xeon(R) @ 2.10GHz") == "intel-r-xeon-r-2-10ghz"
 
 
-def test_run_reports_answer_memory_and_failure() -> None:
-    code = "b = bytearray(90 << 20); print('noise'); print('{\"x\": 3}')"
+def test_run_reports_answer_time_and_failure() -> None:
+    code = "import time; time.sleep(0.2); print('noise'); print('{\"x\": 3}')"
     finished = measure.run([sys.executable, "-c", code])
     assert finished.answer == {"x": 3}
-    assert finished.peak_rss_mib > 90
-    assert finished.seconds > 0
+    assert finished.seconds > 0.2
     with pytest.raises(measure.RunFailedError, match="exit code 3: why"):
         measure.run([sys.executable, "-c", "import sys; print('why', file=sys.stderr); sys.exit(3)"])
 
@@ -162,7 +161,7 @@ class FakeBench(peers.Bench):
         peer = {"prefill_tok_s": {"512": 2.0}, "decode_tok_s": {"0": 2.0}, "prefill_s": {"20": 2.0}, "load_s": 2.0}
         ours = dict.fromkeys(("prefill_tok_s", "decode_tok_s", "ttft_20_s", "load_s", "bandwidth_gb_s"), 3.0)
         answer = peer if "llama_runner" in self.commands[-1] else ours | {"bytes_per_token": 1e9}
-        return peers.Run(measure.Finished(answer, 9.0, 100.0, 0.0), self.commands[-1], self.rows)
+        return peers.Run(measure.Finished(answer, 9.0, 0.0), self.commands[-1], self.rows)
 
 
 def test_rounds_alternate_and_turn_around(monkeypatch: pytest.MonkeyPatch) -> None:
