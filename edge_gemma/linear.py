@@ -8,6 +8,7 @@ import numpy as np
 
 from edge_gemma import kernels, qformat
 
+Int8 = tuple[np.ndarray, np.ndarray, np.ndarray]  # of activations: q, scale, sums
 _WIDEN_ROWS = 1024  # rows of a bfloat16 matrix widened at a time
 
 
@@ -16,26 +17,30 @@ class Activations:
 
     def __init__(self, values: np.ndarray) -> None:
         self.values = values
-        self._int8: dict[int, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
+        self._int8: dict[tuple[int, float], Int8] = {}
 
     def tail(self, n: int) -> "Activations":
         """The last n rows."""
         return self if n == len(self.values) else Activations(np.ascontiguousarray(self.values[-n:]))
 
-    def int8(self, group: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def int8(self, group: int, static: float = 0.0) -> Int8:
         """(q int8 [n, k padded], scale float32 [n, groups], sums int32 [n, groups]) for weights in groups of `group`.
 
         Activations take a scale for each group of the weights they meet (one a token where rows have one scale):
         one scale a token costs 3.2% of perplexity on Gemma 3 270M (docs/LOG.md), because a few channels are large.
+        Weights trained with one fixed scale for all tokens, `static`, get that one.
         """
-        if group not in self._int8:
+        if (group, static) not in self._int8:
             n, k = self.values.shape
             q = np.empty((n, qformat.padded_k(k)), np.int8)
             groups = qformat.group_count(k, group)
             scale, sums = np.empty((n, groups), np.float32), np.empty((n, groups), np.int32)
-            kernels.quantize_activations(self.values, group, q, scale, sums)
-            self._int8[group] = q, scale, sums
-        return self._int8[group]
+            if static:
+                kernels.quantize_static(self.values, static, q, scale, sums)
+            else:
+                kernels.quantize_activations(self.values, group, q, scale, sums)
+            self._int8[group, static] = q, scale, sums
+        return self._int8[group, static]
 
 
 class DenseMatrix:
@@ -61,21 +66,46 @@ class DenseMatrix:
 
 
 class PanelMatrix:
-    """W [rows, k] in 2, 4 or 8 bits, packed in panels of 8 rows (qformat.py)."""
+    """W [rows, k] in 2, 4 or 8 bits, packed in panels of 8 rows (qformat.py).
 
-    def __init__(self, packed: np.ndarray, scales: np.ndarray, shape: tuple[int, ...], bits: int, group: int) -> None:
+    Weights trained with static activation scales have them here: x and y are then rounded to these steps, -128 to 127
+    of them (0: x to int8 as it comes, y not at all).
+    """
+
+    def __init__(
+        self,
+        packed: np.ndarray,
+        scales: np.ndarray,
+        shape: tuple[int, ...],
+        bits: int,
+        group: int,
+        input_scale: float = 0.0,
+        output_scale: float = 0.0,
+    ) -> None:
         self.packed = packed
         self.scales = scales  # uint16 (float16 bits) [panels, groups, 8], or float32 [panels, 1, 8]
         self.rows, self.columns = shape
         self.bits, self.group = bits, group
+        self.input_scale, self.output_scale = input_scale, output_scale
 
     def __call__(self, x: Activations, start: int = 0, stop: int | None = None) -> np.ndarray:
         """x W[start:stop]^T: float32 [n, stop - start]; `start` is a multiple of 8."""
         stop = self.rows if stop is None else stop
         first, last = start // 8, -(-stop // 8)
-        q, scale, sums = x.int8(self.group)
+        q, scale, sums = x.int8(self.group, self.input_scale)
         out = np.empty((len(q), stop - start), np.float32)
-        kernels.matmul(q, scale, sums, self.packed[first:last], self.scales[first:last], self.bits, self.group, out)
+        weights = self.packed[first:last], self.scales[first:last], self.bits, self.group
+        if self.bits == 8 and self.input_scale and q.min() == -128:  # kernels for bytes take +-127: the rest is added
+            rest = -(q == -128).astype(np.int8)
+            more = rest.sum(axis=1, keepdims=True, dtype=np.int32)
+            added = np.empty_like(out)
+            kernels.matmul(q - rest, scale, sums - more, *weights, out)
+            kernels.matmul(rest, scale, more, *weights, added)
+            out += added
+        else:
+            kernels.matmul(q, scale, sums, *weights, out)
+        if self.output_scale:
+            kernels.round_to_step(out, self.output_scale)
         return out
 
     def gather(self, ids: np.ndarray) -> np.ndarray:

@@ -16,6 +16,9 @@ Layouts of a tensor's parts (qformat.py draws them):
     dense   values: F32 or BF16, row-major
     panels  packed: U8 [panels, chunks, 8, 4]; scales: F16 [panels, groups, 8] or F32 [panels, 1, 8]
     rows    records: U8 [rows, record bytes]
+
+Tensors trained with static activation scales have them in the manifest, as numbers that are float32 values:
+`input_scale` and `output_scale` of a matrix, `cache_scale` of the K or V it makes (Tensor has their meaning).
 """
 
 import contextlib
@@ -41,6 +44,8 @@ TOKENIZER, TEMPLATE, GENERATION = "tokenizer.model", "chat_template.jinja", "gen
 ALIGNMENT = 64  # bytes: a cache line
 _MANIFEST_LIMIT = 64 << 20
 _DTYPES = {"U8": np.uint8, "F16": np.uint16, "BF16": np.uint16, "F32": np.float32}  # 16-bit floats stay as their bits
+
+_SCALES = ("input_scale", "output_scale", "cache_scale")
 
 Progress = Callable[[int, int, str], None]  # (bytes done, bytes in all, what)
 
@@ -69,6 +74,11 @@ class Tensor:
     parts: dict[str, Part]
     bits: int = 0  # 2, 4, 8; 0 in dense tensors
     group: int = 0  # weights that share a scale; 0: one scale a row
+    origin: str = ""  # where the bits came from, in words for `edge-gemma info`
+    # Static int8 activation scales of weights trained with them, float32 values; 0: none. See linear.PanelMatrix.
+    input_scale: float = 0.0
+    output_scale: float = 0.0
+    cache_scale: float = 0.0  # of the K or V this projection makes; kept, not applied (as in transformers)
 
 
 def plan_tensor(
@@ -239,6 +249,7 @@ def tensor_entry(tensor: Tensor) -> dict[str, Any]:
     entry: dict[str, Any] = {"shape": list(tensor.shape), "layout": tensor.layout}
     if tensor.layout != "dense":
         entry |= {"bits": tensor.bits, "group": tensor.group}
+    entry |= {key: getattr(tensor, key) for key in (*_SCALES, "origin") if getattr(tensor, key)}
     return entry | {"parts": {key: asdict(part) | {"bytes": part.nbytes} for key, part in tensor.parts.items()}}
 
 
@@ -297,7 +308,19 @@ def _read_tensor(name: str, entry: Any) -> Tensor:
     if parts.keys() != plan.parts.keys():
         raise ModelFolderError(f"tensor {name}: has parts {sorted(parts)}, expected {sorted(plan.parts)}")
     found = {key: _read_part(name, key, parts[key], planned) for key, planned in plan.parts.items()}
-    return Tensor(shape, layout, found, bits, group)
+    origin = _field(entry, "origin", str, of) if "origin" in entry else ""
+    return Tensor(shape, layout, found, bits, group, origin, *_static_scales(name, entry, layout, group))
+
+
+def _static_scales(name: str, entry: dict[str, Any], layout: str, group: int) -> list[float]:
+    scales = [entry.get(key, 0.0) for key in _SCALES]
+    if not all(type(s) is float and 0 <= s < math.inf for s in scales) or (
+        any(scales) and (layout, group) != ("panels", 0)
+    ):
+        raise ModelFolderError(
+            f"tensor {name}: {', '.join(_SCALES)} are {scales}, expected numbers, in panels with one scale a row"
+        )
+    return scales
 
 
 def _read_part(name: str, key: str, entry: Any, planned: Part) -> Part:

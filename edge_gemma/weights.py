@@ -89,7 +89,10 @@ class _Binder:
         arrays = {key: self._files.array(part) for key, part in tensor.parts.items()}
         if tensor.layout == "dense":
             return DenseMatrix(arrays["values"])
-        return PanelMatrix(arrays["packed"], arrays["scales"], tensor.shape, tensor.bits, tensor.group)
+        return PanelMatrix(
+            arrays["packed"], arrays["scales"], tensor.shape, tensor.bits, tensor.group,
+            tensor.input_scale, tensor.output_scale,
+        )  # fmt: skip
 
     def vector(self, name: str) -> np.ndarray:
         return widen(self._files.array(self._tensors[name].parts["values"])).astype(np.float32)

@@ -14,6 +14,7 @@ from edge_gemma.errors import UsageError
 from edge_gemma.kernels import isa, jit, reference
 from edge_gemma.kernels.assembly import ARM_LINUX, assembly
 from edge_gemma.kernels.tile import TileSpec
+from edge_gemma.linear import Activations, PanelMatrix
 
 LAYOUTS = [(bits, group) for bits in qformat.BITS for group in qformat.GROUPS]
 
@@ -78,7 +79,7 @@ def test_matmul_integers_are_exact_at_the_extremes(variant, bits, group):
     """All activations at +-127 and all weights at their ends: int16 intermediate sums must not overflow."""
     low, high = -(1 << (bits - 1)), (1 << (bits - 1)) - 1
     k = 2048
-    for a in (127, -127):
+    for a in (127, -127, -128) if bits < 8 and not group else (127, -127):
         q = np.full((5, k), a, np.int8)
         w = np.repeat(np.array([[low], [high]], np.int8), k, 1).repeat(5, 0)
         groups = qformat.group_count(k, group)
@@ -141,6 +142,45 @@ def test_quantize_rounds_half_to_even_and_survives_anything():
     assert not sums[1:].any()
     assert np.isnan(scale[1:3]).all()
     assert scale[3] == 0
+
+
+@pytest.mark.parametrize(("n", "k"), [(1, 1), (3, 33), (5, 100), (70, 520)])
+def test_static_scales_are_the_oracle_bit_for_bit(n, k):
+    """Halves of a step, both ends, infinities, and a row with a NaN."""
+    rng = np.random.default_rng(k)
+    step = np.float32(0.037)
+    x = (rng.integers(-300, 300, (n, k)) * np.float32(0.5) * step).astype(np.float32)
+    x[0, 0] = np.inf
+    x[-1, -1] = -np.inf if n == 1 else np.nan
+
+    def run(module):
+        q = np.full((n, qformat.padded_k(k)), 99, np.int8)
+        scale, sums, rounded = np.empty((n, 1), np.float32), np.empty((n, 1), np.int32), x.copy()
+        module.quantize_static(x, float(step), q, scale, sums)
+        module.round_to_step(rounded, float(step))
+        return q, scale, sums, rounded
+
+    for name, got, expected in zip(("q", "scale", "sums", "rounded"), run(kernels), run(reference), strict=True):
+        assert np.array_equal(got, expected, equal_nan=True), name
+
+
+@pytest.mark.parametrize("bits", qformat.BITS)
+def test_matrices_with_static_scales(variant, bits):
+    """All of x at the lower end and beyond: -128 steps, which bytes take in two parts."""
+    rng = np.random.default_rng(bits)
+    n, rows, k, step, out_step = 3, 19, 300, 0.05, 0.25
+    w = rng.integers(-(1 << (bits - 1)), 1 << (bits - 1), (rows, k)).astype(np.int8)
+    scales = rng.uniform(0.5, 1.5, rows).astype(np.float32) / 8
+    x = rng.standard_normal((n, k)).astype(np.float32) * 4
+    x[1, ::2] = -6.4
+    x[2] = -100
+    packed = qformat.pack_panels(w, bits), qformat.pack_scales(scales, 0)
+    y = np.clip(np.rint(x / np.float32(step)), -128, 127) * step @ (w * scales[:, None]).astype(np.float64).T
+    exact = PanelMatrix(*packed, w.shape, bits, 0, step)(Activations(x))
+    close(exact, y, 1e-6, variant)
+    close(PanelMatrix(*packed, w.shape, bits, 0, step)(Activations(x), 8, 17), y[:, 8:17], 1e-6, variant)
+    rounded = PanelMatrix(*packed, w.shape, bits, 0, step, out_step)(Activations(x))
+    assert np.array_equal(rounded, np.clip(np.rint(exact / np.float32(out_step)), -128, 127) * np.float32(out_step))
 
 
 @pytest.mark.parametrize(("n", "d"), [(1, 8), (3, 67), (5, 1536)])

@@ -25,8 +25,8 @@ from edge_gemma.kernels.jit import (
 __all__ = [
     "add_rms_norm", "announce_compiling", "attention", "available_variants", "cache_directory", "cache_note",
     "gelu_tanh_mul", "matmul",
-    "quantize_activations", "rms_norm", "rms_norm_rope", "set_cache_root", "set_threads", "set_variant", "softcap",
-    "store_kv", "threads", "variant",
+    "quantize_activations", "quantize_static", "rms_norm", "rms_norm_rope", "round_to_step", "set_cache_root",
+    "set_threads", "set_variant", "softcap", "store_kv", "threads", "variant",
 ]  # fmt: skip
 
 
@@ -80,6 +80,26 @@ def quantize_activations(x, group, q, scale, sums) -> None:
         _refuse(f"float32, int8, float32, int32 rows with groups of {group}", x=x, q=q, scale=scale, sums=sums)
 
 
+def quantize_static(x, step, q, scale, sums) -> None:
+    """int8 in steps that training fixed: q = round_half_even(x / step), within -128 and 127.
+
+    x float32 [n, k]; q int8 [n, kpad], zero beyond k; scale float32 [n, 1], all `step` as float32; sums int32 [n, 1].
+    A row that holds a NaN becomes q = 0, scale = NaN. Source: `apply_srq` of transformers' integrations/gemma_quant.py.
+    """
+    from edge_gemma.kernels import elementwise
+
+    if not jit.launch(elementwise.quantize_static, x, step, q, scale, sums):
+        _refuse("float32, int8, float32, int32 rows with one scale each", x=x, q=q, scale=scale, sums=sums)
+
+
+def round_to_step(x, step) -> None:
+    """x = round_half_even(x / step) * step, the integer within -128 and 127, in place; float32 [n, d]."""
+    from edge_gemma.kernels import elementwise
+
+    if not jit.launch(elementwise.round_to_step, x, step):
+        _refuse("float32 [n, d]", x=x)
+
+
 @functools.cache
 def _matmul(variant_name, bits, group, scale_groups):
     from edge_gemma.kernels.panels import make
@@ -96,7 +116,7 @@ def matmul(q, a_scale, sums, packed, w_scale, bits, group, out) -> None:
     uint8 [panels, chunks, 8, 4] and w_scale [panels, groups, 8] as in edge_gemma/qformat.py, uint16 (the view of
     float16) for groups of 32 or 16, float32 when group is 0; any run of panels is a matrix of its own. out float32 [n,
     rows], rows <= 8 panels. Integer sums are exact; float32 products are added in ascending order of g, so a result is
-    the same for every n and every number of threads.
+    the same for every n and every number of threads. q may be -128 where bits < 8 and group is 0, else +-127 at most.
     """
     function = _matmul(variant(), bits, group, group != 0 and a_scale.shape[1] != 1)
     if not jit.launch(function, q, a_scale, sums, packed, w_scale, out):

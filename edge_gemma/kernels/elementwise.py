@@ -194,3 +194,55 @@ def quantize_activations(x, group, q, scale, sums):
         for n in numba.prange(x.shape[0]):
             _quantize_row(x[n], q[n], scale[n], sums[n])
     return True
+
+
+@numba.njit(error_model="numpy")
+def _to_steps(x, step):
+    """x in whole steps, half to even, within -128 and 127; NaN stays NaN."""
+    return max(min(np.rint(x / step), np.float32(127)), np.float32(-128))
+
+
+@numba.njit(error_model="numpy")
+def _quantize_static_row(x, step, q, scale, sums):
+    k = x.shape[0]
+    q[k:] = 0
+    total, damaged = np.int32(0), False
+    for i in range(k):
+        value = _to_steps(x[i], step)
+        if value != value:
+            damaged, value = True, np.float32(0)
+        q[i] = np.int8(value)
+        total += np.int32(q[i])
+    if damaged:
+        q[:] = 0
+    scale[0] = np.float32(np.nan) if damaged else step
+    sums[0] = np.int32(0) if damaged else total
+
+
+@kernel(_READ_2D, _F64, array("i1", 2, True), _WRITTEN_2D, array("i4", 2, True), parallel=True)
+def quantize_static(x, step, q, scale, sums):
+    n, kpad = q.shape
+    if kpad != (x.shape[1] + 31) // 32 * 32 or x.shape[0] != n or sums.shape != (n, 1) or scale.shape != (n, 1):
+        return False
+    narrow = np.float32(step)
+    if x.size < _SERIAL:
+        for i in range(n):
+            _quantize_static_row(x[i], narrow, q[i], scale[i], sums[i])
+    else:
+        for i in numba.prange(n):
+            _quantize_static_row(x[i], narrow, q[i], scale[i], sums[i])
+    return True
+
+
+@kernel(_WRITTEN_2D, _F64, parallel=True)
+def round_to_step(x, step):
+    narrow = np.float32(step)
+    if x.size < _SERIAL:
+        for n in range(x.shape[0]):
+            for i in range(x.shape[1]):
+                x[n, i] = _to_steps(x[n, i], narrow) * narrow
+    else:
+        for n in numba.prange(x.shape[0]):
+            for i in range(x.shape[1]):
+                x[n, i] = _to_steps(x[n, i], narrow) * narrow
+    return True

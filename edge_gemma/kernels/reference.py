@@ -26,6 +26,20 @@ def quantize_activations(x, group, q, scale, sums):
     sums[...] = q.reshape(n, sums.shape[1], -1).sum(axis=2, dtype=np.int32)
 
 
+def quantize_static(x, step, q, scale, sums):
+    """See kernels.quantize_static; bit-exact."""
+    damaged = np.isnan(x).any(axis=1, keepdims=True)
+    q[...] = 0
+    q[:, : x.shape[1]] = np.clip(np.rint(np.where(damaged, 0, x) / np.float32(step)), -128, 127)
+    scale[...] = np.where(damaged, np.nan, step)
+    sums[...] = q.sum(axis=1, keepdims=True, dtype=np.int32)
+
+
+def round_to_step(x, step):
+    """See kernels.round_to_step; bit-exact."""
+    x[...] = np.clip(np.rint(x / np.float32(step)), -128, 127) * np.float32(step)
+
+
 def integer_dots(q, packed, bits, group):
     """int64 [n, groups, rows padded to 8]: the exact sum of q * w over each weight group (one group when group = 0)."""
     n, k = q.shape
