@@ -257,8 +257,9 @@ def _result_json(result: Any) -> dict[str, Any]:
 @click.argument("source", type=click.Path(path_type=Path))
 @click.argument("dest", type=click.Path(path_type=Path))
 @click.option("--recipe", default="q4", show_default=True, metavar="q4|q8|q2|float", help="How weights are stored.")
+@click.option("--no-audio", is_flag=True, help="Leave the audio tower out.")
 @_force
-def export(source: Path, dest: Path, recipe: str, force: bool) -> None:
+def export(source: Path, dest: Path, recipe: str, no_audio: bool, force: bool) -> None:
     """Convert SOURCE, a checkpoint folder or a GGUF file, to the model folder DEST.
 
     \b
@@ -274,7 +275,7 @@ def export(source: Path, dest: Path, recipe: str, force: bool) -> None:
     if not source.exists():
         raise UsageError(f"{source} does not exist: expected a checkpoint folder or a GGUF file")
     with progress_bar("exporting") as progress:
-        folder = export_checkpoint(source, dest, recipe, force=force, progress=progress)
+        folder = export_checkpoint(source, dest, recipe, audio=not no_audio, force=force, progress=progress)
     _say_written(folder, recipe)
 
 
@@ -284,8 +285,9 @@ def export(source: Path, dest: Path, recipe: str, force: bool) -> None:
 @click.option("--recipe", type=click.Choice(["q4", "q8", "mobile", "q2", "float"]), default="q4", show_default=True,
               help="How weights are stored; mobile has the bit widths of the official QAT checkpoints.")  # fmt: skip
 @click.option("--seed", type=click.IntRange(0), default=0, metavar="S", help="The same seed gives the same folder.")
+@click.option("--audio", is_flag=True, help="With a random audio tower, at full size except in tiny.")
 @_force
-def synth(size: str, dest: Path, recipe: str, seed: int, force: bool) -> None:
+def synth(size: str, dest: Path, recipe: str, seed: int, audio: bool, force: bool) -> None:
     """Write a model of random weights to the folder DEST, to measure this machine before a download.
 
     \b
@@ -295,7 +297,7 @@ def synth(size: str, dest: Path, recipe: str, seed: int, force: bool) -> None:
     from edge_gemma.terminal import progress_bar
 
     with progress_bar("writing") as progress:
-        folder = synthesize(size, dest, recipe, seed=seed, force=force, progress=progress)
+        folder = synthesize(size, dest, recipe, audio=audio, seed=seed, force=force, progress=progress)
     _say_written(folder, recipe)
 
 

@@ -33,10 +33,12 @@ class Decoder:
         """Token embeddings times sqrt(D): float32 [n, D]. (Soft tokens are not scaled: they come from elsewhere.)"""
         return self.weights.embed_tokens.gather(ids) * self.embed_scale
 
-    def forward(self, ids: np.ndarray, cache: KVCache, keep: int) -> np.ndarray:
+    def forward(self, ids: np.ndarray, cache: KVCache, keep: int, merged: np.ndarray | None = None) -> np.ndarray:
         """Run n tokens at the cache's position, write their K and V, and return the last `keep` rows before the head.
 
         ids: int64 [n], n <= cache.slack. Returns float32 [keep, D], after the final norm.
+        merged: float32 [n, D], what enters layer 0 where that is not `embed(ids)`: rows of `embed` and soft tokens,
+        which come unscaled; ids are then the pad token at soft positions, whose per-layer row they take.
 
         Above the last layer that writes a cache nothing but the kept rows matters, and in that layer itself the other
         rows need only K and V: 28% of the arithmetic for E2B when keep is 0 or 1.
@@ -44,7 +46,7 @@ class Decoder:
         config, eps = self.config, self.config.rms_norm_eps
         first, producer = cache.position, config.last_kv_producer
         cache.reserve(len(ids))
-        h = self.embed(ids)
+        h = self.embed(ids) if merged is None else merged.copy()
         rope = self.rope(first, len(ids))
         embeddings = h[len(ids) - keep :].copy()
         everywhere = config.num_hidden_layers if keep == len(ids) else producer

@@ -1,11 +1,12 @@
 """A loaded model: configuration, mapped weights, tokenizer, chat template. `Engine.load` is the front door.
 
-Owns: putting the parts together. Does not know: timelines (session.py), text generation (generate.py).
+Owns: putting the parts together, the audio encoder once it is used. Does not know: timelines (session.py),
+text generation (generate.py).
 """
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from edge_gemma import models
 from edge_gemma.config import GemmaConfig
@@ -15,6 +16,9 @@ from edge_gemma.model_folder import GENERATION, TEMPLATE, TOKENIZER, ModelFolder
 from edge_gemma.session import Session
 from edge_gemma.tokenizer import Tokenizer
 from edge_gemma.weights import bind
+
+if TYPE_CHECKING:
+    from edge_gemma.audio.encoder import AudioEncoder
 
 DEFAULT_CONTEXT = 4096  # tokens
 
@@ -30,6 +34,8 @@ class Engine:
         self.config: GemmaConfig = folder.config
         self.manifest: dict[str, Any] = folder.manifest
         self.path = folder.path
+        self._folder = folder
+        self._audio: AudioEncoder | None = None
         self.tokenizer = Tokenizer.load(folder.path / TOKENIZER)
         if self.tokenizer.vocab_size > self.config.vocab_size:
             raise ModelFolderError(
@@ -41,6 +47,7 @@ class Engine:
         self.context = self._checked_context(context or min(DEFAULT_CONTEXT, self.config.max_position_embeddings))
         self._kv_dtype = kv_dtype or "float16"
         kernels.set_threads(threads)
+        self._threads = kernels.threads()
         self._weights = bind(folder)
         self._decoder = Decoder(self.config, self._weights)
 
@@ -64,7 +71,24 @@ class Engine:
     def session(self, context: int | None = None) -> Session:
         """A new, empty timeline."""
         context = self._checked_context(context or self.context)
-        return Session(self._decoder, context, self._kv_dtype, str(self.manifest["digest"]))
+        section = self._folder.audio
+        placeholder = section.audio_token_id if section else None
+        return Session(self._decoder, context, self._kv_dtype, str(self.manifest["digest"]), placeholder)
+
+    @property
+    def audio(self) -> "AudioEncoder":
+        """The audio encoder, loaded on first use. Raises UsageError where the model has none."""
+        if self._audio is None:
+            from edge_gemma.audio.encoder import AudioEncoder
+
+            self._audio = AudioEncoder.load(self._folder, self._threads)
+        return self._audio
+
+    def release_audio(self) -> None:
+        """Give the audio encoder's memory back; the next use loads it again."""
+        if self._audio is not None:
+            self._audio.close()
+            self._audio = None
 
     def _checked_context(self, context: int) -> int:
         most = self.config.max_position_embeddings
@@ -74,6 +98,7 @@ class Engine:
 
     def close(self) -> None:
         """Close the files read on demand; mapped weights go when the last session does."""
+        self.release_audio()
         self._weights.close()
 
     def __enter__(self) -> "Engine":

@@ -11,6 +11,7 @@ A folder holds
     tokenizer.model           a SentencePiece model
     chat_template.jinja       optional
     generation_config.json
+    audio_encoder.onnx, audio_encoder_stream.onnx, audio_encoder.onnx_data    in models that listen
 
 Layouts of a tensor's parts (qformat.py draws them):
     dense   values: F32 or BF16, row-major
@@ -28,7 +29,7 @@ import math
 import mmap
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,8 @@ from edge_gemma.errors import ConfigError, ModelFolderError
 FORMAT, VERSION = "edge_gemma model folder", 1
 MANIFEST, WEIGHTS, PER_LAYER = "manifest.json", "weights.safetensors", "embed_tokens_per_layer.safetensors"
 TOKENIZER, TEMPLATE, GENERATION = "tokenizer.model", "chat_template.jinja", "generation_config.json"
+AUDIO_BATCH, AUDIO_STREAM = "audio_encoder.onnx", "audio_encoder_stream.onnx"
+AUDIO_DATA = "audio_encoder.onnx_data"  # the weights of both
 ALIGNMENT = 64  # bytes: a cache line
 _MANIFEST_LIMIT = 64 << 20
 _DTYPES = {"U8": np.uint8, "F16": np.uint16, "BF16": np.uint16, "F32": np.float32}  # 16-bit floats stay as their bits
@@ -102,6 +105,18 @@ def plan_tensor(
 
 
 @dataclass(frozen=True)
+class AudioSection:
+    """What the manifest says of the audio encoder. The sizes are those of its graphs."""
+
+    audio_config: dict[str, Any]  # the checkpoint's own words
+    band: int  # keys an encoder query sees, itself included: 12 as in transformers, 13 as in DeepMind's code
+    bits: int  # of the linear layers' weights; 0: float32
+    audio_token_id: int  # the placeholder `<|audio|>`
+    boa_token_id: int  # `<|audio>`, before the soft tokens
+    eoa_token_id: int  # `<audio|>`, after them
+
+
+@dataclass(frozen=True)
 class ModelFolder:
     """An opened model folder: checked sizes, nothing read yet but the manifest."""
 
@@ -109,6 +124,7 @@ class ModelFolder:
     config: GemmaConfig
     tensors: dict[str, Tensor]
     manifest: dict[str, Any]
+    audio: AudioSection | None = None  # None: the model does not listen
 
     @classmethod
     def open(cls, path: Path | str) -> "ModelFolder":
@@ -122,7 +138,7 @@ class ModelFolder:
         tensors = {
             name: _read_tensor(name, entry) for name, entry in _field(manifest, "tensors", dict).items()
         }  # fmt: skip
-        folder = cls(path, config, tensors, manifest)
+        folder = cls(path, config, tensors, manifest, _read_audio(manifest, config))
         folder._check_tensor_set()
         folder._check_files()
         return folder
@@ -321,6 +337,20 @@ def _static_scales(name: str, entry: dict[str, Any], layout: str, group: int) ->
             f"tensor {name}: {', '.join(_SCALES)} are {scales}, expected numbers, in panels with one scale a row"
         )
     return scales
+
+
+def _read_audio(manifest: dict[str, Any], config: GemmaConfig) -> AudioSection | None:
+    if "audio" not in manifest:
+        return None
+    of, entry = "the manifest's audio section", _field(manifest, "audio", dict)
+    kinds = {field.name: dict if field.name == "audio_config" else int for field in fields(AudioSection)}
+    section = AudioSection(**{name: _field(entry, name, kind, of) for name, kind in kinds.items()})
+    for name in ("audio_token_id", "boa_token_id", "eoa_token_id"):
+        if not 0 <= getattr(section, name) < config.vocab_size:
+            raise ModelFolderError(f"{of}: {name} is {getattr(section, name)}, outside the vocabulary")
+    if missing := {AUDIO_BATCH, AUDIO_STREAM, AUDIO_DATA} - _field(manifest, "files", dict).keys():
+        raise ModelFolderError(f"the manifest has an audio section and lacks {min(missing)}: export the model again")
+    return section
 
 
 def _read_part(name: str, key: str, entry: Any, planned: Part) -> Part:

@@ -1,6 +1,7 @@
 """One mutable timeline over a loaded model: tokens go in at the end, logits come out, the end can be moved back.
 
-Owns: the ids, the KV cache, chunking, rewinding, saving. Does not know: text, chat turns, sampling.
+Owns: the ids, the soft tokens among them, the KV cache, chunking, rewinding, saving. Does not know: text, chat turns,
+sampling, where soft tokens come from.
 """
 
 import json
@@ -15,15 +16,21 @@ from edge_gemma.kv_cache import KVCache, Snapshot
 
 CHUNK = 128  # tokens prefilled at a time
 _MARKS = 4  # snapshots kept
+_PAD = 0  # the token whose per-layer embedding soft tokens take
+SoftTokens = dict[int, np.ndarray]  # position -> float32 [hidden_size], what enters layer 0 there
 
 
 class Session:
     """A timeline of at most `context` tokens. Not thread-safe; any number may share one model."""
 
-    def __init__(self, decoder: Decoder, context: int, kv_dtype: str, identity: str) -> None:
+    def __init__(
+        self, decoder: Decoder, context: int, kv_dtype: str, identity: str, audio_token_id: int | None = None
+    ) -> None:
         self.context = context
         self._decoder = decoder
         self._identity = identity
+        self._audio_token_id = audio_token_id
+        self._soft: SoftTokens = {}  # kept for rewinding and saving: about as many bytes a token as the KV cache
         self._cache = KVCache(decoder.config, context, CHUNK, kv_dtype)
         self._marks: list[Snapshot] = []
         self.ids: list[int] = []
@@ -40,6 +47,26 @@ class Session:
         """
         self._check(ids)
         return self._decoder.logits(self._run(ids, keep=1))[0]
+
+    def prefill_soft(self, embeddings: np.ndarray) -> np.ndarray:
+        """Append soft tokens, as the audio encoder makes them. Returns the logits after the last: float32 [vocab_size].
+
+        embeddings: float32 [n, hidden_size], not scaled. In `ids` they are the placeholder `audio_token_id`; their
+        per-layer embedding is the pad token's. Raises ContextFullError if they do not fit, UsageError if there are
+        none, they are not finite or of another width, or the model does not listen; the session is then as it was.
+        """
+        width = self._decoder.config.hidden_size
+        if self._audio_token_id is None:
+            raise UsageError("this model has no audio tower: export one that has, without --no-audio")
+        if embeddings.ndim != 2 or embeddings.shape[1] != width or not len(embeddings):
+            raise UsageError(f"soft tokens have shape {list(embeddings.shape)}, expected one or more rows of {width}")
+        if not np.isfinite(embeddings).all():
+            raise UsageError("a soft token is not finite: the audio it was made from is damaged")
+        ids = [self._audio_token_id] * len(embeddings)
+        self._check(ids)
+        rows = embeddings.astype(np.float32)
+        soft = {self.position + i: row for i, row in enumerate(rows)}
+        return self._decoder.logits(self._run(ids, keep=1, soft=soft))[0]
 
     def step(self, token: int) -> np.ndarray:
         """Append one token. Returns the logits after it: float32 [vocab_size]. Raises as `prefill`."""
@@ -66,19 +93,20 @@ class Session:
         """
         if not 0 <= position <= self.position:
             raise UsageError(f"cannot rewind to {position}: the session is at {self.position}")
-        kept = self.ids[:position]
+        kept, soft = self.ids[:position], {at: row for at, row in self._soft.items() if at < position}
         self._marks = [mark for mark in self._marks if mark.position <= position]
         if self._cache.holds(position):
             self._cache.truncate(position)
-            self.ids = kept
+            self.ids, self._soft = kept, soft
             return
         if self._marks:
             self._cache.restore(self._marks[-1])
         else:
             self._cache.resume(0, 0)
         self.ids = kept[: self._cache.position]
+        self._soft = {at: row for at, row in soft.items() if at < self.position}
         if len(kept) > self.position:
-            self._run(kept[self.position :], keep=0)
+            self._run(kept[self.position :], keep=0, soft=soft)
 
     def mark(self) -> None:
         """Remember the present position, so that rewinding to it (or soon after it) stays cheap."""
@@ -91,6 +119,9 @@ class Session:
         from safetensors.numpy import save
 
         tensors = {"ids": np.array(self.ids, np.int32)}
+        if self._soft:
+            tensors["soft.positions"] = np.array(list(self._soft), np.int32)
+            tensors["soft.embeddings"] = np.stack(list(self._soft.values()))
         for i, layer in self._cache.layers.items():
             rows = slice(0, min(self.position, layer.capacity))
             tensors[f"{i}.k"], tensors[f"{i}.v"] = layer.k[rows].copy(), layer.v[rows].copy()
@@ -111,6 +142,7 @@ class Session:
         if saved_ids is None or saved_ids.dtype != np.int32 or saved_ids.ndim != 1:
             raise ModelFolderError(f"{path} is not a saved session: it holds no token ids")
         ids = saved_ids.tolist()
+        soft = self._soft_of(path, len(ids), tensors)
         expected = {f"{i}.{part}" for i in self._cache.layers for part in "kv"}
         if header != self._header() or tensors.keys() != expected or len(ids) > self.context:
             raise ModelFolderError(f"{path} was saved from another model or with another context: start a new session")
@@ -122,7 +154,21 @@ class Session:
         for saved, cache in targets:
             cache[: len(saved)] = saved
         self._cache.resume(len(ids), max(0, floor))
-        self._marks, self.ids = [], ids
+        self._marks, self.ids, self._soft = [], ids, soft
+
+    def _soft_of(self, path: Path | str, tokens: int, tensors: dict[str, np.ndarray]) -> SoftTokens:
+        """Takes the soft tokens out of a saved timeline's tensors."""
+        none = np.zeros(0, np.int32), np.zeros((0, self._decoder.config.hidden_size), np.float32)
+        positions, rows = (
+            tensors.pop(f"soft.{key}", empty) for key, empty in zip(("positions", "embeddings"), none, strict=True)
+        )
+        if (
+            (positions.dtype, rows.dtype) != (none[0].dtype, none[1].dtype)
+            or rows.shape != (positions.size, none[1].shape[1])
+            or not all(0 <= at < tokens for at in positions.tolist())
+        ):
+            raise ModelFolderError(f"{path} holds damaged soft tokens: start a new session")
+        return dict(zip(positions.tolist(), rows, strict=True))
 
     def _header(self) -> dict[str, object]:
         return {
@@ -144,13 +190,25 @@ class Session:
                 "shorten the text or use a larger --context"
             )
 
-    def _run(self, ids: list[int], keep: int) -> np.ndarray:
-        """Run ids in chunks; the last `keep` rows that enter the head. An interruption leaves whole chunks behind."""
+    def _run(self, ids: list[int], keep: int, soft: SoftTokens | None = None) -> np.ndarray:
+        """Run ids in chunks; the last `keep` rows that enter the head. An interruption leaves whole chunks behind.
+
+        soft: of the positions to be run, those that are soft tokens; other positions are passed over.
+        """
         rows, chunk = [], self._cache.slack
         self._cache.truncate(self.position)  # as in mark
         for start in range(0, len(ids), chunk):
             part = ids[start : start + chunk]
             wanted = min(len(part), max(0, keep - (len(ids) - start - len(part))))
-            rows.append(self._decoder.forward(np.array(part, np.int64), self._cache, wanted))
+            span = range(self.position, self.position + len(part))
+            here = {at: soft[at] for at in span if at in soft} if soft else {}
+            text, merged = np.array(part, np.int64), None
+            if here:
+                at = np.array(list(here)) - self.position
+                text[at] = _PAD
+                merged = self._decoder.embed(text)
+                merged[at] = list(here.values())
+            rows.append(self._decoder.forward(text, self._cache, wanted, merged))
             self.ids.extend(part)
+            self._soft |= here
         return np.concatenate(rows) if len(rows) > 1 else rows[0]

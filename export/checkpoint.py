@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from edge_gemma.export.audio_tower import AudioTower
 from edge_gemma.export.gguf_reader import GgufCheckpoint
 from edge_gemma.export.safetensors_reader import SafetensorsCheckpoint
 from edge_gemma.export.source_file import TensorInfo
@@ -36,6 +37,10 @@ class Checkpoint(Protocol):
 
     def tokenizer_model(self) -> bytes:
         """The tokenizer as a serialised SentencePiece ModelProto."""
+        ...
+
+    def audio_tower(self) -> AudioTower | None:
+        """The audio tower, None where the source has none."""
         ...
 
     def digest(self) -> str:

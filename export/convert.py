@@ -11,6 +11,7 @@ import json
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -18,6 +19,7 @@ from edge_gemma import qformat
 from edge_gemma.atomic import new_folder
 from edge_gemma.config import GemmaConfig
 from edge_gemma.errors import CheckpointError
+from edge_gemma.export.audio_tower import AudioTower
 from edge_gemma.export.checkpoint import Checkpoint, open_checkpoint
 from edge_gemma.export.folder_writer import FolderWriter
 from edge_gemma.model_folder import GENERATION, TEMPLATE, TOKENIZER, Progress, Tensor, plan_tensor
@@ -29,9 +31,17 @@ _AHEAD = 4  # blocks in flight
 
 
 def export_checkpoint(
-    source: Path, dest: Path, recipe: str = "q4", *, force: bool = False, progress: Progress | None = None
+    source: Path,
+    dest: Path,
+    recipe: str = "q4",
+    *,
+    audio: bool = True,
+    force: bool = False,
+    progress: Progress | None = None,
 ) -> Path:
     """Convert `source` (a safetensors folder or a GGUF file) into the model folder `dest`. Returns `dest`.
+
+    audio: with its audio tower, where it has one.
 
     The folder appears whole or not at all; an interrupted run leaves nothing behind that the next one does not remove.
     Raises CheckpointError, ConfigError, UsageError: one line each.
@@ -41,12 +51,14 @@ def export_checkpoint(
         config = GemmaConfig.from_text_config(checkpoint.text_config)
         plan = {name: plan_weight(checkpoint, recipe, name, shape) for name, shape in config.tensor_shapes().items()}
         tokenizer = checkpoint.tokenizer_model()
+        tower = checkpoint.audio_tower() if audio else None
         with new_folder(dest, force=force) as folder, FolderWriter(folder, plan) as writer:
             writer.add_file(TOKENIZER, tokenizer)
             if checkpoint.chat_template is not None:
                 writer.add_file(TEMPLATE, checkpoint.chat_template.encode())
             writer.add_file(GENERATION, json.dumps(checkpoint.generation_config, indent=1).encode())
             content = _write_tensors(checkpoint, plan, writer, progress)
+            section = write_tower(writer, tower, recipe) if tower else None
             writer.finish(
                 dict(config.text_config),
                 recipe,
@@ -56,6 +68,7 @@ def export_checkpoint(
                     "content_sha256": content,
                     "license": checkpoint.license,
                 },
+                section,
             )
     finally:
         checkpoint.close()
@@ -71,6 +84,13 @@ def plan_weight(checkpoint: Checkpoint, recipe: str, name: str, shape: tuple[int
         return plan_tensor(name, shape, "dense", dtype="BF16" if keep else "F32")
     layout = "rows" if name.startswith("embed_tokens_per_layer.") else "panels"
     return plan_tensor(name, shape, layout, bits=fmt.bits, group=fmt.group)
+
+
+def write_tower(writer: FolderWriter, tower: AudioTower, recipe: str) -> dict[str, Any]:
+    """The audio encoder as a recipe stores it. Returns the manifest's section. Raises UsageError without onnx."""
+    from edge_gemma.export.audio_encoder import write_audio_encoder
+
+    return write_audio_encoder(writer, tower)
 
 
 def encode_block(tensor: Tensor, weights: np.ndarray) -> dict[str, np.ndarray]:

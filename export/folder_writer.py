@@ -5,14 +5,16 @@ manifest. Does not know: where values come from or how they are quantised. It wr
 `edge_gemma.atomic.new_folder` renames once it is whole.
 """
 
+import contextlib
 import hashlib
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -37,6 +39,20 @@ class _Growing:
     part: Part
     written: int = 0
     digest: Any = field(default_factory=hashlib.sha256)
+
+
+class DigestedFile:
+    """A file that is written from start to end, its digest taken on the way."""
+
+    def __init__(self, raw: BinaryIO) -> None:
+        self._raw = raw
+        self.bytes = 0
+        self.digest = hashlib.sha256()
+
+    def write(self, data: bytes | memoryview) -> None:
+        self._raw.write(data)
+        self.digest.update(data)
+        self.bytes += memoryview(data).nbytes
 
 
 class FolderWriter:
@@ -101,8 +117,18 @@ class FolderWriter:
         (self.folder / name).write_bytes(data)
         self._files[name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
-    def finish(self, text_config: dict[str, Any], recipe: str, source: dict[str, Any]) -> None:
-        """Write the manifest. Every part must be complete."""
+    @contextlib.contextmanager
+    def new_file(self, name: str) -> Iterator["DigestedFile"]:
+        """A file of the folder that is written piece by piece."""
+        with (self.folder / name).open("xb") as raw:
+            file = DigestedFile(raw)
+            yield file
+        self._files[name] = {"bytes": file.bytes, "sha256": file.digest.hexdigest()}
+
+    def finish(
+        self, text_config: dict[str, Any], recipe: str, source: dict[str, Any], audio: dict[str, Any] | None = None
+    ) -> None:
+        """Write the manifest. Every part must be complete. audio: its section, where an encoder was written."""
         tensors = {}
         for name, tensor in self._plan.items():
             parts = {}
@@ -122,6 +148,8 @@ class FolderWriter:
             "files": self._files,
             "tensors": tensors,
         }
+        if audio is not None:
+            manifest["audio"] = audio
         manifest["digest"] = manifest_digest(manifest)
         (self.folder / MANIFEST).write_text(json.dumps(manifest, indent=1))
 

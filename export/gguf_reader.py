@@ -383,6 +383,9 @@ class GgufCheckpoint:
 
         return from_gguf_metadata(self.metadata)
 
+    def audio_tower(self) -> None:
+        """None: GGUF keeps towers in a file of their own, which is not read."""
+
     def digest(self) -> str:
         """sha256 over the file's size and everything before the tensor data."""
         return self._file.digest()

@@ -1,7 +1,7 @@
 """Hugging Face checkpoints: a folder of config.json, safetensors files and a tokenizer.
 
 Owns: the safetensors container, the shard index, config.json's two layouts (text only, multimodal) and the tensor
-names of both. Does not know: GGUF, what is written at export, or the audio and vision towers beyond recognising them.
+names of both. Does not know: GGUF, what is written at export, or what a tower's tensors mean.
 
 Formats: safetensors 0.x (u64 header length, JSON header, data), `model.safetensors.index.json` as transformers 5.23
 writes it. Gemma 3 keeps RMS-norm weights as w - 1; `rows` adds the 1 back.
@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_gemma.errors import CheckpointError, ConfigError
+from edge_gemma.export.audio_tower import AudioTower, bind_audio_tower
 from edge_gemma.export.gguf_types import BY_NAME
 from edge_gemma.export.source_file import (
     SourceFile,
@@ -166,6 +167,7 @@ class SafetensorsCheckpoint:
             lambda name: self._unused(name, multimodal=top["model_type"] == "gemma4"),
             lambda name: _original(name, prefix),
         )
+        self._top, self._towers = top, {name: t for name, t in stored.items() if name.startswith("model.")}
         self.tensors = {name: TensorInfo(name, t.shape, t.dtype) for name, t in self._stored.items()}
         digest = hashlib.sha256(config_bytes)
         for file, header in zip(self._files, headers, strict=True):
@@ -228,6 +230,13 @@ class SafetensorsCheckpoint:
 
         data = read_small(self._folder / "tokenizer.json", _MAX_TOKENIZER)
         return from_tokenizer_json(data, self._config.vocab_size)
+
+    def audio_tower(self) -> AudioTower | None:
+        """The audio tower, None in models that do not listen."""
+        towers = {name.removeprefix("model."): tensor for name, tensor in self._towers.items()}
+        config = self._config
+        top = self._top if self._top["model_type"] == "gemma4" else {}
+        return bind_audio_tower(self._name, top, config.hidden_size, config.vocab_size, towers)
 
     def digest(self) -> str:
         """sha256 over config.json, and every file's size and header."""

@@ -24,6 +24,8 @@ from edge_gemma import qformat
 from edge_gemma.atomic import new_folder
 from edge_gemma.config import FULL, SLIDING, GemmaConfig
 from edge_gemma.errors import UsageError
+from edge_gemma.export.audio_tower import AudioConfig, AudioTower
+from edge_gemma.export.convert import write_tower
 from edge_gemma.export.folder_writer import FolderWriter
 from edge_gemma.export.sentencepiece_model import BYTE, BYTE_PIECES, CONTROL, NORMAL, SPACE, UNKNOWN, from_gguf_metadata
 from edge_gemma.model_folder import GENERATION, TEMPLATE, TOKENIZER, Part, Progress, Tensor, plan_tensor
@@ -59,6 +61,17 @@ _SPECIAL_TOKENS = {
     100: "<|channel>", 101: "<channel|>", 105: "<|turn>", 106: "<turn|>", 255999: "<|image>", 256000: "<|audio>",
     258880: "<|image|>", 258881: "<|audio|>", 258882: "<image|>", 258883: "<audio|>", 258884: "<|video|>",
 }  # fmt: skip
+# In vocabularies too small for those: the tokens that audio needs.
+_SMALL_SPECIAL_TOKENS = {53: "<|audio>", 54: "<|audio|>", 55: "<audio|>"}
+AUDIO_CONFIGS: dict[str, dict[str, Any]] = {
+    "e2b": {"model_type": "gemma4_audio"},  # the reference's defaults are the release's sizes
+    "e4b": {"model_type": "gemma4_audio"},
+    "tiny": {
+        "model_type": "gemma4_audio", "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "subsampling_conv_channels": [128, 8], "output_proj_dims": 96,
+    },
+}  # fmt: skip
+_CLIP = {"input_min": -8 * 128 / 127, "input_max": 8.0, "output_min": -16 * 128 / 127, "output_max": 16.0}
 _FIRST_BYTE = 238
 _LETTERS = "etaoinshrdlcumwfgypbvkjxqz"  # commonest first: what the vocabulary has no room for is rare
 _CHAT_TEMPLATE = """\
@@ -76,12 +89,19 @@ _K_NORM = 0.12  # attention scores of deviation 2 to 3: neither flat nor a singl
 
 
 def synthesize(
-    size: str, dest: Path, recipe: str = "q4", *, seed: int = 0, force: bool = False, progress: Progress | None = None
+    size: str,
+    dest: Path,
+    recipe: str = "q4",
+    *,
+    audio: bool = False,
+    seed: int = 0,
+    force: bool = False,
+    progress: Progress | None = None,
 ) -> Path:
     """Write a model folder of random weights. Returns `dest`.
 
-    size: a key of TEXT_CONFIGS; recipe: any of quant.recipes, trained ones included. Raises UsageError for another
-    size or recipe, a `dest` that is taken, or a disk without room.
+    size: a key of TEXT_CONFIGS; recipe: any of quant.recipes, trained ones included; audio: with an audio tower.
+    Raises UsageError for another size or recipe, a `dest` that is taken, or a disk without room.
     """
     if size not in TEXT_CONFIGS:
         raise UsageError(f"unknown size {size!r}: choose one of {', '.join(TEXT_CONFIGS)}")
@@ -93,8 +113,9 @@ def synthesize(
         writer.add_file(GENERATION, json.dumps(_GENERATION, indent=1).encode())
         _write_tensors(plan, config, seed, writer, progress)
         name = f"random {size}, seed {seed}"
+        section = write_tower(writer, _audio_tower(size, config, seed), recipe) if audio else None
         digest = hashlib.sha256(f"{name}, {recipe}".encode()).hexdigest()
-        writer.finish(dict(config.text_config), recipe, {"name": name, "digest": digest, "license": None})
+        writer.finish(dict(config.text_config), recipe, {"name": name, "digest": digest, "license": None}, section)
     return dest
 
 
@@ -201,6 +222,33 @@ def _deviation(name: str, tensor: Tensor, config: GemmaConfig) -> float:
     return float(tensor.shape[1] ** -0.5)
 
 
+def _special_tokens(vocab_size: int) -> dict[int, str]:
+    small = {} if vocab_size > max(_SPECIAL_TOKENS) else _SMALL_SPECIAL_TOKENS
+    return small | {index: piece for index, piece in _SPECIAL_TOKENS.items() if index < vocab_size}
+
+
+def _audio_tower(size: str, config: GemmaConfig, seed: int) -> AudioTower:
+    """A conformer of random weights whose activations stay of the order of one; its clip bounds rarely bind."""
+    words = AUDIO_CONFIGS[size]
+    audio_config = AudioConfig.from_audio_config(words)
+    shapes = audio_config.tensor_shapes(config.hidden_size)
+
+    def read(name: str) -> np.ndarray:
+        shape, last = shapes[name], name.rpartition(".")[2]
+        if not shape:
+            return np.array(_CLIP[last], np.float32)
+        if len(shape) == 1:
+            return np.full(shape, 0.0 if last in ("bias", "per_dim_scale") else 1.0, np.float32)
+        draws = np.random.SFC64([seed, zlib.crc32(name.encode())]).random_raw(-(-math.prod(shape) // 4))
+        uniform = draws.view(np.int16)[: math.prod(shape)].reshape(shape).astype(np.float32)
+        return uniform * np.float32(math.sqrt(3 / math.prod(shape[1:])) / 2**15)
+
+    ids = {piece: index for index, piece in _special_tokens(config.vocab_size).items()}
+    names = {"audio_token_id": "<|audio|>", "boa_token_id": "<|audio>", "eoa_token_id": "<audio|>"}
+    tokens = {name: ids[piece] for name, piece in names.items()}
+    return AudioTower(audio_config, words, config.hidden_size, tokens, read)
+
+
 @cache
 def tokenizer_model(vocab_size: int) -> bytes:
     """A serialised SentencePiece model (BPE with byte fallback) of exactly `vocab_size` made-up pieces.
@@ -208,7 +256,7 @@ def tokenizer_model(vocab_size: int) -> bytes:
     Special tokens and bytes have GEMMA 4's ids; the others are the printable characters and the sequences of up to four
     letters, so that English takes about two characters a token.
     """
-    special = {index: piece for index, piece in _SPECIAL_TOKENS.items() if index < vocab_size}
+    special = _special_tokens(vocab_size)
     fixed = special | {_FIRST_BYTE + byte: piece for byte, piece in enumerate(BYTE_PIECES)}
     rest = islice(_pieces(), vocab_size - len(fixed))
     pieces = [fixed[index] if index in fixed else next(rest) for index in range(vocab_size)]

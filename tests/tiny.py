@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from tests.tiny_audio import TOKEN_IDS, tiny_audio_config, tiny_audio_tensors
 from tests.tiny_tokenizer import write_tokenizer_json
 
 KINDS = ("e2b", "e4b", "dense", "gemma3")
@@ -260,7 +261,7 @@ def _write_weights(folder: Path, tensors: dict[str, np.ndarray], dtype: str, sha
 
 
 def _tower_tensors(kind: str, seed: int) -> dict[str, np.ndarray]:
-    """A few tensors of the towers and their projections, in the release's names and in tiny shapes."""
+    """A few tensors of the vision tower and a whole audio tower, in the release's names and in tiny shapes."""
     d, rng = _SIZES[kind][3], np.random.default_rng([seed, 1 << 20])
     shapes: dict[str, tuple[int, ...]] = {
         "embed_vision.embedding_projection.weight": (d, 24),
@@ -269,14 +270,10 @@ def _tower_tensors(kind: str, seed: int) -> dict[str, np.ndarray]:
         "vision_tower.encoder.layers.0.self_attn.q_proj.linear.weight": (24, 24),
         "vision_tower.encoder.layers.0.self_attn.q_proj.input_min": (),
     }
+    tensors = {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
     if kind != "dense":
-        shapes |= {
-            "audio_tower.layers.0.self_attn.per_dim_scale": (8,),
-            "audio_tower.output_proj.bias": (24,),
-            "audio_tower.output_proj.weight": (24, 16),
-            "embed_audio.embedding_projection.weight": (d, 24),
-        }
-    return {"model." + name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+        tensors |= tiny_audio_tensors(d, seed=seed)
+    return {f"model.{name}": value for name, value in tensors.items()}
 
 
 def _top_level(kind: str, text_config: dict[str, Any], dtype: str, multimodal: bool) -> dict[str, Any]:
@@ -286,14 +283,14 @@ def _top_level(kind: str, text_config: dict[str, Any], dtype: str, multimodal: b
         architecture = "Gemma3ForCausalLM" if kind == "gemma3" else "Gemma4ForCausalLM"
         return {"architectures": [architecture]} | text_config | common
     vision = {"model_type": "gemma4_vision", "hidden_size": 24, "num_hidden_layers": 1, "dtype": dtype}
-    audio = {"model_type": "gemma4_audio", "hidden_size": 16, "num_hidden_layers": 1, "dtype": dtype}
+    audio = tiny_audio_config() | {"dtype": dtype}
     return {
         "architectures": ["Gemma4ForConditionalGeneration"],
         "audio_config": None if kind == "dense" else audio,
-        "audio_token_id": 258881,
-        "boa_token_id": 256000,
+        "audio_token_id": TOKEN_IDS["audio_token_id"],
+        "boa_token_id": TOKEN_IDS["boa_token_id"],
         "boi_token_id": 255999,
-        "eoa_token_index": 258883,
+        "eoa_token_index": TOKEN_IDS["eoa_token_id"],
         "eoi_token_id": 258882,
         "eos_token_id": [1, 106],
         "image_token_id": 258880,

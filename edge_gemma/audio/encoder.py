@@ -1,0 +1,141 @@
+"""The audio encoder: waveform in, soft tokens out, a whole clip or as it arrives.
+
+Owns: the ONNX session, a stream's state and its steps. Does not know: where samples come from, what the decoder does
+with soft tokens, how the graph computes (export/audio_graph.py).
+
+One graph serves both: the encoder is causal but for three frames, so that a clip is a stream fed all at once, in long
+steps. Token t is final once 640 (t + 1) + 1 samples are there.
+"""
+
+from typing import Any
+
+import numpy as np
+
+from edge_gemma.audio.features import (
+    FRAMES_PER_TOKEN,
+    MAX_SAMPLES,
+    MEL_BINS,
+    SAMPLE_RATE,
+    SAMPLES_PER_TOKEN,
+    MelStream,
+    checked,
+)
+from edge_gemma.errors import ModelFolderError, UsageError
+from edge_gemma.model_folder import AUDIO_STREAM, ModelFolder
+
+TOKEN_MS = SAMPLES_PER_TOKEN * 1000 // SAMPLE_RATE  # 40
+_LONG_STEP = 96  # tokens of a step where there is a whole clip to encode
+_STATE = ("mel", "conv", "key", "value", "glu")
+
+
+class AudioEncoder:
+    """A loaded encoder; streams share it. Not for two threads at a time."""
+
+    def __init__(self, session: Any, hidden_size: int) -> None:
+        self._session = session
+        self.hidden_size = hidden_size  # D: elements of a soft token
+        shapes = {item.name: item.shape for item in session.get_inputs()}
+        self._state_shapes = {name: tuple(shapes[f"past_{name}"]) for name in _STATE}
+        self._names = [item.name for item in session.get_outputs()]
+
+    @classmethod
+    def load(cls, folder: ModelFolder, threads: int) -> "AudioEncoder":
+        """Load the folder's encoder. Raises UsageError if it has none, ModelFolderError if it cannot be loaded."""
+        if folder.audio is None:
+            raise UsageError(f"{folder.path} has no audio tower: export a model that has, without --no-audio")
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.log_severity_level = 3  # errors
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # the decoder wants the cores too
+        path = folder.path / AUDIO_STREAM
+        try:
+            session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+            return cls(session, folder.config.hidden_size)
+        except (RuntimeError, KeyError) as error:  # onnxruntime's own exceptions are RuntimeErrors
+            raise ModelFolderError(f"{path} cannot be loaded: {' '.join(str(error).split())[:300]}") from None
+
+    def encode(self, samples: np.ndarray) -> np.ndarray:
+        """Soft tokens of a whole clip: float32 [features.token_count(n), hidden_size]; none for less than 161 samples.
+
+        samples: float32 [n] at SAMPLE_RATE, n <= MAX_SAMPLES. Raises UsageError for anything else.
+        """
+        samples = checked(samples)
+        if len(samples) > MAX_SAMPLES:
+            raise UsageError(
+                f"the clip has {len(samples) / SAMPLE_RATE:.1f} s, expected at most {MAX_SAMPLES // SAMPLE_RATE}: "
+                "cut it into segments"
+            )
+        stream = AudioStream(self, _LONG_STEP)
+        return np.concatenate([stream.feed(samples), stream.finish()])
+
+    def stream(self, step_ms: int = 160) -> "AudioStream":
+        """A new stream, encoded `step_ms` (a multiple of 40) at a time: shorter steps answer sooner and cost more."""
+        tokens, rest = divmod(step_ms, TOKEN_MS)
+        if rest or tokens < 1:
+            raise UsageError(f"a step of {step_ms} ms was asked for, expected a multiple of {TOKEN_MS}")
+        return AudioStream(self, tokens)
+
+    def initial_state(self) -> dict[str, np.ndarray]:
+        state = {f"past_{name}": np.zeros(shape, np.float32) for name, shape in self._state_shapes.items()}
+        return state | {"history": np.zeros(1, np.int64)}
+
+    def step(self, mel: np.ndarray, valid: int, state: dict[str, np.ndarray]) -> np.ndarray:
+        """Encode frames and move `state` on. mel: float32 [4 n, MEL_BINS], its first `valid` rows are frames.
+
+        Returns float32 [n, hidden_size]. After a step with invalid frames the state is of no use.
+        """
+        if self._session is None:
+            raise UsageError("the audio encoder was released: take engine.audio again")
+        mask = np.arange(len(mel))[None] < valid
+        outputs = self._session.run(None, {"input_features": mel[None], "input_features_mask": mask} | state)
+        named = dict(zip(self._names, outputs, strict=True))
+        state |= {f"past_{name}": named[f"present_{name}"] for name in _STATE}
+        most = self._state_shapes["key"][1]
+        state["history"] = np.minimum(state["history"] + len(mel) // FRAMES_PER_TOKEN, most)
+        return named["audio_features"][0]
+
+    def close(self) -> None:
+        """Give the memory back."""
+        self._session = None
+
+
+class AudioStream:
+    """One clip as it arrives. `feed` and `finish` return soft tokens, float32 [t, hidden_size], that became final."""
+
+    def __init__(self, encoder: AudioEncoder, tokens_per_step: int) -> None:
+        self._encoder = encoder
+        self._step = tokens_per_step * FRAMES_PER_TOKEN  # frames
+        self._features = MelStream()
+        self._mel = np.zeros((0, MEL_BINS), np.float32)  # frames not yet encoded
+        self._state = encoder.initial_state()
+        self._finished = False
+
+    def feed(self, samples: np.ndarray) -> np.ndarray:
+        """Append samples: float32 [n] at SAMPLE_RATE, any n. Raises UsageError for other arrays, or after `finish`."""
+        self._check_open()
+        self._mel = np.concatenate([self._mel, self._features.feed(samples)])
+        ready = len(self._mel) // self._step * self._step
+        return self._encode(ready)
+
+    def finish(self) -> np.ndarray:
+        """The clip has ended: what is left of it."""
+        self._check_open()
+        self._finished = True
+        return self._encode(len(self._mel))
+
+    def _check_open(self) -> None:
+        if self._finished:
+            raise UsageError("the audio stream has ended: begin another")
+
+    def _encode(self, frames: int) -> np.ndarray:
+        """Encode that many frames, in long steps where many are waiting."""
+        ready, self._mel = self._mel[:frames], self._mel[frames:]
+        tokens = [np.zeros((0, self._encoder.hidden_size), np.float32)]
+        longest = max(self._step, _LONG_STEP * FRAMES_PER_TOKEN)
+        for start in range(0, frames, longest):
+            mel = ready[start : start + longest]
+            missing = -len(mel) % FRAMES_PER_TOKEN  # only at the clip's end
+            tokens.append(self._encoder.step(np.pad(mel, ((0, missing), (0, 0))), len(mel), self._state))
+        return np.concatenate(tokens)

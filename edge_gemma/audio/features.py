@@ -1,0 +1,92 @@
+"""Waveform to log-mel features, all at once or as samples arrive.
+
+Owns: the front end's constants and arithmetic. Does not know: files, sample rates other than 16 kHz, the encoder.
+
+Source: transformers 5.23 `feature_extraction_gemma4.py`. 20 ms frames every 10 ms, half a frame of zeros in front
+("semicausal"), periodic Hann window, magnitude (not power) spectrum of 512 points, 128 triangular HTK mel filters
+without area norm, ln(mel + 0.001). No dither, pre-emphasis or normalisation.
+"""
+
+from functools import cache
+
+import numpy as np
+
+from edge_gemma.errors import UsageError
+
+SAMPLE_RATE = 16_000  # Hz
+MEL_BINS = 128
+FRAME = SAMPLE_RATE * 20 // 1000  # samples under the window: 320
+HOP = SAMPLE_RATE * 10 // 1000  # samples from frame to frame: 160
+FFT = 512  # points; a frame is padded with zeros on the right
+LEFT_PAD = FRAME // 2  # zeros before the first sample
+NEEDED = FRAME + 1  # a frame counts once one sample beyond its window exists
+MEL_FLOOR = 0.001  # added to the magnitudes before the logarithm
+
+FRAMES_PER_TOKEN = 4  # two convolutions of stride 2 in the encoder
+SAMPLES_PER_TOKEN = FRAMES_PER_TOKEN * HOP  # 640: a soft token every 40 ms
+MAX_SAMPLES = 30 * SAMPLE_RATE  # what the model was trained on; longer clips are cut by whoever makes segments
+
+
+def frame_count(samples: int) -> int:
+    """Frames of a clip of that many samples: 16,000 samples have 99."""
+    return max(0, (samples + LEFT_PAD - NEEDED) // HOP + 1)
+
+
+def token_count(samples: int) -> int:
+    """Soft tokens of a clip of that many samples: a fourth of its frames, rounded up twice by halves."""
+    return -(-frame_count(samples) // FRAMES_PER_TOKEN)
+
+
+@cache
+def window() -> np.ndarray:
+    """The periodic Hann window: float32 [FRAME]."""
+    return (0.5 - 0.5 * np.cos(2 * np.pi * np.arange(FRAME) / FRAME)).astype(np.float32)
+
+
+@cache
+def mel_filters() -> np.ndarray:
+    """float64 [FFT / 2 + 1, MEL_BINS]: triangles between 130 edges equally spaced in mel, 2595 log10(1 + Hz / 700).
+
+    The first triangle lies between two bins of the spectrum and is empty: feature 0 is always ln(MEL_FLOOR).
+    """
+    top = 2595 * np.log10(1 + SAMPLE_RATE / 2 / 700)
+    edges = 700 * (10 ** (np.linspace(0, top, MEL_BINS + 2) / 2595) - 1)  # Hz
+    bins = np.linspace(0, SAMPLE_RATE / 2, FFT // 2 + 1)[:, None]  # Hz
+    low, centre, high = edges[:-2], edges[1:-1], edges[2:]
+    return np.maximum(0, np.minimum((bins - low) / (centre - low), (high - bins) / (high - centre)))
+
+
+def checked(samples: np.ndarray) -> np.ndarray:
+    """Mono samples as float32. Raises UsageError for another shape, for integers and for values that are not finite."""
+    samples = np.asarray(samples)
+    if samples.ndim != 1 or samples.dtype.kind != "f":
+        raise UsageError(
+            f"audio is {samples.dtype} of shape {list(samples.shape)}, expected mono floats from -1 to 1"
+        )
+    samples = samples.astype(np.float32, copy=False)
+    if not np.isfinite(samples).all():
+        raise UsageError("the audio has samples that are not finite: it is damaged")
+    return samples
+
+
+class MelStream:
+    """Features of one clip, as its samples arrive. Nothing is left at the end: a frame not whole does not count."""
+
+    def __init__(self) -> None:
+        self._tail = np.zeros(LEFT_PAD, np.float32)  # samples from the start of the next frame on
+
+    def feed(self, samples: np.ndarray) -> np.ndarray:
+        """Append samples, float32 [n] at SAMPLE_RATE. Returns the rows that became final: float32 [f, MEL_BINS]."""
+        audio = np.concatenate([self._tail, checked(samples)])
+        count = max(0, (len(audio) - NEEDED) // HOP + 1)
+        self._tail = audio[count * HOP :]
+        if not count:
+            return np.zeros((0, MEL_BINS), np.float32)
+        frames = np.lib.stride_tricks.sliding_window_view(audio, FRAME)[: count * HOP : HOP]
+        magnitudes = np.abs(np.fft.rfft(frames * window(), FFT))  # [f, FFT / 2 + 1]
+        return np.log(magnitudes @ mel_filters() + MEL_FLOOR).astype(np.float32)
+
+
+def log_mel(samples: np.ndarray) -> np.ndarray:
+    """The features of a whole clip, float32 [n] at SAMPLE_RATE: float32 [frame_count(n), MEL_BINS]."""
+    return MelStream().feed(samples)

@@ -1,0 +1,295 @@
+"""The conformer as ONNX graphs: one for whole clips, one for a step of a stream, both over the same weights.
+
+Owns: the arithmetic of both graphs. Does not know: where the weights come from (audio_tower.py), how a linear layer
+stores its weights (audio_linear.py).
+
+Batch: input_features float32 [B, F, 128], input_features_mask bool [B, F] -> audio_features float32 [tokens, D], the
+valid tokens of all clips in order. Attention runs in blocks of _BLOCK queries over _BLOCK + band - 1 keys.
+Stream: the same names for a step of B = 1 and F = 4 n frames, and the state in (past_*) and out (present_*):
+    mel [1, 1, 128], conv [1, 1, 64, 128]    the last row that each convolution has used: zeros at the start
+    key, value [layers, band - 1, H], glu [layers, kernel - 1, H], history int64 [1]: how many keys are there
+A clip's last step is filled up with invalid frames; its tokens beyond a fourth of the valid ones mean nothing.
+
+Source: transformers 5.23 `modeling_gemma4.py`, classes Gemma4Audio*. The clamps at +-gradient_clipping (1e10) never
+bind and are left out. Linear layers clamp to their calibrated bounds: that is part of the function.
+"""
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+
+from edge_gemma.export.audio_tower import MEL_BINS, AudioTower
+from edge_gemma.export.onnx_graph import ExternalData, Graph
+
+Linear = Callable[[Graph, str, str], str]  # (graph, input, name of the layer) -> output
+_BLOCK = 24  # queries that share a block of keys in the batch graph
+_MASKED = -1e9  # attention_invalid_logits_value
+
+
+def relative_keys(tower: AudioTower, layer: int, band: int) -> np.ndarray:
+    """float32 [heads, head_dim, band]: relative_k_proj of the sinusoids of distances band - 1, ..., 0."""
+    c = tower.config
+    scales = np.exp(np.arange(c.hidden_size // 2) * -(math.log(1e4) / max(c.hidden_size // 2 - 1, 1)))
+    angles = np.arange(band - 1, -1, -1)[:, None] * scales
+    sinusoids = np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
+    keys = sinusoids @ tower.tensor(f"audio_tower.layers.{layer}.self_attn.relative_k_proj.weight").T.astype(np.float64)
+    return keys.reshape(band, c.num_attention_heads, c.head_dim).transpose(1, 2, 0).astype(np.float32)
+
+
+class AudioGraph:
+    """One of the two graphs. `build` gives its bytes; weights go to `data`."""
+
+    def __init__(self, tower: AudioTower, data: ExternalData, linear: Linear, band: int, *, streaming: bool) -> None:
+        self.tower, self.config, self.band, self.streaming = tower, tower.config, band, streaming
+        self._linear = linear
+        self.g = Graph(data)
+
+    def build(self) -> bytes:
+        g, c = self.g, self.config
+        batch = 1 if self.streaming else "batch"
+        features = g.input("input_features", np.float32, [batch, "frames", MEL_BINS])
+        valid = g.input("input_features_mask", np.bool_, [batch, "frames"])
+        past = self._state_inputs() if self.streaming else {}
+        x = self._subsample(features, valid, past)
+        self._tokens = g.slice(g.node("Shape", x), 1, 2, 0)  # int64 [1]: T
+        self._prepare_attention(past)
+        present: dict[str, list[str]] = {"key": [], "value": [], "glu": []}
+        for i in range(c.num_hidden_layers):
+            x = self._block(x, i, {name: layers[i] for name, layers in past.items() if name in present}, present)
+        x = self._project(x)
+        if self.streaming:
+            for name, layers in present.items():
+                rows = c.conv_kernel_size - 1 if name == "glu" else self.band - 1
+                stacked = g.concat(*layers, axis=0)
+                g.output(f"present_{name}", stacked, np.float32, [c.num_hidden_layers, rows, c.hidden_size])
+        else:
+            kept = g.reshape(g.slice(valid, 0, None, 1, 4), -1)
+            x = g.node("Compress", g.reshape(x, -1, self.tower.text_hidden_size), kept, axis=0)
+        tokens = [1, "tokens"] if self.streaming else ["tokens"]
+        g.output("audio_features", x, np.float32, [*tokens, self.tower.text_hidden_size])
+        return g.model("audio_encoder_stream" if self.streaming else "audio_encoder")
+
+    def _state_inputs(self) -> dict[str, list[str]]:
+        """{name: one value, or one a layer}."""
+        g, c = self.g, self.config
+        depth, h = c.num_hidden_layers, c.hidden_size
+        state = {
+            "mel": [g.input("past_mel", np.float32, [1, 1, MEL_BINS])],
+            "conv": [g.input("past_conv", np.float32, [1, 1, MEL_BINS // 2, c.subsampling_conv_channels[0]])],
+            "history": [g.input("history", np.int64, [1])],
+        }
+        for name, rows in (("key", self.band - 1), ("value", self.band - 1), ("glu", c.conv_kernel_size - 1)):
+            value = g.input(f"past_{name}", np.float32, [depth, rows, h])
+            layers = g.nodes("Split", value, outputs=depth, axis=0, num_outputs=depth) if depth > 1 else [value]
+            state[name] = layers
+        return state
+
+    # Sub-sampling: two convolutions of stride 2, [B, F, 128] -> [B, T, H]
+
+    def _subsample(self, features: str, valid: str, past: dict[str, list[str]]) -> str:
+        g, name = self.g, "audio_tower.subsample_conv_projection"
+        mask = g.node("Cast", valid, to=1)
+        x = g.node("Mul", features, g.node("Unsqueeze", mask, g.constant([2], np.int64)))
+        if past:
+            g.output("present_mel", g.slice(x, -1, None, 1), np.float32, [1, 1, MEL_BINS])
+            x = g.concat(past["mel"][0], x, axis=1)
+        x = self._convolution(g.node("Unsqueeze", x, g.constant([1], np.int64)), f"{name}.layer0")
+        rows = g.node("Unsqueeze", g.slice(mask, 0, None, 1, 2), g.constant([2, 3], np.int64))
+        x = g.node("Mul", x, rows)  # an invalid row is zero, not the convolution of zeros beside valid ones
+        if past:
+            channels = self.config.subsampling_conv_channels[0]
+            g.output("present_conv", g.slice(x, -1, None, 1), np.float32, [1, 1, MEL_BINS // 2, channels])
+            x = g.concat(past["conv"][0], x, axis=1)
+        x = self._convolution(g.node("Transpose", x, perm=[0, 3, 1, 2]), f"{name}.layer1")
+        x = g.reshape(x, 0, 0, -1)  # frequency outer, channel inner
+        return self._dense(x, f"{name}.input_proj_linear")
+
+    def _convolution(self, x: str, name: str) -> str:
+        """[B, channels, rows, bins] -> [B, rows / 2, bins / 2, channels]: convolution, LayerNorm, ReLU."""
+        g, before = self.g, 0 if self.streaming else 1  # in a stream the row before is there
+        w = g.weight(f"{name}.conv.weight", lambda: self.tower.tensor(f"{name}.conv.weight"))
+        x = g.node("Conv", x, w, kernel_shape=[3, 3], strides=[2, 2], pads=[before, 1, before, 1])
+        norm = g.weight(f"{name}.norm.weight", lambda: self.tower.tensor(f"{name}.norm.weight"))
+        x = g.node("Transpose", x, perm=[0, 2, 3, 1])
+        return g.node("Relu", g.node("LayerNormalization", x, norm, axis=-1, epsilon=self.config.rms_norm_eps))
+
+    # The conformer block
+
+    def _block(self, x: str, i: int, past: dict[str, str], present: dict[str, list[str]]) -> str:
+        g, at = self.g, f"audio_tower.layers.{i}"
+        x = self._feed_forward(x, f"{at}.feed_forward1")
+        y = self._attention(self._norm(x, f"{at}.norm_pre_attn"), i, past, present)
+        x = g.node("Add", x, self._norm(y, f"{at}.norm_post_attn"))
+        x = g.node("Add", x, self._light_convolution(x, f"{at}.lconv1d", past, present))
+        x = self._feed_forward(x, f"{at}.feed_forward2")
+        return self._norm(x, f"{at}.norm_out")
+
+    def _feed_forward(self, x: str, at: str) -> str:
+        y = self._clipped(self._norm(x, f"{at}.pre_layer_norm"), f"{at}.ffw_layer_1")
+        y = self._clipped(self._silu(y), f"{at}.ffw_layer_2")
+        return self.g.node("Add", x, self._norm(y, f"{at}.post_layer_norm", self.config.residual_weight))
+
+    def _light_convolution(self, x: str, at: str, past: dict[str, str], present: dict[str, list[str]]) -> str:
+        """Gated linear unit, then a causal depthwise convolution: c[t] = sum_j w[j] g[t - taps + 1 + j]."""
+        g, taps, h = self.g, self.config.conv_kernel_size, self.config.hidden_size
+        z = self._clipped(self._norm(x, f"{at}.pre_layer_norm"), f"{at}.linear_start")
+        value, gate = g.nodes("Split", z, outputs=2, axis=-1, num_outputs=2)
+        rows = self._with_past(g.node("Mul", value, g.node("Sigmoid", gate)), "glu", taps - 1, past, present)
+        w = g.weight(
+            f"{at}.depthwise_conv1d.taps",
+            lambda: self.tower.tensor(f"{at}.depthwise_conv1d.weight").reshape(h, taps).T,
+        )
+        c = ""
+        for j in range(taps):
+            tap = g.slice(rows, j, j - taps + 1 if j < taps - 1 else None, 1)
+            term = g.node("Mul", tap, g.slice(w, j, j + 1, 0))
+            c = g.node("Add", c, term) if c else term
+        return self._clipped(self._silu(self._norm(c, f"{at}.conv_norm")), f"{at}.linear_end")
+
+    # Attention
+
+    def _prepare_attention(self, past: dict[str, list[str]]) -> None:
+        """What all layers share: sizes, and the mask float32 [blocks, 1, queries, keys] that is added to scores."""
+        g, left = self.g, self.band - 1
+        one = g.constant([1], np.int64)
+        if self.streaming:
+            self._queries, blocks = self._tokens, one
+        else:
+            self._queries = g.constant([_BLOCK], np.int64)
+            blocks = g.node("Div", g.node("Add", self._tokens, g.constant([_BLOCK - 1], np.int64)), self._queries)
+            self._padding = g.node("Sub", g.node("Mul", blocks, self._queries), self._tokens)
+        self._keys = g.node("Add", self._queries, g.constant([left], np.int64))
+        zero, step = g.constant(0, np.int64), g.constant(1, np.int64)
+        scalar = g.constant([0], np.int64)
+        rows, columns, starts = (
+            g.node("Range", zero, g.node("Squeeze", size, scalar), step) for size in (self._queries, self._keys, blocks)
+        )
+        ahead = g.node("Sub", columns, g.node("Unsqueeze", rows, one))  # [queries, keys]: band - 1 - distance
+        within = g.node(
+            "And",
+            g.node("GreaterOrEqual", ahead, g.constant([0], np.int64)),
+            g.node("LessOrEqual", ahead, g.constant([left], np.int64)),
+        )
+        position = g.node(
+            "Add", g.node("Mul", g.node("Unsqueeze", starts, one), self._queries), columns
+        )  # [blocks, keys], counted from the oldest row of the past
+        missing = g.constant([left], np.int64)
+        if self.streaming:
+            missing = g.node("Sub", missing, past["history"][0])
+        there = g.node("Unsqueeze", g.node("GreaterOrEqual", position, missing), g.constant([1, 2], np.int64))
+        visible = g.node("And", within, there)  # [blocks, 1, queries, keys]
+        self._mask = g.node("Where", visible, g.constant(0), g.constant(_MASKED))
+        width = g.node("Add", self._keys, one)
+        heads = g.constant([self.config.num_attention_heads], np.int64)
+        keep = g.constant([0, 0], np.int64)
+        self._shift = (  # paddings, flat length, shape of the shifted scores
+            g.concat(g.constant([0] * 9, np.int64), g.node("Sub", width, g.constant([self.band], np.int64)), axis=0),
+            g.node("Mul", self._queries, self._keys),
+            g.concat(keep, heads, self._queries, self._keys, axis=0),
+        )
+
+    def _attention(self, y: str, i: int, past: dict[str, str], present: dict[str, list[str]]) -> str:
+        """softmax(50 tanh((q k_u + q r_{t - u}) / 50)) v over the band; q and r carry every scale."""
+        g, c, at = self.g, self.config, f"audio_tower.layers.{i}.self_attn"
+        heads, hd, left = c.num_attention_heads, c.head_dim, self.band - 1
+        q, k, v = (self._clipped(y, f"{at}.{name}_proj") for name in "qkv")
+        k_scale = math.log(1 + math.e) / math.log(2)
+        cap = c.attention_logit_cap
+
+        def query_scale() -> np.ndarray:  # of all heads, the keys' scale and the cap's division included
+            softplus = np.logaddexp(0, self.tower.tensor(f"{at}.per_dim_scale").astype(np.float64))
+            return np.tile(softplus * hd**-0.5 / math.log(2) * k_scale / cap, heads).astype(np.float32)
+
+        q = g.node("Mul", q, g.weight(f"{at}.query_scale", query_scale))
+        k, v = (self._with_past(rows, name, left, past, present) for rows, name in ((k, "key"), (v, "value")))
+        if not self.streaming:
+            q, k, v = (self._pad_end(rows) for rows in (q, k, v))
+        blocks = (1, -1) if self.streaming else (-1, _BLOCK)
+        q = g.node("Transpose", g.reshape(q, 0, *blocks, heads, hd), perm=[0, 1, 3, 2, 4])
+        k = g.node("Transpose", self._contexts(k), perm=[0, 1, 3, 4, 2])
+        v = g.node("Transpose", self._contexts(v), perm=[0, 1, 3, 2, 4])
+        relative = g.weight(
+            f"{at}.relative_keys", lambda: relative_keys(self.tower, i, self.band) / np.float32(k_scale)
+        )
+        scores = g.node("Add", g.node("MatMul", q, k), self._shifted(g.node("MatMul", q, relative)))
+        scores = g.node("Mul", g.node("Tanh", scores), g.constant(cap))
+        weights = g.node("Softmax", g.node("Add", scores, self._mask), axis=-1)
+        a = g.node("Transpose", g.node("MatMul", weights, v), perm=[0, 1, 3, 2, 4])
+        a = g.reshape(a, 0, -1, c.hidden_size)
+        if not self.streaming:
+            a = g.slice(a, 0, self._tokens, 1)
+        return self._clipped(a, f"{at}.post")
+
+    def _pad_end(self, rows: str) -> str:
+        g = self.g
+        zeros = g.constant([0, 0, 0, 0], np.int64)
+        return g.node("Pad", rows, g.concat(zeros, self._padding, g.constant([0], np.int64), axis=0))
+
+    def _contexts(self, rows: str) -> str:
+        """[B, past + T, H] -> [B, blocks, keys, heads, hd]: each block's keys, band - 1 of them from before it."""
+        g, heads, hd, left = self.g, self.config.num_attention_heads, self.config.head_dim, self.band - 1
+        if self.streaming:
+            return g.reshape(rows, 0, 1, -1, heads, hd)
+        # block b holds rows b * BLOCK to (b + 1) * BLOCK + left: the block itself and the start of the next
+        rows = g.node("Pad", rows, g.constant([0, 0, 0, 0, _BLOCK - left, 0], np.int64))
+        blocks = g.reshape(rows, 0, -1, _BLOCK, heads, hd)
+        return g.concat(g.slice(blocks, 0, -1, 1), g.slice(g.slice(blocks, 1, None, 1), 0, left, 2), axis=2)
+
+    def _shifted(self, scores: str) -> str:
+        """[B, blocks, heads, queries, band] by distance -> [..., queries, keys] by key: row a moves right by a.
+
+        Padded to keys + 1 columns and read with rows of `keys`, every row begins one further left than the one before
+        (Transformer-XL, appendix B). What turns up outside the band is masked.
+        """
+        g = self.g
+        pads, length, shape = self._shift
+        flat = g.reshape(g.node("Pad", scores, pads), 0, 0, 0, -1)
+        return g.node("Reshape", g.slice(flat, 0, length, 3), shape)
+
+    def _with_past(self, rows: str, name: str, count: int, past: dict[str, str], present: dict[str, list[str]]) -> str:
+        """`count` rows of the past before `rows` [B, T, H]; zeros in the batch graph."""
+        g = self.g
+        if not self.streaming:
+            return g.node("Pad", rows, g.constant([0, count, 0, 0, 0, 0], np.int64))
+        rows = g.concat(past[name], rows, axis=1)
+        present[name].append(g.slice(rows, -count, None, 1))
+        return rows
+
+    # Pieces
+
+    def _project(self, x: str) -> str:
+        """output_proj, a norm without weight, the projection to the decoder's width."""
+        g, name = self.g, "audio_tower.output_proj"
+        bias = g.weight(f"{name}.bias", lambda: self.tower.tensor(f"{name}.bias"))
+        x = g.node("Add", self._dense(x, name), bias)
+        return self._dense(self._rms(x), "embed_audio.embedding_projection")
+
+    def _rms(self, x: str) -> str:
+        """x / sqrt(mean(x^2) + eps), in the shape that runtimes recognise and fuse."""
+        g = self.g
+        mean = g.node("ReduceMean", g.node("Pow", x, g.constant(2)), g.constant([-1], np.int64), keepdims=1)
+        return g.node("Div", x, g.node("Sqrt", g.node("Add", mean, g.constant(self.config.rms_norm_eps))))
+
+    def _norm(self, x: str, name: str, factor: float = 1.0) -> str:
+        w = self.g.weight(f"{name}.weight", lambda: self.tower.tensor(f"{name}.weight") * np.float32(factor))
+        return self.g.node("Mul", self._rms(x), w)
+
+    def _silu(self, x: str) -> str:
+        return self.g.node("Mul", x, self.g.node("Sigmoid", x))
+
+    def _clipped(self, x: str, name: str) -> str:
+        """A linear layer between its input's and its output's bounds; a bound that is infinite is not there."""
+        low, high, out_low, out_high = self.tower.clip(name)
+        return self._clip(self._linear(self.g, self._clip(x, low, high), f"{name}.linear"), out_low, out_high)
+
+    def _clip(self, x: str, low: float, high: float) -> str:
+        if math.isinf(low) and math.isinf(high):
+            return x
+        bounds = ["" if math.isinf(bound) else self.g.constant(bound) for bound in (low, high)]
+        return self.g.node("Clip", x, *bounds)
+
+    def _dense(self, x: str, name: str) -> str:
+        """x W^T in float32."""
+        w = self.g.weight(f"{name}.weight", lambda: self.tower.tensor(f"{name}.weight").T)
+        return self.g.node("MatMul", x, w)
