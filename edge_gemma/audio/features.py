@@ -60,9 +60,7 @@ def checked(samples: np.ndarray) -> np.ndarray:
     """Mono samples as float32. Raises UsageError for another shape, for integers and for values that are not finite."""
     samples = np.asarray(samples)
     if samples.ndim != 1 or samples.dtype.kind != "f":
-        raise UsageError(
-            f"audio is {samples.dtype} of shape {list(samples.shape)}, expected mono floats from -1 to 1"
-        )
+        raise UsageError(f"audio is {samples.dtype} of shape {list(samples.shape)}, expected mono floats from -1 to 1")
     samples = samples.astype(np.float32, copy=False)
     if not np.isfinite(samples).all():
         raise UsageError("the audio has samples that are not finite: it is damaged")
