@@ -73,12 +73,17 @@ def new_folder(dest: Path, *, force: bool = False) -> Iterator[Path]:
         if dest.exists() and (not force or not dest.is_dir()):
             raise UsageError(f"{dest} exists already: choose another name, or --force to replace a model folder")
         yield aside
-        for path in aside.iterdir():
+        folders = [aside]
+        for path in aside.rglob("*"):
+            if path.is_dir():
+                folders.append(path)
+                continue
             with path.open("rb") as file:
                 os.fsync(file.fileno())
                 # what was written piece by piece lies in the cache in small pages: the first to read it gets large ones
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        sync_folder(aside)
+        for folder in reversed(folders):
+            sync_folder(folder)
         _rename(aside, dest)
 
 

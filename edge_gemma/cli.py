@@ -91,6 +91,9 @@ _threads = click.option(
 _context = click.option(
     "--context", type=click.IntRange(1), metavar="N", help="Tokens the model can look back on [default: 4096]."
 )
+_backend = click.option(
+    "--backend", type=click.Choice(["onnx"]), help="Run a folder made by export --onnx with onnxruntime, to compare."
+)
 _force = click.option("--force", is_flag=True, help="Replace DEST if it is a model folder already.")
 _memory_limit = click.option(
     "--memory-limit", type=click.IntRange(1), metavar="MB", help="Refuse a model that would need more memory than this."
@@ -114,19 +117,25 @@ _thinking = _options(
 )
 
 
-def load_engine(model: str | None, *, context: int | None = None, threads: int | None = None) -> "Engine":
+def load_engine(
+    model: str | None, *, context: int | None = None, threads: int | None = None, backend: str | None = None
+) -> "Engine":
     """The model that -m means, converted first where it has to be."""
     from edge_gemma import kernels
     from edge_gemma.engine import Engine
 
     path = _resolve(model)
     kernels.announce_compiling(_tell_compiling)
-    return Engine.load(path, context=context, threads=threads)
+    return Engine.load(path, context=context, threads=threads, backend=backend)
 
 
 def _load(model: str | None, options: dict[str, Any]) -> "Engine":
-    _check_memory(model, options["context"], options["memory_limit"])
-    return load_engine(model, context=options["context"], threads=options["threads"])
+    backend = options.get("backend")
+    if backend is None:
+        _check_memory(model, options["context"], options["memory_limit"])
+    elif options["memory_limit"] is not None:
+        raise UsageError("--memory-limit does not go with --backend: what onnxruntime will need is not known before")
+    return load_engine(model, context=options["context"], threads=options["threads"], backend=backend)
 
 
 def _check_memory(model: str | None, context: int | None, memory_limit: int | None) -> None:
@@ -203,6 +212,7 @@ def chat(model: str | None, session_file: Path | None, **options: Any) -> None:
 @_context
 @_memory_limit
 @_threads
+@_backend
 @_json
 def run(model: str | None, prompt: str, raw: bool, as_json: bool, **options: Any) -> None:
     """Answer one PROMPT, or what stands on standard input (-).
@@ -256,27 +266,37 @@ def _result_json(result: Any) -> dict[str, Any]:
 @cli.command()
 @click.argument("source", type=click.Path(path_type=Path))
 @click.argument("dest", type=click.Path(path_type=Path))
-@click.option("--recipe", default="q4", show_default=True, metavar="q4|q8|q2|float", help="How weights are stored.")
+@click.option("--recipe", metavar="q4|q8|q2|float", help="How weights are stored [default: q4].")
+@click.option("--onnx", "as_onnx", is_flag=True,
+              help="Write ONNX graphs for onnxruntime. SOURCE may be a model folder too, which keeps its weights; "
+              "--recipe may be float16 too.")  # fmt: skip
 @click.option("--no-audio", is_flag=True, help="Leave the audio tower out.")
 @_force
-def export(source: Path, dest: Path, recipe: str, no_audio: bool, force: bool) -> None:
+def export(source: Path, dest: Path, recipe: str | None, as_onnx: bool, no_audio: bool, force: bool) -> None:
     """Convert SOURCE, a checkpoint folder or a GGUF file, to the model folder DEST.
 
     \b
     edge-gemma export ~/gemma-4-E2B-it ./gemma-4-e2b
     edge-gemma export model.gguf ./model --recipe q8
+    edge-gemma export ./model ./model-onnx --onnx
     """
     from edge_gemma.export.convert import export_checkpoint
+    from edge_gemma.export.onnx_folder import FLOAT16, export_onnx
     from edge_gemma.quant.recipes import RECIPES, TRAINED_RECIPES
     from edge_gemma.terminal import progress_bar
 
-    if recipe not in RECIPES | TRAINED_RECIPES:
-        raise click.BadParameter(f"{recipe!r} is not one of {', '.join(RECIPES)}.", param_hint="'--recipe'")
+    known = {*RECIPES, *TRAINED_RECIPES, *([FLOAT16] if as_onnx else [])}
+    if recipe is not None and recipe not in known:
+        choices = ", ".join([*RECIPES, FLOAT16] if as_onnx else RECIPES)
+        raise click.BadParameter(f"{recipe!r} is not one of {choices}.", param_hint="'--recipe'")
     if not source.exists():
         raise UsageError(f"{source} does not exist: expected a checkpoint folder or a GGUF file")
     with progress_bar("exporting") as progress:
-        folder = export_checkpoint(source, dest, recipe, audio=not no_audio, force=force, progress=progress)
-    _say_written(folder, recipe)
+        if as_onnx:
+            folder = export_onnx(source, dest, recipe, audio=not no_audio, force=force, progress=progress)
+        else:
+            folder = export_checkpoint(source, dest, recipe or "q4", audio=not no_audio, force=force, progress=progress)
+    _say_written(folder)
 
 
 @cli.command()
@@ -298,7 +318,7 @@ def synth(size: str, dest: Path, recipe: str, seed: int, audio: bool, force: boo
 
     with progress_bar("writing") as progress:
         folder = synthesize(size, dest, recipe, audio=audio, seed=seed, force=force, progress=progress)
-    _say_written(folder, recipe)
+    _say_written(folder)
 
 
 @cli.command()
@@ -358,8 +378,11 @@ def verify(model: str | None, as_json: bool) -> None:
     "--context", type=click.IntRange(4), default=512, show_default=True, metavar="N", help="Window in tokens."
 )
 @_threads
+@_backend
 @_json
-def perplexity(model: str | None, file: Path, context: int, threads: int | None, as_json: bool) -> None:
+def perplexity(
+    model: str | None, file: Path, context: int, threads: int | None, backend: str | None, as_json: bool
+) -> None:
     """How well a model predicts the text in FILE: lower is better.
 
     \b
@@ -371,7 +394,7 @@ def perplexity(model: str | None, file: Path, context: int, threads: int | None,
         text = file.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise UsageError(f"{file} is not UTF-8 text (byte {error.start})") from None
-    engine = load_engine(model, threads=threads)
+    engine = load_engine(model, threads=threads, backend=backend)
     from edge_gemma.quant import score
 
     ids = engine.tokenizer.encode(text)
@@ -414,8 +437,9 @@ def bench(model: str | None, as_json: bool, memory_limit: int | None, **options:
         benchmark.print_table(result)
 
 
-def _say_written(folder: Path, recipe: str) -> None:
-    size = sum(path.stat().st_size for path in folder.iterdir())
+def _say_written(folder: Path) -> None:
+    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    recipe = json.loads((folder / "manifest.json").read_bytes())["recipe"]
     click.echo(f"wrote {folder}: {size / 1e6:.1f} MB, recipe {recipe}", err=True)
 
 

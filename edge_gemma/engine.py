@@ -31,6 +31,15 @@ class Engine:
 
         if kv_dtype not in (None, "float16", "float32"):
             raise UsageError(f"kv_dtype is {kv_dtype!r}, expected float16 or float32")
+        self._read(folder, context)
+        self._kv_dtype = kv_dtype or "float16"
+        kernels.set_threads(threads)
+        self._threads = kernels.threads()
+        self._weights = bind(folder)
+        self._decoder = Decoder(self.config, self._weights)
+
+    def _read(self, folder: ModelFolder, context: int | None) -> None:
+        """Everything but the weights."""
         self.config: GemmaConfig = folder.config
         self.manifest: dict[str, Any] = folder.manifest
         self.path = folder.path
@@ -45,11 +54,6 @@ class Engine:
         self.chat_template = folder.read_text(TEMPLATE)
         self.generation_config: dict[str, Any] = _generation_config(folder)
         self.context = self._checked_context(context or min(DEFAULT_CONTEXT, self.config.max_position_embeddings))
-        self._kv_dtype = kv_dtype or "float16"
-        kernels.set_threads(threads)
-        self._threads = kernels.threads()
-        self._weights = bind(folder)
-        self._decoder = Decoder(self.config, self._weights)
 
     @classmethod
     def load(
@@ -59,12 +63,20 @@ class Engine:
         context: int | None = None,
         threads: int | None = None,
         kv_dtype: str | None = None,
+        backend: str | None = None,
     ) -> "Engine":
         """Open a model folder, a GGUF file (converted once into the user's cache), or the default model (None).
 
         context: most tokens a session holds, 4096 by default; threads: all cores by default;
-        kv_dtype: "float16" (default) or "float32". Raises EdgeGemmaError subclasses, one line each.
+        kv_dtype: "float16" (default) or "float32"; backend: "onnx" runs a folder that was exported for onnxruntime.
+        Raises EdgeGemmaError subclasses, one line each.
         """
+        if backend == "onnx":
+            from edge_gemma.onnx_backend import OnnxEngine, OnnxFolder
+
+            return OnnxEngine(OnnxFolder.open(models.resolve(model)), context=context, threads=threads)
+        if backend is not None:
+            raise UsageError(f"backend is {backend!r}, expected onnx or none")
         folder = ModelFolder.open(models.resolve(model))
         return cls(folder, context=context, threads=threads, kv_dtype=kv_dtype)
 

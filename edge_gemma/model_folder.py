@@ -40,6 +40,11 @@ from edge_gemma.config import GemmaConfig
 from edge_gemma.errors import ConfigError, ModelFolderError
 
 FORMAT, VERSION = "edge_gemma model folder", 1
+ONNX_FORMAT, ONNX_VERSION = "edge_gemma ONNX folder", 1  # onnx_backend.py
+_HOW_TO_RUN = {
+    FORMAT: " but of a model folder: run it without --backend onnx, or export it with --onnx first",
+    ONNX_FORMAT: " but of an ONNX folder: run it with --backend onnx",
+}
 MANIFEST, WEIGHTS, PER_LAYER = "manifest.json", "weights.safetensors", "embed_tokens_per_layer.safetensors"
 TOKENIZER, TEMPLATE, GENERATION = "tokenizer.model", "chat_template.jinja", "generation_config.json"
 AUDIO_BATCH, AUDIO_STREAM = "audio_encoder.onnx", "audio_encoder_stream.onnx"
@@ -64,8 +69,13 @@ class Part:
     sha256: str = ""
 
     @property
+    def numpy_dtype(self) -> np.dtype[Any]:
+        """16-bit floats are uint16."""
+        return np.dtype(_DTYPES[self.dtype])
+
+    @property
     def nbytes(self) -> int:
-        return math.prod(self.shape) * np.dtype(_DTYPES[self.dtype]).itemsize
+        return math.prod(self.shape) * self.numpy_dtype.itemsize
 
 
 @dataclass(frozen=True)
@@ -130,11 +140,7 @@ class ModelFolder:
     def open(cls, path: Path | str) -> "ModelFolder":
         """Check version, configuration, tensor table and file sizes. Raises ModelFolderError, one line."""
         path = Path(path)
-        manifest = _read_manifest(path)
-        try:
-            config = GemmaConfig.from_text_config(_field(manifest, "config", dict))
-        except ConfigError as error:
-            raise ModelFolderError(f"{path / MANIFEST}: {error}") from None
+        manifest, config = read_manifest(path, FORMAT, VERSION)
         tensors = {
             name: _read_tensor(name, entry) for name, entry in _field(manifest, "tensors", dict).items()
         }  # fmt: skip
@@ -157,7 +163,7 @@ class ModelFolder:
     def _check_files(self) -> None:
         sizes = _field(self.manifest, "files", dict)
         for name, entry in sizes.items():
-            if name != os.path.basename(name) or not isinstance(entry, dict):
+            if not self._may_hold(name) or not isinstance(entry, dict):
                 raise ModelFolderError(f"{self.path}: the manifest names the file {name!r}, expected a plain name")
             expected = _field(entry, "bytes", int)
             try:
@@ -174,6 +180,9 @@ class ModelFolder:
             end = part.offset + part.nbytes
             if part.file not in sizes or part.offset < 0 or part.offset % ALIGNMENT or end > sizes[part.file]["bytes"]:
                 raise ModelFolderError(f"{self.path}: {name} lies at bytes {part.offset} to {end}, outside {part.file}")
+
+    def _may_hold(self, name: str) -> bool:
+        return name == os.path.basename(name)
 
     def parts(self) -> Iterator[tuple[str, Part]]:
         for name, tensor in self.tensors.items():
@@ -234,9 +243,7 @@ class MappedFiles:
             with (self._path / part.file).open("rb") as file:
                 self._maps[part.file] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
             _read_in_order(self._maps[part.file])
-        flat = np.frombuffer(
-            self._maps[part.file], _DTYPES[part.dtype], count=math.prod(part.shape), offset=part.offset
-        )
+        flat = np.frombuffer(self._maps[part.file], part.numpy_dtype, count=math.prod(part.shape), offset=part.offset)
         return flat.reshape(part.shape)
 
 
@@ -269,25 +276,31 @@ def tensor_entry(tensor: Tensor) -> dict[str, Any]:
     return entry | {"parts": {key: asdict(part) | {"bytes": part.nbytes} for key, part in tensor.parts.items()}}
 
 
-def _read_manifest(path: Path) -> dict[str, Any]:
-    file = path / MANIFEST
+def read_manifest(path: Path, kind: str, version: int) -> tuple[dict[str, Any], GemmaConfig]:
+    """The manifest of a folder of this kind and version, and its configuration. Raises ModelFolderError."""
+    file, name = path / MANIFEST, {FORMAT: "a model folder", ONNX_FORMAT: "an ONNX folder"}[kind]
     try:
         if file.stat().st_size > _MANIFEST_LIMIT:
             raise ModelFolderError(f"{file} has {file.stat().st_size} bytes, expected at most {_MANIFEST_LIMIT}")
         manifest = json.loads(file.read_bytes())
     except OSError as error:
-        raise ModelFolderError(f"{file}: {error.strerror}; {path} is not a model folder") from None
+        raise ModelFolderError(f"{file}: {error.strerror}; {path} is not {name}") from None
     except (ValueError, RecursionError) as error:
         raise ModelFolderError(f"{file} is not JSON ({error}): copy or export the model again") from None
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise ModelFolderError(f"{file} is not the manifest of a model folder")
-    if manifest.get("version") != VERSION:
+    found = manifest.get("format") if isinstance(manifest, dict) else None
+    if found != kind:
+        advice = _HOW_TO_RUN.get(found, "") if isinstance(found, str) else ""
+        raise ModelFolderError(f"{file} is not the manifest of {name}{advice}")
+    if manifest.get("version") != version:
         raise ModelFolderError(
-            f"{file} has format version {manifest.get('version')!r}, expected {VERSION}: export the model again"
+            f"{file} has format version {manifest.get('version')!r}, expected {version}: export the model again"
         )
     if manifest.get("digest") != manifest_digest(manifest):
         raise ModelFolderError(f"{file} was altered (its digest differs): copy or export the model again")
-    return manifest
+    try:
+        return manifest, GemmaConfig.from_text_config(_field(manifest, "config", dict))
+    except ConfigError as error:
+        raise ModelFolderError(f"{file}: {error}") from None
 
 
 def _field(entry: dict[str, Any], key: str, kind: type, of: str = "the manifest") -> Any:

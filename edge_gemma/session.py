@@ -179,16 +179,7 @@ class Session:
         }
 
     def _check(self, ids: list[int]) -> None:
-        vocab_size = self._decoder.config.vocab_size
-        if not ids:
-            raise UsageError("expected one or more token ids, got none")
-        if strange := [i for i in ids if not 0 <= i < vocab_size]:
-            raise UsageError(f"token id {strange[0]} is outside the vocabulary, expected 0 to {vocab_size - 1}")
-        if self.position + len(ids) > self.context:
-            raise ContextFullError(
-                f"{len(ids)} tokens do not fit: {self.position} of {self.context} are used; "
-                "shorten the text or use a larger --context"
-            )
+        check_ids(ids, self._decoder.config.vocab_size, self.position, self.context)
 
     def _run(self, ids: list[int], keep: int, soft: SoftTokens | None = None) -> np.ndarray:
         """Run ids in chunks; the last `keep` rows that enter the head. An interruption leaves whole chunks behind.
@@ -212,3 +203,16 @@ class Session:
             self.ids.extend(part)
             self._soft |= here
         return np.concatenate(rows) if len(rows) > 1 else rows[0]
+
+
+def check_ids(ids: list[int], vocab_size: int, position: int, context: int) -> None:
+    """Whether ids can follow `position` tokens. Raises UsageError for none or strange ones, ContextFullError."""
+    if not ids:
+        raise UsageError("expected one or more token ids, got none")
+    if strange := [i for i in ids if not 0 <= i < vocab_size]:
+        raise UsageError(f"token id {strange[0]} is outside the vocabulary, expected 0 to {vocab_size - 1}")
+    if position + len(ids) > context:
+        raise ContextFullError(
+            f"{len(ids)} tokens do not fit: {position} of {context} are used; "
+            "shorten the text or use a larger --context"
+        )

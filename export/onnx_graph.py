@@ -6,7 +6,7 @@ running a model does not.
 Source: ONNX specification, "External Data" (location, offset, length of each tensor).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -18,11 +18,12 @@ try:
     from onnx import TensorProto, helper, numpy_helper
 except ImportError:
     raise UsageError(
-        "exporting an encoder needs the onnx package: pip install 'edge-gemma[onnx]', or leave the encoder out"
+        "writing ONNX graphs needs the onnx package: pip install 'edge-gemma[onnx]' (audio can be left out: --no-audio)"
     ) from None
 
 # What onnxruntime 1.20 runs.
-OPSET, IR_VERSION, MICROSOFT = 18, 8, "com.microsoft"
+OPSET, IR_VERSION, MICROSOFT = 21, 10, "com.microsoft"
+FLOAT, BOOL = TensorProto.FLOAT, TensorProto.BOOL  # what Cast casts to
 _ALIGNMENT = 4096  # bytes: a runtime maps each tensor on its own
 _INT64_MAX = (1 << 63) - 1
 
@@ -44,16 +45,25 @@ class ExternalData:
         """The tensor called `name`; `make` gives its values when it is first asked for."""
         if name not in self._tensors:
             values = np.ascontiguousarray(make())
-            self._file.write(bytes(-self._end % _ALIGNMENT))
-            self._end += -self._end % _ALIGNMENT
-            proto = TensorProto(name=name, data_location=TensorProto.EXTERNAL, dims=values.shape)
-            proto.data_type = helper.np_dtype_to_tensor_dtype(values.dtype)
-            for key, value in (("location", self._location), ("offset", self._end), ("length", values.nbytes)):
-                proto.external_data.add(key=key, value=str(value))
-            self._file.write(values.data)
-            self._end += values.nbytes
-            self._tensors[name] = proto
+            self.stream(name, values.dtype, values.shape, [values])
         return self._tensors[name]
+
+    def stream(self, name: str, dtype: Any, shape: Sequence[int], blocks: Iterable[np.ndarray]) -> TensorProto:
+        """A tensor written as its blocks come, one after another; for what should not be in memory whole."""
+        self._write(bytes(-self._end % _ALIGNMENT))
+        start = self._end
+        for block in blocks:
+            self._write(np.ascontiguousarray(block).reshape(-1).view(np.uint8).data)
+        proto = TensorProto(name=name, data_location=TensorProto.EXTERNAL, dims=shape)
+        proto.data_type = helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
+        for key, value in (("location", self._location), ("offset", start), ("length", self._end - start)):
+            proto.external_data.add(key=key, value=str(value))
+        self._tensors[name] = proto
+        return proto
+
+    def _write(self, data: bytes | memoryview) -> None:
+        self._file.write(data)
+        self._end += len(data)
 
 
 class Graph:
@@ -99,6 +109,11 @@ class Graph:
     def weight(self, name: str, make: Callable[[], np.ndarray]) -> str:
         """A tensor in the external file."""
         self._initializers[name] = self._data.tensor(name, make)
+        return name
+
+    def stream(self, name: str, dtype: Any, shape: Sequence[int], blocks: Iterable[np.ndarray]) -> str:
+        """A tensor in the external file, written as its blocks come."""
+        self._initializers[name] = self._data.stream(name, dtype, shape, blocks)
         return name
 
     def slice(self, value: str, start: int | str, stop: int | str | None, axis: int, step: int = 1) -> str:

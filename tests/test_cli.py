@@ -26,7 +26,7 @@ def fake(monkeypatch):
 
     def install(*replies, **options):
         engine = FakeEngine(*replies, **options)
-        monkeypatch.setattr(command_line, "load_engine", lambda model, context=None, threads=None: engine)
+        monkeypatch.setattr(command_line, "load_engine", lambda model, **options: engine)
         return engine
 
     return install

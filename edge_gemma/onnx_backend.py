@@ -1,0 +1,159 @@
+"""Runs an ONNX folder (`edge-gemma export --onnx`) with onnxruntime, as Engine and Session do: for cross-checking.
+
+Owns: opening such a folder, the two graphs' inputs and outputs, the KV cache between calls. Does not know: how the
+graphs were built. It is not meant to be fast: the graphs' layout has the whole cache copied at every step.
+
+A folder holds
+    manifest.json, config.json, generation_config.json, tokenizer.model, chat_template.jinja (where the model has one)
+    onnx/embed_tokens.onnx and .onnx_data           token embeddings, rows of the per-layer table
+    onnx/decoder_model_merged.onnx and .onnx_data   all layers and the head
+    onnx/audio_encoder.onnx, ...                    the encoders of the model folder it was made from, if any
+"""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from edge_gemma.config import GemmaConfig
+from edge_gemma.engine import Engine
+from edge_gemma.errors import ModelFolderError, UsageError
+from edge_gemma.model_folder import ONNX_FORMAT, ONNX_VERSION, ModelFolder, read_manifest
+from edge_gemma.session import CHUNK, check_ids
+
+FOLDER, EMBED, DECODER = "onnx", "embed_tokens", "decoder_model_merged"
+FILES = tuple(f"{FOLDER}/{graph}{suffix}" for graph in (EMBED, DECODER) for suffix in (".onnx", ".onnx_data"))
+
+
+class OnnxFolder(ModelFolder):
+    """An opened ONNX folder: version, configuration and file sizes checked, no graph loaded."""
+
+    @classmethod
+    def open(cls, path: Path | str) -> "OnnxFolder":
+        """Raises ModelFolderError, one line."""
+        path = Path(path)
+        manifest, config = read_manifest(path, ONNX_FORMAT, ONNX_VERSION)
+        folder = cls(path, config, {}, manifest)
+        folder._check_files()
+        if missing := [file for file in FILES if file not in manifest["files"]]:
+            raise ModelFolderError(f"{path}: the manifest lacks {missing[0]}")
+        return folder
+
+    def _may_hold(self, name: str) -> bool:
+        return super()._may_hold(name.removeprefix(f"{FOLDER}/"))
+
+
+class OnnxEngine(Engine):
+    """An ONNX folder, loaded."""
+
+    def __init__(self, folder: OnnxFolder, *, context: int | None, threads: int | None) -> None:
+        self._read(folder, context)
+        self._graphs = {graph: _load(folder.path / FOLDER / f"{graph}.onnx", threads) for graph in (EMBED, DECODER)}
+
+    def session(self, context: int | None = None) -> "OnnxSession":  # type: ignore[override]
+        """A new, empty timeline."""
+        return OnnxSession(self._graphs, self.config, self._checked_context(context or self.context))
+
+    def close(self) -> None:
+        self._graphs = {}
+
+
+def _load(path: Path, threads: int | None) -> Any:
+    """An onnxruntime.InferenceSession on the CPU. Raises ModelFolderError where onnxruntime refuses the graph."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads or os.cpu_count() or 1
+    options.log_severity_level = 3  # errors, which are raised
+    try:
+        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:
+        reason, version = " ".join(str(error).split())[:300], onnxruntime.__version__
+        raise ModelFolderError(f"{path}: onnxruntime {version} cannot load it: {reason}; export it again") from None
+
+
+class OnnxSession:
+    """A timeline of at most `context` tokens; what of `edge_gemma.session.Session` runs and scores text."""
+
+    def __init__(self, graphs: dict[str, Any], config: GemmaConfig, context: int) -> None:
+        self.context = context
+        self.ids: list[int] = []
+        self._config = config
+        self._embed, self._decoder = graphs[EMBED], graphs[DECODER]
+        self._outputs = [output.name for output in self._decoder.get_outputs()]
+        self._past: dict[str, Any] = {}  # past_key_values.N.{key, value} -> OrtValue float32 [1, KV, position, hd]
+        self.rewind(0)
+
+    @property
+    def position(self) -> int:
+        return len(self.ids)
+
+    def prefill(self, ids: list[int]) -> np.ndarray:
+        """Append ids. Returns the logits after the last of them: float32 [vocab_size]. Raises as Session does."""
+        self._check(ids)
+        for start in range(0, len(ids), CHUNK):
+            logits = self._run(ids[start : start + CHUNK], keep=1)
+        return logits[0]
+
+    def step(self, token: int) -> np.ndarray:
+        """Append one token. Returns the logits after it: float32 [vocab_size]."""
+        return self.prefill([token])
+
+    def forward(self, ids: list[int]) -> np.ndarray:
+        """Append ids. Returns the logits after each of them: float32 [len(ids), vocab_size]."""
+        self._check(ids)
+        logits = np.empty((len(ids), self._config.vocab_size), np.float32)
+        for start in range(0, len(ids), CHUNK):
+            logits[start : start + CHUNK] = self._run(ids[start : start + CHUNK], keep=0)
+        return logits
+
+    def hidden(self, ids: list[int]) -> np.ndarray:
+        """What `logits` takes: here the logits themselves, the head is part of the graph."""
+        return self.forward(ids)
+
+    def logits(self, hidden: np.ndarray) -> np.ndarray:
+        return hidden
+
+    def rewind(self, position: int) -> None:
+        """Forget all tokens from `position` on. Raises UsageError outside 0..position."""
+        from onnxruntime import OrtValue
+
+        if not 0 <= position <= self.position:
+            raise UsageError(f"cannot rewind to {position}: the session is at {self.position}")
+        self.ids = self.ids[:position]
+        for layer in self._config.layers:
+            if not layer.owns_kv:
+                continue
+            for what in ("key", "value"):
+                name = f"past_key_values.{layer.index}.{what}"
+                rows = np.empty((1, layer.num_key_value_heads, 0, layer.head_dim), np.float32)
+                if position:
+                    rows = self._past[name].numpy()[:, :, :position]
+                self._past[name] = OrtValue.ortvalue_from_numpy(np.ascontiguousarray(rows))
+
+    def mark(self) -> None:
+        """Rewinding is cheap everywhere: every layer keeps all its rows."""
+
+    def _check(self, ids: list[int]) -> None:
+        check_ids(ids, self._config.vocab_size, self.position, self.context)
+
+    def _run(self, ids: list[int], keep: int) -> np.ndarray:
+        """Logits of the last `keep` of ids (0: of all): float32 [n, vocab_size]."""
+        from onnxruntime import OrtValue
+
+        first, end = self.position, self.position + len(ids)
+        numpy_inputs = {
+            "attention_mask": np.ones((1, end), np.int64),
+            "position_ids": np.arange(first, end, dtype=np.int64)[None],
+            "num_logits_to_keep": np.array(keep, np.int64),
+        }
+        feeds = {name: OrtValue.ortvalue_from_numpy(value) for name, value in numpy_inputs.items()}
+        input_ids = OrtValue.ortvalue_from_numpy(np.array([ids], np.int64))
+        names = [output.name for output in self._embed.get_outputs()]
+        feeds |= dict(zip(names, self._embed.run_with_ort_values(names, {"input_ids": input_ids}), strict=True))
+        results = self._decoder.run_with_ort_values(self._outputs, feeds | self._past)
+        outputs = dict(zip(self._outputs, results, strict=True))
+        self._past = {name: outputs[name.replace("past_key_values", "present")] for name in self._past}
+        self.ids.extend(ids)
+        return outputs["logits"].numpy()[0]
