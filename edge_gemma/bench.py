@@ -10,9 +10,10 @@ time (each after `depth` tokens), and the read bandwidth, so that a machine with
 Results are medians. Sampling is not in the decoding speed; the choice of the likeliest token is in the time to first
 token.
 
-The bandwidth is that of a plain sum over the very pages the weights are mapped from, by as many threads, with software
-prefetch 4 kB ahead (without it, one core of some machines reaches a fifth); the best of several passes. A model smaller
-than the CPU's caches is read from those, in both figures.
+The bandwidth is that of a plain sum over the very pages the weights are mapped from, by as many threads, each reading
+from four places at a time with software prefetch 1 kB ahead (read from one place, some machines give a quarter less;
+without prefetch, a core of some others reaches a fifth); the best of several passes. A model smaller than the CPU's
+caches is read from those, in both figures.
 """
 
 import statistics
@@ -39,8 +40,8 @@ SHORT_PROMPT = 20  # tokens
 _PASS_BYTES = 256_000_000  # read at least for one timing of the bandwidth
 _PASSES = 4
 _LINE = 8  # 64-bit words in a cache line
-_STEP = 4 * _LINE
-_AHEAD = 64 * _LINE  # 4 kB
+_STREAMS = 4  # places a thread reads from
+_AHEAD = 16 * _LINE  # 1 kB
 
 Note = Callable[[str], None]
 
@@ -255,7 +256,7 @@ class ReadBandwidth:
         words = file.stat().st_size // 8
         self._words = np.asarray(np.memmap(file, np.uint64, "r", shape=(words,)))
         self._parts = kernels.threads()
-        if words < _STEP * self._parts:
+        if words < _LINE * _STREAMS * self._parts:
             raise UsageError(f"{file} is too small to measure a bandwidth with it")
         numba.set_num_threads(self._parts)
         _sum(self._words, self._parts)  # compiles, and maps every page
@@ -273,7 +274,8 @@ class ReadBandwidth:
 
     @property
     def _read(self) -> int:
-        return len(self._words) // (_STEP * self._parts) * _STEP * self._parts * 8
+        whole = _LINE * _STREAMS * self._parts
+        return len(self._words) // whole * whole * 8
 
 
 @intrinsic
@@ -288,15 +290,16 @@ def _prefetch(typing_context, array, index):  # type: ignore[no-untyped-def]
 
 @numba.njit(parallel=True, nogil=True)
 def _sum(words, parts):  # type: ignore[no-untyped-def]
-    """The sum of uint64 words, each part read by one thread from end to end."""
-    steps = len(words) // (parts * _STEP)
+    """The sum of uint64 words; each part is read by one thread, in _STREAMS runs side by side."""
+    run = len(words) // (parts * _STREAMS * _LINE) * _LINE
     total = np.uint64(0)
     for part in numba.prange(parts):
         partial = np.uint64(0)
-        for step in range(part * steps, (part + 1) * steps):
-            for line in range(0, _STEP, _LINE):
-                _prefetch(words, step * _STEP + line + _AHEAD)  # type: ignore[call-arg]  # ignored beyond the end
-            for word in range(_STEP):
-                partial += words[step * _STEP + word]
+        for line in range(part * _STREAMS * run, (part * _STREAMS + 1) * run, _LINE):
+            for stream in range(_STREAMS):
+                first = line + stream * run
+                _prefetch(words, first + _AHEAD)  # type: ignore[call-arg]  # ignored beyond the end
+                for word in range(_LINE):
+                    partial += words[first + word]
         total += partial
     return total

@@ -93,7 +93,7 @@ class PanelMatrix:
         stop = self.rows if stop is None else stop
         first, last = start // 8, -(-stop // 8)
         q, scale, sums = x.int8(self.group, self.input_scale)
-        out = np.empty((len(q), stop - start), np.float32)
+        out = np.empty((len(q), 8 * (last - first)), np.float32)
         weights = self.packed[first:last], self.scales[first:last], self.bits, self.group
         if self.bits == 8 and self.input_scale and q.min() == -128:  # kernels for bytes take +-127: the rest is added
             rest = -(q == -128).astype(np.int8)
@@ -106,7 +106,7 @@ class PanelMatrix:
             kernels.matmul(q, scale, sums, *weights, out)
         if self.output_scale:
             kernels.round_to_step(out, self.output_scale)
-        return out
+        return out if out.shape[1] == stop - start else np.ascontiguousarray(out[:, : stop - start])
 
     def gather(self, ids: np.ndarray) -> np.ndarray:
         """Rows ids [n]: float32 [n, k]. Each comes out of one panel, a contiguous few kB."""

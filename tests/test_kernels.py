@@ -60,16 +60,18 @@ class Case:
         reference.quantize_activations(self.x, group, self.q, self.a_scale, self.sums)
 
     def run(self, module=kernels, rows=slice(None)):
-        out = np.full((len(self.q[rows]), self.rows), np.nan, np.float32)
+        """float32 [n, rows]; what the padding rows of the last panel come to is nobody's business."""
+        out = np.full((len(self.q[rows]), 8 * len(self.packed)), np.nan, np.float32)
         args = self.q[rows], self.a_scale[rows], self.sums[rows], self.packed, self.scales
         module.matmul(*args, self.bits, self.group, out)
-        return out
+        return out[:, : self.rows]
 
 
 @pytest.mark.parametrize(("bits", "group"), LAYOUTS)
 @pytest.mark.parametrize("per_group", [False, True])
 def test_matmul_is_the_oracle(variant, bits, group, per_group):
-    for rows, k, n in [(8, 32, 1), (13, 100, 3), (40, 96, 4), (67, 224, 5), (24, 544, 17), (9, 1056, 1), (1, 7, 2)]:
+    small = [(8, 32, 1), (13, 100, 3), (40, 96, 4), (67, 224, 5), (24, 544, 17), (9, 1056, 1), (1, 7, 2)]
+    for rows, k, n in [*small, (136, 64, 1), (187, 96, 2)]:
         case = Case(n, rows, k, bits, group, per_group)
         close(case.run(), case.run(reference), 1e-6, f"{variant} {rows}x{k} n={n}")
 
@@ -85,11 +87,11 @@ def test_matmul_integers_are_exact_at_the_extremes(variant, bits, group):
         groups = qformat.group_count(k, group)
         sums = q.reshape(5, groups, -1).sum(2, dtype=np.int32)
         scales = qformat.pack_scales(np.ones((10, groups)), group)
-        out = np.empty((5, 10), np.float32)
+        out = np.empty((5, 16), np.float32)
         packed = qformat.pack_panels(w, bits)
         scales = scales.view(np.uint16) if group else scales
         kernels.matmul(q, np.ones((5, 1), np.float32), sums, packed, scales, bits, group, out)
-        assert np.array_equal(out, np.broadcast_to(a * w[:, 0].astype(np.float64) * k, (5, 10)))
+        assert np.array_equal(out[:, :10], np.broadcast_to(a * w[:, 0].astype(np.float64) * k, (5, 10)))
 
 
 @pytest.mark.parametrize(("bits", "group"), LAYOUTS)
@@ -340,7 +342,7 @@ def test_wrong_arguments_never_reach_native_code():
         (4, case.scales.view(np.float16)),
         (5, 2),
         (6, 16),
-        (7, np.empty((2, 17), np.float32)),
+        (7, np.empty((2, 15), np.float32)),
         (7, np.empty((16, 2), np.float32).T),
     ]
     for index, wrong in replacements:

@@ -115,7 +115,7 @@ def matmul(q, a_scale, sums, packed, w_scale, bits, group, out) -> None:
     q int8 [n, kpad], a_scale float32 [n, 1 or groups], sums int32 [n, groups] from `quantize_activations`; packed
     uint8 [panels, chunks, 8, 4] and w_scale [panels, groups, 8] as in edge_gemma/qformat.py, uint16 (the view of
     float16) for groups of 32 or 16, float32 when group is 0; any run of panels is a matrix of its own. out float32 [n,
-    rows], rows <= 8 panels. Integer sums are exact; float32 products are added in ascending order of g, so a result is
+    8 panels]. Integer sums are exact; float32 products are added in ascending order of g, so a result is
     the same for every n and every number of threads. q may be -128 where bits < 8 and group is 0, else +-127 at most.
     """
     function = _matmul(variant(), bits, group, group != 0 and a_scale.shape[1] != 1)

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import llvmlite.binding as llvm
 from llvmlite import ir
 
-from edge_gemma.kernels.isa import F32, I8, I16, I32, I64, at, halves, store
+from edge_gemma.kernels.isa import F32, I8, I16, I32, I64, at, store
 from edge_gemma.kernels.tile import Tile, TileSpec
 
 ARM_LINUX = "aarch64-unknown-linux-gnu"
@@ -34,10 +34,9 @@ def _module(spec: TileSpec, triple: str, cpu: str, features: str) -> ir.Module:
     context = SimpleNamespace(codegen=lambda: SimpleNamespace(magic_tuple=lambda: (triple, cpu, features)))
     steps = builder.udiv(k, I64(spec.group or 32))
     place = 0
-    for value in Tile(context, builder, spec, pointers).emit(steps):
-        for part in halves(builder, value, spec.panels):
-            store(builder, part, at(builder, base["out"], F32, I64(place)))
-            place += 8
+    for _, _, eight in Tile(context, builder, spec, pointers).rows(steps):
+        store(builder, eight, at(builder, base["out"], F32, I64(place)))
+        place += 8
     builder.ret_void()
     return module
 

@@ -113,7 +113,8 @@ class Portable:
     """Products in 16 bits, pairs of them widened to 32: plain vector IR that any target can lower."""
 
     name = "portable"
-    panels = 1  # panels side by side in a tile of several tokens
+    panels = 1  # panels side by side in a register
+    streams = 1  # panels that a single token's tile reads at the same time
     unsigned_bytes = False  # a step takes any unsigned byte as a weight
     accumulators = 1  # independent sums that hide the latency of a step
     float_lanes = 4  # float32 in a register
@@ -187,6 +188,7 @@ class Portable:
 
 class Avx2(Portable):
     name = "avx2"
+    streams = 4
     float_lanes = 8
 
     @staticmethod
@@ -245,6 +247,7 @@ class _DotProduct(Portable):
 
 class AvxVnni(_DotProduct):
     name = "avx-vnni"
+    streams = 4
     unsigned_bytes = True
     accumulators = 8
     float_lanes = 8
@@ -275,6 +278,7 @@ class AvxVnni(_DotProduct):
 class Avx512Vnni(AvxVnni):
     name = "avx512-vnni"
     panels = 2
+    streams = 4
     float_lanes = 16
     float_sums = 16
 

@@ -40,9 +40,10 @@ log = logging.getLogger(__name__)
 FunctionIdentity._unique_ids = itertools.count(secrets.randbits(60))
 
 _caller = threading.local()
-# Turns a thread of libgomp spins for the others before it sleeps. The default, some hundred times more, is as fast on
-# an idle machine and 4 to 8 times slower on a busy one: a thread that spins keeps its partner off the core.
-_SPIN_COUNT = "1000"
+# Turns a thread of libgomp spins for the others before it sleeps, half a millisecond at most. The default, thirty times
+# more, is as fast on an idle machine and 4 to 8 times slower on a busy one: a thread that spins keeps its partner off
+# the core. With a tenth of it, waking costs 50 us a launch on some virtual machines.
+_SPIN_COUNT = "10000"
 _announce: Callable[[], object] | None = None
 _launch = threading.Lock()  # numba's workqueue layer aborts the process when two threads launch at once
 _threads = numba.config.NUMBA_NUM_THREADS

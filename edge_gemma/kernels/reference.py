@@ -54,7 +54,7 @@ def matmul(q, a_scale, sums, packed, w_scale, bits, group, out):
     scales = w_scale.view(np.float16) if w_scale.dtype == np.uint16 else w_scale
     scales = scales.astype(np.float64).transpose(1, 0, 2).reshape(scales.shape[1], -1)
     y = (integer_dots(q, packed, bits, group) * scales * a_scale.astype(np.float64)[:, :, None]).sum(axis=1)
-    out[...] = y[:, : out.shape[1]]
+    out[...] = y
 
 
 def rms_norm(x, weight, eps, out):

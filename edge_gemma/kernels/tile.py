@@ -34,7 +34,7 @@ from edge_gemma.kernels.isa import (
 )
 
 PREFETCH = 4096
-"""Bytes ahead of a single token's walk through the weights."""
+"""Bytes ahead of a single token's walk through the weights, all its streams together."""
 
 
 @dataclass(frozen=True)
@@ -46,16 +46,22 @@ class TileSpec:
     group: int  # 32 or 16 columns a scale; 0: one scale a row
     scale_groups: bool  # activations have a scale a group too
     tokens: int
-    panels: int  # 1, or 2 side by side
+    panels: int  # as many as one register holds (isa's panels), half of it, or several registers' worth
 
 
 class Tile:
-    """Emits one tile; pointers are to the tile's first token and to each panel's first byte."""
+    """Emits one tile; pointers are to the tile's first token and to each panel's first byte.
+
+    A register holds sums of 8 or 16 rows: one or two panels side by side. Sums are ordered by register,
+    then token.
+    """
 
     def __init__(self, context, builder, spec, pointers):
         self.context, self.builder, self.spec = context, builder, spec
         self.isa = isa.SETS[spec.variant]
-        self.lanes = 8 * spec.panels
+        self.width = min(spec.panels, self.isa.panels)  # panels a register
+        self.lanes = 8 * self.width
+        self.registers = spec.panels // self.width
         self.step_k = spec.group or 32
         self.p = pointers
         # One token's arithmetic is all unpacking: leave fields where they are in the byte, a factor 2^(bits j) that the
@@ -79,21 +85,29 @@ class Tile:
         return result
 
     def step(self, index, totals):
-        """totals + the dot products of the step's columns; totals[t] is a list of independent sums."""
+        """totals + the dot products of the step's columns; totals[register][token] is a list of independent sums."""
         b, spec = self.builder, self.spec
         offset = b.mul(index, I64(self.step_k * spec.bits))
         packed = [at(b, p, I8, offset) for p in self.p["packed"]]
         if spec.tokens == 1:
-            for line in range(0, self.step_k * spec.bits, 64):
-                prefetch(b, at(b, packed[0], I8, I64(PREFETCH + line)))
+            for panel in packed:
+                for line in range(0, self.step_k * spec.bits, 64):
+                    prefetch(b, at(b, panel, I8, I64(PREFETCH // spec.panels + line)))
         column = b.mul(index, I64(self.step_k))
         rows = [at(b, q, I8, column) for q in self.p["q"]]
-        activations = [self.isa.activations(b, q, self.step_k // 4, spec.panels) for q in rows]
-        return self.isa.dots(b, totals, self.fields(packed), activations, spec.bits)
+        activations = [self.isa.activations(b, q, self.step_k // 4, self.width) for q in rows]
+        result = []
+        for r, sums in enumerate(totals):
+            fields = self.fields(packed[r * self.width : (r + 1) * self.width])
+            result.append(self.isa.dots(b, sums, fields, activations, spec.bits))
+        return result
 
     def fresh(self):
-        count = max(1, self.isa.accumulators // self.spec.tokens)
-        return [[self.isa.start(self.spec.panels)] * count for _ in range(self.spec.tokens)]
+        count = max(1, self.isa.accumulators // (self.spec.tokens * self.registers))
+        if self.in_place:
+            count = max(count, 8 // self.spec.bits)
+        row = [[self.isa.start(self.width)] * count for _ in range(self.spec.tokens)]
+        return [row] * self.registers
 
     def to_float(self, totals, token, group):
         """float32 of the integer sum of a token, correction included."""
@@ -109,10 +123,12 @@ class Tile:
         return b.sitofp(total, vector(F32, self.lanes))
 
     def weight_scales(self, group):
+        """A vector of scales for each register."""
         b, offset = self.builder, self.builder.mul(group, I64(8))
         scalar = I16 if self.spec.group else F32
-        s = join(b, [load(b, at(b, p, scalar, offset), vector(scalar, 8)) for p in self.p["w_scale"]])
-        return widen_half(self.context, b, s) if self.spec.group else s
+        panels = [load(b, at(b, p, scalar, offset), vector(scalar, 8)) for p in self.p["w_scale"]]
+        scales = [join(b, panels[i : i + self.width]) for i in range(0, len(panels), self.width)]
+        return [widen_half(self.context, b, s) if self.spec.group else s for s in scales]
 
     def a_scale(self, token, group):
         b = self.builder
@@ -122,56 +138,72 @@ class Tile:
         """One group: float sums + scale * integer dot."""
         b = self.builder
         totals = self.step(index, self.fresh())
-        scales = self.weight_scales(index)
         result = []
-        for t, total in enumerate(totals):
-            s = b.fmul(scales, self.a_scale(t, index)) if self.spec.scale_groups else scales
-            result.append(multiply_add(b, self.to_float(total, t, index), s, sums[t]))
+        for r, scales in enumerate(self.weight_scales(index)):
+            for t, total in enumerate(totals[r]):
+                s = b.fmul(scales, self.a_scale(t, index)) if self.spec.scale_groups else scales
+                result.append(multiply_add(b, self.to_float(total, t, index), s, sums[len(result)]))
         return result
 
+    def ungrouped(self, steps):
+        """One scale a row: integer sums over all of k."""
+        shape = self.fresh()
+        count = len(shape[0][0])
+
+        def nested(flat):
+            rows = [flat[i : i + count] for i in range(0, len(flat), count)]
+            return [rows[i : i + self.spec.tokens] for i in range(0, len(rows), self.spec.tokens)]
+
+        def flat(totals):
+            return [v for register in totals for row in register for v in row]
+
+        totals = loop(self.builder, steps, flat(shape), lambda index, state: flat(self.step(index, nested(state))))
+        scales = self.weight_scales(I64(0))
+        return [
+            self.builder.fmul(self.to_float(total, t, I64(0)), s)
+            for register, s in zip(nested(totals), scales, strict=True)
+            for t, total in enumerate(register)
+        ]
+
     def emit(self, steps):
-        """float32 vectors of the tile's tokens."""
-        b, first = self.builder, I64(0)
-        if self.spec.group:
-            sums = [splat_constant(F32, self.lanes, 0.0)] * self.spec.tokens
-            sums = loop(b, steps, sums, self.grouped)
+        """float32 vectors, [register][token] in a row."""
+        b, count = self.builder, self.registers * self.spec.tokens
+        if not self.spec.group:
+            sums = self.ungrouped(steps)
+        else:
+            sums = loop(b, steps, [splat_constant(F32, self.lanes, 0.0)] * count, self.grouped)
             if self.spec.scale_groups:
                 return sums
-        else:
-            start = self.fresh()
-            width = len(start[0])
+        return [b.fmul(s, self.a_scale(i % self.spec.tokens, I64(0))) for i, s in enumerate(sums)]
 
-            def body(index, flat):
-                totals = self.step(index, [flat[i : i + width] for i in range(0, len(flat), width)])
-                return [v for row in totals for v in row]
-
-            flat = loop(b, steps, [v for row in start for v in row], body)
-            scales = self.weight_scales(first)
-            rows = [flat[i : i + width] for i in range(0, len(flat), width)]
-            sums = [b.fmul(self.to_float(row, t, first), scales) for t, row in enumerate(rows)]
-        return [b.fmul(s, self.a_scale(t, first)) for t, s in enumerate(sums)]
+    def rows(self, steps):
+        """(token, panel, float32 vector of 8) of the whole tile."""
+        for i, value in enumerate(self.emit(steps)):
+            register, token = divmod(i, self.spec.tokens)
+            for part, eight in enumerate(isa.halves(self.builder, value, self.width)):
+                yield token, register * self.width + part, eight
 
 
 def make_tile(spec: TileSpec):
     """The numba intrinsic of a tile.
 
-    tile(q, a_scale, correction, packed, w_scale, out, token, first, second, out_first, out_second, out_stride): arrays
-    as in kernels.matmul with correction int32 [n, groups]; `token` is the tile's first, `first` and `second` its
-    panels; float32 rows of 8 go to out's elements out_first + t * out_stride, and out_second + t * out_stride for the
-    second panel.
+    tile(q, a_scale, correction, packed, w_scale, out, token, first, apart): arrays as in kernels.matmul with
+    correction int32 [n, groups]; `token` is the tile's first; its panels are first, first + apart, ..., the matrix's
+    last one in place of any beyond it.
     """
 
     def codegen(context, builder, signature, args):
         arrays = [context.make_array(t)(context, builder, a) for t, a in zip(signature.args[:6], args[:6], strict=True)]
         data = dict(zip(("q", "a_scale", "correction", "packed", "w_scale", "out"), arrays, strict=True))
-        token, first, second, out_first, out_second, out_stride = args[6:]
-        scalars = {"q": I8, "a_scale": F32, "correction": I32}
+        token, first, apart = args[6:]
         pointers = {}
-        for name, scalar in scalars.items():
-            stride = builder.extract_value(data[name].shape, 1)
+        for name, scalar in {"q": I8, "a_scale": F32, "correction": I32}.items():
+            width = builder.extract_value(data[name].shape, 1)
             rows = [builder.add(token, I64(t)) for t in range(spec.tokens)]
-            pointers[name] = [at(builder, data[name].data, scalar, builder.mul(row, stride)) for row in rows]
-        panels = [first, second][: spec.panels]
+            pointers[name] = [at(builder, data[name].data, scalar, builder.mul(row, width)) for row in rows]
+        panels = [builder.add(first, builder.mul(apart, I64(i))) for i in range(spec.panels)]
+        last = builder.sub(builder.extract_value(data["packed"].shape, 0), I64(1))
+        panels = [builder.select(builder.icmp_signed("<", p, last), p, last) for p in panels]
         for name, size_axes, scalar in (
             ("packed", (1, 2, 3), I8),
             ("w_scale", (1, 2), I16 if spec.group else F32),
@@ -182,15 +214,14 @@ def make_tile(spec: TileSpec):
             pointers[name] = [at(builder, data[name].data, scalar, builder.mul(p, size)) for p in panels]
         k = builder.extract_value(data["q"].shape, 1)
         steps = builder.udiv(k, I64(spec.group or 32))
-        for t, value in enumerate(Tile(context, builder, spec, pointers).emit(steps)):
-            shift = builder.mul(out_stride, I64(t))
-            places = [out_first, out_second][: spec.panels]
-            for place, part in zip(places, isa.halves(builder, value, spec.panels), strict=True):
-                store(builder, part, at(builder, data["out"].data, F32, builder.add(place, shift)))
+        for t, i, eight in Tile(context, builder, spec, pointers).rows(steps):
+            row = builder.mul(builder.add(token, I64(t)), builder.extract_value(data["out"].shape, 1))
+            column = builder.mul(panels[i], I64(8))
+            store(builder, eight, at(builder, data["out"].data, F32, builder.add(row, column)))
         return context.get_dummy_value()
 
     @intrinsic
-    def tile(typingctx, q, a_scale, correction, packed, w_scale, out, token, first, second, o1, o2, stride):
-        return types.none(q, a_scale, correction, packed, w_scale, out, *[types.int64] * 6), codegen
+    def tile(typingctx, q, a_scale, correction, packed, w_scale, out, token, first, apart):
+        return types.none(q, a_scale, correction, packed, w_scale, out, *[types.int64] * 3), codegen
 
     return tile
