@@ -104,6 +104,11 @@ def _write_graphs(folder: ModelFolder, out: Path, float_type: str, progress: Pro
 
     out.mkdir()
     weights = OnnxWeights(folder, float_type, progress)
+    if weights.nbytes > (free := shutil.disk_usage(out).free):
+        raise UsageError(
+            f"the graphs need {weights.nbytes / 1e9:.2f} GB, {out.parent.parent} has {free / 1e9:.2f} GB free: "
+            "make room or choose another place"
+        )
     files = {}
     for name, build in ((EMBED, build_embed), (DECODER, build_decoder)):
         path = out / f"{name}.onnx"

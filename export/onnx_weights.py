@@ -11,6 +11,7 @@ Both quantised operators hold a row's fields low bits first, k ascending, unsign
 float32 scale for each block of columns. One scale a row is repeated over blocks.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -69,9 +70,11 @@ class OnnxWeights:
         self._float = float_type
         self._progress = progress
         self._done = 0
-        self._total = sum(part.nbytes for tensor in folder.tensors.values() for part in tensor.parts.values())
+        tensors = [*folder.tensors.values()]
         if folder.config.tie_word_embeddings:  # the one table stands in both graphs
-            self._total += sum(part.nbytes for part in folder.tensors["embed_tokens.weight"].parts.values())
+            tensors.append(folder.tensors["embed_tokens.weight"])
+        self._total = sum(part.nbytes for tensor in tensors for part in tensor.parts.values())
+        self.nbytes = sum(_onnx_bytes(tensor, float_type) for tensor in tensors)  # of both data files, about
 
     def vector(self, g: Graph, name: str) -> str:
         """A norm's weights or a scalar, float32."""
@@ -163,6 +166,13 @@ class OnnxWeights:
         if self._progress:
             self._progress(min(self._done, self._total), self._total, name)
         return values.view(part.numpy_dtype).reshape(stop - start, *part.shape[1:])
+
+
+def _onnx_bytes(tensor: Tensor, float_type: str) -> int:
+    count = math.prod(tensor.shape)
+    if tensor.layout == "dense":
+        return count * (2 if float_type == "float16" and len(tensor.shape) == 2 else 4)
+    return count * tensor.bits // 8 + count // (tensor.group or _ROW_SCALE_BLOCKS[0]) * 4
 
 
 def _rounded(g: Graph, x: str, step: float) -> str:
