@@ -4,7 +4,9 @@ Real files are looked for in installed packages and in tests/downloads/ (filled 
 is missing skips with the reason.
 """
 
+import functools
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -21,6 +23,22 @@ def gemma3_gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("gemma3") / "gemma3-270m.gguf"
     demo.assemble(str(path))
     return path
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Path, Path]]:
+    """made(kind, recipe) -> (model folder, the ONNX folder made from it) of a tiny checkpoint; each made once."""
+    from edge_gemma.export.convert import export_checkpoint
+    from edge_gemma.export.onnx_folder import export_onnx
+    from tests.tiny import write_checkpoint
+
+    @functools.cache
+    def make(kind: str, recipe: str = "float") -> tuple[Path, Path]:
+        root = tmp_path_factory.mktemp(f"onnx-{kind}-{recipe}")
+        model = export_checkpoint(write_checkpoint(root / "source", kind), root / "model", recipe)
+        return model, export_onnx(model, root / "onnx")
+
+    return make
 
 
 def _download(name: str) -> Path:
