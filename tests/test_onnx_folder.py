@@ -25,7 +25,7 @@ from tests.tiny_gguf import write_gguf
 onnxruntime = pytest.importorskip("onnxruntime")
 
 
-# -- what a folder holds ------------------------------------------------------------------------------------------------
+# -- what a folder holds -----------------------------------------------------------------------------------------------
 
 
 def contents(folder):
