@@ -266,22 +266,36 @@ def _result_json(result: Any) -> dict[str, Any]:
 @cli.command()
 @click.argument("source", type=click.Path(path_type=Path))
 @click.argument("dest", type=click.Path(path_type=Path))
-@click.option("--recipe", metavar="q4|q8|q2|float", help="How weights are stored [default: q4].")
+@click.option("--recipe", metavar="q8|q5mix|q4|q3mix|q2mix|float", help="How weights are stored [default: q4].")
+@click.option("--calibration", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE",
+              help="A text to round 2 and 4 bits for [default: a short one that comes along].")  # fmt: skip
+@click.option("--no-calibration", is_flag=True, help="Round without a text: quick, and much worse.")
 @click.option("--onnx", "as_onnx", is_flag=True,
               help="Write ONNX graphs for onnxruntime. SOURCE may be a model folder too, which keeps its weights; "
               "--recipe may be float16 too.")  # fmt: skip
 @click.option("--no-audio", is_flag=True, help="Leave the audio tower out.")
 @_force
-def export(source: Path, dest: Path, recipe: str | None, as_onnx: bool, no_audio: bool, force: bool) -> None:
+def export(
+    source: Path,
+    dest: Path,
+    recipe: str | None,
+    calibration: Path | None,
+    no_calibration: bool,
+    as_onnx: bool,
+    no_audio: bool,
+    force: bool,
+) -> None:
     """Convert SOURCE, a checkpoint folder or a GGUF file, to the model folder DEST.
 
     \b
     edge-gemma export ~/gemma-4-E2B-it ./gemma-4-e2b
     edge-gemma export model.gguf ./model --recipe q8
+    edge-gemma export ~/gemma-4-E2B-it ./mine --recipe q3mix --calibration letters.txt
     edge-gemma export ./model ./model-onnx --onnx
     """
     from edge_gemma.export.convert import export_checkpoint
     from edge_gemma.export.onnx_folder import FLOAT16, export_onnx
+    from edge_gemma.quant.calibrate import bundled_text
     from edge_gemma.quant.recipes import RECIPES, TRAINED_RECIPES
     from edge_gemma.terminal import progress_bar
 
@@ -291,18 +305,23 @@ def export(source: Path, dest: Path, recipe: str | None, as_onnx: bool, no_audio
         raise click.BadParameter(f"{recipe!r} is not one of {choices}.", param_hint="'--recipe'")
     if not source.exists():
         raise UsageError(f"{source} does not exist: expected a checkpoint folder or a GGUF file")
+    if calibration and no_calibration:
+        raise click.UsageError("--calibration and --no-calibration exclude each other.")
+    text = None if no_calibration else _read_text(calibration) if calibration else bundled_text()
     with progress_bar("exporting") as progress:
+        options: dict[str, Any] = {"calibration": text, "audio": not no_audio, "force": force, "progress": progress}
         if as_onnx:
-            folder = export_onnx(source, dest, recipe, audio=not no_audio, force=force, progress=progress)
+            folder = export_onnx(source, dest, recipe, **options)
         else:
-            folder = export_checkpoint(source, dest, recipe or "q4", audio=not no_audio, force=force, progress=progress)
+            folder = export_checkpoint(source, dest, recipe or "q4", **options)
     _say_written(folder)
 
 
 @cli.command()
 @click.argument("size", type=click.Choice(["e2b", "e4b", "tiny"]))
 @click.argument("dest", type=click.Path(path_type=Path))
-@click.option("--recipe", type=click.Choice(["q4", "q8", "mobile", "q2", "float"]), default="q4", show_default=True,
+@click.option("--recipe", type=click.Choice(["q4", "q8", "q5mix", "q3mix", "q2mix", "mobile", "float"]),
+              default="q4", show_default=True,
               help="How weights are stored; mobile has the bit widths of the official QAT checkpoints.")  # fmt: skip
 @click.option("--seed", type=click.IntRange(0), default=0, metavar="S", help="The same seed gives the same folder.")
 @click.option("--audio", is_flag=True, help="With a random audio tower, at full size except in tiny.")
@@ -390,10 +409,7 @@ def perplexity(
     """
     from edge_gemma.terminal import progress_bar
 
-    try:
-        text = file.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{file} is not UTF-8 text (byte {error.start})") from None
+    text = _read_text(file)
     engine = load_engine(model, threads=threads, backend=backend)
     from edge_gemma.quant import score
 
@@ -435,6 +451,13 @@ def bench(model: str | None, as_json: bool, memory_limit: int | None, **options:
         _print_json(result.as_dict())
     else:
         benchmark.print_table(result)
+
+
+def _read_text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{file} is not UTF-8 text (byte {error.start})") from None
 
 
 def _say_written(folder: Path) -> None:

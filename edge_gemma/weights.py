@@ -4,6 +4,7 @@ Owns: which field is which tensor. Does not know: what the decoder does with the
 """
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
@@ -73,8 +74,16 @@ class Weights:
             self.per_layer_embeddings.table.close()
 
 
+class Binder(Protocol):
+    """Where tensors come from, by name."""
+
+    def has(self, name: str) -> bool: ...
+    def matrix(self, name: str) -> Matrix: ...
+    def vector(self, name: str) -> np.ndarray: ...
+
+
 class _Binder:
-    """Looks tensors up once."""
+    """Looks tensors of a model folder up once."""
 
     def __init__(self, folder: ModelFolder) -> None:
         self._tensors = folder.tensors
@@ -115,13 +124,14 @@ def bind(folder: ModelFolder) -> Weights:
     return Weights(
         embed_tokens=embed_tokens,
         per_layer_embeddings=per_layer_embeddings,
-        layers=tuple(_bind_layer(b, f"layers.{layer.index}") for layer in folder.config.layers),
+        layers=tuple(bind_layer(b, f"layers.{layer.index}") for layer in folder.config.layers),
         norm=b.vector("norm.weight"),
         lm_head=embed_tokens if folder.config.tie_word_embeddings else b.matrix("lm_head"),
     )
 
 
-def _bind_layer(b: _Binder, at: str) -> LayerWeights:
+def bind_layer(b: Binder, at: str) -> LayerWeights:
+    """The layer whose tensors' names begin with `at`."""
     kv = per_layer_input = None
     if b.has(f"{at}.self_attn.k_proj.weight"):
         kv = KeyValueWeights(

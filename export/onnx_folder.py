@@ -43,6 +43,7 @@ def export_onnx(
     dest: Path,
     recipe: str | None = None,
     *,
+    calibration: str | None = None,
     audio: bool = True,
     force: bool = False,
     progress: Progress | None = None,
@@ -50,13 +51,17 @@ def export_onnx(
     """Write `source` (a model folder, a safetensors folder or a GGUF file) as an ONNX folder. Returns `dest`.
 
     recipe: of a checkpoint any that it can be exported with, or "float16", "q4" by default; a model folder keeps the
-    one it has, but a float one may become "float16". audio: with its encoder, where there is one.
+    one it has, but a float one may become "float16". calibration: as in `export_checkpoint`. audio: with its encoder,
+    where there is one.
     The folder appears whole or not at all.
     Raises CheckpointError, ConfigError, ModelFolderError, UsageError: one line each.
     """
     from edge_gemma.export import onnx_graph  # noqa: F401  (says at once that the onnx package is missing)
 
-    with _model_folder(source, dest, recipe, audio, progress) as folder, new_folder(dest, force=force) as out:
+    with (
+        _model_folder(source, dest, recipe, calibration, audio, progress) as folder,
+        new_folder(dest, force=force) as out,
+    ):
         recipe = FLOAT16 if recipe == FLOAT16 else folder.manifest["recipe"]
         files = _write_graphs(folder, out / FOLDER, "float16" if recipe == FLOAT16 else "float32", progress)
         if audio:
@@ -78,7 +83,7 @@ def export_onnx(
 
 @contextmanager
 def _model_folder(
-    source: Path, dest: Path, recipe: str | None, audio: bool, progress: Progress | None
+    source: Path, dest: Path, recipe: str | None, calibration: str | None, audio: bool, progress: Progress | None
 ) -> Iterator[ModelFolder]:
     """The source itself where it is a model folder, otherwise one made for the while."""
     if (source / MANIFEST).is_file():
@@ -93,7 +98,9 @@ def _model_folder(
         return
     with scratch_folder(dest.absolute()) as scratch:
         rounding = "float" if recipe == FLOAT16 else recipe or DEFAULT_RECIPE
-        yield ModelFolder.open(export_checkpoint(source, scratch / "model", rounding, audio=audio, progress=progress))
+        path = scratch / "model"
+        export_checkpoint(source, path, rounding, calibration=calibration, audio=audio, progress=progress)
+        yield ModelFolder.open(path)
 
 
 def _write_graphs(folder: ModelFolder, out: Path, float_type: str, progress: Progress | None) -> dict[str, Any]:

@@ -25,7 +25,8 @@ class Format:
 class Rule:
     """A format for the tensors whose name matches `pattern` (as in a shell) and whose model has what `where` asks for.
 
-    `where` names words of the checkpoint's `text_config`, and "kv_shared": whether the layer reads another layer's KV.
+    `where` names words of the checkpoint's `text_config`, "kv_shared": whether the layer reads another layer's KV, and
+    "outer": whether it is among the first or the last layers.
     """
 
     pattern: str
@@ -37,14 +38,30 @@ DENSE = Format(0)
 # 13.8 M weights that every layer's per-layer input comes from: 7 MB more than at 4 bits.
 _MODEL_PROJECTION = Rule("per_layer_model_projection.weight", Format(8, 32))
 
-# What weights can be rounded to.
+_FOUR, _TWO = Format(4, 32), Format(2, 16)
+# Of an MLP, down_proj loses most; attention is small and sensitive; the outermost layers are more so.
+_OUTER_MLP = Rule("layers.*.mlp.*", _FOUR, {"outer": True})
+# What weights can be rounded to; docs/QUANTISATION.md has what each costs in quality.
 RECIPES: dict[str, tuple[Rule, ...]] = {
     "float": (Rule("*", DENSE),),
     "q8": (Rule("*", Format(8, 32)),),
-    "q4": (_MODEL_PROJECTION, Rule("*", Format(4, 32))),
-    # To measure 2-bit kernels: weights rounded to 2 bits after training have lost what they knew.
-    "q2": (_MODEL_PROJECTION, Rule("layers.*.mlp.*", Format(2, 32)), Rule("*", Format(4, 32))),
+    "q5mix": (
+        _MODEL_PROJECTION,
+        Rule("embed_tokens.weight", Format(8, 32)),  # which is also the head
+        Rule("lm_head.weight", Format(8, 32)),
+        Rule("*", _FOUR),
+    ),
+    "q4": (_MODEL_PROJECTION, Rule("*", _FOUR)),
+    "q3mix": (
+        _MODEL_PROJECTION,
+        _OUTER_MLP,
+        Rule("layers.*.mlp.down_proj.*", _FOUR),
+        Rule("layers.*.mlp.*", _TWO),
+        Rule("*", _FOUR),
+    ),
+    "q2mix": (_MODEL_PROJECTION, _OUTER_MLP, Rule("layers.*.mlp.*", _TWO), Rule("*", _FOUR)),
 }
+_OUTER = 2  # layers at either end
 
 # What only training towards it makes usable: the bit widths of the official QAT checkpoints, one scale a row.
 _E2B: Mapping[str, object] = {"use_double_wide_mlp": True}
@@ -61,13 +78,13 @@ TRAINED_RECIPES: dict[str, tuple[Rule, ...]] = {
 }
 
 
-def tensor_format(recipe: str, name: str, shape: tuple[int, ...]) -> Format:
+def tensor_format(recipe: str, name: str, shape: tuple[int, ...], config: GemmaConfig) -> Format:
     """The format that rounding a checkpoint by a recipe gives a tensor. Raises UsageError for any other recipe."""
     if recipe in TRAINED_RECIPES:
         raise UsageError(f"{recipe} has 2-bit weights, which only a checkpoint trained for them survives: use q4")
     if recipe not in RECIPES:
         raise UsageError(f"unknown recipe {recipe!r}: choose one of {', '.join(RECIPES)}")
-    return _format(RECIPES[recipe], name, shape, {})
+    return planned_format(recipe, name, shape, config)
 
 
 def planned_format(recipe: str, name: str, shape: tuple[int, ...], config: GemmaConfig) -> Format:
@@ -77,7 +94,9 @@ def planned_format(recipe: str, name: str, shape: tuple[int, ...], config: Gemma
         raise UsageError(f"unknown recipe {recipe!r}: choose one of {', '.join(recipes)}")
     facts: dict[str, Any] = dict(config.text_config)
     if layer := re.match(r"layers\.(\d+)\.", name):
-        facts["kv_shared"] = not config.layers[int(layer[1])].owns_kv
+        index = int(layer[1])
+        facts["kv_shared"] = not config.layers[index].owns_kv
+        facts["outer"] = min(index, config.num_hidden_layers - 1 - index) < _OUTER
     return _format(recipes[recipe], name, shape, facts)
 
 

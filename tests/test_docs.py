@@ -35,7 +35,7 @@ def test_the_cli_page_is_current():
 
 def test_the_help_names_every_recipe():
     recipe = next(option for option in cli.commands["export"].params if option.name == "recipe")
-    assert recipe.metavar == "|".join(sorted(RECIPES, key=["q4", "q8", "q2", "float"].index))
+    assert set(recipe.metavar.split("|")) == set(RECIPES)
 
 
 def test_every_command_has_a_purpose_and_every_option_an_explanation():

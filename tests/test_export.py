@@ -17,6 +17,7 @@ from hypothesis.extra.numpy import arrays
 from safetensors.numpy import load_file
 
 from edge_gemma import qformat
+from edge_gemma.config import GemmaConfig
 from edge_gemma.errors import CheckpointError, UsageError
 from edge_gemma.export import convert
 from edge_gemma.export.convert import export_checkpoint
@@ -24,7 +25,8 @@ from edge_gemma.model_folder import ModelFolder
 from edge_gemma.ple import DiskRows
 from edge_gemma.quant.recipes import RECIPES, tensor_format
 from edge_gemma.quant.rtn import round_to_nearest
-from tests.tiny import KINDS, tiny_weights, write_checkpoint
+from edge_gemma.quant.search import search_scales
+from tests.tiny import KINDS, tiny_config, tiny_weights, write_checkpoint
 from tests.tiny_gguf import write_gguf
 
 
@@ -82,7 +84,7 @@ def test_a_folder_holds_the_checkpoint_rounded(tmp_path: Path, kind: str, recipe
         if tensor.layout == "dense":
             assert np.array_equal(parts["values"], weights[name]), name
             continue
-        expected, scales = round_to_nearest(weights[name], tensor.bits, tensor.group)
+        expected, scales = search_scales(weights[name], tensor.bits, tensor.group)
         rows, columns = tensor.shape
         if tensor.layout == "panels":
             assert np.array_equal(qformat.unpack_panels(parts["packed"], tensor.bits, rows, columns), expected), name
@@ -124,7 +126,7 @@ def test_rows_of_the_table_come_from_disk(tmp_path: Path, recipe: str) -> None:
     ids = np.array([5, 0, 639, 5])
     expected = tiny_weights("e4b")["embed_tokens_per_layer.weight"][ids]
     if tensor.bits:
-        expected = qformat.dequantize(*round_to_nearest(expected, tensor.bits, tensor.group), tensor.group)
+        expected = qformat.dequantize(*search_scales(expected, tensor.bits, tensor.group), tensor.group)
     assert np.array_equal(table.gather(ids), expected)
     table.close()
     table.close()  # twice is once
@@ -205,12 +207,21 @@ def test_an_export_ended_at_any_moment_leaves_nothing_or_all(tmp_path: Path, end
 
 
 def test_recipes() -> None:
-    assert tensor_format("q4", "layers.0.mlp.up_proj.weight", (8, 8)).bits == 4
-    assert tensor_format("q4", "per_layer_model_projection.weight", (8, 8)).bits == 8
-    assert tensor_format("q8", "norm.weight", (8,)).bits == 0
-    assert tensor_format("float", "layers.0.mlp.up_proj.weight", (8, 8)).bits == 0
+    config = GemmaConfig.from_text_config(tiny_config("e2b"))
+
+    def bits(recipe: str, name: str, shape: tuple[int, ...] = (8, 8)) -> int:
+        return tensor_format(recipe, name, shape, config).bits
+
+    assert bits("q4", "layers.0.mlp.up_proj.weight") == 4
+    assert bits("q4", "per_layer_model_projection.weight") == 8
+    assert bits("q8", "norm.weight", (8,)) == 0
+    assert bits("float", "layers.0.mlp.up_proj.weight") == 0
+    assert bits("q5mix", "embed_tokens.weight") == 8
+    assert [bits("q2mix", f"layers.{i}.mlp.up_proj.weight") for i in range(10)] == [4, 4, 2, 2, 2, 2, 2, 2, 4, 4]
+    assert bits("q2mix", "layers.4.self_attn.k_proj.weight") == 4
+    assert bits("q3mix", "layers.4.mlp.down_proj.weight") == 4
     with pytest.raises(UsageError, match="unknown recipe 'q5'"):
-        tensor_format("q5", "norm.weight", (8,))
+        bits("q5", "norm.weight", (8,))
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -338,7 +338,7 @@ def dequantised(folder):
 
 @EVERY_MODEL
 def test_a_model_folder_holds_the_checkpoints_weights(load, kind, recipe):
-    """Float: exactly. Otherwise each weight within one step of its group: 1/8 or 1/127 of the largest."""
+    """Float: exactly. Otherwise within a part of its group's largest: 1/127, or 0.3 where a search may cut that off."""
     stored = dequantised(load(kind, recipe).path)
     original = tiny_weights(kind)
     assert stored.keys() == original.keys()
@@ -347,7 +347,7 @@ def test_a_model_folder_holds_the_checkpoints_weights(load, kind, recipe):
             np.testing.assert_array_equal(stored[name], weight)
             continue
         groups = np.abs(weight).reshape(len(weight), -1, 32).max(axis=2)
-        steps = 127 if recipe == "q8" or name == "per_layer_model_projection.weight" else 8
+        steps = 127 if recipe == "q8" or name == "per_layer_model_projection.weight" else 1 / 0.3
         bound = np.repeat(groups, 32, axis=1) / steps * 1.01
         assert (np.abs(stored[name] - weight) <= bound).all(), name
 

@@ -122,7 +122,9 @@ def test_the_mobile_recipe_is_the_bit_map_of_the_official_checkpoints() -> None:
 
 def test_rounding_to_a_trained_recipe_is_refused_with_the_reason(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="mobile has 2-bit weights, which only a checkpoint trained for them survives"):
-        tensor_format("mobile", "layers.0.mlp.up_proj.weight", (8, 8))
+        tensor_format(
+            "mobile", "layers.0.mlp.up_proj.weight", (8, 8), GemmaConfig.from_text_config(TEXT_CONFIGS["e2b"])
+        )
     write_checkpoint(tmp_path / "in", "e2b")
     with pytest.raises(UsageError, match="use q4"):
         export_checkpoint(tmp_path / "in", tmp_path / "out", "mobile")

@@ -1,0 +1,104 @@
+"""Tensors on their way from a checkpoint into a model folder: read once, rounded in threads, written in order.
+
+Owns: row blocks, the threads, packing, digests of what was read, progress. Does not know: which format a tensor gets
+(convert.py), how values are rounded (quant/).
+"""
+
+import hashlib
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import numpy as np
+
+from edge_gemma import qformat
+from edge_gemma.errors import CheckpointError
+from edge_gemma.export.checkpoint import Checkpoint
+from edge_gemma.export.folder_writer import FolderWriter
+from edge_gemma.model_folder import Progress, Tensor
+from edge_gemma.quant.calibrate import Rounder
+from edge_gemma.quant.search import search_scales
+
+_BLOCK_WEIGHTS = 1 << 20  # weights a worker rounds at a time: 4 MB of float32 stays near the caches
+_AHEAD = 4  # blocks in flight
+
+
+def encode_block(tensor: Tensor, weights: np.ndarray, rounder: Rounder, first: int = 0) -> dict[str, np.ndarray]:
+    """A block of whole rows (whole panels but for the tensor's end) as the bytes of each part.
+
+    weights: float32 [n, columns] or [n], from row `first` on. Raises CheckpointError if one is not finite.
+    """
+    if not np.isfinite(weights).all():
+        raise CheckpointError("a weight is not finite: the checkpoint is damaged")
+    if tensor.layout == "dense":
+        if tensor.parts["values"].dtype == "F32":
+            return {"values": weights}
+        return {"values": (weights.view(np.uint32) >> 16).astype(np.uint16)}  # exact: the source was bfloat16
+    values, scales = rounder(weights, first)
+    if tensor.layout == "rows":
+        return {"records": qformat.pack_rows(values, scales, tensor.bits, tensor.group)}
+    return {
+        "packed": qformat.pack_panels(values, tensor.bits),
+        "scales": qformat.pack_scales(scales, tensor.group),
+    }
+
+
+class TensorStream:
+    """Tensors from the checkpoint to the folder, each read once, in any order."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        plan: dict[str, Tensor],
+        writer: FolderWriter,
+        pool: ThreadPoolExecutor,
+        progress: Progress | None,
+    ) -> None:
+        self._checkpoint, self._plan, self._writer, self._pool = checkpoint, plan, writer, pool
+        self._progress = progress
+        self._total = sum(4 * int(np.prod(tensor.shape)) for tensor in plan.values())
+        self._done = 0
+        self._digests: dict[str, str] = {}
+
+    def put(self, name: str, rounder: Rounder) -> None:
+        """Read a tensor, round it block by block, write it."""
+        tensor, content = self._plan[name], hashlib.sha256()
+        pending: list[Future[dict[str, np.ndarray]]] = []
+        first = 0
+        for weights in _blocks(self._checkpoint, name, tensor.shape):
+            pending.append(self._pool.submit(encode_block, tensor, weights, rounder, first))
+            first += len(weights)
+            content.update(weights.data)
+            self._done += weights.nbytes
+            while len(pending) >= _AHEAD:
+                self._append(name, pending.pop(0))
+            if self._progress:
+                self._progress(self._done, self._total, name)
+        for block in pending:
+            self._append(name, block)
+        self._digests[name] = content.hexdigest()
+
+    def put_rest(self) -> str:
+        """Every tensor not yet put, by searched scales. Returns the sha256 over the sha256 of every tensor's values.
+
+        Values are float32, tensors in the plan's order.
+        """
+        for name, tensor in self._plan.items():
+            if name not in self._digests:
+                self.put(name, lambda weights, _, t=tensor: search_scales(weights, t.bits, t.group))
+        return hashlib.sha256("".join(self._digests[name] for name in self._plan).encode()).hexdigest()
+
+    def _append(self, name: str, block: Future[dict[str, np.ndarray]]) -> None:
+        try:
+            parts = block.result()
+        except CheckpointError as error:
+            raise CheckpointError(f"{name}: {error}") from None
+        for key, values in parts.items():
+            self._writer.append(name, key, values)
+
+
+def _blocks(checkpoint: Checkpoint, name: str, shape: tuple[int, ...]) -> Iterator[np.ndarray]:
+    """Blocks of whole panels of 8 rows, about _BLOCK_WEIGHTS each."""
+    columns = int(np.prod(shape[1:]))
+    step = max(8, _BLOCK_WEIGHTS // columns // 8 * 8)
+    for start in range(0, shape[0], step):
+        yield checkpoint.rows(name, start, min(start + step, shape[0]))
