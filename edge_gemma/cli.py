@@ -424,6 +424,42 @@ def perplexity(
 
 @cli.command()
 @_model
+@click.option("--reference", metavar="MODEL", required=True, help="The float model folder that MODEL was made from.")
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option("--context", type=click.IntRange(4), default=512, show_default=True, metavar="N",
+              help="Window in tokens.")  # fmt: skip
+@click.option("--windows", type=click.IntRange(1), metavar="N", help="Stop after N windows [default: the whole text].")
+@_threads
+@_json
+def score(
+    model: str | None, reference: str, file: Path, context: int, windows: int | None, threads: int | None, as_json: bool
+) -> None:
+    """What rounding has cost: a model beside the float model it was made from, on the text in FILE.
+
+    \b
+    edge-gemma export ~/gemma-4-E2B-it ./float --recipe float
+    edge-gemma score -m ./gemma-4-e2b --reference ./float wiki.txt
+    """
+    from dataclasses import asdict
+
+    from edge_gemma import kernels
+    from edge_gemma.quant import score as scoring
+    from edge_gemma.terminal import progress_bar
+
+    text = _read_text(file)
+    kernels.announce_compiling(_tell_compiling)
+    kernels.set_threads(threads)
+    with progress_bar("scoring", unit="windows") as progress:
+        result = asdict(scoring.score(_resolve(model), _resolve(reference), text, context, windows, progress))
+    if as_json:
+        _print_json(result)
+        return
+    errors = result.pop("layer_errors")
+    _print_facts(result | {"layer errors": " ".join(f"{error:.3f}" for error in errors)}, False)
+
+
+@cli.command()
+@_model
 @click.option("--prompt", type=click.IntRange(1), default=512, show_default=True, metavar="N", help="Prompt tokens.")
 @click.option("--generate", type=click.IntRange(1), default=128, show_default=True, metavar="N",
               help="Tokens decoded one at a time.")  # fmt: skip

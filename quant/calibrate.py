@@ -36,7 +36,7 @@ Put = Callable[[str, Rounder], None]  # read a tensor block by block, round and 
 
 TOKENS = 8192  # of the calibration text that are used
 _FEWEST = 256
-_TIED_DAMPING = 0.3  # rows of a tied head are embeddings too, which error feedback alone would coarsen
+_TIED_DAMPING = 1.0  # rows of a tied head are embeddings too, which error feedback alone would coarsen
 CALIBRATED_BITS = (2, 4)  # 8 bits lose too little
 _SEGMENT = 2048  # columns whose errors make up for each other: H of more would take gigabytes (E2B's MLP has 12,288)
 _ROWS = 256  # rows of a float matrix multiplied at a time

@@ -1,17 +1,31 @@
-"""How good a model is, in numbers. For now: perplexity.
+"""How good a model is, in numbers: perplexity, and how far it is from the float model it was made from.
 
 Perplexity is measured as llama.cpp's `perplexity` tool does, so that figures compare: the text is cut into windows of
 `context` tokens, each window starts with <bos> in place of its first token and is run on its own, and the tokens of
-its second half are scored: exp(mean(-ln p(token | window so far))).
+its second half are scored: exp(mean(-ln p(token | window so far))). The same positions serve the comparison: the mean
+of KL(reference || model) over the whole vocabulary in nats, and how often both find the same token likeliest.
+
+Owns: windows, sums over positions. Does not know: recipes, tables, plots.
 """
 
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import cast
 
 import numpy as np
 
+from edge_gemma.decoder import Decoder
 from edge_gemma.engine import Engine
 from edge_gemma.errors import UsageError
+from edge_gemma.kv_cache import KVCache
+from edge_gemma.linear import Activations, Matrix
+from edge_gemma.model_folder import TOKENIZER, ModelFolder
+from edge_gemma.tokenizer import Tokenizer
+from edge_gemma.weights import LayerWeights, bind
+
+Report = Callable[[int, int, str], None]  # (windows done, windows in all, what)
 
 _ROWS = 64  # rows of logits at a time: 67 MB for a vocabulary of 262,144
 
@@ -23,27 +37,24 @@ class Perplexity:
     scored: int
 
 
-def perplexity(
-    engine: Engine, ids: list[int], context: int = 512, progress: Callable[[int, int, str], None] | None = None
-) -> Perplexity:
+def perplexity(engine: Engine, ids: list[int], context: int = 512, progress: Report | None = None) -> Perplexity:
     """Perplexity of `ids` (without <bos>) in windows of `context` tokens. Raises UsageError if they fill no window."""
-    windows = len(ids) // context
-    if context < 4 or windows < 1:
-        raise UsageError(f"the text has {len(ids)} tokens, expected at least one window of {context} (4 or more)")
+    windows = _windows(ids, context, engine.tokenizer.bos_id)
     session = engine.session(context)
     total = 0.0
     first = context // 2
-    for window in range(windows):
-        tokens = [engine.tokenizer.bos_id, *ids[window * context + 1 : (window + 1) * context]]
+    for window, tokens in enumerate(windows):
         session.rewind(0)
         hidden = session.hidden(tokens)
         for start in range(first, context - 1, _ROWS):
             stop = min(start + _ROWS, context - 1)
             total -= log_probabilities(session.logits(hidden[start:stop]), tokens[start + 1 : stop + 1]).sum()
         if progress:
-            progress(window + 1, windows, f"perplexity {np.exp(total / ((window + 1) * (context - 1 - first))):.3f}")
-    scored = windows * (context - 1 - first)
-    return Perplexity(float(np.exp(total / scored)), windows * context, scored)
+            progress(
+                window + 1, len(windows), f"perplexity {np.exp(total / ((window + 1) * (context - 1 - first))):.3f}"
+            )
+    scored = len(windows) * (context - 1 - first)
+    return Perplexity(float(np.exp(total / scored)), len(windows) * context, scored)
 
 
 def log_probabilities(logits: np.ndarray, targets: list[int]) -> np.ndarray:
@@ -51,3 +62,128 @@ def log_probabilities(logits: np.ndarray, targets: list[int]) -> np.ndarray:
     top = logits.max(axis=1, keepdims=True)
     normaliser = np.log(np.exp(logits - top).sum(axis=1, dtype=np.float64))
     return logits[np.arange(len(targets)), targets].astype(np.float64) - top[:, 0] - normaliser
+
+
+@dataclass(frozen=True)
+class Score:
+    """A model beside its reference, over the scored positions of a text."""
+
+    perplexity: float
+    reference_perplexity: float
+    kl: float  # nats a token
+    kl_99: float  # exceeded by one position of a hundred
+    top1: float  # share of positions where both find the same token likeliest
+    tokens: int  # read, in whole windows
+    scored: int
+    bits_per_weight: float  # all tensors with their scales, over the number of weights
+    tensor_bytes: int
+    bytes: int  # the folder
+    layer_errors: tuple[float, ...]  # what enters each layer (normalised), then the head: |x - reference| / |reference|
+
+
+def score(
+    model: Path, reference: Path, text: str, context: int = 512, most: int | None = None, progress: Report | None = None
+) -> Score:
+    """Compare two model folders on the first `most` windows of a text (None: all).
+
+    Raises UsageError if they do not share a tokenizer and layers, or the text fills no window.
+    """
+    with _Scored(reference) as original, _Scored(model) as copy:
+        if original.tokenizer_digest != copy.tokenizer_digest or original.shape != copy.shape:
+            raise UsageError(f"{model} and {reference} are not the same model: expected one made from the other")
+        tokenizer = Tokenizer.load(model / TOKENIZER)
+        windows = _windows(tokenizer.encode(text), context, tokenizer.bos_id)[:most]
+        sums, kls, errors = np.zeros(3), [], np.zeros((2, len(copy.config.layers) + 1))
+        first = context // 2
+        for window, tokens in enumerate(windows):
+            hidden = copy.hidden(tokens), original.hidden(tokens)
+            errors += [
+                [float(((a - b) ** 2).sum()) for a, b in zip(copy.inputs, original.inputs, strict=True)],
+                [float((b**2).sum()) for b in original.inputs],
+            ]
+            for start in range(first, context - 1, _ROWS):
+                stop = min(start + _ROWS, context - 1)
+                logits = copy.decoder.logits(hidden[0][start:stop]), original.decoder.logits(hidden[1][start:stop])
+                more, kl = _compare(*logits, tokens[start + 1 : stop + 1])
+                sums += more
+                kls.append(kl)
+            if progress:
+                progress(window + 1, len(windows), f"KL {np.concatenate(kls).mean():.4f}")
+        scored = len(windows) * (context - 1 - first)
+        every = np.concatenate(kls)
+        return Score(
+            perplexity=math.exp(-sums[0] / scored),
+            reference_perplexity=math.exp(-sums[1] / scored),
+            kl=float(every.mean()),
+            kl_99=float(np.quantile(every, 0.99)),
+            top1=float(sums[2] / scored),
+            tokens=len(windows) * context,
+            scored=scored,
+            bits_per_weight=8 * copy.tensor_bytes / copy.weight_count,
+            tensor_bytes=copy.tensor_bytes,
+            bytes=copy.bytes,
+            layer_errors=tuple(np.sqrt(errors[0] / np.maximum(errors[1], 1e-30)).tolist()),
+        )
+
+
+def _windows(ids: list[int], context: int, bos: int) -> list[list[int]]:
+    if context < 4 or len(ids) < context:
+        raise UsageError(f"the text has {len(ids)} tokens, expected at least one window of {context} (4 or more)")
+    return [[bos, *ids[start + 1 : start + context]] for start in range(0, len(ids) - context + 1, context)]
+
+
+def _compare(logits: np.ndarray, reference: np.ndarray, targets: list[int]) -> tuple[np.ndarray, np.ndarray]:
+    """([sum of ln p, the same of the reference, rows of one mind], KL of each row); logits: float32 [n, vocab_size]."""
+    same = np.count_nonzero(logits.argmax(axis=1) == reference.argmax(axis=1))
+    at = np.arange(len(targets)), targets
+    for rows in (logits, reference):
+        rows -= rows.max(axis=1, keepdims=True)
+        rows -= np.log(np.exp(rows).sum(axis=1, dtype=np.float64))[:, None].astype(np.float32)
+    likely = logits[at].sum(dtype=np.float64), reference[at].sum(dtype=np.float64)
+    kl = (np.exp(reference) * (reference - logits)).sum(axis=1, dtype=np.float64)
+    return np.array([*likely, same]), kl
+
+
+class _Watched:
+    """A matrix that keeps what it was given."""
+
+    def __init__(self, matrix: Matrix, inputs: list[np.ndarray]) -> None:
+        self._matrix, self._inputs = matrix, inputs
+
+    def __call__(self, x: Activations) -> np.ndarray:
+        self._inputs.append(x.values)
+        return self._matrix(x)
+
+
+class _Scored:
+    """A model folder whose layers' inputs can be read after a pass."""
+
+    def __init__(self, path: Path) -> None:
+        folder = ModelFolder.open(path)
+        self.config = folder.config
+        self.tokenizer_digest = folder.manifest["files"][TOKENIZER].get("sha256")
+        self.shape = folder.config.tensor_shapes()
+        self.tensor_bytes = sum(part.nbytes for _, part in folder.parts())
+        self.weight_count = sum(math.prod(shape) for shape in self.shape.values())
+        self.bytes = sum(file.stat().st_size for file in path.iterdir())
+        self.inputs: list[np.ndarray] = []
+        self._weights = bind(folder)
+        layers = tuple(self._watch(layer) for layer in self._weights.layers)
+        self.decoder = Decoder(folder.config, replace(self._weights, layers=layers))
+
+    def _watch(self, layer: LayerWeights) -> LayerWeights:
+        return replace(layer, q_proj=cast(Matrix, _Watched(layer.q_proj, self.inputs)))
+
+    def hidden(self, tokens: list[int]) -> np.ndarray:
+        """What enters the head: float32 [n, hidden_size]. `inputs` then has it too, after what entered each layer."""
+        self.inputs.clear()
+        cache = KVCache(self.config, len(tokens), len(tokens), "float16")
+        hidden = self.decoder.forward(np.array(tokens, np.int64), cache, len(tokens))
+        self.inputs.append(hidden)
+        return hidden
+
+    def __enter__(self) -> "_Scored":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._weights.close()
