@@ -59,8 +59,8 @@ def export_onnx(
     from edge_gemma.export import onnx_graph  # noqa: F401  (says at once that the onnx package is missing)
 
     with (
-        _model_folder(source, dest, recipe, calibration, audio, progress) as folder,
         new_folder(dest, force=force) as out,
+        _model_folder(source, dest, recipe, calibration, audio, progress) as folder,
     ):
         recipe = FLOAT16 if recipe == FLOAT16 else folder.manifest["recipe"]
         files = _write_graphs(folder, out / FOLDER, "float16" if recipe == FLOAT16 else "float32", progress)

@@ -176,7 +176,7 @@ def unpacked(packed, bits):
     return (bytes_as_bits << np.arange(bits)).sum(axis=2, dtype=np.int32) - (1 << (bits - 1))
 
 
-@pytest.mark.parametrize("recipe", ["q8", "q4", "q2"])
+@pytest.mark.parametrize("recipe", ["q8", "q4", "q2mix"])
 def test_integers_and_scales_are_carried_over(made, recipe):
     model, folder = made("e2b", recipe)
     opened = ModelFolder.open(model)
@@ -203,7 +203,7 @@ def test_integers_and_scales_are_carried_over(made, recipe):
     assert seen == 1 + sum(tensor.layout != "dense" for tensor in opened.tensors.values())  # the tied table twice
 
 
-@pytest.mark.parametrize("recipe", ["q8", "q4", "q2"])
+@pytest.mark.parametrize("recipe", ["q8", "q4", "q2mix"])
 @EVERY_KIND
 def test_with_float_products_the_logits_are_those_of_the_folders_weights(made, tmp_path, float_products, kind, recipe):
     """Nothing is left but the graph: the integers and scales stand for exactly what the reference multiplies with."""
@@ -215,7 +215,7 @@ def test_with_float_products_the_logits_are_those_of_the_folders_weights(made, t
     assert (logits.argmax(axis=1) == expected.argmax(axis=1)).all()
 
 
-@pytest.mark.parametrize("recipe", ["q8", "q4", "q2"])
+@pytest.mark.parametrize("recipe", ["q8", "q4", "q2mix"])
 def test_with_int8_products_it_is_as_far_from_that_as_our_own_decoder(made, recipe):
     """Both round activations to int8 in groups of 32. The products are equal (test_products_...), but one rounding that
     tips for a last bit of a sum tips others: after a few layers the two differ as much as each from float32."""
@@ -247,7 +247,7 @@ def product(folder, name, x, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["self_attn.q_proj", "mlp.down_proj", "per_layer_input_gate"])
-@pytest.mark.parametrize(("recipe", "layer"), [("q8", 0), ("q4", 0), ("q2", 0), ("mobile", 1), ("mobile", 7)])
+@pytest.mark.parametrize(("recipe", "layer"), [("q8", 0), ("q4", 0), ("q2mix", 0), ("mobile", 1), ("mobile", 7)])
 def test_products_equal_the_kernels(tmp_path, float_products, recipe, layer, name):
     """One matrix at a time, in every format, one scale a row (mobile) among them."""
     folder = ModelFolder.open(synthesize("tiny", tmp_path / "m", recipe))
