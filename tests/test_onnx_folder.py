@@ -121,11 +121,12 @@ def test_recipes_that_do_not_fit_are_refused(made, tmp_path):
 
 
 def test_without_the_onnx_package_it_says_so(made, tmp_path, monkeypatch):
+    model, folder = made("e2b")
     monkeypatch.setitem(sys.modules, "onnx", None)
     for name in ("onnx_graph", "onnx_decoder", "onnx_weights"):
         monkeypatch.delitem(sys.modules, f"edge_gemma.export.{name}", raising=False)
-    refused(UsageError, lambda: export_onnx(made("e2b")[0], tmp_path / "o"), r"pip install 'edge-gemma\[onnx\]'")
-    with Engine.load(made("e2b")[1], backend="onnx") as engine:  # running needs only onnxruntime
+    refused(UsageError, lambda: export_onnx(model, tmp_path / "o"), r"pip install 'edge-gemma\[onnx\]'")
+    with Engine.load(folder, backend="onnx") as engine:  # running needs only onnxruntime
         engine.session().step(2)
 
 
