@@ -266,7 +266,11 @@ def _result_json(result: Any) -> dict[str, Any]:
 @cli.command()
 @click.argument("source", type=click.Path(path_type=Path))
 @click.argument("dest", type=click.Path(path_type=Path))
-@click.option("--recipe", metavar="q8|q5mix|q4|q3mix|q2mix|float", help="How weights are stored [default: q4].")
+@click.option(
+    "--recipe",
+    metavar="q8|q5mix|q4|q3mix|q2mix|float",
+    help="How weights are stored [default: as they were trained, else q4].",
+)
 @click.option("--calibration", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE",
               help="A text to round 2 and 4 bits for [default: a short one that comes along].")  # fmt: skip
 @click.option("--no-calibration", is_flag=True, help="Round without a text: quick, and much worse.")
@@ -313,7 +317,7 @@ def export(
         if as_onnx:
             folder = export_onnx(source, dest, recipe, **options)
         else:
-            folder = export_checkpoint(source, dest, recipe or "q4", **options)
+            folder = export_checkpoint(source, dest, recipe, **options)
     _say_written(folder)
 
 

@@ -230,15 +230,20 @@ def pack_rows(w: Array, scales: Array, bits: int, group: int) -> Array:
     return np.concatenate([stored.view(np.uint8).reshape(rows, head), packed], axis=1)
 
 
+def unpack_fields(packed: Array, bits: int, k: int) -> Array:
+    """uint8 [rows, ceil(k * bits / 8)], low bits first -> int8 [rows, k]."""
+    shifts = np.arange(0, 8, bits, dtype=np.uint8)
+    u = (packed[:, :, None] >> shifts) & np.uint8((1 << bits) - 1)
+    return _signed(u.reshape(len(packed), -1)[:, :k], bits)
+
+
 def unpack_rows(records: Array, k: int, bits: int, group: int) -> tuple[Array, Array]:
     """uint8 [rows, record_bytes] -> (int8 [rows, k], float32 scales [rows, ceil(k / group) or 1])."""
     head, body = _record_layout(k, bits, group)
     if records.dtype != np.uint8 or records.ndim != 2 or records.shape[1] != head + body:
         raise ModelFolderError(f"records are {records.dtype} {records.shape}, expected uint8 [rows, {head + body}]")
     scales = np.ascontiguousarray(records[:, :head]).view(scales_dtype(group)).astype(np.float32)
-    shifts = np.arange(0, 8, bits, dtype=np.uint8)
-    u = (records[:, head:, None] >> shifts) & np.uint8((1 << bits) - 1)
-    return _signed(u.reshape(len(records), -1)[:, :k], bits), scales
+    return unpack_fields(records[:, head:], bits, k), scales
 
 
 def dequantize_rows(records: Array, k: int, bits: int, group: int) -> Array:

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from edge_gemma.export.audio_tower import AudioTower
 from edge_gemma.export.gguf_reader import GgufCheckpoint
+from edge_gemma.export.packed import PackedMatrix
 from edge_gemma.export.safetensors_reader import SafetensorsCheckpoint
 from edge_gemma.export.source_file import TensorInfo
 
@@ -27,6 +28,9 @@ class Checkpoint(Protocol):
     generation_config: dict[
         str, Any
     ]  # eos_token_id: list[int]; temperature, top_k, top_p, ... where the source has them
+
+    packed: dict[str, PackedMatrix]  # those of `tensors` that are integers and scales already
+    trained_recipe: str | None  # the recipe whose bit widths the checkpoint was trained for
 
     def rows(self, name: str, start: int, stop: int) -> NDArray[np.float32]:
         """Rows [start, stop) of the first axis: float32, C-contiguous, a fresh copy.

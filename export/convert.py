@@ -9,25 +9,28 @@ Memory: one block of rows of one tensor at a time, whatever the checkpoint's siz
 
 import json
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from edge_gemma.atomic import new_folder
 from edge_gemma.config import GemmaConfig
+from edge_gemma.errors import UsageError
 from edge_gemma.export.audio_tower import AudioTower
 from edge_gemma.export.checkpoint import Checkpoint, open_checkpoint
 from edge_gemma.export.folder_writer import FolderWriter
+from edge_gemma.export.packed import PackedMatrix
 from edge_gemma.export.stream import TensorStream
 from edge_gemma.model_folder import GENERATION, TEMPLATE, TOKENIZER, Progress, Tensor, plan_tensor
 from edge_gemma.quant.calibrate import CALIBRATED_BITS, Calibration, calibration_ids
-from edge_gemma.quant.recipes import tensor_format
+from edge_gemma.quant.recipes import DENSE, tensor_format
 from edge_gemma.tokenizer import Tokenizer
 
 
 def export_checkpoint(
     source: Path,
     dest: Path,
-    recipe: str = "q4",
+    recipe: str | None = None,
     *,
     calibration: str | None = None,
     audio: bool = True,
@@ -36,6 +39,8 @@ def export_checkpoint(
 ) -> Path:
     """Convert `source` (a safetensors folder or a GGUF file) into the model folder `dest`. Returns `dest`.
 
+    recipe: None for the one the checkpoint was trained for, q4 where it was trained for none. Matrices that the source
+    has packed already are carried over bit for bit wherever the recipe would not make them smaller.
     calibration: a text that says what weights of 2 and 4 bits are used for; None: scales are searched without one.
     audio: with its audio tower, where it has one.
 
@@ -45,7 +50,9 @@ def export_checkpoint(
     checkpoint = open_checkpoint(source)
     try:
         config = GemmaConfig.from_text_config(checkpoint.text_config)
-        plan = {name: plan_weight(checkpoint, config, recipe, name) for name in config.tensor_shapes()}
+        recipe = choose_recipe(checkpoint, recipe)
+        carried = carried_matrices(checkpoint, config, recipe)
+        plan = {name: plan_weight(checkpoint, config, recipe, carried, name) for name in config.tensor_shapes()}
         tokenizer = checkpoint.tokenizer_model()
         tower = checkpoint.audio_tower() if audio else None
         with new_folder(dest, force=force) as folder, FolderWriter(folder, plan) as writer:
@@ -53,7 +60,7 @@ def export_checkpoint(
             if checkpoint.chat_template is not None:
                 writer.add_file(TEMPLATE, checkpoint.chat_template.encode())
             writer.add_file(GENERATION, json.dumps(checkpoint.generation_config, indent=1).encode())
-            content = _write_tensors(checkpoint, config, plan, writer, calibration, progress)
+            content = _write_tensors(checkpoint, config, plan, carried, writer, calibration, progress)
             section = write_tower(writer, tower, recipe) if tower else None
             writer.finish(
                 dict(config.text_config),
@@ -71,16 +78,51 @@ def export_checkpoint(
     return dest
 
 
-def plan_weight(checkpoint: Checkpoint, config: GemmaConfig, recipe: str, name: str) -> Tensor:
+def choose_recipe(checkpoint: Checkpoint, recipe: str | None) -> str:
+    """The recipe to use. Raises UsageError where it would round weights that were trained for other bit widths."""
+    trained = checkpoint.trained_recipe
+    if recipe is None:
+        return trained or "q4"
+    if trained and recipe not in (trained, "float"):
+        raise UsageError(
+            f"the checkpoint was trained for the bit widths of {trained}, {recipe} would lose that: leave --recipe away"
+        )
+    return recipe
+
+
+def carried_matrices(checkpoint: Checkpoint, config: GemmaConfig, recipe: str) -> dict[str, PackedMatrix]:
+    """The matrices a recipe leaves as the source has them: packed, in no more bits than it asks for."""
+    if recipe == checkpoint.trained_recipe:
+        return checkpoint.packed
+    return {
+        name: matrix
+        for name, matrix in checkpoint.packed.items()
+        if matrix.bits <= tensor_format(recipe, name, matrix.shape, config).bits
+    }
+
+
+def plan_weight(
+    checkpoint: Checkpoint, config: GemmaConfig, recipe: str, carried: dict[str, PackedMatrix], name: str
+) -> Tensor:
     """How a recipe stores one tensor of this checkpoint."""
     shape = checkpoint.tensors[name].shape
-    fmt = tensor_format(recipe, name, shape, config)
+    layout = "rows" if name.startswith("embed_tokens_per_layer.") else "panels"
+    if (packed := carried.get(name)) is not None:
+        return replace(
+            plan_tensor(name, shape, layout, bits=packed.bits, group=packed.group),
+            origin=packed.origin,
+            input_scale=packed.input_scale,
+            output_scale=packed.output_scale,
+            cache_scale=packed.cache_scale,
+        )
+    fmt = DENSE if recipe == checkpoint.trained_recipe else tensor_format(recipe, name, shape, config)
     if fmt.bits == 0:
         # bfloat16 is kept as it is; every other source type is wider than it looks and becomes float32.
         keep = len(shape) == 2 and checkpoint.tensors[name].dtype == "BF16"
-        return plan_tensor(name, shape, "dense", dtype="BF16" if keep else "F32")
-    layout = "rows" if name.startswith("embed_tokens_per_layer.") else "panels"
-    return plan_tensor(name, shape, layout, bits=fmt.bits, group=fmt.group)
+        dense = plan_tensor(name, shape, "dense", dtype="BF16" if keep else "F32")
+        return replace(dense, origin="as in the checkpoint")
+    rounded = plan_tensor(name, shape, layout, bits=fmt.bits, group=fmt.group)
+    return replace(rounded, origin=f"rounded by recipe {recipe}")
 
 
 def write_tower(writer: FolderWriter, tower: AudioTower, recipe: str) -> dict[str, Any]:
@@ -94,14 +136,16 @@ def _write_tensors(
     checkpoint: Checkpoint,
     config: GemmaConfig,
     plan: dict[str, Tensor],
+    carried: dict[str, PackedMatrix],
     writer: FolderWriter,
     calibration: str | None,
     progress: Progress | None,
 ) -> str:
     """Stream every tensor through, what a text calibrates first. Returns the digest of all values read."""
     with ThreadPoolExecutor() as pool:
-        stream = TensorStream(checkpoint, plan, writer, pool, progress)
-        if calibration is not None and any(tensor.bits in CALIBRATED_BITS for tensor in plan.values()):
+        stream = TensorStream(checkpoint, plan, carried, writer, pool, progress)
+        rounded = [tensor for name, tensor in plan.items() if name not in carried]
+        if calibration is not None and any(tensor.bits in CALIBRATED_BITS for tensor in rounded):
             ids = calibration_ids(Tokenizer.load(writer.folder / TOKENIZER), calibration, config)
-            Calibration(checkpoint, config, plan, stream.put, pool).run(ids)
+            Calibration(checkpoint, config, plan, stream.put, pool, carried).run(ids)
         return stream.put_rest()

@@ -8,6 +8,7 @@ norm weights are the factor itself for Gemma 3 too, and q and k rows are not per
 """
 
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from numpy.typing import NDArray
 from edge_gemma.config import FULL, SLIDING
 from edge_gemma.errors import CheckpointError, ConfigError
 from edge_gemma.export.gguf_container import GgufFile, Metadata
+from edge_gemma.export.gguf_types import PACKED_TYPES
+from edge_gemma.export.packed import Integers, PackedMatrix, Scales
 from edge_gemma.export.source_file import (
     StoredTensor,
     TensorInfo,
@@ -307,8 +310,22 @@ def _original(name: str) -> str:
     return f"{_TO_GGUF[name]}.weight"
 
 
+def _read_packed(tensor: StoredTensor, start: int, stop: int) -> tuple[Integers, Scales]:
+    """Rows [start, stop) of a matrix of a packed type, as PackedMatrix.read gives them."""
+    assert tensor.kind is not None
+    columns = tensor.shape[1] // tensor.kind.block_elements  # blocks a row
+    blocks = np.empty(((stop - start) * columns, tensor.kind.block_bytes), np.uint8)
+    tensor.file.read_into(tensor.offset + start * columns * tensor.kind.block_bytes, blocks.reshape(-1).data)
+    integers, scales = PACKED_TYPES[tensor.dtype][1](blocks)
+    if not np.isfinite(scales).all():
+        raise CheckpointError("a scale is not finite: the file is damaged")
+    return integers.reshape(stop - start, -1), scales.reshape(stop - start, columns)
+
+
 class GgufCheckpoint:
     """A GGUF file as a `Checkpoint`: architectures gemma4 (dense) and gemma3, the types of gguf_types.GGUF_TYPES."""
+
+    trained_recipe = None
 
     def __init__(self, path: Path) -> None:
         self._file = GgufFile(path)
@@ -334,6 +351,13 @@ class GgufCheckpoint:
         canonical: dict[str, StoredTensor] = {_canonical(name): tensor for name, tensor in file.tensors.items()}
         self._stored = bind_tensors(self._name, self._config.tensor_shapes(), canonical, self._unused, _original)
         self.tensors = {name: TensorInfo(name, t.shape, t.dtype) for name, t in self._stored.items()}
+        self.packed = {
+            name: PackedMatrix(
+                t.shape, PACKED_TYPES[t.dtype][0], 32, f"carried from GGUF {t.dtype}", partial(_read_packed, t)
+            )
+            for name, t in self._stored.items()
+            if t.dtype in PACKED_TYPES and len(t.shape) == 2
+        }
         self.license = self._text("general.license")
         self.chat_template = self._text("tokenizer.chat_template")
         self.generation_config = self._generation_config()

@@ -203,6 +203,23 @@ def _q6_k(blocks: Bytes, out: Floats) -> None:
     sub *= (_half(blocks, 208) * np.ascontiguousarray(blocks[:, 192:208]).view(np.int8))[:, :, None]
 
 
+def _q8_0_packed(blocks: Bytes) -> tuple[NDArray[np.int8], Floats]:
+    """Integers int8 [n, 32] and scales float32 [n, 1] of _q8_0."""
+    return blocks[:, 2:].view(np.int8), _half(blocks, 0)
+
+
+def _q4_0_packed(blocks: Bytes) -> tuple[NDArray[np.int8], Floats]:
+    """Integers int8 [n, 32] and scales float32 [n, 1] of _q4_0."""
+    q = blocks[:, 2:]
+    return np.concatenate([q & 15, q >> 4], axis=1).view(np.int8) - np.int8(8), _half(blocks, 0)
+
+
+# Types that are integers times one float16 scale a block: name -> (bits, their reader).
+PACKED_TYPES: dict[str, tuple[int, Callable[[Bytes], tuple[NDArray[np.int8], Floats]]]] = {
+    "Q4_0": (4, _q4_0_packed),
+    "Q8_0": (8, _q8_0_packed),
+}
+
 # GGUF type id -> type.
 GGUF_TYPES: dict[int, ElementType] = {
     0: ElementType("F32", 1, 4, _f32),

@@ -12,6 +12,7 @@ import json
 import math
 import re
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_gemma.errors import CheckpointError, ConfigError
+from edge_gemma.export import gemma_quant
 from edge_gemma.export.audio_tower import AudioTower, bind_audio_tower
 from edge_gemma.export.gguf_types import BY_NAME
+from edge_gemma.export.packed import PackedMatrix
 from edge_gemma.export.source_file import (
     SourceFile,
     StoredTensor,
@@ -45,7 +48,7 @@ _MAX_TOKENIZER = 128 << 20
 # Where the text decoder's tensors are, by the model_type of config.json.
 _PREFIX = {"gemma4": "model.language_model.", "gemma4_text": "model.", "gemma3_text": "model."}
 _TOWERS = ("audio_tower.", "vision_tower.", "embed_audio.", "embed_vision.", "multi_modal_projector.")
-_KV_TENSOR = re.compile(r"layers\.(\d+)\.self_attn\.(k_proj|v_proj|k_norm)\.weight")
+_KV_TENSOR = re.compile(rf"layers\.(\d+)\.self_attn\.(k_norm\.weight|[kv]_proj\.(weight|{gemma_quant.SIDE_TENSORS}))")
 
 # What every transformers configuration may carry and no decoder asks for.
 _GENERIC_KEYS = {
@@ -160,15 +163,25 @@ class SafetensorsCheckpoint:
         stored, headers = self._open_files()
         prefix = _PREFIX[top["model_type"]]
         canonical = {_canonical(name, prefix): tensor for name, tensor in stored.items()}
+        original = partial(_original, prefix=prefix)
+        shapes = self._config.tensor_shapes()
+        quantization = gemma_quant.parse(_quantization_config(top))
+        self.packed: dict[str, PackedMatrix] = {}
+        self.trained_recipe = None
+        if quantization is not None:
+            self.trained_recipe = "mobile"
+            self.packed = gemma_quant.packed_matrices(quantization, shapes, canonical, original)
         self._stored = bind_tensors(
             self._name,
-            self._config.tensor_shapes(),
+            {name: shape for name, shape in shapes.items() if name not in self.packed},
             canonical,
-            lambda name: self._unused(name, multimodal=top["model_type"] == "gemma4"),
-            lambda name: _original(name, prefix),
+            partial(self._unused, multimodal=top["model_type"] == "gemma4"),
+            original,
         )
         self._top, self._towers = top, {name: t for name, t in stored.items() if name.startswith("model.")}
-        self.tensors = {name: TensorInfo(name, t.shape, t.dtype) for name, t in self._stored.items()}
+        infos = [TensorInfo(name, t.shape, t.dtype) for name, t in self._stored.items()]
+        infos += [TensorInfo(name, p.shape, f"I{p.bits}") for name, p in self.packed.items()]
+        self.tensors = {info.name: info for info in infos}
         digest = hashlib.sha256(config_bytes)
         for file, header in zip(self._files, headers, strict=True):
             digest.update(file.size.to_bytes(8, "little") + header)
@@ -207,12 +220,16 @@ class SafetensorsCheckpoint:
             return self._config.tie_word_embeddings
         if multimodal and name.startswith(tuple(f"/model.{tower}" for tower in _TOWERS)):
             return True
+        if gemma_quant.CACHE_SCALE.fullmatch(name):
+            return self.trained_recipe is not None
         match = _KV_TENSOR.fullmatch(name)
         layers = self._config.layers
         return bool(match and int(match[1]) < len(layers) and not layers[int(match[1])].owns_kv)
 
     def rows(self, name: str, start: int, stop: int) -> NDArray[np.float32]:
         """Rows [start, stop) of the first axis, float32, C-contiguous and fresh: effective values."""
+        if name in self.packed:
+            return self.packed[name].rows(start, stop)
         if name not in self._stored:
             raise CheckpointError(f"{self._name} has no tensor {show(name)}")
         values = read_rows(self._stored[name], start, stop)
@@ -232,7 +249,9 @@ class SafetensorsCheckpoint:
         return from_tokenizer_json(data, self._config.vocab_size)
 
     def audio_tower(self) -> AudioTower | None:
-        """The audio tower, None in models that do not listen."""
+        """The audio tower, None in models that do not listen, and in QAT checkpoints, whose packed one is not read."""
+        if self.trained_recipe is not None:
+            return None
         towers = {name.removeprefix("model."): tensor for name, tensor in self._towers.items()}
         config = self._config
         top = self._top if self._top["model_type"] == "gemma4" else {}
@@ -317,18 +336,19 @@ def _text_config(top: Mapping[str, Any]) -> dict[str, Any]:
             raise ConfigError(f"text_config is {type(text).__name__}, expected an object")
         if text.get("model_type", "gemma4_text") != "gemma4_text":
             raise ConfigError(f"text_config's model_type is {show(repr(text['model_type']))}, expected 'gemma4_text'")
-    for quantization in (top.get("quantization_config"), text.get("quantization_config")):
-        if quantization is not None:
-            method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
-            raise ConfigError(
-                f"the checkpoint is quantised (quant_method {show(repr(method))}), expected bf16, f16 or f32 weights"
-            )
     tied = {bool(c["tie_word_embeddings"]) for c in (top, text) if c.get("tie_word_embeddings") is not None}
     if len(tied) > 1:
         raise ConfigError("tie_word_embeddings differs between config.json and its text_config")
     result = {k: v for k, v in text.items() if k not in _GENERIC_KEYS and k != "quantization_config"}
     result |= {"model_type": model_type if model_type != "gemma4" else "gemma4_text"}
     return result | ({"tie_word_embeddings": tied.pop()} if tied else {})
+
+
+def _quantization_config(top: Mapping[str, Any]) -> Any:
+    """quantization_config, at the top of config.json or in its text_config; None where there is none."""
+    text = top.get("text_config")
+    inner = text.get("quantization_config") if isinstance(text, dict) else None
+    return inner if top.get("quantization_config") is None else top["quantization_config"]
 
 
 def _weight_map(index: Mapping[str, Any]) -> dict[str, str]:
@@ -346,14 +366,14 @@ def _weight_map(index: Mapping[str, Any]) -> dict[str, str]:
 
 def _canonical(name: str, prefix: str) -> str:
     """The file's name -> the canonical one. Names outside `prefix` get a leading slash, so that none passes for one."""
-    if name == "lm_head.weight":
+    if name.startswith("lm_head."):
         return name
     rest = name.removeprefix(prefix)
-    return rest if name.startswith(prefix) and rest != "lm_head.weight" else f"/{name}"
+    return rest if name.startswith(prefix) and not rest.startswith("lm_head.") else f"/{name}"
 
 
 def _original(name: str, prefix: str) -> str:
     """The inverse of `_canonical`."""
-    if name == "lm_head.weight":
+    if name.startswith("lm_head."):
         return name
     return name[1:] if name.startswith("/") else prefix + name

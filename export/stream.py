@@ -5,7 +5,7 @@ Owns: row blocks, the threads, packing, digests of what was read, progress. Does
 """
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
@@ -14,12 +14,16 @@ from edge_gemma import qformat
 from edge_gemma.errors import CheckpointError
 from edge_gemma.export.checkpoint import Checkpoint
 from edge_gemma.export.folder_writer import FolderWriter
+from edge_gemma.export.packed import PackedMatrix
 from edge_gemma.model_folder import Progress, Tensor
 from edge_gemma.quant.calibrate import Rounder
 from edge_gemma.quant.search import search_scales
 
 _BLOCK_WEIGHTS = 1 << 20  # weights a worker rounds at a time: 4 MB of float32 stays near the caches
 _AHEAD = 4  # blocks in flight
+
+# Rows [start, stop) -> what was read of them, and their parts on the way.
+_Encoded = Callable[[int, int], tuple[list[np.ndarray], Future[dict[str, np.ndarray]]]]
 
 
 def encode_block(tensor: Tensor, weights: np.ndarray, rounder: Rounder, first: int = 0) -> dict[str, np.ndarray]:
@@ -33,7 +37,11 @@ def encode_block(tensor: Tensor, weights: np.ndarray, rounder: Rounder, first: i
         if tensor.parts["values"].dtype == "F32":
             return {"values": weights}
         return {"values": (weights.view(np.uint32) >> 16).astype(np.uint16)}  # exact: the source was bfloat16
-    values, scales = rounder(weights, first)
+    return encode_packed(tensor, *rounder(weights, first))
+
+
+def encode_packed(tensor: Tensor, values: np.ndarray, scales: np.ndarray) -> dict[str, np.ndarray]:
+    """A block of whole rows, int8 [n, columns] and its scales [n, groups], as the bytes of each part."""
     if tensor.layout == "rows":
         return {"records": qformat.pack_rows(values, scales, tensor.bits, tensor.group)}
     return {
@@ -49,11 +57,13 @@ class TensorStream:
         self,
         checkpoint: Checkpoint,
         plan: dict[str, Tensor],
+        carried: dict[str, PackedMatrix],
         writer: FolderWriter,
         pool: ThreadPoolExecutor,
         progress: Progress | None,
     ) -> None:
         self._checkpoint, self._plan, self._writer, self._pool = checkpoint, plan, writer, pool
+        self._carried = carried
         self._progress = progress
         self._total = sum(4 * int(np.prod(tensor.shape)) for tensor in plan.values())
         self._done = 0
@@ -61,14 +71,36 @@ class TensorStream:
 
     def put(self, name: str, rounder: Rounder) -> None:
         """Read a tensor, round it block by block, write it."""
+        tensor = self._plan[name]
+
+        def encoded(start: int, stop: int) -> tuple[list[np.ndarray], Future[dict[str, np.ndarray]]]:
+            weights = self._checkpoint.rows(name, start, stop)
+            return [weights], self._pool.submit(encode_block, tensor, weights, rounder, start)
+
+        self._put(name, encoded)
+
+    def carry(self, name: str) -> None:
+        """Write a packed matrix as it is."""
+        tensor, packed = self._plan[name], self._carried[name]
+
+        def encoded(start: int, stop: int) -> tuple[list[np.ndarray], Future[dict[str, np.ndarray]]]:
+            try:
+                block = packed.read(start, stop)
+            except CheckpointError as error:
+                raise CheckpointError(f"{name}: {error}") from None
+            return [*block], self._pool.submit(encode_packed, tensor, *block)
+
+        self._put(name, encoded)
+
+    def _put(self, name: str, encoded: _Encoded) -> None:
         tensor, content = self._plan[name], hashlib.sha256()
         pending: list[Future[dict[str, np.ndarray]]] = []
-        first = 0
-        for weights in _blocks(self._checkpoint, name, tensor.shape):
-            pending.append(self._pool.submit(encode_block, tensor, weights, rounder, first))
-            first += len(weights)
-            content.update(weights.data)
-            self._done += weights.nbytes
+        for start, stop in _blocks(tensor.shape):
+            read, future = encoded(start, stop)
+            pending.append(future)
+            for values in read:
+                content.update(values.data)
+            self._done += (stop - start) * int(np.prod(tensor.shape[1:])) * 4
             while len(pending) >= _AHEAD:
                 self._append(name, pending.pop(0))
             if self._progress:
@@ -78,12 +110,17 @@ class TensorStream:
         self._digests[name] = content.hexdigest()
 
     def put_rest(self) -> str:
-        """Every tensor not yet put, by searched scales. Returns the sha256 over the sha256 of every tensor's values.
+        """Every tensor not yet put, carried over or by searched scales. Returns the sha256 over the sha256 of every
+        tensor's values.
 
-        Values are float32, tensors in the plan's order.
+        Values are float32, or integers and scales where those are carried; tensors are in the plan's order.
         """
         for name, tensor in self._plan.items():
-            if name not in self._digests:
+            if name in self._digests:
+                continue
+            if name in self._carried:
+                self.carry(name)
+            else:
                 self.put(name, lambda weights, _, t=tensor: search_scales(weights, t.bits, t.group))
         return hashlib.sha256("".join(self._digests[name] for name in self._plan).encode()).hexdigest()
 
@@ -96,9 +133,9 @@ class TensorStream:
             self._writer.append(name, key, values)
 
 
-def _blocks(checkpoint: Checkpoint, name: str, shape: tuple[int, ...]) -> Iterator[np.ndarray]:
-    """Blocks of whole panels of 8 rows, about _BLOCK_WEIGHTS each."""
+def _blocks(shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
+    """Blocks of whole panels of 8 rows, about _BLOCK_WEIGHTS each: (start, stop)."""
     columns = int(np.prod(shape[1:]))
     step = max(8, _BLOCK_WEIGHTS // columns // 8 * 8)
     for start in range(0, shape[0], step):
-        yield checkpoint.rows(name, start, min(start + step, shape[0]))
+        yield start, min(start + step, shape[0])

@@ -8,7 +8,7 @@ meet. So one layer's matrix is in memory at a time, and the checkpoint is read o
 Owns: the text's way through the model. Does not know: files, recipes, how integers are packed.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib import resources
@@ -61,6 +61,13 @@ class Source(Protocol):
     def rows(self, name: str, start: int, stop: int) -> np.ndarray: ...
 
 
+class Carried(Protocol):
+    """A matrix whose integers and scales are given."""
+
+    @property
+    def read(self) -> Callable[[int, int], Rounded]: ...
+
+
 @dataclass
 class _Moments:
     """The curvatures of one set of inputs, shared by the matrices that meet them."""
@@ -86,9 +93,17 @@ class Calibration:
     """One pass. `plan` says how every tensor is stored; tensors of 8 bits and above are rounded without feedback."""
 
     def __init__(
-        self, source: Source, config: GemmaConfig, plan: dict[str, Tensor], put: Put, pool: ThreadPoolExecutor
+        self,
+        source: Source,
+        config: GemmaConfig,
+        plan: dict[str, Tensor],
+        put: Put,
+        pool: ThreadPoolExecutor,
+        carried: Mapping[str, Carried] | None = None,
     ) -> None:
+        """carried: matrices that the source has packed already; they are used as they are."""
         self._source, self._config, self._plan, self._put, self._pool = source, config, plan, put, pool
+        self._carried = carried or {}
         self._moments = _Moments(Activations(np.empty((0, 0), np.float32)), [])
         compile_kernels()
 
@@ -141,12 +156,14 @@ class Calibration:
         return out
 
     def round(self, name: str, x: Activations, out: np.ndarray | None = None, damping: float = 0) -> None:
-        tensor = self._plan[name]
-        calibrated = tensor.bits in CALIBRATED_BITS
+        tensor, carried = self._plan[name], self._carried.get(name)
+        calibrated = tensor.bits in CALIBRATED_BITS and carried is None
         segments = self._curvatures(x, damping) if calibrated else []
 
         def rounder(weights: np.ndarray, first: int) -> Rounded:
-            if calibrated:
+            if carried is not None:
+                values, scales = carried.read(first, first + len(weights))
+            elif calibrated:
                 values, scales = round_segments(weights, segments, tensor.bits, tensor.group)
             else:
                 values, scales = search_scales(weights, tensor.bits, tensor.group)

@@ -230,7 +230,7 @@ def refused(folder: Path, text: str, error: type[EdgeGemmaError] = CheckpointErr
         (True, {"text_config": None}, "text_config is NoneType"),
         (True, {"text_config": {"model_type": "gemma3_text"}}, "text_config's model_type is 'gemma3_text'"),
         (False, {"enable_moe_block": True}, "enable_moe_block is True"),
-        (False, {"quantization_config": {"quant_method": "gemma"}}, "quantised (quant_method 'gemma')"),
+        (False, {"quantization_config": {"quant_method": "gptq"}}, "quantised (quant_method 'gptq')"),
         (True, {"quantization_config": {"quant_method": "compressed-tensors"}}, "'compressed-tensors'"),
         (False, {"quantization_config": "int4"}, "quantised (quant_method 'int4')"),
         (False, {"use_magic": 1, "more\nmagic": 2}, "use_magic"),

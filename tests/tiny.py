@@ -103,10 +103,10 @@ def _gemma3_words(spelling: str) -> dict[str, Any]:
     return words | {"rope_local_base_freq": 10000.0, "rope_scaling": scaling, "rope_theta": 1000000.0}
 
 
-def tiny_shapes(kind: str, *, unused_kv: bool = False) -> dict[str, tuple[int, ...]]:
+def tiny_shapes(kind: str, *, unused_kv: bool = False, per_layer: int = PLE) -> dict[str, tuple[int, ...]]:
     """Canonical tensor name -> shape; with `unused_kv` also the K and V the release carries in shared layers."""
     types, shared, _, d, ff, heads, kv_heads, head_dim, global_head_dim = _SIZES[kind]
-    depth, ple, gemma4 = len(types), PLE if kind in ("e2b", "e4b") else 0, kind != "gemma3"
+    depth, ple, gemma4 = len(types), per_layer if kind in ("e2b", "e4b") else 0, kind != "gemma3"
     shapes: dict[str, tuple[int, ...]] = {"embed_tokens.weight": (VOCAB, d), "norm.weight": (d,)}
     if ple:
         shapes["embed_tokens_per_layer.weight"] = (VOCAB, depth * ple)
@@ -194,13 +194,22 @@ def _bfloat16(value: np.ndarray) -> np.ndarray:
 
 
 def write_safetensors(path: Path, tensors: dict[str, np.ndarray], dtype: str) -> None:
-    """A safetensors file: u64 header length, JSON header padded to 8 bytes, data in the header's order."""
+    """A safetensors file: u64 header length, JSON header padded to 8 bytes, data in the header's order.
+
+    Floats are stored as `dtype`; integers as they are, uint16 being the bits of bfloat16."""
+    stored_as = {"int8": "I8", "uint8": "U8", "uint16": "BF16"}
     code = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}[dtype]
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     blobs, offset = [], 0
     for name, value in tensors.items():
-        blob = (_bfloat16(value) if dtype == "bfloat16" else value.astype(dtype)).tobytes()
-        header[name] = {"dtype": code, "shape": list(value.shape), "data_offsets": [offset, offset + len(blob)]}
+        if value.dtype.kind == "f":
+            value = _bfloat16(value) if dtype == "bfloat16" else value.astype(dtype)
+        blob = value.tobytes()
+        header[name] = {
+            "dtype": stored_as.get(value.dtype.name, code),
+            "shape": list(value.shape),
+            "data_offsets": [offset, offset + len(blob)],
+        }
         blobs.append(blob)
         offset += len(blob)
     text = json.dumps(header).encode()
