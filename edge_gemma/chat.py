@@ -36,7 +36,8 @@ class ChatTokenizer(Protocol):
 class Message:
     """One message. `content` is what was said; `reasoning` the model's thoughts, kept apart from it.
 
-    A message of role "tool" carries a tool's result: `content`, with the tool's `name`.
+    A message of role "tool" carries a tool's result: `content`, with the tool's `name`. `media` says where the template
+    puts placeholders: "image" before the text, "audio" after it, as Gemma was trained; what they stand for is not here.
     """
 
     role: str
@@ -44,10 +45,13 @@ class Message:
     reasoning: str | None = None
     tool_calls: tuple[ToolCall, ...] = ()
     name: str | None = None
+    media: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.role not in ROLES:
             raise UsageError(f"a message has the role {self.role!r}, expected one of {', '.join(ROLES)}")
+        if strange := set(self.media) - {"image", "audio"}:
+            raise UsageError(f"a message has the media {sorted(strange)}, expected image or audio")
 
     def as_dict(self) -> dict[str, Any]:
         """As templates and session files have it: the form of OpenAI's chat messages."""
@@ -130,7 +134,12 @@ class ChatFormat:
         return ids if bos < 0 or ids[:1] == [bos] else [bos, *ids]
 
     def _guarded_message(self, message: Message) -> dict[str, Any]:
-        return {"role": message.role, **{k: self._guarded(v) for k, v in message.as_dict().items() if k != "role"}}
+        entry = message.as_dict()
+        if message.media:
+            before = [{"type": kind} for kind in message.media if kind == "image"]
+            text = [{"type": "text", "text": message.content}] if message.content else []
+            entry["content"] = [*before, *text, *({"type": kind} for kind in message.media if kind != "image")]
+        return {"role": message.role, **{k: self._guarded(v) for k, v in entry.items() if k != "role"}}
 
     def _guarded(self, value: Any) -> Any:
         """Every text in it guarded, keys too; made of plain JSON types only."""

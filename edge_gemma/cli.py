@@ -5,21 +5,18 @@ does is one call into the library, imported when the command runs, so that `--he
 anything works.
 """
 
-import functools
 import json
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from edge_gemma import __version__
+from edge_gemma import __version__, common, speech_cli
 from edge_gemma.errors import EdgeGemmaError, UsageError
 
 if TYPE_CHECKING:
     from edge_gemma.engine import Engine
-    from edge_gemma.model_folder import ModelFolder
     from edge_gemma.sampler import Sampling
 
 _INTERRUPTED = 130  # what a shell calls a command that Ctrl-C ended
@@ -46,13 +43,8 @@ class _Group(click.Group):
             ctx.exit(_INTERRUPTED)
 
 
-def _printable(text: str) -> str:
-    """Without control characters: names in hostile files must not steer a terminal."""
-    return "".join(c if c.isprintable() else "?" for c in text)
-
-
 def _fail(ctx: click.Context, message: str) -> None:
-    click.echo(f"error: {_printable(' '.join(message.split()))}", err=True)
+    click.echo(f"error: {common.printable(' '.join(message.split()))}", err=True)
     ctx.exit(1)
 
 
@@ -72,87 +64,6 @@ def cli(debug: bool) -> None:
     """
 
 
-def _options(*decorators: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """Several decorators as one."""
-
-    def apply(command: Any) -> Any:
-        for decorator in reversed(decorators):
-            command = decorator(command)
-        return command
-
-    return apply
-
-
-_model = click.option("-m", "--model", metavar="MODEL", help="Model folder, GGUF file or name.")
-_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output.")
-_threads = click.option(
-    "--threads", type=click.IntRange(1, 1024), metavar="N", help="CPU threads [default: all cores]."
-)
-_context = click.option(
-    "--context", type=click.IntRange(1), metavar="N", help="Tokens the model can look back on [default: 4096]."
-)
-_backend = click.option(
-    "--backend", type=click.Choice(["onnx"]), help="Run a folder made by export --onnx with onnxruntime, to compare."
-)
-_force = click.option("--force", is_flag=True, help="Replace DEST if it is a model folder already.")
-_memory_limit = click.option(
-    "--memory-limit", type=click.IntRange(1), metavar="MB", help="Refuse a model that would need more memory than this."
-)
-_sampling = _options(
-    click.option("--max-tokens", type=click.IntRange(1), metavar="N", help="Longest answer [default: what fits]."),
-    click.option("--temperature", type=click.FloatRange(0), metavar="T", help="0 takes the likeliest token always."),
-    click.option("--top-k", type=click.IntRange(0), metavar="K", help="Choose among the K likeliest tokens; 0: all."),
-    click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), metavar="P", help="... that hold P together."),
-    click.option("--min-p", type=click.FloatRange(0, 1), metavar="P", help="... with P of the likeliest's chance."),
-    click.option(
-        "--repetition-penalty", type=click.FloatRange(0, min_open=True), metavar="R", help="Above 1: repeat less."
-    ),
-    click.option("--seed", type=click.IntRange(0), metavar="S", help="The same seed gives the same answer."),
-    click.option("--stop", multiple=True, metavar="TEXT", help="End the answer before TEXT; may be repeated."),
-)
-_thinking = _options(
-    click.option("--system", metavar="TEXT", help="System prompt."),
-    click.option("--think", is_flag=True, help="Let the model think before it answers; the thoughts stay hidden."),
-    click.option("--show-thinking", is_flag=True, help="Let it think, and show the thoughts (on standard error)."),
-)
-
-
-def load_engine(
-    model: str | None, *, context: int | None = None, threads: int | None = None, backend: str | None = None
-) -> "Engine":
-    """The model that -m means, converted first where it has to be."""
-    from edge_gemma import kernels
-    from edge_gemma.engine import Engine
-
-    path = _resolve(model)
-    kernels.announce_compiling(_tell_compiling)
-    return Engine.load(path, context=context, threads=threads, backend=backend)
-
-
-def _load(model: str | None, options: dict[str, Any]) -> "Engine":
-    backend = options.get("backend")
-    if backend is None:
-        _check_memory(model, options["context"], options["memory_limit"])
-    elif options["memory_limit"] is not None:
-        raise UsageError("--memory-limit does not go with --backend: what onnxruntime will need is not known before")
-    return load_engine(model, context=options["context"], threads=options["threads"], backend=backend)
-
-
-def _check_memory(model: str | None, context: int | None, memory_limit: int | None) -> None:
-    """Before anything is loaded; memory_limit in MB, None: no limit."""
-    if memory_limit is not None:
-        from edge_gemma.memory import check_limit
-
-        check_limit(_open_folder(model), context, memory_limit * 1_000_000)
-
-
-@functools.cache
-def _tell_compiling() -> None:
-    """Said once: a first start takes its time."""
-    start = "\r\x1b[K" if sys.stderr.isatty() else ""  # over the status line, where there is one
-    click.echo(f"{start}(compiling the kernels for this machine: 10 to 60 seconds, once)", err=True)
-
-
 def _sampling_of(engine: "Engine", options: dict[str, Any]) -> "Sampling":
     from edge_gemma.sampler import Sampling
 
@@ -161,14 +72,14 @@ def _sampling_of(engine: "Engine", options: dict[str, Any]) -> "Sampling":
 
 
 @cli.command()
-@_model
-@_thinking
+@common.model
+@common.thinking
 @click.option("--session", "session_file", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE",
               help="Go on with the conversation in FILE, and keep it there.")  # fmt: skip
-@_sampling
-@_context
-@_memory_limit
-@_threads
+@common.sampling
+@common.context
+@common.memory_limit
+@common.threads
 def chat(model: str | None, session_file: Path | None, **options: Any) -> None:
     """Talk with a model; /help inside lists the commands.
 
@@ -188,7 +99,7 @@ def chat(model: str | None, session_file: Path | None, **options: Any) -> None:
         if session_file.exists():
             earlier = Transcript.load(session_file)
             system = system or earlier.system
-    engine = _load(model, options)
+    engine = common.load(model, options)
     screen = Screen(show_thinking=options["show_thinking"])
     conversation = open_conversation(
         engine,
@@ -204,16 +115,16 @@ def chat(model: str | None, session_file: Path | None, **options: Any) -> None:
 
 
 @cli.command()
-@_model
+@common.model
 @click.argument("prompt", metavar="PROMPT|-")
 @click.option("--raw", is_flag=True, help="Continue PROMPT as it is, without the chat template.")
-@_thinking
-@_sampling
-@_context
-@_memory_limit
-@_threads
-@_backend
-@_json
+@common.thinking
+@common.sampling
+@common.context
+@common.memory_limit
+@common.threads
+@common.backend
+@common.as_json
 def run(model: str | None, prompt: str, raw: bool, as_json: bool, **options: Any) -> None:
     """Answer one PROMPT, or what stands on standard input (-).
 
@@ -226,7 +137,7 @@ def run(model: str | None, prompt: str, raw: bool, as_json: bool, **options: Any
     from edge_gemma.terminal import Screen, show_reply
 
     text = sys.stdin.buffer.read().decode("utf-8", "replace") if prompt == "-" else prompt
-    engine = _load(model, options)
+    engine = common.load(model, options)
     screen = Screen(show_answer=not as_json, show_thinking=options["show_thinking"])
     conversation = open_conversation(
         engine,
@@ -247,7 +158,7 @@ def run(model: str | None, prompt: str, raw: bool, as_json: bool, **options: Any
         interrupted = True
     result = conversation.last
     if as_json and result is not None:
-        _print_json(_result_json(result))
+        common.print_json(_result_json(result))
     elif result is not None and result.finish_reason == "context":
         screen.note("cut: the context is full, see --context")
     if interrupted:
@@ -278,7 +189,7 @@ def _result_json(result: Any) -> dict[str, Any]:
               help="Write ONNX graphs for onnxruntime. SOURCE may be a model folder too, which keeps its weights; "
               "--recipe may be float16 too.")  # fmt: skip
 @click.option("--no-audio", is_flag=True, help="Leave the audio tower out.")
-@_force
+@common.force
 def export(
     source: Path,
     dest: Path,
@@ -329,7 +240,7 @@ def export(
               help="How weights are stored; mobile has the bit widths of the official QAT checkpoints.")  # fmt: skip
 @click.option("--seed", type=click.IntRange(0), default=0, metavar="S", help="The same seed gives the same folder.")
 @click.option("--audio", is_flag=True, help="With a random audio tower, at full size except in tiny.")
-@_force
+@common.force
 def synth(size: str, dest: Path, recipe: str, seed: int, audio: bool, force: bool) -> None:
     """Write a model of random weights to the folder DEST, to measure this machine before a download.
 
@@ -345,15 +256,15 @@ def synth(size: str, dest: Path, recipe: str, seed: int, audio: bool, force: boo
 
 
 @cli.command()
-@_model
-@_json
+@common.model
+@common.as_json
 def info(model: str | None, as_json: bool) -> None:
     """What a model is, and how this machine runs it."""
     from math import prod
 
     from edge_gemma import kernels
 
-    folder = _open_folder(model)
+    folder = common.open_folder(model)
     config, manifest = folder.config, folder.manifest
     source = _source(manifest)
     facts: dict[str, Any] = {
@@ -379,30 +290,30 @@ def info(model: str | None, as_json: bool) -> None:
 
 
 @cli.command()
-@_model
-@_json
+@common.model
+@common.as_json
 def verify(model: str | None, as_json: bool) -> None:
     """Compare every byte of a model folder with the digests written at export."""
     from edge_gemma.terminal import progress_bar
 
-    folder = _open_folder(model)
+    folder = common.open_folder(model)
     with progress_bar("verifying") as progress:
         checked = folder.verify(progress)
     if as_json:
-        _print_json({"path": str(folder.path), "ok": True, "bytes": checked, "tensors": len(folder.tensors)})
+        common.print_json({"path": str(folder.path), "ok": True, "bytes": checked, "tensors": len(folder.tensors)})
     else:
         click.echo(f"{folder.path}: {len(folder.tensors)} tensors, {checked / 1e6:.1f} MB, all as exported")
 
 
 @cli.command()
-@_model
+@common.model
 @click.argument("file", type=click.Path(path_type=Path))
 @click.option(
     "--context", type=click.IntRange(4), default=512, show_default=True, metavar="N", help="Window in tokens."
 )
-@_threads
-@_backend
-@_json
+@common.threads
+@common.backend
+@common.as_json
 def perplexity(
     model: str | None, file: Path, context: int, threads: int | None, backend: str | None, as_json: bool
 ) -> None:
@@ -414,27 +325,27 @@ def perplexity(
     from edge_gemma.terminal import progress_bar
 
     text = _read_text(file)
-    engine = load_engine(model, threads=threads, backend=backend)
+    engine = common.load_engine(model, threads=threads, backend=backend)
     from edge_gemma.quant import score
 
     ids = engine.tokenizer.encode(text)
     with progress_bar("scoring", unit="windows") as progress:
         result = score.perplexity(engine, ids, context, progress)
     if as_json:
-        _print_json({"perplexity": result.perplexity, "tokens": result.tokens})
+        common.print_json({"perplexity": result.perplexity, "tokens": result.tokens})
     else:
         click.echo(f"perplexity {result.perplexity:.4f} over {result.tokens} tokens in windows of {context}")
 
 
 @cli.command()
-@_model
+@common.model
 @click.option("--reference", metavar="MODEL", required=True, help="The float model folder that MODEL was made from.")
 @click.argument("file", type=click.Path(path_type=Path))
 @click.option("--context", type=click.IntRange(4), default=512, show_default=True, metavar="N",
               help="Window in tokens.")  # fmt: skip
 @click.option("--windows", type=click.IntRange(1), metavar="N", help="Stop after N windows [default: the whole text].")
-@_threads
-@_json
+@common.threads
+@common.as_json
 def score(
     model: str | None, reference: str, file: Path, context: int, windows: int | None, threads: int | None, as_json: bool
 ) -> None:
@@ -451,19 +362,21 @@ def score(
     from edge_gemma.terminal import progress_bar
 
     text = _read_text(file)
-    kernels.announce_compiling(_tell_compiling)
+    kernels.announce_compiling(common.tell_compiling)
     kernels.set_threads(threads)
     with progress_bar("scoring", unit="windows") as progress:
-        result = asdict(scoring.score(_resolve(model), _resolve(reference), text, context, windows, progress))
+        result = asdict(
+            scoring.score(common.resolve(model), common.resolve(reference), text, context, windows, progress)
+        )
     if as_json:
-        _print_json(result)
+        common.print_json(result)
         return
     errors = result.pop("layer_errors")
     _print_facts(result | {"layer errors": " ".join(f"{error:.3f}" for error in errors)}, False)
 
 
 @cli.command()
-@_model
+@common.model
 @click.option("--prompt", type=click.IntRange(1), default=512, show_default=True, metavar="N", help="Prompt tokens.")
 @click.option("--generate", type=click.IntRange(1), default=128, show_default=True, metavar="N",
               help="Tokens decoded one at a time.")  # fmt: skip
@@ -471,9 +384,9 @@ def score(
               help="Tokens the model looks back on before the prompt.")  # fmt: skip
 @click.option("--repeat", type=click.IntRange(1), default=3, show_default=True, metavar="R",
               help="Runs; results are their medians.")  # fmt: skip
-@_memory_limit
-@_threads
-@_json
+@common.memory_limit
+@common.threads
+@common.as_json
 def bench(model: str | None, as_json: bool, memory_limit: int | None, **options: Any) -> None:
     """Measure a model on this machine: speed, memory, and the share of the memory's bandwidth it uses.
 
@@ -484,11 +397,11 @@ def bench(model: str | None, as_json: bool, memory_limit: int | None, **options:
     from edge_gemma import kernels
 
     context = benchmark.needed_context(options["prompt"], options["generate"], options["depth"])
-    _check_memory(model, context, memory_limit)
-    kernels.announce_compiling(_tell_compiling)
-    result = benchmark.measure(_resolve(model), **options, note=lambda text: click.echo(text, err=True))
+    common.check_memory(model, context, memory_limit)
+    kernels.announce_compiling(common.tell_compiling)
+    result = benchmark.measure(common.resolve(model), **options, note=lambda text: click.echo(text, err=True))
     if as_json:
-        _print_json(result.as_dict())
+        common.print_json(result.as_dict())
     else:
         benchmark.print_table(result)
 
@@ -506,20 +419,6 @@ def _say_written(folder: Path) -> None:
     click.echo(f"wrote {folder}: {size / 1e6:.1f} MB, recipe {recipe}", err=True)
 
 
-def _resolve(model: str | None) -> Path:
-    from edge_gemma import models
-    from edge_gemma.terminal import progress_bar
-
-    with progress_bar("importing") as progress:
-        return models.resolve(model, progress)
-
-
-def _open_folder(model: str | None) -> "ModelFolder":
-    from edge_gemma.model_folder import ModelFolder
-
-    return ModelFolder.open(_resolve(model))
-
-
 def _name(engine: "Engine") -> str:
     return str(_source(engine.manifest).get("name") or engine.path.name)
 
@@ -529,18 +428,18 @@ def _source(manifest: dict[str, Any]) -> dict[str, Any]:
     return source if isinstance(source, dict) else {}
 
 
-def _print_json(value: dict[str, Any]) -> None:
-    click.echo(json.dumps(value, ensure_ascii=False))
-
-
 def _print_facts(facts: dict[str, Any], as_json: bool) -> None:
     if as_json:
-        _print_json(facts)
+        common.print_json(facts)
         return
     width = max(map(len, facts))
     for name, value in facts.items():
-        shown = "-" if value is None else f"{value:,}" if type(value) is int else _printable(str(value))
+        shown = "-" if value is None else f"{value:,}" if type(value) is int else common.printable(str(value))
         click.echo(f"{name.replace('_', ' '):<{width}}  {shown}")
+
+
+for _command in speech_cli.COMMANDS:
+    cli.add_command(_command)
 
 
 def main() -> None:

@@ -5,6 +5,7 @@ text generation (generate.py).
 """
 
 import json
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,11 @@ from edge_gemma.tokenizer import Tokenizer
 from edge_gemma.weights import bind
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from edge_gemma.audio.encoder import AudioEncoder
+    from edge_gemma.audio.listen import Event
+    from edge_gemma.audio.transcribe import Progress, Transcription
 
 DEFAULT_CONTEXT = 4096  # tokens
 
@@ -101,6 +106,49 @@ class Engine:
         if self._audio is not None:
             self._audio.close()
             self._audio = None
+
+    def transcribe(
+        self,
+        source: "Path | str | np.ndarray",
+        *,
+        rate: int = 16_000,
+        language: str | None = None,
+        translate_to: str | None = None,
+        progress: "Progress | None" = None,
+        note: Callable[[str], None] = lambda text: None,
+    ) -> "Transcription":
+        """Speech to text. source: a sound file or video, or samples: [n] or [n, channels], floats in [-1, 1] or signed
+        integers, `rate` of them a second. Any length: memory does not grow with it, but for an array's own.
+
+        language: a name or a code ("German", "de"), None leaves it to the model. progress is told (seconds done,
+        seconds in all or None), note what the user should know. Raises UsageError for a model without audio tower,
+        AudioError for a source that cannot be read.
+        """
+        from edge_gemma.audio.prompts import Task
+        from edge_gemma.audio.transcribe import Transcriber
+
+        transcriber = Transcriber(self, Task(language, translate_to), note=note)
+        return transcriber.transcribe(source, rate=rate, progress=progress)
+
+    def listen(
+        self,
+        blocks: "Iterable[np.ndarray] | None" = None,
+        *,
+        device: int | str | None = None,
+        language: str | None = None,
+        translate_to: str | None = None,
+        ask: bool = False,
+        system: str | None = None,
+    ) -> "Iterator[Event]":
+        """Live speech to events (audio/listen.py), as it is said. blocks: float32 [n] of 16 kHz mono as they arrive;
+        None: a microphone, `device` its number, a part of its name or the system's default. Close the iterator to stop.
+
+        ask: the model answers each utterance, after `system`, instead of writing it down. Raises as `transcribe`.
+        """
+        from edge_gemma.audio.listen import listen
+        from edge_gemma.audio.prompts import Task
+
+        return listen(self, blocks, Task(language, translate_to), device=device, ask=ask, system=system)
 
     def _checked_context(self, context: int) -> int:
         most = self.config.max_position_embeddings

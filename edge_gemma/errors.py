@@ -35,3 +35,7 @@ class ContextFullError(EdgeGemmaError):
 
 class UsageError(EdgeGemmaError):
     """Arguments that cannot be served: a value out of range, a file that is not there."""
+
+
+class AudioError(EdgeGemmaError):
+    """Sound that cannot be read, or a microphone that cannot be used."""

@@ -77,7 +77,8 @@ _LETTERS = "etaoinshrdlcumwfgypbvkjxqz"  # commonest first: what the vocabulary 
 _CHAT_TEMPLATE = """\
 {{ bos_token }}{% for message in messages -%}
 <|turn>{{ 'model' if message.role == 'assistant' else message.role }}
-{{ message.content | trim }}<turn|>
+{% if message.content is string %}{{ message.content | trim }}{% else %}{% for part in message.content -%}
+{{ part.text | trim if part.type == 'text' else '<|' ~ part.type ~ '|>' }}{% endfor %}{% endif %}<turn|>
 {% endfor %}{% if add_generation_prompt %}<|turn>model
 {% endif %}"""
 _GENERATION = {"eos_token_id": [1, 106, 50], "temperature": 1.0, "top_k": 64, "top_p": 0.95}

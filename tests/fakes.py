@@ -16,6 +16,7 @@ from edge_gemma.errors import ContextFullError, UsageError
 SPECIAL = (
     *("<pad>", "<eos>", "<bos>", "<unk>", "<|tool>", "<tool|>", "<|tool_call>", "<tool_call|>", "<|tool_response>"),
     *("<tool_response|>", '<|"|>', "<|think|>", "<|channel>", "<channel|>", "<|turn>", "<turn|>"),
+    *("<|audio>", "<|audio|>", "<audio|>"),
 )
 BYTE = 20
 VOCAB = BYTE + 256
@@ -26,7 +27,8 @@ TEMPLATE = """{{ bos_token }}{% if enable_thinking or messages[0]['role'] == 'sy
 {% if enable_thinking %}<|think|>
 {% endif %}{% if messages[0]['role'] == 'system' %}{{ messages[0]['content'] | trim }}{% endif %}<turn|>
 {% endif %}{% for m in messages if m.role != 'system' %}<|turn>{{ 'model' if m.role == 'assistant' else m.role }}
-{{ m.content | trim }}<turn|>
+{% if m.content is string %}{{ m.content | trim }}{% else %}{% for part in m.content %}{{
+part.text | trim if part.type == 'text' else '<|' ~ part.type ~ '|>' }}{% endfor %}{% endif %}<turn|>
 {% endfor %}<|turn>model{{ '\\n' }}"""
 
 

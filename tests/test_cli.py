@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from edge_gemma import cli as command_line
+from edge_gemma import common
 from edge_gemma.cli import cli
 from edge_gemma.errors import CheckpointError
 from tests.fakes import FakeEngine, reply
@@ -26,7 +26,7 @@ def fake(monkeypatch):
 
     def install(*replies, **options):
         engine = FakeEngine(*replies, **options)
-        monkeypatch.setattr(command_line, "load_engine", lambda model, **options: engine)
+        monkeypatch.setattr(common, "load_engine", lambda model, **options: engine)
         return engine
 
     return install

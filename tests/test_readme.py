@@ -9,6 +9,7 @@ import pytest
 
 from edge_gemma.cli import cli
 from edge_gemma.export.convert import export_checkpoint
+from tests.test_audio_files import tone, write_wav
 from tests.tiny import write_checkpoint
 
 ROOT = Path(__file__).parent.parent
@@ -19,7 +20,7 @@ BLOCKS = re.findall(r"```(\w*)\n(.*?)```", README, re.DOTALL)
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("readme")
-    write_checkpoint(folder / "checkpoint", "e2b")
+    write_checkpoint(folder / "checkpoint", "e2b", multimodal=True)
     return export_checkpoint(folder / "checkpoint", folder / "model", "q4")
 
 
@@ -30,9 +31,10 @@ def test_python_blocks_run(block: str, model: Path, capsys) -> None:
 
 
 @pytest.mark.parametrize("example", sorted((ROOT / "examples").glob("*.py")), ids=lambda path: path.name)
-def test_examples_run(example: Path, model: Path, capsys, monkeypatch) -> None:
+def test_examples_run(example: Path, model: Path, tmp_path, capsys, monkeypatch) -> None:
     assert len(example.read_text().splitlines()) < 40
-    monkeypatch.setattr("sys.argv", [str(example), str(model)])
+    sound = [str(write_wav(tmp_path / "tone.wav", tone(1)))] if example.name == "dictate.py" else []
+    monkeypatch.setattr("sys.argv", [str(example), str(model), *sound])
     exec(compile(example.read_text(), str(example), "exec"), {"__name__": "__main__"})
     assert capsys.readouterr().out.strip()
 

@@ -21,14 +21,14 @@ SLOW = """
 import sys, time
 sys.path.insert(0, {root!r})
 from tests.fakes import FakeEngine, FakeSession
-from edge_gemma import cli
+from edge_gemma import cli, common
 step = FakeSession.step
 def slow(self, token):
     time.sleep(0.02)
     return step(self, token)
 FakeSession.step = slow
 engine = FakeEngine("y" * 3000, "done")
-cli.load_engine = lambda model, context=None, threads=None: engine
+common.load_engine = lambda model, **options: engine
 cli.main()
 """
 

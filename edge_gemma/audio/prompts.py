@@ -1,0 +1,109 @@
+"""What a speech model is asked, and where in the prompt the sound goes.
+
+Owns: the instructions (Gemma 4's model card), names of languages, splitting the rendered chat template at the sound's
+place, reading a reply that holds a translation. Does not know: samples, sessions.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from edge_gemma.chat import ChatFormat, ChatTokenizer, Message
+from edge_gemma.errors import TemplateError, UsageError
+
+_OPEN, _PLACEHOLDER, _CLOSE = "<|audio>", "<|audio|>", "<audio|>"
+
+_RULES = (
+    "Follow these specific instructions for formatting the answer:\n"
+    "*   Only output the transcription, with no newlines.\n"
+    "*   When transcribing numbers, write the digits, i.e. write 1.7 and not one point seven, and write 3 instead of "
+    "three."
+)
+
+LANGUAGES = {
+    "ar": "Arabic", "bg": "Bulgarian", "bn": "Bengali", "ca": "Catalan", "cs": "Czech", "da": "Danish", "de": "German",
+    "el": "Greek", "en": "English", "es": "Spanish", "et": "Estonian", "fa": "Persian", "fi": "Finnish", "fr": "French",
+    "gu": "Gujarati", "he": "Hebrew", "hi": "Hindi", "hr": "Croatian", "hu": "Hungarian", "id": "Indonesian",
+    "it": "Italian", "ja": "Japanese", "kn": "Kannada", "ko": "Korean", "lt": "Lithuanian", "lv": "Latvian",
+    "ml": "Malayalam", "mr": "Marathi", "ms": "Malay", "nl": "Dutch", "no": "Norwegian", "pa": "Punjabi",
+    "pl": "Polish", "pt": "Portuguese", "ro": "Romanian", "ru": "Russian", "sk": "Slovak", "sl": "Slovenian",
+    "sr": "Serbian", "sv": "Swedish", "sw": "Swahili", "ta": "Tamil", "te": "Telugu", "th": "Thai", "tr": "Turkish",
+    "uk": "Ukrainian", "ur": "Urdu", "vi": "Vietnamese", "zh": "Chinese",
+}  # fmt: skip
+
+
+def language_name(language: str) -> str:
+    """ "de" or "German" -> "German". Raises UsageError for what can be neither a code nor a name."""
+    language = " ".join(language.split())
+    code = language.lower().split("-")[0]
+    if code in LANGUAGES and (len(language) == 2 or "-" in language):
+        return LANGUAGES[code]
+    if len(language) < 4 or len(language) > 40 or not all(c.isalpha() or c in " -'()" for c in language):
+        raise UsageError(f"the language is {language!r:.60}, expected a name (German) or a code (de)")
+    return language[0].upper() + language[1:]
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is to be done with speech. language: None leaves it to the model; translate_to: None only writes down."""
+
+    language: str | None = None
+    translate_to: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("language", "translate_to"):
+            if (value := getattr(self, name)) is not None:
+                object.__setattr__(self, name, language_name(value))
+
+    @property
+    def instruction(self) -> str:
+        """The model card's words; without a language, its "in its original language"."""
+        source = self.language
+        spoken = f"in {source}" if source else "in its original language"
+        if self.translate_to:
+            written = f"in {source}" if source else "in the original language"
+            return (
+                f"Transcribe the following speech segment {spoken}, then translate it into {self.translate_to}.\n"
+                f"When formatting the answer, first output the transcription {written}, then one newline, then output "
+                f"the string '{self.translate_to}: ', then the translation in {self.translate_to}."
+            )
+        into = f" into {source} text" if source else ""
+        return f"Transcribe the following speech segment {spoken}{into}.\n\n{_RULES}"
+
+    def read(self, reply: str) -> tuple[str, str | None]:
+        """A reply as (transcription, translation). The translation is None where none was asked for or none came."""
+        if not self.translate_to:
+            return one_line(reply), None
+        before, found, after = reply.partition(f"{self.translate_to}:")
+        return one_line(before), one_line(after) if found else None
+
+
+def one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+@dataclass(frozen=True)
+class AudioPrompt:
+    """Ids before the soft tokens, the opening mark included, and after them, from the closing mark to the reply."""
+
+    before: tuple[int, ...]
+    after: tuple[int, ...]
+
+
+def audio_prompt(
+    template: str | None, tokenizer: ChatTokenizer, text: str, *, earlier: Sequence[Message] = ()
+) -> AudioPrompt:
+    """The prompt of one user turn, `text` and then sound. earlier: messages before it, a system prompt for example.
+
+    Raises UsageError for a model that was not made for speech, TemplateError if its template has no place for sound.
+    """
+    marks = [tokenizer.special_tokens.get(name) for name in (_OPEN, _PLACEHOLDER, _CLOSE)]
+    if template is None or None in marks:
+        raise UsageError("this model was not made for speech: expected Gemma 4 E2B or E4B, exported with its audio")
+    ids = ChatFormat(template, tokenizer).prompt_ids([*earlier, Message("user", text, media=("audio",))])
+    opening, placeholder, closing = (mark for mark in marks if mark is not None)
+    if ids.count(placeholder) != 1:
+        raise TemplateError(
+            f"the chat template has {ids.count(placeholder)} places for one sound: expected a template of Gemma 4"
+        )
+    at = ids.index(placeholder)
+    return AudioPrompt((*ids[:at], opening), (closing, *ids[at + 1 :]))

@@ -1,0 +1,147 @@
+"""One session that hears and writes: the instruction once, then segment after segment.
+
+Owns: the order of things in the session (instruction, soft tokens, closing marks, reply), rewinding to the
+instruction, the guard against endless repetition. Does not know: samples, files, microphones.
+"""
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from edge_gemma.audio.prompts import AudioPrompt
+from edge_gemma.audio.texts import loop
+from edge_gemma.errors import UsageError
+from edge_gemma.generate import FinishReason, Generation, StreamTokenizer, Timeline, stop_ids_of
+from edge_gemma.sampler import Sampler, Sampling
+
+SEGMENT_TOKENS = 750  # soft tokens of 30 s
+_BATCH = 16  # soft tokens prefilled at a time while listening: fewer would cost almost as much
+_LEAST_REPLY = 64  # tokens
+
+
+class SoftTimeline(Timeline, Protocol):
+    """What of `edge_gemma.session.Session` is used here."""
+
+    def prefill_soft(self, embeddings: np.ndarray) -> np.ndarray: ...
+
+
+class Stream(Protocol):
+    """What of `edge_gemma.audio.encoder.AudioStream` is used here."""
+
+    def feed(self, samples: np.ndarray) -> np.ndarray: ...
+    def finish(self) -> np.ndarray: ...
+
+
+class Encoder(Protocol):
+    """What of `edge_gemma.audio.encoder.AudioEncoder` is used here."""
+
+    def encode(self, samples: np.ndarray) -> np.ndarray: ...
+    def stream(self) -> Stream: ...
+
+
+class SpeechEngine(Protocol):
+    """What of `edge_gemma.engine.Engine` is used here."""
+
+    @property
+    def tokenizer(self) -> StreamTokenizer: ...
+    @property
+    def chat_template(self) -> str | None: ...
+    @property
+    def generation_config(self) -> dict[str, Any]: ...
+    @property
+    def context(self) -> int: ...
+    @property
+    def audio(self) -> Encoder: ...
+    def session(self, context: int | None = None) -> SoftTimeline: ...
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What was written. looped: it repeated itself; the repetitions are left out of `text`."""
+
+    text: str
+    looped: bool
+    finish_reason: FinishReason
+    first_token_s: float  # from the end of the sound
+    tokens: int
+
+
+class Scribe:
+    """Hears one segment after another and writes a reply to each. `begin`, `hear` any number of times, `write`."""
+
+    def __init__(self, engine: SpeechEngine, prompt: AudioPrompt, *, context: int | None = None) -> None:
+        """context: tokens, None for what a segment of 30 s with a reply as long needs.
+
+        Raises UsageError if the engine's context is too small for that.
+        """
+        fixed = len(prompt.before) + SEGMENT_TOKENS + len(prompt.after)
+        context = context or min(engine.context, fixed + 2 * SEGMENT_TOKENS + _LEAST_REPLY)
+        if context < fixed + _LEAST_REPLY:
+            raise UsageError(
+                f"the context is {context} tokens, expected at least {fixed + _LEAST_REPLY} for 30 s of speech"
+            )
+        self._prompt, self._tokenizer = prompt, engine.tokenizer
+        self._stop_ids = stop_ids_of(engine.generation_config, engine.tokenizer)
+        self._session = engine.session(context)
+        self._session.prefill(list(prompt.before))
+        self._session.mark()
+        self._pending: list[np.ndarray] = []
+        self.heard = 0  # soft tokens of this segment
+        self.last: Reply | None = None
+
+    def begin(self) -> None:
+        """A new segment: back to the instruction."""
+        self._session.rewind(len(self._prompt.before))
+        self._pending, self.heard, self.last = [], 0, None
+
+    def hear(self, tokens: np.ndarray) -> None:
+        """tokens: float32 [n, hidden_size], the next soft tokens. They are prefilled once there are a few."""
+        if len(tokens):
+            self._pending.append(tokens)
+            self.heard += len(tokens)
+        if sum(map(len, self._pending)) >= _BATCH:
+            self._prefill()
+
+    def _prefill(self) -> None:
+        if self._pending:
+            tokens, self._pending = np.concatenate(self._pending), []
+            self._session.prefill_soft(tokens)
+
+    def write(
+        self, max_tokens: int | None = None, sampling: Sampling | None = None, *, since: float | None = None
+    ) -> Iterator[str]:
+        """The sound is over: the reply's text in pieces, greedy by default. `last` is the whole afterwards.
+
+        since: when the sound ended, by time.perf_counter; None: now.
+        """
+        start = time.perf_counter() if since is None else since
+        self._prefill()
+        generation = Generation(
+            self._session,
+            [*self._session.ids, *self._prompt.after],
+            tokenizer=self._tokenizer,
+            sampler=Sampler(sampling or Sampling(temperature=0)),
+            max_tokens=max_tokens,
+            stop_ids=self._stop_ids,
+        )
+        waited = time.perf_counter() - start
+        result, repeated = generation.result, 0
+        try:
+            for piece in generation:
+                if piece.kind == "answer":
+                    yield piece.text
+                if repeated := loop(result.tokens):
+                    break
+        finally:
+            generation.close()
+            text = self._text(result.tokens[: len(result.tokens) - repeated]) if repeated else result.text
+            first = waited + result.timings.ttft_s
+            reason: FinishReason = "length" if repeated else result.finish_reason
+            self.last = Reply(text, bool(repeated), reason, first, len(result.tokens))
+
+    def _text(self, tokens: list[int]) -> str:
+        detokenizer = self._tokenizer.detokenizer()
+        return "".join([detokenizer.push(token) for token in tokens]) + detokenizer.flush()

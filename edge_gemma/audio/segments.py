@@ -1,0 +1,203 @@
+"""A stream of sound cut into segments of speech, as it comes: start, end, longest length, hangover.
+
+Owns: where segments begin and end (`Segmenter`). Does not know: how speech is told from noise (vad.py), what is done
+with a segment.
+
+Segments own the samples exactly: speech and silence together cover each sample once. Around what it owns a segment may
+hear more as context: where a speaker makes no pause for 30 s, the segment is cut and the next one hears its last two
+seconds again, so that the word at the cut is heard whole twice (transcribe.py joins the texts).
+
+A pause ends a segment. The longer the segment, the shorter the pause that will do: `pause_s` up to `relaxed_s`, then
+less and less, `shortest_pause_s` in the last five seconds. So a cut without a pause is rare, nothing is ever decided in
+hindsight, and what was heard can be worked on at once.
+"""
+
+from collections import deque
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from edge_gemma.audio.features import MAX_SAMPLES, SAMPLE_RATE
+from edge_gemma.audio.vad import WINDOW, Detector
+from edge_gemma.errors import UsageError
+
+_STARTS, _GOES_ON = 0.5, 0.35  # probabilities of speech, Silero's own defaults
+_START_WINDOWS = 2  # of speech in a row begin a segment: a click does not
+_BEFORE = 10 * WINDOW  # samples heard before the first that counts as speech: 0.32 s
+_AFTER = 8 * WINDOW  # and owned after the last: 0.26 s
+OVERLAP = 64 * WINDOW  # heard twice at a cut without pause: 2.05 s
+_LAST = 5.0  # seconds before the longest length in which the shortest pause ends a segment
+
+
+@dataclass(frozen=True)
+class Rules:
+    """When a segment ends, in seconds."""
+
+    pause_s: float  # of silence
+    relaxed_s: float = 12.0  # length from which on shorter pauses will do
+    shortest_pause_s: float = 0.16
+    longest_s: float = MAX_SAMPLES / SAMPLE_RATE
+
+    def __post_init__(self) -> None:
+        longest = MAX_SAMPLES / SAMPLE_RATE
+        if not 3 * OVERLAP / SAMPLE_RATE <= self.longest_s <= longest:
+            raise UsageError(f"segments are at most {self.longest_s} s long, expected 6.2 to {longest:g}")
+        if not 0 < self.shortest_pause_s <= self.pause_s:
+            raise UsageError(f"a pause of {self.pause_s} s ends a segment, expected {self.shortest_pause_s} or more")
+
+    def pause_needed(self, length_s: float) -> float:
+        """The silence that ends a segment of this length."""
+        end = self.longest_s - _LAST
+        share = (end - length_s) / max(end - self.relaxed_s, 1e-9)
+        return max(self.shortest_pause_s, self.pause_s * min(1.0, share))
+
+
+FILE_RULES = Rules(pause_s=1.5)  # a recording: long segments, more context for the model
+
+
+def live_rules(pause_s: float = 0.6) -> Rules:
+    """For a conversation: an answer soon."""
+    return Rules(pause_s, shortest_pause_s=min(pause_s, Rules.shortest_pause_s))
+
+
+LIVE_RULES = live_rules()
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Samples [start, end), owned; [heard_from, heard_to) around them, heard. Counted from the stream's first.
+
+    joined: it begins without a pause, in the words of the segment before; cut: it ends so.
+    """
+
+    start: int
+    end: int
+    heard_from: int
+    heard_to: int
+    speech: bool
+    joined: bool = False
+    cut: bool = False
+
+
+@dataclass(frozen=True)
+class Opened:
+    """Someone began to speak: what is heard next belongs to a new segment."""
+
+    start: int
+    heard_from: int
+
+
+@dataclass(frozen=True)
+class Heard:
+    """Sound of the open segment: float32 [n], following what was heard before."""
+
+    samples: np.ndarray
+
+
+@dataclass(frozen=True)
+class Closed:
+    """The open segment is whole; or a silent one, which was never opened."""
+
+    segment: Segment
+
+
+Step = Opened | Heard | Closed
+
+
+class Segmenter:
+    """Feed it sound, it says what happens. Holds two seconds at most."""
+
+    def __init__(self, detector: Detector, rules: Rules) -> None:
+        self._detector, self._rules = detector, rules
+        self._rest = np.zeros(0, np.float32)  # less than a window
+        self._recent: deque[np.ndarray] = deque(maxlen=OVERLAP // WINDOW)
+        self._position = 0  # samples in whole windows so far
+        self._owned = 0  # up to here samples belong to closed segments
+        self._opened: Opened | None = None
+        self._joined = False
+        self._voiced = 0  # windows of speech in a row, while closed
+        self._speech_end = 0
+
+    def feed(self, samples: np.ndarray) -> list[Step]:
+        """samples: float32 [n], any n, following those before."""
+        samples = np.concatenate([self._rest, samples]) if len(self._rest) else samples
+        whole = len(samples) // WINDOW * WINDOW
+        self._rest = samples[whole:].copy()
+        return _merged([step for at in range(0, whole, WINDOW) for step in self._window(samples[at : at + WINDOW])])
+
+    def finish(self) -> list[Step]:
+        """The stream is over. What is left of a window belongs to whatever was going on."""
+        rest, self._rest = self._rest, self._rest[:0]
+        self._position += len(rest)
+        steps: list[Step] = []
+        if self._opened is not None:
+            heard: list[Step] = [Heard(rest)] if len(rest) else []
+            steps = [*heard, self._close(min(self._position, self._speech_end + _AFTER))]
+        return [*steps, *self._silence(self._position)]
+
+    def steps(self, blocks: Iterable[np.ndarray]) -> Iterator[Step]:
+        """All steps of a whole stream."""
+        for block in blocks:
+            yield from self.feed(block)
+        yield from self.finish()
+
+    def _window(self, window: np.ndarray) -> list[Step]:
+        probability = self._detector.probability(window)
+        self._recent.append(window.copy())
+        self._position += WINDOW
+        return self._closed_window(probability) if self._opened is None else self._open_window(window, probability)
+
+    def _closed_window(self, probability: float) -> list[Step]:
+        self._voiced = self._voiced + 1 if probability >= _STARTS else 0
+        if self._voiced < _START_WINDOWS:
+            return []
+        start = max(self._owned, self._position - self._voiced * WINDOW - _BEFORE)
+        self._speech_end = self._position
+        return [*self._silence(start), *self._open(start, start)]
+
+    def _open_window(self, window: np.ndarray, probability: float) -> list[Step]:
+        assert self._opened is not None
+        steps: list[Step] = [Heard(window)]
+        if probability >= _GOES_ON:
+            self._speech_end = self._position
+        heard_from = self._opened.heard_from
+        pause = (self._position - self._speech_end) / SAMPLE_RATE
+        if pause and pause >= self._rules.pause_needed((self._position - heard_from) / SAMPLE_RATE):
+            return [*steps, self._close(min(self._position, self._speech_end + _AFTER))]
+        if self._position + WINDOW - heard_from > self._rules.longest_s * SAMPLE_RATE:
+            steps.append(self._close(self._position - OVERLAP // 2, cut=True))
+            self._joined = True
+            steps += self._open(self._owned, self._position - OVERLAP)
+        return steps
+
+    def _open(self, start: int, heard_from: int) -> list[Step]:
+        self._opened = Opened(start, heard_from)
+        windows = (self._position - heard_from) // WINDOW
+        return [self._opened, Heard(np.concatenate(list(self._recent)[-windows:]))]
+
+    def _close(self, end: int, cut: bool = False) -> Closed:
+        assert self._opened is not None
+        opened, joined = self._opened, self._joined
+        self._opened, self._joined, self._voiced, self._owned = None, False, 0, end
+        return Closed(Segment(opened.start, end, opened.heard_from, self._position, True, joined, cut))
+
+    def _silence(self, end: int) -> list[Step]:
+        start, self._owned = self._owned, end
+        return [Closed(Segment(start, end, start, end, False))] if end > start else []
+
+
+def _merged(steps: list[Step]) -> list[Step]:
+    """Sound that follows sound, in one piece."""
+    merged: list[Step] = []
+    parts: list[np.ndarray] = []
+    for step in [*steps, None]:
+        if isinstance(step, Heard):
+            parts.append(step.samples)
+            continue
+        if parts:
+            merged.append(Heard(np.concatenate(parts)))
+            parts = []
+        if step is not None:
+            merged.append(step)
+    return merged

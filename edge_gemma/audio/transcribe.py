@@ -1,0 +1,237 @@
+"""Recorded speech to text: any length, in segments.
+
+Owns: the way from blocks of sound to a `Transcription` (segments, retries, joining) and to subtitles. Does not know:
+file formats (files.py), what a segment is (segments.py), how a session is driven (scribe.py).
+"""
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from edge_gemma.audio import segments as cut
+from edge_gemma.audio.features import SAMPLE_RATE
+from edge_gemma.audio.files import AudioFile, Note, array_blocks, silent
+from edge_gemma.audio.prompts import Task, audio_prompt
+from edge_gemma.audio.scribe import Scribe, SpeechEngine
+from edge_gemma.audio.texts import glued, seam
+from edge_gemma.audio.vad import WINDOW, Detector, open_detector
+
+_SPLIT_FROM_S = 8.0  # a segment that loops is tried again in halves if it is longer
+_PADDING = np.zeros(SAMPLE_RATE // 2, np.float32)  # around a segment that gave no text, for the second try
+_CUE_CHARACTERS = 84  # of a subtitle: two lines
+
+Progress = Callable[[float, float | None], None]  # (seconds done, seconds in all where known)
+
+
+@dataclass(frozen=True)
+class TextSegment:
+    """What was said from start to end, in seconds. note: "looped" (cut short), "empty" (speech, but no text came)."""
+
+    start: float
+    end: float
+    text: str
+    translation: str | None = None
+    note: str | None = None
+
+
+@dataclass(frozen=True)
+class Transcription:
+    """One recording. language: as it was asked for, None if it was left to the model."""
+
+    text: str
+    segments: tuple[TextSegment, ...]
+    language: str | None
+    duration_s: float
+    rtf: float  # seconds of work for a second of sound
+    translation: str | None = None
+    translate_to: str | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON; what was not asked for is left out."""
+        entry = asdict(self)
+        entry["segments"] = [{k: v for k, v in s.items() if v is not None} for s in entry["segments"]]
+        return {k: v for k, v in entry.items() if v is not None or k == "language"}
+
+
+OnSegment = Callable[[TextSegment], None]
+
+
+class Transcriber:
+    """Writes down one recording after another; the instruction is prefilled once."""
+
+    def __init__(
+        self,
+        engine: SpeechEngine,
+        task: Task | None = None,
+        *,
+        rules: cut.Rules = cut.FILE_RULES,
+        detector: Callable[[], Detector] | None = None,
+        note: Note = silent,
+    ) -> None:
+        """Raises UsageError for a model that was not made for speech."""
+        self.task = task or Task()
+        self._rules, self._note = rules, note
+        self._detector = detector or (lambda: open_detector(note))
+        self._encoder = engine.audio
+        self.scribe = Scribe(engine, audio_prompt(engine.chat_template, engine.tokenizer, self.task.instruction))
+
+    def transcribe(
+        self,
+        source: Path | str | np.ndarray,
+        *,
+        rate: int = SAMPLE_RATE,
+        progress: Progress | None = None,
+        on_segment: OnSegment = lambda segment: None,
+    ) -> Transcription:
+        """A file, or samples (`rate` of them a second) as `files.array_blocks` takes them. Raises AudioError.
+
+        progress is told after each block, on_segment of each segment once its text will not change any more.
+        """
+        if isinstance(source, np.ndarray):
+            blocks, duration = array_blocks(source, rate, self._note), len(source) / rate if source.ndim else None
+            return self.run(blocks, progress=progress, duration_s=duration, on_segment=on_segment)
+        with AudioFile(source, self._note) as file:
+            return self.run(file, progress=progress, duration_s=file.duration_s, on_segment=on_segment)
+
+    def run(
+        self,
+        blocks: Iterable[np.ndarray],
+        *,
+        progress: Progress | None = None,
+        duration_s: float | None = None,
+        on_segment: OnSegment = lambda segment: None,
+    ) -> Transcription:
+        """As `transcribe`, for blocks: float32 [n] of 16 kHz mono."""
+        clock, samples = time.perf_counter(), 0
+        found: list[TextSegment] = []
+
+        def counted() -> Iterator[np.ndarray]:
+            nonlocal samples
+            for block in blocks:
+                samples += len(block)
+                yield block
+                if progress:
+                    progress(samples / SAMPLE_RATE, duration_s)
+
+        for segment, joined in self.segments(counted()):
+            if joined and found:
+                found[-1], segment = joined_pair(found[-1], segment)
+            if found:
+                on_segment(found[-1])
+            found.append(segment)
+        if found:
+            on_segment(found[-1])
+        else:
+            self._note("no speech was found")
+        seconds, texts = samples / SAMPLE_RATE, [s.text for s in found]
+        translated = glued([s.translation or "" for s in found]) if self.task.translate_to else None
+        return Transcription(
+            text=glued(texts),
+            segments=tuple(found),
+            language=self.task.language,
+            duration_s=seconds,
+            rtf=(time.perf_counter() - clock) / seconds if seconds else 0.0,
+            translation=translated,
+            translate_to=self.task.translate_to,
+        )
+
+    def segments(self, blocks: Iterable[np.ndarray]) -> Iterator[tuple[TextSegment, bool]]:
+        """Segments with text as they end; True for one whose first words the segment before has heard too."""
+        heard: list[np.ndarray] = []
+        for step in cut.Segmenter(self._detector(), self._rules).steps(blocks):
+            if isinstance(step, cut.Opened):
+                heard = []
+            elif isinstance(step, cut.Heard):
+                heard.append(step.samples)
+            elif step.segment.speech:
+                yield self._written(step.segment, np.concatenate(heard)), step.segment.joined
+                heard = []
+
+    def _written(self, segment: cut.Segment, heard: np.ndarray) -> TextSegment:
+        if not segment.cut:  # what follows its end is the pause
+            heard = heard[: segment.end - segment.heard_from]
+        text, translation, note = self.text(heard)
+        return TextSegment(segment.start / SAMPLE_RATE, segment.end / SAMPLE_RATE, text, translation, note)
+
+    def text(self, samples: np.ndarray) -> tuple[str, str | None, str | None]:
+        """One segment, float32 [n], at most 30 s: its text, its translation and a note, as in TextSegment.
+
+        Nothing written: tried once more with silence around it. A loop: once more in halves.
+        """
+        text, translation, looped = self._try(samples)
+        if looped and len(samples) > _SPLIT_FROM_S * SAMPLE_RATE:
+            middle = quietest(samples)
+            parts = [self._try(part) for part in (samples[:middle], samples[middle:])]
+            text, looped = glued([part[0] for part in parts]), any(part[2] for part in parts)
+            translation = glued([part[1] or "" for part in parts]) if self.task.translate_to else None
+        if not text and not translation:
+            room = cut.MAX_SAMPLES - len(samples)
+            padding = _PADDING[: room // 2]
+            text, translation, looped = self._try(np.concatenate([padding, samples, padding]))
+        return text, translation, "looped" if looped else None if text or translation else "empty"
+
+    def _try(self, samples: np.ndarray) -> tuple[str, str | None, bool]:
+        self.scribe.begin()
+        self.scribe.hear(self._encoder.encode(samples))
+        if not self.scribe.heard:
+            return "", None, False
+        for _ in self.scribe.write(reply_limit(self.scribe.heard, self.task)):
+            pass
+        reply = self.scribe.last
+        assert reply is not None
+        return *self.task.read(reply.text), reply.looped
+
+
+def reply_limit(soft_tokens: int, task: Task) -> int:
+    """Tokens a reply may have: nobody speaks a token every 40 ms."""
+    return (soft_tokens + 32) * (2 if task.translate_to else 1)
+
+
+def joined_pair(before: TextSegment, after: TextSegment) -> tuple[TextSegment, TextSegment]:
+    """Two segments that heard the same words at their seam, each word in one of them."""
+    first, second = seam(before.text, after.text)
+    before, after = replace(before, text=first), replace(after, text=second)
+    if before.translation and after.translation:
+        first, second = seam(before.translation, after.translation)
+        before, after = replace(before, translation=first), replace(after, translation=second)
+    return before, after
+
+
+def quietest(samples: np.ndarray) -> int:
+    """The middle of the quietest 32 ms within the middle half."""
+    first, last = len(samples) // 4 // WINDOW, len(samples) * 3 // 4 // WINDOW
+    windows = samples[first * WINDOW : last * WINDOW].reshape(-1, WINDOW)
+    return (first + int(np.square(windows).sum(axis=1).argmin())) * WINDOW + WINDOW // 2
+
+
+def subtitles(segments: Sequence[TextSegment]) -> str:
+    """SubRip subtitles, of the translation where there is one. Times inside a segment are shared out by characters."""
+    cues: list[tuple[float, float, str]] = []
+    for segment in segments:
+        text = segment.translation or segment.text
+        parts, at = _lines(text), 0
+        for part in parts:
+            span = (segment.end - segment.start) / max(len(text), 1)
+            cues.append((segment.start + at * span, segment.start + (at + len(part)) * span, part))
+            at += len(part) + 1
+    return "".join(f"{i}\n{_clock(a)} --> {_clock(b)}\n{text}\n\n" for i, (a, b, text) in enumerate(cues, 1))
+
+
+def _lines(text: str) -> list[str]:
+    """A text in parts of at most _CUE_CHARACTERS, between words where it has any."""
+    parts: list[str] = []
+    for word in text.split():
+        if parts and len(parts[-1]) + 1 + len(word) <= _CUE_CHARACTERS:
+            parts[-1] += " " + word
+        else:
+            parts += [word[i : i + _CUE_CHARACTERS] for i in range(0, len(word), _CUE_CHARACTERS)]
+    return parts
+
+
+def _clock(seconds: float) -> str:
+    ms = round(seconds * 1000)
+    return f"{ms // 3_600_000:02}:{ms // 60_000 % 60:02}:{ms // 1000 % 60:02},{ms % 1000:03}"

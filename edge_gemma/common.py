@@ -1,0 +1,121 @@
+"""What the commands share: options, how a model is found and loaded, how results are printed.
+
+Owns: options that several commands have. Does not know: any command.
+"""
+
+import functools
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from edge_gemma.errors import UsageError
+
+if TYPE_CHECKING:
+    from edge_gemma.engine import Engine
+    from edge_gemma.model_folder import ModelFolder
+
+
+def options(*decorators: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Several decorators as one."""
+
+    def apply(command: Any) -> Any:
+        for decorator in reversed(decorators):
+            command = decorator(command)
+        return command
+
+    return apply
+
+
+model = click.option("-m", "--model", metavar="MODEL", help="Model folder, GGUF file or name.")
+as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output.")
+threads = click.option("--threads", type=click.IntRange(1, 1024), metavar="N", help="CPU threads [default: all cores].")
+context = click.option(
+    "--context", type=click.IntRange(1), metavar="N", help="Tokens the model can look back on [default: 4096]."
+)
+backend = click.option(
+    "--backend", type=click.Choice(["onnx"]), help="Run a folder made by export --onnx with onnxruntime, to compare."
+)
+force = click.option("--force", is_flag=True, help="Replace DEST if it is a model folder already.")
+memory_limit = click.option(
+    "--memory-limit", type=click.IntRange(1), metavar="MB", help="Refuse a model that would need more memory than this."
+)
+sampling = options(
+    click.option("--max-tokens", type=click.IntRange(1), metavar="N", help="Longest answer [default: what fits]."),
+    click.option("--temperature", type=click.FloatRange(0), metavar="T", help="0 takes the likeliest token always."),
+    click.option("--top-k", type=click.IntRange(0), metavar="K", help="Choose among the K likeliest tokens; 0: all."),
+    click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), metavar="P", help="... that hold P together."),
+    click.option("--min-p", type=click.FloatRange(0, 1), metavar="P", help="... with P of the likeliest's chance."),
+    click.option(
+        "--repetition-penalty", type=click.FloatRange(0, min_open=True), metavar="R", help="Above 1: repeat less."
+    ),
+    click.option("--seed", type=click.IntRange(0), metavar="S", help="The same seed gives the same answer."),
+    click.option("--stop", multiple=True, metavar="TEXT", help="End the answer before TEXT; may be repeated."),
+)
+thinking = options(
+    click.option("--system", metavar="TEXT", help="System prompt."),
+    click.option("--think", is_flag=True, help="Let the model think before it answers; the thoughts stay hidden."),
+    click.option("--show-thinking", is_flag=True, help="Let it think, and show the thoughts (on standard error)."),
+)
+
+
+def load_engine(
+    model: str | None, *, context: int | None = None, threads: int | None = None, backend: str | None = None
+) -> "Engine":
+    """The model that -m means, converted first where it has to be."""
+    from edge_gemma import kernels
+    from edge_gemma.engine import Engine
+
+    path = resolve(model)
+    kernels.announce_compiling(tell_compiling)
+    return Engine.load(path, context=context, threads=threads, backend=backend)
+
+
+def load(model: str | None, options: dict[str, Any]) -> "Engine":
+    backend = options.get("backend")
+    if backend is None:
+        check_memory(model, options["context"], options["memory_limit"])
+    elif options["memory_limit"] is not None:
+        raise UsageError("--memory-limit does not go with --backend: what onnxruntime will need is not known before")
+    return load_engine(model, context=options["context"], threads=options["threads"], backend=backend)
+
+
+def check_memory(model: str | None, context: int | None, memory_limit: int | None) -> None:
+    """Before anything is loaded; memory_limit in MB, None: no limit."""
+    if memory_limit is not None:
+        from edge_gemma.memory import check_limit
+
+        check_limit(open_folder(model), context, memory_limit * 1_000_000)
+
+
+@functools.cache
+def tell_compiling() -> None:
+    """Said once: a first start takes its time."""
+    start = "\r\x1b[K" if sys.stderr.isatty() else ""  # over the status line, where there is one
+    click.echo(f"{start}(compiling the kernels for this machine: 10 to 60 seconds, once)", err=True)
+
+
+def resolve(model: str | None) -> Path:
+    from edge_gemma import models
+    from edge_gemma.terminal import progress_bar
+
+    with progress_bar("importing") as progress:
+        return models.resolve(model, progress)
+
+
+def open_folder(model: str | None) -> "ModelFolder":
+    from edge_gemma.model_folder import ModelFolder
+
+    return ModelFolder.open(resolve(model))
+
+
+def print_json(value: dict[str, Any]) -> None:
+    click.echo(json.dumps(value, ensure_ascii=False))
+
+
+def printable(text: str) -> str:
+    """Without control characters: names in hostile files must not steer a terminal."""
+    return "".join(c if c.isprintable() else "?" for c in text)

@@ -1,0 +1,198 @@
+"""The commands that hear: transcribe, listen.
+
+Owns: their options and what they print. Does not know: how anything works.
+"""
+
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from edge_gemma import common
+from edge_gemma.errors import EdgeGemmaError, UsageError
+
+if TYPE_CHECKING:
+    from edge_gemma.audio.transcribe import Transcription
+
+_languages = common.options(
+    click.option(
+        "--language", metavar="L", help="The language spoken, a name or a code [default: the model hears it]."
+    ),
+    click.option("--translate-to", metavar="L", help="Also translate into this language."),
+)
+
+
+def _tell(text: str) -> None:
+    click.echo(f"({common.printable(text)})", err=True)
+
+
+@click.command()
+@common.model
+@click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="FILE...")
+@_languages
+@click.option("--srt", is_flag=True, help="Print subtitles; of several FILEs, write each FILE's to FILE.srt.")
+@common.context
+@common.threads
+@common.as_json
+def transcribe(
+    model: str | None, files: tuple[Path, ...], srt: bool, as_json: bool, context: int | None, threads: int | None,
+    language: str | None, translate_to: str | None,
+) -> None:  # fmt: skip
+    """Write down the speech in sound files (or videos) of any length.
+
+    A FILE that cannot be read does not stop the others; the exit code is 1 then. With --json, one object a FILE.
+
+    \b
+    edge-gemma transcribe -m ./gemma-4-e2b interview.m4a
+    edge-gemma transcribe -m ./gemma-4-e2b --language de --translate-to English --srt film.mp4 > film.srt
+    """
+    from edge_gemma.audio.prompts import Task
+    from edge_gemma.audio.transcribe import Transcriber
+
+    if srt and as_json:
+        raise click.UsageError("--srt and --json exclude each other.")
+    task = Task(language, translate_to)
+    engine = common.load_engine(model, context=context, threads=threads)
+    transcriber = Transcriber(engine, task, note=_tell)
+    failed = 0
+    for path in files:
+        try:
+            _transcribe_file(transcriber, path, several=len(files) > 1, srt=srt, as_json=as_json)
+        except (EdgeGemmaError, OSError) as error:
+            failed += 1
+            if as_json:
+                common.print_json({"file": str(path), "error": str(error)})
+            click.echo(f"error: {common.printable(' '.join(str(error).split()))}", err=True)
+    if failed:
+        click.get_current_context().exit(1)
+
+
+def _transcribe_file(transcriber: Any, path: Path, *, several: bool, srt: bool, as_json: bool) -> None:
+    from edge_gemma.atomic import write_file
+    from edge_gemma.audio.transcribe import TextSegment, subtitles
+    from edge_gemma.terminal import progress_bar
+
+    heading = f"{common.printable(str(path))}:\n" if several and not (srt or as_json) else ""
+
+    def show(segment: TextSegment) -> None:
+        nonlocal heading
+        text = segment.translation or segment.text
+        if text and not (srt or as_json):
+            click.echo(heading + common.printable(text))
+            heading = ""
+
+    with progress_bar("transcribing", unit="seconds") as report:
+        result: Transcription = transcriber.transcribe(
+            path,
+            progress=lambda done, total: report(int(done), int(max(total or 0, done)), path.name),
+            on_segment=show,
+        )
+    click.echo(heading, nl=False)
+    if as_json:
+        common.print_json({"file": str(path)} | result.as_dict())
+    elif srt and several:
+        write_file(path.with_name(path.name + ".srt"), subtitles(result.segments).encode())
+    elif srt:
+        click.echo(subtitles(result.segments), nl=False)
+
+
+@click.command()
+@common.model
+@click.option("--device", metavar="D", help="Microphone: its number or a part of its name [default: the system's].")
+@click.option("--list-devices", is_flag=True, help="List the microphones and end.")
+@click.option("--ask", is_flag=True, help="Answer what is said, each utterance by itself, instead of writing it down.")
+@click.option("--system", metavar="TEXT", help="System prompt for --ask.")
+@_languages
+@click.option("--pause", type=click.FloatRange(0.2, 5), default=0.6, show_default=True, metavar="S",
+              help="Seconds of silence that end an utterance.")  # fmt: skip
+@common.context
+@common.threads
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object a line for each event.")
+def listen(
+    model: str | None, device: str | None, list_devices: bool, ask: bool, system: str | None, pause: float,
+    as_json: bool, context: int | None, threads: int | None, language: str | None, translate_to: str | None,
+) -> None:  # fmt: skip
+    """Write down what a microphone hears as it is said, or answer it. Ctrl-C ends; what was said last still comes.
+
+    \b
+    edge-gemma listen -m ./gemma-4-e2b
+    edge-gemma listen -m ./gemma-4-e2b --ask --system "Answer in one sentence."
+    """
+    from edge_gemma.audio import mic
+
+    if list_devices:
+        _list_devices(as_json)
+        return
+    from edge_gemma.audio.listen import Listener
+    from edge_gemma.audio.prompts import Task
+    from edge_gemma.audio.segments import live_rules
+    from edge_gemma.terminal import Screen
+
+    if ask and (language or translate_to):
+        raise UsageError("--language and --translate-to do not go with --ask: say it in --system")
+    task = Task(language, translate_to)
+    screen = Screen()
+    engine = common.load_engine(model, context=context, threads=threads)
+    listener = Listener(engine, task, ask=ask, system=system, rules=live_rules(pause), note=screen.note)
+    number = int(device) if device is not None and device.isdecimal() else device
+    with mic.Microphone(number, screen.note) as microphone, _first_interrupt(microphone.close):
+        screen.note(f"listening to {microphone.name}; Ctrl-C ends")
+        for event in listener.events(microphone):
+            if as_json:
+                common.print_json(event.as_dict())
+            else:
+                _show(event, screen, pieces=ask)
+
+
+def _show(event: Any, screen: Any, *, pieces: bool) -> None:
+    """An event for people. pieces: texts as they are written; else whole segments."""
+    from edge_gemma.chat import Piece
+
+    if event.kind == "speech":
+        screen.status("hearing speech")
+    elif event.kind == "text" and not pieces:
+        screen.status("writing")
+    elif event.kind == "text":
+        screen.show(Piece("answer", event.text))
+    elif event.kind == "segment":
+        if not pieces and (text := event.translation or event.text):
+            screen.show(Piece("answer", text))
+        screen.end()
+
+
+def _list_devices(as_json: bool) -> None:
+    from dataclasses import asdict
+
+    from edge_gemma.audio import mic
+
+    found = mic.devices()
+    if as_json:
+        common.print_json({"devices": [asdict(d) for d in found]})
+        return
+    for d in found:
+        mark = "*" if d.default else " "
+        click.echo(f"{mark} {d.index:3}  {common.printable(d.name)}  ({d.channels} channels, {d.rate} Hz)")
+    if not found:
+        _tell("no microphone was found")
+
+
+class _first_interrupt:
+    """While entered, the first Ctrl-C calls `stop`, the second interrupts as ever."""
+
+    def __init__(self, stop: Callable[[], None]) -> None:
+        self._stop = stop
+
+    def __enter__(self) -> None:
+        self._before = signal.signal(signal.SIGINT, self._interrupted)
+
+    def _interrupted(self, number: int, frame: Any) -> None:
+        signal.signal(signal.SIGINT, self._before)
+        self._stop()
+
+    def __exit__(self, *_: object) -> None:
+        signal.signal(signal.SIGINT, self._before)
+
+
+COMMANDS = (transcribe, listen)
