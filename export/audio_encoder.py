@@ -1,14 +1,15 @@
 """Writes an audio tower into a model folder: two graphs, one weight file, the manifest's section.
 
-Owns: which file holds what, how a linear layer stores its weights. Does not know: the arithmetic (audio_graph.py).
+Owns: which file holds what. Does not know: the arithmetic (audio_graph.py, audio_linear.py).
 """
 
 from typing import Any
 
 from edge_gemma.export.audio_graph import AudioGraph
+from edge_gemma.export.audio_linear import float_linear, int8_linear
 from edge_gemma.export.audio_tower import AudioTower
 from edge_gemma.export.folder_writer import FolderWriter
-from edge_gemma.export.onnx_graph import ExternalData, Graph
+from edge_gemma.export.onnx_graph import ExternalData
 from edge_gemma.model_folder import AUDIO_BATCH, AUDIO_DATA, AUDIO_STREAM
 
 
@@ -22,14 +23,7 @@ def write_audio_encoder(
     band = band or tower.config.band
     with writer.new_file(AUDIO_DATA) as file:
         data = ExternalData(file, AUDIO_DATA)
-        linear = _float_linear(tower)
+        linear = int8_linear(tower) if bits else float_linear(tower)
         for name, streaming in ((AUDIO_BATCH, False), (AUDIO_STREAM, True)):
             writer.add_file(name, AudioGraph(tower, data, linear, band, streaming=streaming).build())
     return {"audio_config": dict(tower.audio_config), "band": band, "bits": bits, **tower.token_ids}
-
-
-def _float_linear(tower: AudioTower):
-    def linear(g: Graph, x: str, name: str) -> str:
-        return g.node("MatMul", x, g.weight(f"{name}.weight", lambda: tower.tensor(f"{name}.weight").T))
-
-    return linear

@@ -7,7 +7,9 @@ Batch: input_features float32 [B, F, 128], input_features_mask bool [B, F] -> au
 valid tokens of all clips in order. Attention runs in blocks of _BLOCK queries over _BLOCK + band - 1 keys.
 Stream: the same names for a step of B = 1 and F = 4 n frames, and the state in (past_*) and out (present_*):
     mel [1, 1, 128], conv [1, 1, 64, 128]    the last row that each convolution has used: zeros at the start
-    key, value [layers, band - 1, H], glu [layers, kernel - 1, H], history int64 [1]: how many keys are there
+    kv [layers, band - 1, 2 H]               the last keys, each with its value
+    glu [layers, kernel - 1, H]              the last rows that entered the depthwise convolution: zeros at the start
+    history int64 [1]                        how many keys are there (in only)
 A clip's last step is filled up with invalid frames; its tokens beyond a fourth of the valid ones mean nothing.
 
 Source: transformers 5.23 `modeling_gemma4.py`, classes Gemma4Audio*. The clamps at +-gradient_clipping (1e10) never
@@ -15,14 +17,13 @@ bind and are left out. Linear layers clamp to their calibrated bounds: that is p
 """
 
 import math
-from collections.abc import Callable
 
 import numpy as np
 
+from edge_gemma.export.audio_linear import Linear, clip
 from edge_gemma.export.audio_tower import MEL_BINS, AudioTower
 from edge_gemma.export.onnx_graph import ExternalData, Graph
 
-Linear = Callable[[Graph, str, str], str]  # (graph, input, name of the layer) -> output
 _BLOCK = 24  # queries that share a block of keys in the batch graph
 _MASKED = -1e9  # attention_invalid_logits_value
 
@@ -54,15 +55,16 @@ class AudioGraph:
         x = self._subsample(features, valid, past)
         self._tokens = g.slice(g.node("Shape", x), 1, 2, 0)  # int64 [1]: T
         self._prepare_attention(past)
-        present: dict[str, list[str]] = {"key": [], "value": [], "glu": []}
+        first = g.node("Range", g.constant(0, np.int64), g.node("Squeeze", self._tokens), g.constant(1, np.int64))
+        taps = g.constant(np.arange(c.conv_kernel_size), np.int64)
+        self._windows = g.node("Add", g.node("Unsqueeze", first, g.constant([1], np.int64)), taps)  # int64 [T, taps]
+        present: dict[str, list[str]] = {"kv": [], "glu": []}
         for i in range(c.num_hidden_layers):
             x = self._block(x, i, {name: layers[i] for name, layers in past.items() if name in present}, present)
         x = self._project(x)
         if self.streaming:
             for name, layers in present.items():
-                rows = c.conv_kernel_size - 1 if name == "glu" else self.band - 1
-                stacked = g.concat(*layers, axis=0)
-                g.output(f"present_{name}", stacked, np.float32, [c.num_hidden_layers, rows, c.hidden_size])
+                g.output(f"present_{name}", g.concat(*layers, axis=0), np.float32, self._state_shape(name))
         else:
             kept = g.reshape(g.slice(valid, 0, None, 1, 4), -1)
             x = g.node("Compress", g.reshape(x, -1, self.tower.text_hidden_size), kept, axis=0)
@@ -73,17 +75,22 @@ class AudioGraph:
     def _state_inputs(self) -> dict[str, list[str]]:
         """{name: one value, or one a layer}."""
         g, c = self.g, self.config
-        depth, h = c.num_hidden_layers, c.hidden_size
+        depth = c.num_hidden_layers
         state = {
             "mel": [g.input("past_mel", np.float32, [1, 1, MEL_BINS])],
             "conv": [g.input("past_conv", np.float32, [1, 1, MEL_BINS // 2, c.subsampling_conv_channels[0]])],
             "history": [g.input("history", np.int64, [1])],
         }
-        for name, rows in (("key", self.band - 1), ("value", self.band - 1), ("glu", c.conv_kernel_size - 1)):
-            value = g.input(f"past_{name}", np.float32, [depth, rows, h])
+        for name in ("kv", "glu"):
+            value = g.input(f"past_{name}", np.float32, self._state_shape(name))
             layers = g.nodes("Split", value, outputs=depth, axis=0, num_outputs=depth) if depth > 1 else [value]
             state[name] = layers
         return state
+
+    def _state_shape(self, name: str) -> list[int]:
+        c = self.config
+        rows = [self.band - 1, 2 * c.hidden_size] if name == "kv" else [c.conv_kernel_size - 1, c.hidden_size]
+        return [c.num_hidden_layers, *rows]
 
     # Sub-sampling: two convolutions of stride 2, [B, F, 128] -> [B, T, H]
 
@@ -126,33 +133,31 @@ class AudioGraph:
         return self._norm(x, f"{at}.norm_out")
 
     def _feed_forward(self, x: str, at: str) -> str:
-        y = self._clipped(self._norm(x, f"{at}.pre_layer_norm"), f"{at}.ffw_layer_1")
-        y = self._clipped(self._silu(y), f"{at}.ffw_layer_2")
+        y = self._clipped(self._norm(x, f"{at}.pre_layer_norm"), [f"{at}.ffw_layer_1"])
+        y = self._clipped(self._silu(y), [f"{at}.ffw_layer_2"])
         return self.g.node("Add", x, self._norm(y, f"{at}.post_layer_norm", self.config.residual_weight))
 
     def _light_convolution(self, x: str, at: str, past: dict[str, str], present: dict[str, list[str]]) -> str:
         """Gated linear unit, then a causal depthwise convolution: c[t] = sum_j w[j] g[t - taps + 1 + j]."""
         g, taps, h = self.g, self.config.conv_kernel_size, self.config.hidden_size
-        z = self._clipped(self._norm(x, f"{at}.pre_layer_norm"), f"{at}.linear_start")
+        z = self._clipped(self._norm(x, f"{at}.pre_layer_norm"), [f"{at}.linear_start"])
         value, gate = g.nodes("Split", z, outputs=2, axis=-1, num_outputs=2)
         rows = self._with_past(g.node("Mul", value, g.node("Sigmoid", gate)), "glu", taps - 1, past, present)
         w = g.weight(
             f"{at}.depthwise_conv1d.taps",
             lambda: self.tower.tensor(f"{at}.depthwise_conv1d.weight").reshape(h, taps).T,
         )
-        c = ""
-        for j in range(taps):
-            tap = g.slice(rows, j, j - taps + 1 if j < taps - 1 else None, 1)
-            term = g.node("Mul", tap, g.slice(w, j, j + 1, 0))
-            c = g.node("Add", c, term) if c else term
-        return self._clipped(self._silu(self._norm(c, f"{at}.conv_norm")), f"{at}.linear_end")
+        windows = g.node("Gather", rows, self._windows, axis=1)  # [B, T, taps, H]
+        c = g.node("ReduceSum", g.node("Mul", windows, w), g.constant([2], np.int64), keepdims=0)
+        return self._clipped(self._silu(self._norm(c, f"{at}.conv_norm")), [f"{at}.linear_end"])
 
     # Attention
 
     def _prepare_attention(self, past: dict[str, list[str]]) -> None:
-        """What all layers share: sizes, and the mask float32 [blocks, 1, queries, keys] that is added to scores."""
+        """What all layers share: sizes, and the mask float32 [blocks, 1, 1, queries, keys] that is added to scores."""
         g, left = self.g, self.band - 1
         one = g.constant([1], np.int64)
+        self._block_shape = (1, -1) if self.streaming else (-1, _BLOCK)
         if self.streaming:
             self._queries, blocks = self._tokens, one
         else:
@@ -177,49 +182,67 @@ class AudioGraph:
         missing = g.constant([left], np.int64)
         if self.streaming:
             missing = g.node("Sub", missing, past["history"][0])
-        there = g.node("Unsqueeze", g.node("GreaterOrEqual", position, missing), g.constant([1, 2], np.int64))
-        visible = g.node("And", within, there)  # [blocks, 1, queries, keys]
+        there = g.node("Unsqueeze", g.node("GreaterOrEqual", position, missing), g.constant([1, 2, 3], np.int64))
+        visible = g.node("And", within, there)
         self._mask = g.node("Where", visible, g.constant(0), g.constant(_MASKED))
         width = g.node("Add", self._keys, one)
         heads = g.constant([self.config.num_attention_heads], np.int64)
-        keep = g.constant([0, 0], np.int64)
+        keep = g.constant([0, 0, 1], np.int64)
         self._shift = (  # paddings, flat length, shape of the shifted scores
-            g.concat(g.constant([0] * 9, np.int64), g.node("Sub", width, g.constant([self.band], np.int64)), axis=0),
+            g.concat(g.constant([0] * 11, np.int64), g.node("Sub", width, g.constant([self.band], np.int64)), axis=0),
             g.node("Mul", self._queries, self._keys),
             g.concat(keep, heads, self._queries, self._keys, axis=0),
         )
 
     def _attention(self, y: str, i: int, past: dict[str, str], present: dict[str, list[str]]) -> str:
-        """softmax(50 tanh((q k_u + q r_{t - u}) / 50)) v over the band; q and r carry every scale."""
+        """softmax(cap tanh((q k_u + q r_{t - u}) / cap)) v over the band; q and r carry every scale.
+
+        Values have six dimensions: batch, blocks, 1 or 2 (keys and values), heads, rows, head_dim.
+        """
         g, c, at = self.g, self.config, f"audio_tower.layers.{i}.self_attn"
-        heads, hd, left = c.num_attention_heads, c.head_dim, self.band - 1
-        q, k, v = (self._clipped(y, f"{at}.{name}_proj") for name in "qkv")
+        h, heads, hd = c.hidden_size, c.num_attention_heads, c.head_dim
+        q, kv = self._queries_keys_values(y, at)
         k_scale = math.log(1 + math.e) / math.log(2)
-        cap = c.attention_logit_cap
 
         def query_scale() -> np.ndarray:  # of all heads, the keys' scale and the cap's division included
             softplus = np.logaddexp(0, self.tower.tensor(f"{at}.per_dim_scale").astype(np.float64))
-            return np.tile(softplus * hd**-0.5 / math.log(2) * k_scale / cap, heads).astype(np.float32)
+            scale = softplus * hd**-0.5 / math.log(2) * k_scale / c.attention_logit_cap
+            return np.tile(scale, heads).astype(np.float32)
 
         q = g.node("Mul", q, g.weight(f"{at}.query_scale", query_scale))
-        k, v = (self._with_past(rows, name, left, past, present) for rows, name in ((k, "key"), (v, "value")))
+        kv = self._with_past(kv, "kv", self.band - 1, past, present)
         if not self.streaming:
-            q, k, v = (self._pad_end(rows) for rows in (q, k, v))
-        blocks = (1, -1) if self.streaming else (-1, _BLOCK)
-        q = g.node("Transpose", g.reshape(q, 0, *blocks, heads, hd), perm=[0, 1, 3, 2, 4])
-        k = g.node("Transpose", self._contexts(k), perm=[0, 1, 3, 4, 2])
-        v = g.node("Transpose", self._contexts(v), perm=[0, 1, 3, 2, 4])
+            q, kv = self._pad_end(q), self._pad_end(kv)
+        q = self._by_head(g.reshape(q, 0, *self._block_shape, h), 1)
+        k, v = g.nodes("Split", self._by_head(self._contexts(kv), 2), outputs=2, axis=2, num_outputs=2)
         relative = g.weight(
             f"{at}.relative_keys", lambda: relative_keys(self.tower, i, self.band) / np.float32(k_scale)
         )
-        scores = g.node("Add", g.node("MatMul", q, k), self._shifted(g.node("MatMul", q, relative)))
-        scores = g.node("Mul", g.node("Tanh", scores), g.constant(cap))
+        scores = g.node("MatMul", q, g.node("Transpose", k, perm=[0, 1, 2, 3, 5, 4]))
+        scores = g.node("Add", scores, self._shifted(g.node("MatMul", q, relative)))
+        scores = g.node("Mul", g.node("Tanh", scores), g.constant(c.attention_logit_cap))
         weights = g.node("Softmax", g.node("Add", scores, self._mask), axis=-1)
-        a = g.node("Transpose", g.node("MatMul", weights, v), perm=[0, 1, 3, 2, 4])
-        a = g.reshape(a, 0, -1, c.hidden_size)
+        a = g.node("Transpose", g.node("MatMul", weights, v), perm=[0, 1, 4, 2, 3, 5])
+        a = g.reshape(a, 0, -1, h)
         if not self.streaming:
             a = g.slice(a, 0, self._tokens, 1)
-        return self._clipped(a, f"{at}.post")
+        return self._clipped(a, [f"{at}.post"])
+
+    def _queries_keys_values(self, y: str, at: str) -> tuple[str, str]:
+        """[B, T, H] and [B, T, 2 H]: one product where the three layers quantise their input alike."""
+        g, h = self.g, self.config.hidden_size
+        names = [f"{at}.{name}_proj" for name in "qkv"]
+        if len({self.tower.clip(name)[:2] for name in names}) > 1:
+            q, k, v = (self._clipped(y, [name]) for name in names)
+            return q, g.concat(k, v, axis=2)
+        sizes = g.constant([h, 2 * h], np.int64)
+        q, kv = g.nodes("Split", self._clipped(y, names), sizes, outputs=2, axis=2)
+        return q, kv
+
+    def _by_head(self, rows: str, parts: int) -> str:
+        """[B, blocks, rows, parts H] -> [B, blocks, parts, heads, rows, hd]."""
+        heads, hd = self.config.num_attention_heads, self.config.head_dim
+        return self.g.node("Transpose", self.g.reshape(rows, 0, 0, -1, parts, heads, hd), perm=[0, 1, 3, 4, 2, 5])
 
     def _pad_end(self, rows: str) -> str:
         g = self.g
@@ -227,25 +250,25 @@ class AudioGraph:
         return g.node("Pad", rows, g.concat(zeros, self._padding, g.constant([0], np.int64), axis=0))
 
     def _contexts(self, rows: str) -> str:
-        """[B, past + T, H] -> [B, blocks, keys, heads, hd]: each block's keys, band - 1 of them from before it."""
-        g, heads, hd, left = self.g, self.config.num_attention_heads, self.config.head_dim, self.band - 1
+        """[B, past + T, 2 H] -> [B, blocks, keys, 2 H]: each block's rows and the band - 1 before them."""
+        g, left = self.g, self.band - 1
         if self.streaming:
-            return g.reshape(rows, 0, 1, -1, heads, hd)
+            return g.reshape(rows, 0, 1, -1, 2 * self.config.hidden_size)
         # block b holds rows b * BLOCK to (b + 1) * BLOCK + left: the block itself and the start of the next
         rows = g.node("Pad", rows, g.constant([0, 0, 0, 0, _BLOCK - left, 0], np.int64))
-        blocks = g.reshape(rows, 0, -1, _BLOCK, heads, hd)
+        blocks = g.reshape(rows, 0, -1, _BLOCK, 2 * self.config.hidden_size)
         return g.concat(g.slice(blocks, 0, -1, 1), g.slice(g.slice(blocks, 1, None, 1), 0, left, 2), axis=2)
 
     def _shifted(self, scores: str) -> str:
-        """[B, blocks, heads, queries, band] by distance -> [..., queries, keys] by key: row a moves right by a.
+        """[B, blocks, 1, heads, queries, band] by distance -> [..., queries, keys] by key: row a moves right by a.
 
         Padded to keys + 1 columns and read with rows of `keys`, every row begins one further left than the one before
         (Transformer-XL, appendix B). What turns up outside the band is masked.
         """
         g = self.g
         pads, length, shape = self._shift
-        flat = g.reshape(g.node("Pad", scores, pads), 0, 0, 0, -1)
-        return g.node("Reshape", g.slice(flat, 0, length, 3), shape)
+        flat = g.reshape(g.node("Pad", scores, pads), 0, 0, 0, 0, -1)
+        return g.node("Reshape", g.slice(flat, 0, length, 4), shape)
 
     def _with_past(self, rows: str, name: str, count: int, past: dict[str, str], present: dict[str, list[str]]) -> str:
         """`count` rows of the past before `rows` [B, T, H]; zeros in the batch graph."""
@@ -278,16 +301,15 @@ class AudioGraph:
     def _silu(self, x: str) -> str:
         return self.g.node("Mul", x, self.g.node("Sigmoid", x))
 
-    def _clipped(self, x: str, name: str) -> str:
-        """A linear layer between its input's and its output's bounds; a bound that is infinite is not there."""
-        low, high, out_low, out_high = self.tower.clip(name)
-        return self._clip(self._linear(self.g, self._clip(x, low, high), f"{name}.linear"), out_low, out_high)
-
-    def _clip(self, x: str, low: float, high: float) -> str:
-        if math.isinf(low) and math.isinf(high):
-            return x
-        bounds = ["" if math.isinf(bound) else self.g.constant(bound) for bound in (low, high)]
-        return self.g.node("Clip", x, *bounds)
+    def _clipped(self, x: str, names: list[str]) -> str:
+        """Linear layers side by side, each between its output's bounds; they share their input's."""
+        g, clips = self.g, [self.tower.clip(name) for name in names]
+        x = self._linear(g, x, [f"{name}.linear" for name in names], clips[0][:2])
+        if len({bounds[2:] for bounds in clips}) == 1:
+            return clip(g, x, *clips[0][2:])
+        widths = [self.tower.shape(f"{name}.linear.weight")[0] for name in names]
+        low, high = (g.constant(np.repeat([bounds[side] for bounds in clips], widths)) for side in (2, 3))
+        return g.node("Min", g.node("Max", x, low), high)
 
     def _dense(self, x: str, name: str) -> str:
         """x W^T in float32."""

@@ -161,6 +161,9 @@ class AudioTower:
             raise CheckpointError(f"{name}: a weight is not finite: the checkpoint is damaged")
         return values
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self.config.tensor_shapes(self.text_hidden_size)[name]
+
     def clip(self, linear: str) -> tuple[float, float, float, float]:
         """A clippable linear's bounds (input_min, input_max, output_min, output_max); infinite where it has none."""
         if not self.config.use_clipped_linears:

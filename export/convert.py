@@ -129,7 +129,7 @@ def write_tower(writer: FolderWriter, tower: AudioTower, recipe: str) -> dict[st
     """The audio encoder as a recipe stores it. Returns the manifest's section. Raises UsageError without onnx."""
     from edge_gemma.export.audio_encoder import write_audio_encoder
 
-    return write_audio_encoder(writer, tower)
+    return write_audio_encoder(writer, tower, bits=0 if recipe == "float" else 8)
 
 
 def _write_tensors(

@@ -71,7 +71,6 @@ AUDIO_CONFIGS: dict[str, dict[str, Any]] = {
         "subsampling_conv_channels": [128, 8], "output_proj_dims": 96,
     },
 }  # fmt: skip
-_CLIP = {"input_min": -8 * 128 / 127, "input_max": 8.0, "output_min": -16 * 128 / 127, "output_max": 16.0}
 _FIRST_BYTE = 238
 _LETTERS = "etaoinshrdlcumwfgypbvkjxqz"  # commonest first: what the vocabulary has no room for is rare
 _CHAT_TEMPLATE = """\
@@ -114,7 +113,7 @@ def synthesize(
         writer.add_file(GENERATION, json.dumps(_GENERATION, indent=1).encode())
         _write_tensors(plan, config, seed, writer, progress)
         name = f"random {size}, seed {seed}"
-        section = write_tower(writer, _audio_tower(size, config, seed), recipe) if audio else None
+        section = write_tower(writer, random_tower(size, config, seed), recipe) if audio else None
         digest = hashlib.sha256(f"{name}, {recipe}".encode()).hexdigest()
         writer.finish(dict(config.text_config), recipe, {"name": name, "digest": digest, "license": None}, section)
     return dest
@@ -228,16 +227,23 @@ def _special_tokens(vocab_size: int) -> dict[int, str]:
     return small | {index: piece for index, piece in _SPECIAL_TOKENS.items() if index < vocab_size}
 
 
-def _audio_tower(size: str, config: GemmaConfig, seed: int) -> AudioTower:
-    """A conformer of random weights whose activations stay of the order of one; its clip bounds rarely bind."""
-    words = AUDIO_CONFIGS[size]
+def random_tower(
+    size: str, config: GemmaConfig, seed: int, *, num_hidden_layers: int | None = None, bound: float = 8.0
+) -> AudioTower:
+    """A conformer of random weights whose activations stay of the order of one.
+
+    num_hidden_layers: fewer than the size has; bound: where inputs are clamped, eight deviations unless told; outputs
+    are at twice that.
+    """
+    words = AUDIO_CONFIGS[size] | ({"num_hidden_layers": num_hidden_layers} if num_hidden_layers else {})
     audio_config = AudioConfig.from_audio_config(words)
     shapes = audio_config.tensor_shapes(config.hidden_size)
 
     def read(name: str) -> np.ndarray:
         shape, last = shapes[name], name.rpartition(".")[2]
         if not shape:
-            return np.array(_CLIP[last], np.float32)
+            side = -bound * 128 / 127 if last.endswith("min") else bound
+            return np.array(side * (2 if last.startswith("output") else 1), np.float32)
         if len(shape) == 1:
             return np.full(shape, 0.0 if last in ("bias", "per_dim_scale") else 1.0, np.float32)
         draws = np.random.SFC64([seed, zlib.crc32(name.encode())]).random_raw(-(-math.prod(shape) // 4))

@@ -1,0 +1,72 @@
+"""How a clippable linear layer stores its weights and is computed: float32, or 8-bit integers.
+
+Owns: both forms as ONNX nodes. Does not know: where in the conformer a layer stands (audio_graph.py).
+
+Source of the layer: transformers 5.23 `Gemma4ClippableLinear`: clamp(W clamp(x, input bounds), output bounds).
+"""
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+
+from edge_gemma.export.audio_tower import AudioTower
+from edge_gemma.export.onnx_graph import MICROSOFT, Graph
+from edge_gemma.quant.rtn import round_to_nearest
+
+# (graph, x, names of layers side by side, input bounds) -> W clamp(x), the layers' outputs in a row
+Linear = Callable[[Graph, str, list[str], tuple[float, float]], str]
+
+
+def clip(g: Graph, x: str, low: float, high: float) -> str:
+    """x within bounds; one that is infinite is not there."""
+    if math.isinf(low) and math.isinf(high):
+        return x
+    bounds = ["" if math.isinf(bound) else g.constant(bound) for bound in (low, high)]
+    return g.node("Clip", x, *bounds)
+
+
+def float_linear(tower: AudioTower) -> Linear:
+    """Weights in float32."""
+
+    def linear(g: Graph, x: str, names: list[str], bounds: tuple[float, float]) -> str:
+        w = g.weight("+".join(f"{name}.weight" for name in names), lambda: _rows(tower, names).T)
+        return g.node("MatMul", clip(g, x, *bounds), w)
+
+    return linear
+
+
+def int8_linear(tower: AudioTower) -> Linear:
+    """Weights in 8 bits, one scale a row; inputs in 8 bits.
+
+    Finite bounds are the range that inputs are quantised over: the scale is fixed, a stream's steps are rounded as the
+    whole clip is, and the quantiser's saturation is the clamp. (The release's bounds stand at -128 to 127 of a step:
+    they are what its training quantised to.) Without them the range is each step's own.
+    """
+
+    def linear(g: Graph, x: str, names: list[str], bounds: tuple[float, float]) -> str:
+        quantised: list[tuple[np.ndarray, np.ndarray]] = []
+
+        def part(which: int) -> np.ndarray:
+            if not quantised:
+                quantised.append(round_to_nearest(_rows(tower, names), 8, 0))
+            values, scales = quantised[0]
+            return scales.reshape(-1) if which else values.T
+
+        together = "+".join(names)
+        w = g.weight(f"{together}.weight_int8", lambda: part(0))
+        scales = g.weight(f"{together}.weight_scale", lambda: part(1))
+        low, high = bounds
+        if math.isinf(low) or math.isinf(high):
+            q, scale, zero = g.nodes("DynamicQuantizeLinear", clip(g, x, low, high), outputs=3)
+        else:
+            scale = g.constant(max(abs(low) / 128, abs(high) / 127, 1e-30))
+            zero = g.constant(128, np.uint8)
+            q = g.node("QuantizeLinear", x, scale, zero)
+        return g.node("MatMulIntegerToFloat", q, w, scale, scales, zero, domain=MICROSOFT)
+
+    return linear
+
+
+def _rows(tower: AudioTower, names: list[str]) -> np.ndarray:
+    return np.concatenate([tower.tensor(f"{name}.weight") for name in names])

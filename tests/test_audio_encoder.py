@@ -1,0 +1,450 @@
+"""The encoder's two graphs: against recorded transformers outputs, against a NumPy reference, against each other."""
+
+import json
+import re
+import shutil
+from types import SimpleNamespace
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+
+from edge_gemma.audio import features
+from edge_gemma.audio.encoder import AudioEncoder
+from edge_gemma.engine import Engine
+from edge_gemma.errors import EdgeGemmaError, ModelFolderError, UsageError
+from edge_gemma.export.audio_encoder import write_audio_encoder
+from edge_gemma.export.audio_tower import AudioConfig, AudioTower
+from edge_gemma.export.convert import export_checkpoint
+from edge_gemma.export.folder_writer import FolderWriter
+from edge_gemma.export.synth import synthesize
+from edge_gemma.model_folder import AUDIO_BATCH, AUDIO_DATA, AUDIO_STREAM, MANIFEST, ModelFolder, manifest_digest
+from tests.make_audio_goldens import CLIPS, KINDS, SPOKEN, golden
+from tests.reference_audio import reference_encoder
+from tests.tiny import write_checkpoint
+from tests.tiny_audio import TOKEN_IDS, speech_like, tiny_audio_config, tiny_audio_tensors
+
+D = 40  # width of the decoder these towers speak to
+
+
+def tiny_tower(tensors):
+    config = AudioConfig.from_audio_config(tiny_audio_config())
+    return AudioTower(config, tiny_audio_config(), D, TOKEN_IDS, tensors.__getitem__)
+
+
+def write(folder, tensors, **options):
+    """(encoder, batch graph's session) of a tiny tower."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with FolderWriter(folder, {}) as writer:
+        section = write_audio_encoder(writer, tiny_tower(tensors), **options)
+    described = SimpleNamespace(path=folder, audio=section, config=SimpleNamespace(hidden_size=D))
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    return AudioEncoder.load(described, 1), onnxruntime.InferenceSession(str(folder / AUDIO_BATCH), options)
+
+
+@pytest.fixture(scope="module")
+def tensors():
+    return tiny_audio_tensors(D)
+
+
+@pytest.fixture(scope="module")
+def graphs(tensors, tmp_path_factory):
+    return write(tmp_path_factory.mktemp("encoder"), tensors)
+
+
+def run_batch(session, clips):
+    """The batch graph on features padded to one length: float32 [tokens of all clips, D]."""
+    mels = [features.log_mel(clip) for clip in clips]
+    frames = max(map(len, mels))
+    padded = np.stack([np.pad(mel, ((0, frames - len(mel)), (0, 0))) for mel in mels])
+    mask = np.arange(frames) < np.array([[len(mel)] for mel in mels])
+    return session.run(None, {"input_features": padded, "input_features_mask": mask})[0]
+
+
+def run_stream(encoder, audio, cuts, step_ms):
+    stream = encoder.stream(step_ms)
+    return np.concatenate([*(stream.feed(part) for part in np.split(audio, cuts)), stream.finish()])
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def kind(request, tmp_path_factory):
+    """(kind, engine of its tiny multimodal checkpoint)."""
+    root = tmp_path_factory.mktemp(request.param)
+    checkpoint = write_checkpoint(root / "source", request.param, multimodal=True)
+    with Engine.load(export_checkpoint(checkpoint, root / "m", "float"), threads=1, kv_dtype="float32") as engine:
+        yield request.param, engine
+
+
+@pytest.mark.parametrize("samples", [n for n in CLIPS if n > 160])
+def test_soft_tokens_equal_transformers(kind, samples):
+    name, engine = kind
+    recorded = golden(name)[f"soft.{samples}"]
+    ours = engine.audio.encode(speech_like(samples))
+    print(f"{name} {samples}: max {np.abs(ours - recorded).max():.1e}")
+    assert ours.shape == recorded.shape
+    assert np.abs(ours - recorded).max() <= 1e-4
+
+
+def test_logits_of_text_and_audio_equal_transformers(kind):
+    """The whole forward pass, its audio handed over at once and while it arrives: every position that is text."""
+    name, engine = kind
+    recorded = golden(name)
+    ids = recorded["ids"].tolist()
+    first = ids.index(TOKEN_IDS["audio_token_id"])
+    after = ids.index(TOKEN_IDS["eoa_token_id"])
+    audio = speech_like(SPOKEN)
+    for step_ms in (None, 40):
+        session = engine.session()
+        logits = [session.forward(ids[:first])]
+        if step_ms is None:
+            session.prefill_soft(engine.audio.encode(audio))
+        else:
+            stream = engine.audio.stream(step_ms)
+            for part in [*np.array_split(audio, 9), None]:
+                tokens = stream.finish() if part is None else stream.feed(part)
+                if len(tokens):
+                    session.prefill_soft(tokens)
+        assert session.ids == ids[:after]
+        logits.append(session.forward(ids[after:]))
+        expected = np.concatenate([recorded["logits"][:first], recorded["logits"][after:]])
+        assert np.abs(np.concatenate(logits) - expected).max() <= 1e-4
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+@pytest.mark.parametrize("band", [12, 13])
+def test_equals_the_reference(tmp_path, seed, band):
+    """12 keys as in transformers, 13 as in DeepMind's own code."""
+    tensors = tiny_audio_tensors(D, seed=seed)
+    encoder, batch = write(tmp_path, tensors, band=band)
+    audio = speech_like(14_567, seed)
+    expected = reference_encoder(tensors, tiny_audio_config(), features.log_mel(audio), band)
+    assert np.abs(encoder.encode(audio) - expected).max() <= 1e-4
+    assert np.abs(run_batch(batch, [audio]) - expected).max() <= 1e-4
+    assert np.abs(run_stream(encoder, audio, [700, 9000], 40) - expected).max() <= 1e-4
+    other = reference_encoder(tensors, tiny_audio_config(), features.log_mel(audio), 25 - band)
+    assert np.abs(other - expected).max() > 1e-2
+
+
+def test_without_clip_bounds(tmp_path):
+    """use_clipped_linears false: the scalars are not in the checkpoint."""
+    tensors = tiny_audio_tensors(D)
+    words = tiny_audio_config() | {"use_clipped_linears": False}
+    config = AudioConfig.from_audio_config(words)
+    read = {name: value for name, value in tensors.items() if value.shape}
+    assert config.tensor_shapes(D).keys() == read.keys()
+    with FolderWriter(tmp_path, {}) as writer:
+        section = write_audio_encoder(writer, AudioTower(config, words, D, TOKEN_IDS, read.__getitem__))
+    described = SimpleNamespace(path=tmp_path, audio=section, config=SimpleNamespace(hidden_size=D))
+    unbound = {
+        name: value if value.shape else np.float32(-np.inf if name.endswith("min") else np.inf)
+        for name, value in tensors.items()
+    }
+    audio = speech_like(5000)
+    expected = reference_encoder(unbound, words, features.log_mel(audio))
+    assert np.abs(AudioEncoder.load(described, 1).encode(audio) - expected).max() <= 1e-4
+
+
+def test_streams_equal_whole_clips(graphs):
+    """130 lengths, random chunks, random steps: within 1e-4, and as many tokens."""
+    encoder, batch = graphs
+    rng = np.random.default_rng(7)
+    lengths = [*range(155, 175), *range(6070, 6090), *rng.integers(1, 60_000, 90).tolist()]
+    worst = 0.0
+    for n in lengths:
+        audio = speech_like(int(n))
+        cuts = np.sort(rng.integers(0, n + 1, rng.integers(0, 12)))
+        streamed = run_stream(encoder, audio, cuts, int(rng.choice([40, 80, 160, 320, 1000])))
+        assert len(streamed) == features.token_count(int(n))
+        if len(streamed):
+            whole = run_batch(batch, [audio])
+            assert streamed.shape == whole.shape
+            worst = max(worst, float(np.abs(streamed - whole).max()))
+    print(f"{len(lengths)} clips: streamed against whole, max {worst:.1e}")
+    assert len(lengths) == 130
+    assert worst <= 1e-4
+
+
+def test_padded_and_batched_clips_equal_lone_ones(graphs):
+    encoder, batch = graphs
+    clips = [speech_like(n) for n in (9000, 20_000, 161, 6081)]
+    alone = np.concatenate([encoder.encode(clip) for clip in clips])
+    assert np.abs(run_batch(batch, clips) - alone).max() <= 1e-4
+
+
+def test_tokens_are_final_as_early_as_they_can_be(graphs):
+    """Token t after 640 (t + 1) + 1 samples, not one earlier; and never changed later."""
+    encoder, _ = graphs
+    audio, stream = speech_like(3300), encoder.stream(40)
+    counts = np.cumsum([len(stream.feed(audio[i : i + 1])) for i in range(len(audio))])
+    assert [int(np.argmax(counts > t)) + 1 for t in range(5)] == [640 * (t + 1) + 1 for t in range(5)]
+
+
+def test_two_streams_do_not_meet(graphs):
+    encoder, _ = graphs
+    clips = [speech_like(9000, seed) for seed in (1, 2)]
+    streams = [encoder.stream(80) for _ in clips]
+    tokens = [[], []]
+    for start in range(0, 9000, 1500):
+        for i in (0, 1):
+            tokens[i].append(streams[i].feed(clips[i][start : start + 1500]))
+    for i in (0, 1):
+        got = np.concatenate([*tokens[i], streams[i].finish()])
+        assert np.abs(got - encoder.encode(clips[i])).max() <= 1e-4
+
+
+@pytest.mark.parametrize("samples", [0, 1, 159, 160])
+def test_clips_too_short_for_a_frame_have_no_tokens(graphs, samples):
+    """10 ms are 160 samples: one short of the first frame."""
+    encoder, _ = graphs
+    for tokens in (encoder.encode(speech_like(samples)), run_stream(encoder, speech_like(samples), [], 160)):
+        assert tokens.shape == (0, D)
+        assert tokens.dtype == np.float32
+
+
+def test_silence_and_full_scale_are_finite(graphs):
+    encoder, _ = graphs
+    square = np.where(np.arange(16_000) // 40 % 2, 1, -1).astype(np.float32)
+    for audio in (np.zeros(16_000, np.float32), square, square * 1e4, np.full(16_000, 1e-30, np.float32)):
+        tokens = encoder.encode(audio)
+        assert tokens.shape == (25, D)
+        assert np.isfinite(tokens).all()
+
+
+def test_what_cannot_be_encoded(graphs):
+    encoder, _ = graphs
+    with pytest.raises(UsageError, match=r"30\.0 s, expected at most 30"):
+        encoder.encode(np.zeros(480_001, np.float32))
+    for bad in (np.zeros((2, 800), np.float32), np.zeros(800, np.int16), np.full(800, np.nan, np.float32)):
+        with pytest.raises(UsageError, match="audio"):
+            encoder.encode(bad)
+        with pytest.raises(UsageError, match="audio"):
+            encoder.stream().feed(bad)
+    for step_ms in (0, -40, 50, 39):
+        with pytest.raises(UsageError, match="multiple of 40"):
+            encoder.stream(step_ms)
+    stream = encoder.stream()
+    stream.finish()
+    for call in (stream.finish, lambda: stream.feed(speech_like(100))):
+        with pytest.raises(UsageError, match="has ended"):
+            call()
+
+
+def test_a_released_encoder_loads_again(kind):
+    _, engine = kind
+    audio = speech_like(3000)
+    first, stream = engine.audio, engine.audio.stream()
+    expected = first.encode(audio)
+    engine.release_audio()
+    engine.release_audio()
+    with pytest.raises(UsageError, match="released"):
+        first.encode(audio)
+    with pytest.raises(UsageError, match="released"):
+        stream.feed(audio)
+    assert engine.audio is not first
+    assert np.abs(engine.audio.encode(audio) - expected).max() <= 1e-6
+
+
+# 8 bits
+
+
+def relative_error(actual, expected):
+    return np.linalg.norm(actual - expected) / np.linalg.norm(expected)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_eight_bits_are_near(tmp_path, seed):
+    """Bounds that are finite give fixed scales, infinite ones dynamic scales; both kinds are in the tiny tower."""
+    tensors = tiny_audio_tensors(D, seed=seed)
+    encoder, batch = write(tmp_path, tensors, bits=8)
+    operators = [node.op_type for node in onnx.load(tmp_path / AUDIO_STREAM, load_external_data=False).graph.node]
+    assert {"QuantizeLinear", "DynamicQuantizeLinear"} <= set(operators)
+    audio = speech_like(16_000, seed)
+    expected = reference_encoder(tensors, tiny_audio_config(), features.log_mel(audio))
+    error = relative_error(encoder.encode(audio), expected)
+    print(f"8 bits: relative error {error:.3f}")
+    assert error <= 0.06
+    assert relative_error(run_batch(batch, [audio]), expected) <= 0.06
+
+
+def test_eight_bits_stream_as_they_encode(tmp_path):
+    """With fixed scales a stream's steps are rounded as the whole clip is."""
+    tensors = {
+        name: value if value.shape or np.isfinite(value) else np.float32(-3 if name.endswith("min") else 381 / 128)
+        for name, value in tiny_audio_tensors(D).items()
+    }
+    encoder, _ = write(tmp_path, tensors, bits=8)
+    audio = speech_like(20_000)
+    assert relative_error(run_stream(encoder, audio, [], 40), encoder.encode(audio)) <= 0.01
+
+
+# Files
+
+
+def test_graphs_are_valid_and_share_their_weights(graphs, tmp_path, tensors):
+    write(tmp_path, tensors)
+    seen = []
+    for name in (AUDIO_BATCH, AUDIO_STREAM):
+        onnx.checker.check_model(str(tmp_path / name), full_check=True)
+        model = onnx.load(tmp_path / name, load_external_data=False)
+        assert model.ir_version <= 10  # what onnxruntime 1.20 reads
+        assert all(opset.version <= 21 for opset in model.opset_import)
+        external = {
+            item.name: {entry.key: entry.value for entry in item.external_data}
+            for item in model.graph.initializer
+            if item.external_data
+        }
+        assert {entry["location"] for entry in external.values()} == {AUDIO_DATA}
+        seen.append(external)
+        clips = [node for node in model.graph.node if node.op_type == "Clip"]
+        assert clips
+        for node in clips:  # an infinite bound is left out; both infinite: no node
+            assert [name for name in node.input[1:] if name]
+    assert seen[0] == seen[1]
+    assert {item.name for item in onnx.load(tmp_path / AUDIO_BATCH).graph.input} == {
+        "input_features",
+        "input_features_mask",
+    }
+
+
+def test_the_same_tower_gives_the_same_files(tmp_path, tensors):
+    for folder in ("a", "b"):
+        write(tmp_path / folder, tensors, bits=8)
+    for name in (AUDIO_BATCH, AUDIO_STREAM, AUDIO_DATA):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+@pytest.fixture(scope="module")
+def random_model(tmp_path_factory):
+    return synthesize("tiny", tmp_path_factory.mktemp("random") / "m", "q4", audio=True)
+
+
+def test_a_random_model_hears(random_model):
+    folder = ModelFolder.open(random_model)
+    folder.verify()
+    assert folder.audio is not None
+    assert (folder.audio.band, folder.audio.bits) == (12, 8)
+    with Engine.load(folder.path, threads=1) as engine:
+        tokens = engine.audio.encode(speech_like(16_000))
+        assert tokens.shape == (25, engine.config.hidden_size)
+        assert 0.1 < tokens.std() < 10
+        session = engine.session()
+        session.prefill([2, folder.audio.boa_token_id])
+        assert np.isfinite(session.prefill_soft(tokens)).all()
+        specials = engine.tokenizer.special_tokens
+        assert specials["<|audio|>"] == folder.audio.audio_token_id
+        assert specials["<|audio>"] == folder.audio.boa_token_id
+        assert specials["<audio|>"] == folder.audio.eoa_token_id
+
+
+@pytest.mark.parametrize("name", [AUDIO_STREAM, AUDIO_DATA])
+def test_damaged_files_are_told_in_one_line(random_model, tmp_path, name):
+    folder = shutil.copytree(random_model, tmp_path / "m")
+    data = (folder / name).read_bytes()
+    (folder / name).write_bytes(data[: len(data) // 2])
+    with pytest.raises(ModelFolderError, match=name):
+        ModelFolder.open(folder)
+    (folder / name).write_bytes(bytes(len(data)))
+    opened = ModelFolder.open(folder)  # the size is right
+    with pytest.raises(ModelFolderError, match="differs from the digest"):
+        opened.verify()
+    if name == AUDIO_STREAM:
+        with pytest.raises(ModelFolderError, match="cannot be loaded") as error:
+            AudioEncoder.load(opened, 1)
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"audio": 3}, "audio is int, expected dict"),
+        ({"audio": {"band": "12"}}, "band is str, expected int"),
+        ({"audio": {"band": True}}, "band is bool, expected int"),
+        ({"audio": {"audio_config": []}}, "audio_config is list, expected dict"),
+        ({"audio": {"audio_token_id": 1024}}, "audio_token_id is 1024, outside the vocabulary"),
+        ({"audio": {"eoa_token_id": -1}}, "eoa_token_id is -1, outside the vocabulary"),
+        ({"files": {AUDIO_DATA: None}}, "lacks audio_encoder.onnx_data"),
+    ],
+)
+def test_manifests_that_are_refused(random_model, tmp_path, change, message):
+    folder = shutil.copytree(random_model, tmp_path / "m")
+    manifest = json.loads((folder / MANIFEST).read_text())
+    for section, entries in change.items():
+        if isinstance(entries, dict):
+            merged = manifest[section] | entries
+            manifest[section] = {key: value for key, value in merged.items() if value is not None}
+        else:
+            manifest[section] = entries
+    manifest["digest"] = manifest_digest(manifest)
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(ModelFolderError, match=re.escape(message)):
+        ModelFolder.open(folder)
+
+
+# Checkpoints
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    return write_checkpoint(tmp_path / "source", "e2b", multimodal=True)
+
+
+def change_audio_config(checkpoint, changes, top=()):
+    config = json.loads((checkpoint / "config.json").read_text())
+    config["audio_config"] |= changes
+    (checkpoint / "config.json").write_text(json.dumps(config | dict(top)))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"new_word": 1}, "unknown configuration keys for the audio tower: new_word"),
+        ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
+        ({"attention_context_right": 2}, "attention_context_right is 2"),
+        ({"attention_chunk_size": 8}, "attention_chunk_size is not attention_context_left - 1"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers is 0, expected an integer from 1 to 256"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000"),
+        ({"hidden_size": "32"}, "hidden_size is '32'"),
+        ({"num_attention_heads": 5}, "hidden_size 32 on 5 heads"),
+        ({"subsampling_conv_channels": [64, 8]}, "subsampling_conv_channels is [64, 8], expected [128, n]"),
+        ({"subsampling_conv_channels": [128, True]}, "subsampling_conv_channels is True"),
+        ({"residual_weight": None}, "residual_weight is None, expected a positive number"),
+        ({"num_hidden_layers": 4}, "tensors are missing"),
+        ({"output_proj_dims": 50}, "wrong shape"),
+        ({"use_clipped_linears": False}, "unknown tensors"),
+    ],
+)
+def test_towers_that_are_refused(checkpoint, tmp_path, changes, message):
+    change_audio_config(checkpoint, changes)
+    with pytest.raises(EdgeGemmaError, match=re.escape(message)) as error:
+        export_checkpoint(checkpoint, tmp_path / "m", "float")
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "m").exists()
+    folder = ModelFolder.open(export_checkpoint(checkpoint, tmp_path / "m", "float", audio=False))
+    assert folder.audio is None
+    assert AUDIO_DATA not in folder.manifest["files"]
+
+
+def test_token_ids_outside_the_vocabulary_are_refused(checkpoint, tmp_path):
+    change_audio_config(checkpoint, {}, {"boa_token_id": 640})
+    with pytest.raises(EdgeGemmaError, match="boa_token_id is 640, expected a token of the vocabulary"):
+        export_checkpoint(checkpoint, tmp_path / "m", "float")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("layers.1.lconv1d.linear_end.input_min", np.nan, "are no ranges"),
+        ("layers.1.lconv1d.linear_end.input_min", 9.0, "are no ranges"),
+        ("layers.0.self_attn.post.output_max", -np.inf, "are no ranges"),
+        ("layers.0.feed_forward1.ffw_layer_1.linear.weight", np.inf, "not finite"),
+        ("layers.2.norm_out.weight", np.nan, "not finite"),
+    ],
+)
+def test_damaged_values_are_refused(tmp_path, name, value, message):
+    tensors = tiny_audio_tensors(D)
+    tensors[f"audio_tower.{name}"] = np.full_like(tensors[f"audio_tower.{name}"], value)
+    for bits in (0, 8):
+        with pytest.raises(EdgeGemmaError, match=message):
+            write(tmp_path / str(bits), tensors, bits=bits)
