@@ -34,7 +34,6 @@ from edge_gemma.model_folder import (
 from edge_gemma.onnx_backend import DECODER, EMBED, FOLDER
 
 FLOAT16 = "float16"  # the recipe that only ONNX has: float weights in half the bytes, computed in float32
-DEFAULT_RECIPE = "q4"
 _ARCHITECTURES = {"gemma4_text": "Gemma4ForCausalLM", "gemma3_text": "Gemma3ForCausalLM"}
 
 
@@ -50,11 +49,10 @@ def export_onnx(
 ) -> Path:
     """Write `source` (a model folder, a safetensors folder or a GGUF file) as an ONNX folder. Returns `dest`.
 
-    recipe: of a checkpoint any that it can be exported with, or "float16", "q4" by default; a model folder keeps the
-    one it has, but a float one may become "float16". calibration: as in `export_checkpoint`. audio: with its encoder,
-    where there is one.
-    The folder appears whole or not at all.
-    Raises CheckpointError, ConfigError, ModelFolderError, UsageError: one line each.
+    recipe: of a checkpoint as in `export_checkpoint`, and "float16"; a model folder keeps the one it has, but a float
+    one may become "float16". calibration: as there. audio: with its encoder, where there is one.
+    The folder appears whole or not at all. Raises CheckpointError, ConfigError, ModelFolderError, UsageError: one
+    line each.
     """
     from edge_gemma.export import onnx_graph  # noqa: F401  (says at once that the onnx package is missing)
 
@@ -97,7 +95,7 @@ def _model_folder(
         yield folder
         return
     with scratch_folder(dest.absolute()) as scratch:
-        rounding = "float" if recipe == FLOAT16 else recipe or DEFAULT_RECIPE
+        rounding = "float" if recipe == FLOAT16 else recipe
         path = scratch / "model"
         export_checkpoint(source, path, rounding, calibration=calibration, audio=audio, progress=progress)
         yield ModelFolder.open(path)

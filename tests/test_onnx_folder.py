@@ -1,10 +1,12 @@
 """ONNX folders: what they hold and come from, interruptions, refusals in one line, sessions, the command line."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
 from collections import namedtuple
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,6 +24,7 @@ from tests.test_goldens import timeline
 from tests.tiny import write_checkpoint
 from tests.tiny_gguf import write_gguf
 
+ROOT = Path(__file__).parent.parent
 onnxruntime = pytest.importorskip("onnxruntime")
 
 
@@ -97,6 +100,21 @@ export_onnx(Path(sys.argv[1]), Path(sys.argv[2]), progress=lambda *_: os.kill(os
     assert len(list(tmp_path.iterdir())) == 1
     export_onnx(model, tmp_path / "o")
     assert [p.name for p in tmp_path.iterdir()] == ["o"]
+
+
+def test_the_documents_script_runs(made, capsys):
+    """docs/ONNX.md with plain onnxruntime, against our session on the same graphs."""
+    folder = made("e2b", "q4")[1]
+    script = re.search(r"```python\n(.*?)```", (ROOT / "docs" / "ONNX.md").read_text(), re.DOTALL)[1]
+    exec(compile(script.replace("./e2b-onnx", str(folder)), "ONNX.md", "exec"), {})
+    with Engine.load(folder, backend="onnx") as engine:
+        ids = [engine.tokenizer.bos_id, *engine.tokenizer.encode("The capital of France is")]
+        session = engine.session()
+        logits = session.prefill(ids)
+        for _ in range(20):
+            ids.append(int(logits.argmax()))
+            logits = session.step(ids[-1])
+        assert capsys.readouterr().out.strip() == engine.tokenizer.decode(ids[1:]).strip()
 
 
 # -- refusals: one line each -------------------------------------------------------------------------------------------
