@@ -1,4 +1,4 @@
-"""The commands that hear: transcribe, listen.
+"""The commands that hear: transcribe, listen, wer.
 
 Owns: their options and what they print. Does not know: how anything works.
 """
@@ -195,4 +195,56 @@ class _first_interrupt:
         signal.signal(signal.SIGINT, self._before)
 
 
-COMMANDS = (transcribe, listen)
+@click.command()
+@common.model
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--language", metavar="L", help="The language spoken, name or code [default: the model hears it].")
+@click.option("--limit", type=click.IntRange(1), metavar="N", help="Only the first N recordings.")
+@common.context
+@common.threads
+@common.as_json
+def wer(
+    model: str | None, folder: Path, language: str | None, limit: int | None, context: int | None,
+    threads: int | None, as_json: bool,
+) -> None:  # fmt: skip
+    """How many words a model gets wrong, over the recordings in FOLDER: lower is better.
+
+    What is said in NAME.wav stands in NAME.txt, or on a line `NAME<tab>TEXT` of transcripts.tsv, or in LibriSpeech's
+    files. Case, punctuation and the spelling of English numbers do not count.
+
+    \b
+    edge-gemma wer -m ./gemma-4-e2b ./test-clean --language en
+    """
+    from dataclasses import asdict
+
+    from edge_gemma.audio import wer as measure
+    from edge_gemma.audio.prompts import Task
+    from edge_gemma.audio.transcribe import Transcriber
+    from edge_gemma.terminal import progress_bar
+
+    texts: list[dict[str, str]] = []
+
+    def report(path: Path, said: str, written: str) -> None:
+        texts.append({"file": str(path), "said": said, "written": written})
+        if not as_json:
+            lines = (f"{path}:", f"  said     {' '.join(said.split())}", f"  written  {written}")
+            click.echo("\n".join(map(common.printable, lines)))
+
+    measure.transcripts(folder)  # before the model is loaded
+    transcriber = Transcriber(common.load_engine(model, context=context, threads=threads), Task(language), note=_tell)
+    with progress_bar("transcribing", unit="files") as progress:
+        score = measure.score(transcriber, folder, limit=limit, report=report, progress=progress, note=_tell)
+    if as_json:
+        common.print_json(asdict(score) | {"texts": texts})
+    else:
+        rate = "-" if score.wer is None else f"{score.wer:.1%}"
+        click.echo(
+            f"WER {rate} over {score.words} words in {score.files} files: {score.substitutions} wrong, "
+            f"{score.deletions} missing, {score.insertions} added; {score.duration_s:.0f} s of sound, "
+            f"{score.rtf:.3f} s of work for each"
+        )
+    if score.failed:
+        click.get_current_context().exit(1)
+
+
+COMMANDS = (transcribe, listen, wer)

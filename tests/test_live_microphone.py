@@ -51,7 +51,8 @@ with Microphone(note=notes.append) as microphone:
                 return
             yield block
     texts = [event.text for event in listener.events(blocks()) if event.kind == "segment"]
-np.savez(out, raw=np.concatenate(raw), streamed=np.concatenate(engine.audio.streamed), text=" ".join(texts), notes=notes)
+streamed = np.concatenate(engine.audio.streamed)
+np.savez(out, raw=np.concatenate(raw), streamed=streamed, text=" ".join(texts), notes=notes)
 """
 
 
