@@ -1,6 +1,6 @@
 """A full-size random E2B or E4B checkpoint, exported and run: time and peak memory of each step.
 
-    python benchmarks/full_size.py e2b FOLDER [--recipe q4]
+    python benchmarks/full_size.py e2b FOLDER [--recipe q4] [--no-calibration]
 
 Writes FOLDER/checkpoint (Hugging Face layout, bfloat16, 10.2 GB for E2B, towers left as a sparse hole), exports it to
 FOLDER/model and answers one prompt, each step in a process of its own so that its peak memory can be read off.
@@ -83,9 +83,10 @@ def measured(*command: str) -> tuple[float, float, str]:
 @click.argument("size", type=click.Choice(list(TEXT_CONFIGS)))
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option("--recipe", default="q4", show_default=True)
+@click.option("--no-calibration", is_flag=True, help="Round without a text: minutes instead of most of an hour.")
 @click.option("--tokenizer", type=click.Path(path_type=Path, exists=True), help="A tokenizer.json of 262,144 tokens.",
               default=Path(__file__).parent.parent / "tests" / "downloads" / "gemma3-tokenizer.json")  # fmt: skip
-def main(size: str, folder: Path, recipe: str, tokenizer: Path) -> None:
+def main(size: str, folder: Path, recipe: str, no_calibration: bool, tokenizer: Path) -> None:
     """Write a random checkpoint of this SIZE below FOLDER, export it, run one prompt; print time and peak memory."""
     source, dest = folder / "checkpoint", folder / f"model-{recipe}"
     if not source.exists():
@@ -96,9 +97,10 @@ def main(size: str, folder: Path, recipe: str, tokenizer: Path) -> None:
     source_bytes = (source / "model.safetensors").stat().st_size
     click.echo(f"source {source_bytes / 1e9:.2f} GB, largest tensor {largest / 1e9:.2f} GB")
     cli = [sys.executable, "-m", "edge_gemma"]
-    seconds, peak, _ = measured(*cli, "export", str(source), str(dest), "--recipe", recipe, "--force")
+    options = ["--recipe", recipe, "--force", *(["--no-calibration"] if no_calibration else [])]
+    seconds, peak, _ = measured(*cli, "export", str(source), str(dest), *options)
     size_on_disk = sum(path.stat().st_size for path in dest.iterdir())
-    click.echo(f"export {recipe}: {seconds:.1f} s, peak {peak:.0f} MB, folder {size_on_disk / 1e9:.2f} GB")
+    click.echo(f"export {' '.join(options)}: {seconds:.1f} s, peak {peak:.0f} MB, folder {size_on_disk / 1e9:.2f} GB")
     prompt = "The quick brown fox jumps over the lazy dog and runs away from the very"
     seconds, peak, out = measured(
         *cli, "run", "-m", str(dest), "--raw", "--max-tokens", "8", "--temperature", "0", "--json", prompt

@@ -1,17 +1,22 @@
-"""The calibration pass: a text goes through the float model once, and every matrix is rounded as the text reaches it.
+"""The calibration pass: a text goes through the model once, and every matrix is rounded as the text reaches it.
 
 The decoder's own forward pass runs over the whole text with matrices that live at their source. When one is called with
 its inputs, their second moments are taken, its rows come from the checkpoint a block at a time, are rounded with error
 feedback (feedback.py), and the products go on with the rounded weights: later layers are rounded for what they will
-meet. So one layer's matrix is in memory at a time, and the checkpoint is read once.
+meet. The float model's own pass runs in step with it, in a thread, so that each matrix also knows what it should have
+met. So one block of one matrix is in memory at a time, and the checkpoint is read once.
 
 Owns: the text's way through the model. Does not know: files, recipes, how integers are packed.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from importlib import resources
+from queue import Empty, Full, Queue
+from threading import Thread
 from typing import Protocol, cast
 
 import numpy as np
@@ -20,7 +25,7 @@ from threadpoolctl import threadpool_limits
 from edge_gemma import qformat
 from edge_gemma.config import GemmaConfig
 from edge_gemma.decoder import Decoder
-from edge_gemma.errors import UsageError
+from edge_gemma.errors import CheckpointError, UsageError
 from edge_gemma.kv_cache import KVCache
 from edge_gemma.linear import Activations, Matrix
 from edge_gemma.model_folder import Tensor
@@ -77,16 +82,112 @@ class _Moments:
 
 
 class _SourceMatrix:
-    """A matrix at its source: rounded and written when its inputs come."""
+    """A matrix at its source: `product` says what to do when its inputs come."""
 
-    def __init__(self, calibration: "Calibration", name: str) -> None:
-        self._calibration, self._name = calibration, f"{name}.weight"
+    def __init__(self, source: Source, name: str, product: Callable[[str, Activations], np.ndarray]) -> None:
+        self._source, self._name, self._product = source, f"{name}.weight", product
 
     def __call__(self, x: Activations, start: int = 0, stop: int | None = None) -> np.ndarray:
-        return self._calibration.product(self._name, x)
+        return self._product(self._name, x)
 
     def gather(self, ids: np.ndarray) -> np.ndarray:
-        return self._calibration.gather(self._name, ids)
+        """Rows ids [n] as they are at the source: float32 [n, k]."""
+        wanted, where = np.unique(ids, return_inverse=True)
+        rows = [self._source.rows(self._name, i, i + 1) for i in wanted.tolist()]
+        return _finite(self._name, np.concatenate(rows))[where]
+
+
+class _SourceBinder:
+    """Every tensor at its source, for `bind_layer`."""
+
+    def __init__(
+        self, source: Source, plan: dict[str, Tensor], product: Callable[[str, Activations], np.ndarray]
+    ) -> None:
+        self._source, self._plan, self._product = source, plan, product
+
+    def has(self, name: str) -> bool:
+        return name in self._plan
+
+    def matrix(self, name: str) -> Matrix:
+        return cast(Matrix, _SourceMatrix(self._source, name, self._product))
+
+    def vector(self, name: str) -> np.ndarray:
+        return _finite(name, self._source.rows(name, 0, self._plan[name].shape[0]))
+
+    def decoder(self, config: GemmaConfig) -> Decoder:
+        per_layer = None
+        if config.hidden_size_per_layer_input:
+            per_layer = PerLayerEmbeddings(
+                table=cast(DiskRows, self.matrix("embed_tokens_per_layer")),
+                model_projection=self.matrix("per_layer_model_projection"),
+                projection_norm=self.vector("per_layer_projection_norm.weight"),
+            )
+        embed_tokens = self.matrix("embed_tokens")
+        layers = tuple(bind_layer(self, f"layers.{layer.index}") for layer in config.layers)
+        return Decoder(config, Weights(embed_tokens, per_layer, layers, self.vector("norm.weight"), embed_tokens))
+
+
+def _finite(name: str, values: np.ndarray) -> np.ndarray:
+    if not np.isfinite(values).all():
+        raise CheckpointError(f"{name}: a weight is not finite: the checkpoint is damaged")
+    return values
+
+
+def _forward(decoder: Decoder, ids: list[int]) -> np.ndarray:
+    """What enters the head: float32 [n, D]."""
+    cache = KVCache(decoder.config, len(ids), len(ids), "float32")
+    return decoder.forward(np.array(ids, np.int64), cache, len(ids))
+
+
+class _Twin:
+    """The float model's own pass, in a thread in step with the other: it asks for each product, and gets it there."""
+
+    def __init__(self, binder: Callable[[Callable[[str, Activations], np.ndarray]], _SourceBinder]) -> None:
+        self._binder = binder
+        self._asked: Queue[np.ndarray | BaseException] = Queue(1)
+        self._answers: Queue[np.ndarray | None] = Queue(1)
+
+    def start(self, config: GemmaConfig, ids: list[int]) -> None:
+        def run() -> None:
+            try:
+                self._asked.put(_forward(self._binder(self._product).decoder(config), ids))
+            except _Ended:
+                pass
+            except BaseException as error:  # told where it is waited for
+                self._asked.put(error)
+
+        self._thread = Thread(target=run, daemon=True)
+        self._thread.start()
+
+    def _product(self, _: str, x: Activations) -> np.ndarray:
+        self._asked.put(x.values)
+        answer = self._answers.get()
+        if answer is None:
+            raise _Ended
+        return answer
+
+    def inputs(self) -> np.ndarray:
+        """What the next matrix (at last the head) is given: float32 [n, k]."""
+        asked = self._asked.get()
+        if isinstance(asked, BaseException):
+            raise asked
+        return asked
+
+    def answer(self, product: np.ndarray) -> None:
+        self._answers.put(product)
+
+    def end(self) -> None:
+        """Also when the other pass has failed."""
+        while self._thread.is_alive():
+            with contextlib.suppress(Empty):
+                self._asked.get_nowait()
+            with contextlib.suppress(Full):
+                self._answers.put_nowait(None)
+            self._thread.join(0.01)
+
+
+class _Ended(Exception):
+    """The other pass is over."""
 
 
 class Calibration:
@@ -102,89 +203,70 @@ class Calibration:
         carried: Mapping[str, Carried] | None = None,
     ) -> None:
         """carried: matrices that the source has packed already; they are used as they are."""
-        self._source, self._config, self._plan, self._put, self._pool = source, config, plan, put, pool
+        self._config, self._plan, self._put, self._pool = config, plan, put, pool
         self._carried = carried or {}
         self._moments = _Moments(Activations(np.empty((0, 0), np.float32)), [])
+        self._binder = partial(_SourceBinder, source, plan)
+        self._twin = _Twin(self._binder)
         compile_kernels()
 
     def run(self, ids: list[int]) -> None:
         """Send ids (the first of them <bos>) through all layers; round these, then the head with what reaches it."""
         config = self._config
         with threadpool_limits(1, "blas"):  # the pool has the threads; BLAS's own would change sums with their number
-            decoder = Decoder(config, self._bind())
-            cache = KVCache(config, len(ids), len(ids), "float32")
-            hidden = decoder.forward(np.array(ids, np.int64), cache, len(ids))
-            head = "embed_tokens" if config.tie_word_embeddings else "lm_head"
-            self.round(
-                f"{head}.weight", Activations(hidden), damping=_TIED_DAMPING if config.tie_word_embeddings else 0
-            )
+            decoder = self._binder(self._product).decoder(config)
+            self._twin.start(config, ids)
+            try:
+                hidden = Activations(_forward(decoder, ids))
+                if config.tie_word_embeddings:
+                    self._round("embed_tokens.weight", hidden, damping=_TIED_DAMPING)
+                else:
+                    self._round("lm_head.weight", hidden)
+            finally:
+                self._twin.end()
 
-    def _bind(self) -> Weights:
-        config, per_layer = self._config, None
-        if config.hidden_size_per_layer_input:
-            per_layer = PerLayerEmbeddings(
-                table=cast(DiskRows, self.matrix("embed_tokens_per_layer")),
-                model_projection=self.matrix("per_layer_model_projection"),
-                projection_norm=self.vector("per_layer_projection_norm.weight"),
-            )
-        embed_tokens = self.matrix("embed_tokens")
-        layers = tuple(bind_layer(self, f"layers.{layer.index}") for layer in config.layers)
-        return Weights(embed_tokens, per_layer, layers, self.vector("norm.weight"), embed_tokens)
-
-    # What bind_layer asks for.
-
-    def has(self, name: str) -> bool:
-        return name in self._plan
-
-    def matrix(self, name: str) -> Matrix:
-        return cast(Matrix, _SourceMatrix(self, name))
-
-    def vector(self, name: str) -> np.ndarray:
-        return self._source.rows(name, 0, self._plan[name].shape[0])
-
-    # What the matrices ask for.
-
-    def gather(self, name: str, ids: np.ndarray) -> np.ndarray:
-        """Rows ids [n] as they are at the source: float32 [n, k]."""
-        wanted, where = np.unique(ids, return_inverse=True)
-        return np.concatenate([self._source.rows(name, i, i + 1) for i in wanted.tolist()])[where]
-
-    def product(self, name: str, x: Activations) -> np.ndarray:
+    def _product(self, name: str, x: Activations) -> np.ndarray:
         """Round a matrix for inputs x [n, k], write it, and return x Q^T: float32 [n, rows]."""
-        out = np.empty((len(x.values), self._plan[name].shape[0]), np.float32)
-        self.round(name, x, out)
-        return out
+        outs = [np.empty((len(x.values), self._plan[name].shape[0]), np.float32) for _ in range(2)]
+        self._round(name, x, outs)
+        self._twin.answer(outs[1])
+        return outs[0]
 
-    def round(self, name: str, x: Activations, out: np.ndarray | None = None, damping: float = 0) -> None:
-        tensor, carried = self._plan[name], self._carried.get(name)
-        calibrated = tensor.bits in CALIBRATED_BITS and carried is None
-        segments = self._curvatures(x, damping) if calibrated else []
+    def _round(self, name: str, x: Activations, outs: Sequence[np.ndarray] = (), damping: float = 0) -> None:
+        """Round a matrix that meets x; `outs` get the rounded weights' products with x, the float ones' with theirs."""
+        tensor, carried, exact = self._plan[name], self._carried.get(name), self._twin.inputs()
+        calibrated = tensor.bits in CALIBRATED_BITS and tensor.group > 0 and carried is None
+        segments = self._curvatures(x, exact, damping) if calibrated else []
 
         def rounder(weights: np.ndarray, first: int) -> Rounded:
+            rows = slice(first, first + len(weights))
             if carried is not None:
                 values, scales = carried.read(first, first + len(weights))
             elif calibrated:
                 values, scales = round_segments(weights, segments, tensor.bits, tensor.group)
             else:
                 values, scales = search_scales(weights, tensor.bits, tensor.group)
-            if out is not None:
-                rounded = qformat.dequantize(values, scales, tensor.group)
-                out[:, first : first + len(weights)] = x.values @ rounded.T
+            if outs:
+                outs[0][:, rows] = x.values @ qformat.dequantize(values, scales, tensor.group).T
+                outs[1][:, rows] = exact @ weights.T
             return values, scales
 
         self._put(name, rounder)
 
-    def _curvatures(self, x: Activations, damping: float) -> list[Curvature]:
+    def _curvatures(self, x: Activations, exact: np.ndarray, damping: float) -> list[Curvature]:
         if self._moments.x is not x:
-            self._moments = _Moments(x, [Curvature.of(h, damping) for h in self._second_moments(x.values)])
+            segments = []
+            for start in range(0, x.values.shape[1], _SEGMENT):
+                part = np.ascontiguousarray(x.values[:, start : start + _SEGMENT])
+                drift = exact[:, start : start + _SEGMENT] - part
+                segments.append(Curvature.of(self._moment(part, part), self._moment(drift, part), damping))
+            self._moments = _Moments(x, segments)
         return self._moments.segments
 
-    def _second_moments(self, x: np.ndarray) -> Iterator[np.ndarray]:
-        """x^T x of each segment of columns, in tiles whose shape does not depend on the number of threads."""
-        for start in range(0, x.shape[1], _SEGMENT):
-            part = np.ascontiguousarray(x[:, start : start + _SEGMENT])
-            tiles = [part[:, first : first + _ROWS] for first in range(0, part.shape[1], _ROWS)]
-            yield np.concatenate(list(self._pool.map(lambda tile: tile.T @ part, tiles)))  # noqa: B023
+    def _moment(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        """a^T b, in tiles whose shape does not depend on the number of threads."""
+        tiles = [a[:, first : first + _ROWS] for first in range(0, a.shape[1], _ROWS)]
+        return np.concatenate(list(self._pool.map(lambda tile: tile.T @ b, tiles)))
 
 
 def round_segments(weights: np.ndarray, segments: list[Curvature], bits: int, group: int) -> Rounded:
@@ -192,7 +274,7 @@ def round_segments(weights: np.ndarray, segments: list[Curvature], bits: int, gr
     parts, start = [], 0
     for curvature in segments:
         stop = start + len(curvature.hessian)
-        parts.append(round_with_feedback(np.ascontiguousarray(weights[:, start:stop]), curvature, bits, group))
+        parts.append(round_with_feedback(weights[:, start:stop], curvature, bits, group))
         start = stop
     values, scales = zip(*parts, strict=True)
     return np.concatenate(values, axis=1), np.concatenate(scales, axis=1)

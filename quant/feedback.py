@@ -22,9 +22,9 @@ from edge_gemma.kernels.convert import as_float, to_half
 from edge_gemma.quant.search import KEY as SEARCH_KEY
 from edge_gemma.quant.search import search_scales
 
-_DAMPING = float(
-    __import__("os").environ.get("DA", 0.01)
-)  # of H's mean diagonal, added to the diagonal: directions the text never showed still count a little
+_DAMPING = 0.01  # of the mean diagonal of H, added to it: directions the text never showed still count a little
+_RIDGE = 0.1  # likewise, where drift is undone: it is known from few tokens
+_UNDO = 0.5  # of the drift: undoing all of it fits the text rather than the model (docs/LOG.md)
 _SWEEPS = 2
 _BLOCK = 32  # columns rounded between two matrix products
 _KEY = SEARCH_KEY + hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16]
@@ -32,14 +32,24 @@ _KEY = SEARCH_KEY + hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16]
 
 @dataclass(frozen=True)
 class Curvature:
-    """H of a run of columns, damped and scaled to a mean diagonal of 1, and its factor M - 1. Both float32 [k, k]."""
+    """What is known of the inputs of a run of columns. float32 [k, k] each.
+
+    hessian: H, damped and scaled to a mean diagonal of 1; feedback: its factor M - 1; shift: what to add to W, as W
+    times it, before W is rounded (None: nothing).
+    """
 
     hessian: np.ndarray
     feedback: np.ndarray
+    shift: np.ndarray | None = None
 
     @classmethod
-    def of(cls, hessian: np.ndarray, damping: float = 0.0) -> "Curvature":
-        """hessian: float32 [k, k], symmetric; all zero where the text never reached these inputs."""
+    def of(cls, hessian: np.ndarray, drift: np.ndarray | None = None, damping: float = 0.0) -> "Curvature":
+        """hessian: float32 [k, k], x^T x of the inputs x; all zero where the text never reached them.
+
+        drift: (z - x)^T x, z the inputs in the float model. The products should be those of W and z, not of W and x:
+        the weights nearest to that are W + W drift (H + ridge)^-1. (GPTAQ, Li et al., 2025, undoes the
+        same drift column by column.)
+        """
         k = len(hessian)
         mean = float(np.trace(hessian, dtype=np.float64)) / k
         h = hessian / np.float32(mean) if mean > 0 else np.eye(k, dtype=np.float32)
@@ -47,7 +57,11 @@ class Curvature:
         upper = np.linalg.cholesky(h[::-1, ::-1].astype(np.float64))[::-1, ::-1]  # H = U U^T
         feedback = (upper / np.diagonal(upper)).astype(np.float32)
         np.fill_diagonal(feedback, 0)
-        return cls(h, np.ascontiguousarray(feedback))
+        shift = None
+        if drift is not None and mean > 0:
+            ridge = h.astype(np.float64) + _RIDGE * np.eye(k)
+            shift = (_UNDO * np.linalg.solve(ridge, drift.T / mean).T).astype(np.float32)
+        return cls(h, np.ascontiguousarray(feedback), shift)
 
 
 @jit.kernel(
@@ -140,6 +154,7 @@ def round_with_feedback(
     weights: float32 [rows, columns], finite. Returns (values int8 [rows, columns], scales float16 [rows, groups], or
     float32 for one scale a row). The same on any number of threads; callers may run blocks of rows side by side.
     """
+    weights = np.ascontiguousarray(weights) if curvature.shift is None else weights + weights @ curvature.shift
     rows, columns = weights.shape
     width, lowest = group or columns, -(1 << (bits - 1))
     importance = np.ascontiguousarray(np.diagonal(curvature.hessian))

@@ -1,6 +1,7 @@
 """From checkpoint to model folder: rounding, what is stored, interruptions, refusals."""
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -23,6 +24,7 @@ from edge_gemma.export import convert
 from edge_gemma.export.convert import export_checkpoint
 from edge_gemma.model_folder import ModelFolder
 from edge_gemma.ple import DiskRows
+from edge_gemma.quant.calibrate import bundled_text
 from edge_gemma.quant.recipes import RECIPES, tensor_format
 from edge_gemma.quant.rtn import round_to_nearest
 from edge_gemma.quant.search import search_scales
@@ -146,23 +148,28 @@ def test_progress_goes_from_start_to_end(tmp_path: Path) -> None:
     assert seen[-1][0] == seen[-1][1]
 
 
+@pytest.mark.parametrize(
+    "name", ["layers.1.mlp.up_proj.weight", "embed_tokens.weight", "layers.0.input_layernorm.weight"]
+)
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-@pytest.mark.parametrize("recipe", ["float", "q4"])
-def test_a_weight_that_is_not_finite_is_named(tmp_path: Path, monkeypatch, value: float, recipe: str) -> None:
+@pytest.mark.parametrize(("recipe", "calibration"), [("float", None), ("q4", None), ("q4", bundled_text())])
+def test_a_weight_that_is_not_finite_is_named(
+    tmp_path: Path, monkeypatch, value: float, recipe: str, calibration: str | None, name: str
+) -> None:
     write_checkpoint(tmp_path / "in", "gemma3")
     checkpoint = convert.open_checkpoint(tmp_path / "in")
     rows = type(checkpoint).rows
 
-    def damaged(self, name: str, start: int, stop: int) -> np.ndarray:
-        block = rows(self, name, start, stop)
-        if name == "layers.1.mlp.up_proj.weight":
-            block[-1, 3] = value
+    def damaged(self, of: str, start: int, stop: int) -> np.ndarray:
+        block = rows(self, of, start, stop)
+        if of == name:
+            block.reshape(-1)[-3] = value
         return block
 
     monkeypatch.setattr(type(checkpoint), "rows", damaged)
     checkpoint.close()
-    with pytest.raises(CheckpointError, match=r"layers\.1\.mlp\.up_proj\.weight: a weight is not finite"):
-        export_checkpoint(tmp_path / "in", tmp_path / "out", recipe)
+    with pytest.raises(CheckpointError, match=f"{re.escape(name)}: a weight is not finite"):
+        export_checkpoint(tmp_path / "in", tmp_path / "out", recipe, calibration=calibration)
     assert [p.name for p in tmp_path.iterdir()] == ["in"]
 
 
@@ -178,19 +185,30 @@ SLOW_EXPORT = """
 import sys, time
 from pathlib import Path
 from edge_gemma.export.convert import export_checkpoint
+from edge_gemma.quant.calibrate import bundled_text
+text, recipe = bundled_text(), sys.argv[3]
 print("ready", flush=True)
-export_checkpoint(Path(sys.argv[1]), Path(sys.argv[2]), "q8", progress=lambda *_: time.sleep(0.004))
+slowly = lambda *_: time.sleep(0.004)
+export_checkpoint(Path(sys.argv[1]), Path(sys.argv[2]), recipe, calibration=text, progress=slowly)
 """
 
 
 @pytest.mark.parametrize("ending", [signal.SIGKILL, signal.SIGINT])
-@pytest.mark.parametrize("delay", [0.02, 0.1, 0.25])  # seconds after the start; the whole takes about half a second
-def test_an_export_ended_at_any_moment_leaves_nothing_or_all(tmp_path: Path, ending: int, delay: float) -> None:
+@pytest.mark.parametrize(
+    ("recipe", "delay"),  # seconds after the start; the whole takes about half a second, calibrated a few
+    [("q8", 0.02), ("q8", 0.1), ("q8", 0.25), ("q3mix", 0.3), ("q3mix", 1.0)],
+)
+def test_an_export_ended_at_any_moment_leaves_nothing_or_all(
+    tmp_path: Path, ending: int, recipe: str, delay: float
+) -> None:
     write_checkpoint(tmp_path / "in", "e2b")
-    expected = contents(export_checkpoint(tmp_path / "in", tmp_path / "whole", "q8"))
+    text = bundled_text()
+    expected = contents(export_checkpoint(tmp_path / "in", tmp_path / "whole", recipe, calibration=text))
     dest = tmp_path / "out" / "model"
     run = subprocess.Popen(
-        [sys.executable, "-c", SLOW_EXPORT, tmp_path / "in", dest], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+        [sys.executable, "-c", SLOW_EXPORT, tmp_path / "in", dest, recipe],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
     )
     with run:
         assert run.stdout is not None
@@ -201,7 +219,7 @@ def test_an_export_ended_at_any_moment_leaves_nothing_or_all(tmp_path: Path, end
         assert contents(dest) == expected
     elif ending == signal.SIGINT:
         assert not dest.parent.exists() or os.listdir(dest.parent) == []
-    export_checkpoint(tmp_path / "in", dest, "q8", force=True)
+    export_checkpoint(tmp_path / "in", dest, recipe, calibration=text, force=True)
     assert contents(dest) == expected
     assert os.listdir(dest.parent) == ["model"]
 

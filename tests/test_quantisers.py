@@ -13,7 +13,7 @@ from edge_gemma import kernels, qformat
 from edge_gemma.engine import Engine
 from edge_gemma.errors import UsageError
 from edge_gemma.export.convert import export_checkpoint
-from edge_gemma.quant import calibrate
+from edge_gemma.quant import calibrate, feedback
 from edge_gemma.quant.calibrate import bundled_text, calibration_ids, round_segments
 from edge_gemma.quant.feedback import Curvature, round_with_feedback
 from edge_gemma.quant.rtn import round_to_nearest
@@ -137,13 +137,32 @@ def test_feedback_loses_less_and_sweeps_never_more(bits: int, group: int) -> Non
     assert losses[2] < 0.95 * losses[0]
 
 
-def test_a_row_does_not_depend_on_its_neighbours() -> None:
-    x = inputs(64)
-    curvature = Curvature.of(x.T @ x)
-    weights = np.random.default_rng(5).standard_normal((40, 64)).astype(np.float32)
-    whole = round_segments(weights, [curvature], 4, 32)
-    again = round_segments(weights, [curvature], 4, 32)
-    assert all(np.array_equal(a, b) for a, b in zip(whole, again, strict=True))
+def test_the_shift_brings_products_back_to_what_they_were() -> None:
+    """Half way to the ridge regression of the float model's products on the inputs that are there."""
+    x, rng = inputs(48), np.random.default_rng(7)
+    z = x @ (np.eye(48) + 0.1 * rng.standard_normal((48, 48))).astype(np.float32)
+    weights = rng.standard_normal((5, 48)).astype(np.float32)
+    curvature = Curvature.of(x.T @ x, (z - x).T @ x)
+    assert curvature.shift is not None
+    mean = float((x**2).sum()) / 48
+    penalty = np.sqrt((feedback._DAMPING + feedback._RIDGE) * mean) * np.eye(48)
+    target = np.concatenate([z @ weights.T, penalty @ weights.T])
+    best = np.linalg.lstsq(np.concatenate([x, penalty]).astype(np.float64), target.astype(np.float64))[0].T
+    found = weights + weights @ curvature.shift / np.float32(feedback._UNDO)
+    np.testing.assert_allclose(found, best, rtol=1e-3, atol=1e-3)
+
+
+def test_inputs_beyond_a_segment_are_rounded_by_themselves() -> None:
+    x, weights = inputs(96), np.random.default_rng(5).standard_normal((8, 96)).astype(np.float32)
+    curvatures = [Curvature.of(part.T @ part) for part in (x[:, :64], x[:, 64:])]
+    values, scales = round_segments(weights, curvatures, 4, 32)
+    for columns, groups, curvature in (
+        (slice(64), slice(2), curvatures[0]),
+        (slice(64, 96), slice(2, 3), curvatures[1]),
+    ):
+        alone = round_with_feedback(weights[:, columns], curvature, 4, 32)
+        assert np.array_equal(values[:, columns], alone[0])
+        assert np.array_equal(scales[:, groups], alone[1])
 
 
 def test_inputs_that_were_never_seen_round_as_without_a_text() -> None:
