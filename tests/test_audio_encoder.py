@@ -10,6 +10,7 @@ import onnx
 import onnxruntime
 import pytest
 
+from edge_gemma import kernels
 from edge_gemma.audio import features
 from edge_gemma.audio.encoder import AudioEncoder
 from edge_gemma.engine import Engine
@@ -266,6 +267,16 @@ def test_eight_bits_are_near(tmp_path, seed):
     print(f"8 bits: relative error {error:.3f}")
     assert error <= 0.06
     assert relative_error(run_batch(batch, [audio]), expected) <= 0.06
+
+
+def test_eight_bits_without_vnni(tmp_path, monkeypatch):
+    """The exact products that processors without VNNI are given are those of the others."""
+    tensors = tiny_audio_tensors(D)
+    audio = speech_like(8000)
+    expected = write(tmp_path / "a", tensors, bits=8)[0].encode(audio)
+    monkeypatch.setattr(kernels, "available_variants", lambda: ("portable",))
+    exact = write(tmp_path / "b", tensors, bits=8)[0].encode(audio)
+    assert relative_error(exact, expected) <= 0.01
 
 
 def test_eight_bits_stream_as_they_encode(tmp_path):

@@ -26,9 +26,25 @@ from edge_gemma.model_folder import AUDIO_STREAM, ModelFolder
 TOKEN_MS = SAMPLES_PER_TOKEN * 1000 // SAMPLE_RATE  # 40
 _LONG_STEP = 96  # tokens of a step where there is a whole clip to encode
 # Idle threads look for work 20 us and then sleep, and none spins between steps: the decoder wants the cores too. Steps
-# take 26 ms without spinning at all, 19 with onnxruntime's default, which doubles them on a busy machine (docs/LOG.md).
+# of 160 ms take 26 ms without spinning at all, 21 so; onnxruntime's default is 19 and half slower on a busy machine.
 _WAITING = {"session.intra_op.spin_duration_us": "20", "session.force_spinning_stop": "1"}
 _STATE = ("mel", "conv", "kv", "glu")
+
+
+def _options(threads: int) -> Any:
+    import onnxruntime
+
+    from edge_gemma import kernels
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 3  # errors
+    for key, value in _WAITING.items():
+        options.add_session_config_entry(key, value)
+    if not any("vnni" in name for name in kernels.available_variants()):
+        # x86 without VNNI adds products of 8-bit integers in 16 bits, which overflow: ask for the slower, exact way
+        options.add_session_config_entry("session.x64quantprecision", "1")
+    return options
 
 
 class AudioEncoder:
@@ -48,14 +64,9 @@ class AudioEncoder:
             raise UsageError(f"{folder.path} has no audio tower: export a model that has, without --no-audio")
         import onnxruntime
 
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.log_severity_level = 3  # errors
-        for key, value in _WAITING.items():
-            options.add_session_config_entry(key, value)
         path = folder.path / AUDIO_STREAM
         try:
-            session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+            session = onnxruntime.InferenceSession(str(path), _options(threads), providers=["CPUExecutionProvider"])
             return cls(session, folder.config.hidden_size)
         except Exception as error:  # onnxruntime's exceptions have no base of their own
             raise ModelFolderError(f"{path} cannot be loaded: {' '.join(str(error).split())[:300]}") from None
@@ -75,7 +86,11 @@ class AudioEncoder:
         return np.concatenate([stream.feed(samples), stream.finish()])
 
     def stream(self, step_ms: int = 160) -> "AudioStream":
-        """A new stream, encoded `step_ms` (a multiple of 40) at a time: shorter steps answer sooner and cost more."""
+        """A new stream, encoded `step_ms` (a multiple of 40) at a time.
+
+        A step reads all weights, however short it is: 320 ms cost half of what 160 do, and at the end of speech one
+        step is left to do in either case.
+        """
         tokens, rest = divmod(step_ms, TOKEN_MS)
         if rest or tokens < 1:
             raise UsageError(f"a step of {step_ms} ms was asked for, expected a multiple of {TOKEN_MS}")
