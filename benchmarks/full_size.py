@@ -2,8 +2,9 @@
 
     python benchmarks/full_size.py e2b FOLDER [--recipe q4] [--no-calibration]
 
-Writes FOLDER/checkpoint (Hugging Face layout, bfloat16, 10.2 GB for E2B, towers left as a sparse hole), exports it to
-FOLDER/model and answers one prompt, each step in a process of its own so that its peak memory can be read off.
+Writes FOLDER/checkpoint (Hugging Face layout, bfloat16, 10.2 GB for E2B, towers left as a sparse hole; for the recipe
+mobile FOLDER/checkpoint-mobile in the official QAT schema, 2.6 GB), exports it to FOLDER/model-RECIPE and answers one
+prompt, each step in a process of its own so that its peak memory can be read off.
 The weights are random: this proves sizes, speed and memory, not quality.
 """
 
@@ -15,15 +16,25 @@ import subprocess
 import sys
 import tempfile
 import time
+import zlib
+from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import click
 import numpy as np
 
 from edge_gemma.config import GemmaConfig
 from edge_gemma.export.synth import TEXT_CONFIGS
+from edge_gemma.quant.recipes import planned_format
 
-TOWERS = {"model.audio_tower.weights": (304_825_088,), "model.vision_tower.weights": (167_365_056,)}
+Entries = dict[str, tuple[str, tuple[int, ...]]]  # tensor name -> (dtype, shape)
+ITEM_BYTES = {"BF16": 2, "F32": 4, "U8": 1, "I8": 1}
+TOWERS: Entries = {
+    "model.audio_tower.weights": ("BF16", (304_825_088,)),
+    "model.vision_tower.weights": ("BF16", (167_365_056,)),
+}
 _BLOCK = 1 << 23  # values drawn at a time
 
 
@@ -32,39 +43,107 @@ def bfloat16(values: np.ndarray) -> np.ndarray:
     return (values.astype(np.float32).view(np.uint32) >> 16).astype(np.uint16)
 
 
-def write_checkpoint(folder: Path, size: str, tokenizer: Path) -> None:
-    """config.json, model.safetensors and tokenizer.json as google ships them, with normal weights of deviation 0.02."""
+def bf16_entries(size: str) -> Entries:
+    shapes = GemmaConfig.from_text_config(TEXT_CONFIGS[size]).tensor_shapes()
+    return {f"model.language_model.{name}": ("BF16", shape) for name, shape in shapes.items()}
+
+
+def mobile_entries(size: str) -> Entries:
+    """The official QAT schema, quant_method "gemma": packed integers, scales a row, static activation scales."""
+    config = GemmaConfig.from_text_config(TEXT_CONFIGS[size] | {"tie_word_embeddings": False})
+    entries: Entries = {}
+    for name, shape in config.tensor_shapes().items():
+        named = name if name.startswith("lm_head") else f"model.language_model.{name}"
+        module, fmt = named.removesuffix(".weight"), planned_format("mobile", name, shape, config)
+        if not fmt.bits or name.startswith("per_layer_model_projection"):
+            entries[named] = ("BF16", shape)
+            continue
+        stored = ("I8" if fmt.bits == 8 else "U8", (shape[0], shape[1] * fmt.bits // 8))
+        scales = ("F32", (shape[0], shape[1] // fmt.group if fmt.group else 1))
+        if name.startswith("embed"):
+            entries |= {f"{module}.embedding_quantized": stored, f"{module}.embedding_scale": scales}
+            continue
+        entries |= {f"{module}.weight": stored, f"{module}.weight_scale": scales}
+        entries |= {f"{module}.{side}_activation_scale": ("F32", ()) for side in ("input", "output")}
+        if module.endswith(("k_proj", "v_proj")):
+            entries[f"{module.removesuffix('_proj')}_cache_scale"] = ("F32", ())
+    return entries
+
+
+def quantization_config(size: str) -> dict[str, Any]:
+    """The released patterns."""
+    text, layers = TEXT_CONFIGS[size], r"language_model\.layers\.\d+\."
+    wide = {r"language_model\.layers\.(\d|1[0-4])\.mlp\.": 4, rf"{layers}mlp\.": 2}
+    patterns = {
+        "^lm_head$": 2,
+        r"audio_tower(?!.*lconv1d\.linear_start)": 2,
+        r"language_model\.embed_tokens$": 2,
+        r"language_model\.embed_tokens_per_layer$": 4 if text["use_double_wide_mlp"] else 2,
+        **(wide if text["use_double_wide_mlp"] else {rf"{layers}mlp\.": 4}),
+        rf"{layers}per_layer_input_gate$": 8,
+        rf"{layers}per_layer_projection$": 8,
+        rf"{layers}self_attn\.": 4,
+        "vision_tower": 8,
+    }
+    return {
+        "quant_method": "gemma",
+        "num_bits": 4,
+        "quantize_embeddings": True,
+        "module_quant_configs": {pattern: {"num_bits": bits} for pattern, bits in patterns.items()},
+        "modules_to_not_convert": ["model.embed_audio", "model.embed_vision", "per_layer_model_projection"],
+    }
+
+
+def write_checkpoint(folder: Path, size: str, tokenizer: Path, mobile: bool) -> None:
+    """config.json, model.safetensors and tokenizer.json as google ships them, with weights of deviation 0.02."""
     folder.mkdir(parents=True)
-    text_config = TEXT_CONFIGS[size]
-    config = {"model_type": "gemma4", "architectures": ["Gemma4ForConditionalGeneration"], "text_config": text_config}
+    config = {"model_type": "gemma4", "architectures": ["Gemma4ForConditionalGeneration"]}
+    config["text_config"] = TEXT_CONFIGS[size] | ({"tie_word_embeddings": False} if mobile else {})
+    if mobile:
+        config["quantization_config"] = quantization_config(size)
     (folder / "config.json").write_text(json.dumps(config))
     shutil.copy(tokenizer, folder / "tokenizer.json")
-    shapes = GemmaConfig.from_text_config(text_config).tensor_shapes()
-    shapes = {f"model.language_model.{name}": shape for name, shape in shapes.items()} | TOWERS
+    entries = (mobile_entries(size) if mobile else bf16_entries(size)) | TOWERS
     header, offset = {}, 0
-    for name, shape in shapes.items():
-        end = offset + 2 * math.prod(shape)
-        header[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [offset, end]}
+    for name, (dtype, shape) in entries.items():
+        end = offset + ITEM_BYTES[dtype] * math.prod(shape)
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, end]}
         offset = end
     data = json.dumps(header).encode()
     data += b" " * (-len(data) % 8)
-    rng = np.random.default_rng(0)
-    noise = bfloat16(rng.standard_normal(_BLOCK, np.float32) * 0.02)
     with (folder / "model.safetensors").open("wb") as file:
         file.write(len(data).to_bytes(8, "little") + data)
-        for name, shape in shapes.items():
-            if name in TOWERS:
-                continue
-            left = math.prod(shape)
-            if len(shape) == 1:
-                file.write(bfloat16(np.ones(left)).tobytes())
-                continue
-            while left:
-                start = int(rng.integers(_BLOCK // 2))
-                block = noise[start : start + left]
-                file.write(block.data)
-                left -= len(block)
+        for name, (dtype, shape) in entries.items():
+            if name not in TOWERS:
+                for block in random_values(name, dtype, shape):
+                    file.write(block.data)
         file.truncate(8 + len(data) + offset)
+
+
+def random_values(name: str, dtype: str, shape: tuple[int, ...]) -> Iterator[np.ndarray]:
+    """Blocks of a tensor: weights of deviation 0.02, norms of one, scales under which activations fit their steps."""
+    left, rng = math.prod(shape), np.random.default_rng(zlib.crc32(name.encode()))
+    if dtype == "BF16" and len(shape) == 1:
+        yield bfloat16(np.ones(left))
+    elif dtype == "F32":
+        bits = 2 if "lm_head" in name or "embed_tokens.e" in name else 4
+        scale = 0.02 if name.endswith((".weight_scale", ".embedding_scale")) else 4 * 2**bits / 256
+        yield (rng.uniform(0.8, 1.2, left) * scale * 2 / 2**bits).astype(np.float32)
+    else:
+        while left:
+            start = int(rng.integers(_BLOCK // 2))
+            block = noise(dtype)[start : start + left]
+            yield block
+            left -= len(block)
+
+
+@cache
+def noise(dtype: str) -> np.ndarray:
+    """_BLOCK weights to cut blocks from."""
+    rng = np.random.default_rng(0)
+    if dtype == "BF16":
+        return bfloat16(rng.standard_normal(_BLOCK, np.float32) * 0.02)
+    return rng.integers(0, 256, _BLOCK, np.uint8)
 
 
 def measured(*command: str) -> tuple[float, float, str]:
@@ -88,12 +167,14 @@ def measured(*command: str) -> tuple[float, float, str]:
               default=Path(__file__).parent.parent / "tests" / "downloads" / "gemma3-tokenizer.json")  # fmt: skip
 def main(size: str, folder: Path, recipe: str, no_calibration: bool, tokenizer: Path) -> None:
     """Write a random checkpoint of this SIZE below FOLDER, export it, run one prompt; print time and peak memory."""
-    source, dest = folder / "checkpoint", folder / f"model-{recipe}"
+    mobile = recipe == "mobile"
+    source, dest = folder / ("checkpoint-mobile" if mobile else "checkpoint"), folder / f"model-{recipe}"
     if not source.exists():
         start = time.perf_counter()
-        write_checkpoint(source, size, tokenizer)
+        write_checkpoint(source, size, tokenizer, mobile)
         click.echo(f"checkpoint written in {time.perf_counter() - start:.0f} s")
-    largest = max(math.prod(s) for s in GemmaConfig.from_text_config(TEXT_CONFIGS[size]).tensor_shapes().values()) * 2
+    entries = mobile_entries(size) if mobile else bf16_entries(size)
+    largest = max(ITEM_BYTES[dtype] * math.prod(shape) for dtype, shape in entries.values())
     source_bytes = (source / "model.safetensors").stat().st_size
     click.echo(f"source {source_bytes / 1e9:.2f} GB, largest tensor {largest / 1e9:.2f} GB")
     cli = [sys.executable, "-m", "edge_gemma"]
