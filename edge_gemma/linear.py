@@ -9,7 +9,6 @@ import numpy as np
 from edge_gemma import kernels, qformat
 
 Int8 = tuple[np.ndarray, np.ndarray, np.ndarray]  # of activations: q, scale, sums
-_WIDEN_ROWS = 1024  # rows of a bfloat16 matrix widened at a time
 
 
 class Activations:
@@ -56,8 +55,7 @@ class DenseMatrix:
         if w.dtype == np.float32:
             return x.values @ w.T
         out = np.empty((len(x.values), len(w)), np.float32)
-        for row in range(0, len(w), _WIDEN_ROWS):
-            out[:, row : row + _WIDEN_ROWS] = x.values @ widen(w[row : row + _WIDEN_ROWS]).T
+        kernels.matmul_bfloat16(x.values, w, out)
         return out
 
     def gather(self, ids: np.ndarray) -> np.ndarray:

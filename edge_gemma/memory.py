@@ -11,8 +11,6 @@ per-layer-embedding table are read from disk and stay in the system's own cache,
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-import numpy as np
-
 from edge_gemma import kernels, qformat
 from edge_gemma.config import GemmaConfig
 from edge_gemma.engine import DEFAULT_CONTEXT
@@ -25,7 +23,6 @@ _KERNEL_CODE = 60_000_000  # compiled kernels loaded from their cache, and the p
 _COMPILER = 100_000_000  # on top when they are compiled first; kept until the process ends
 _TOKENIZER_FACTOR = 15  # SentencePiece's tables per byte of tokenizer.model
 _PAGE = 4096
-_WIDENED_ROWS = 1024  # of a bfloat16 matrix, as float32
 
 
 @dataclass(frozen=True)
@@ -121,7 +118,4 @@ def _activations(folder: ModelFolder, chunk: int) -> int:
     config = folder.config
     widest = max(layer.intermediate_size for layer in config.layers[: config.last_kv_producer + 1])
     per_layer = config.hidden_size_per_layer_input * config.num_hidden_layers
-    total = 4 * chunk * (3 * widest + 2 * per_layer + 4 * config.hidden_size) + 4 * config.vocab_size
-    if any(tensor.layout == "dense" and len(tensor.shape) == 2 for tensor in folder.tensors.values()):
-        total += 4 * _WIDENED_ROWS * int(np.max([layer.intermediate_size for layer in config.layers]))
-    return total
+    return 4 * chunk * (3 * widest + 2 * per_layer + 4 * config.hidden_size) + 4 * config.vocab_size

@@ -19,6 +19,7 @@ from edge_gemma.errors import UsageError
 from edge_gemma.export.audio_tower import AudioTower
 from edge_gemma.export.checkpoint import Checkpoint, open_checkpoint
 from edge_gemma.export.folder_writer import FolderWriter
+from edge_gemma.export.on_grid import grid_matrix
 from edge_gemma.export.packed import PackedMatrix
 from edge_gemma.export.stream import TensorStream
 from edge_gemma.model_folder import GENERATION, TEMPLATE, TOKENIZER, Progress, Tensor, plan_tensor
@@ -91,14 +92,20 @@ def choose_recipe(checkpoint: Checkpoint, recipe: str | None) -> str:
 
 
 def carried_matrices(checkpoint: Checkpoint, config: GemmaConfig, recipe: str) -> dict[str, PackedMatrix]:
-    """The matrices a recipe leaves as the source has them: packed, in no more bits than it asks for."""
+    """The matrices a recipe leaves as the source has them: packed, in no more bits than it asks for.
+
+    That includes floats that lie on a grid of so few bits.
+    """
     if recipe == checkpoint.trained_recipe:
         return checkpoint.packed
-    return {
-        name: matrix
-        for name, matrix in checkpoint.packed.items()
-        if matrix.bits <= tensor_format(recipe, name, matrix.shape, config).bits
-    }
+    carried = {}
+    for name, shape in config.tensor_shapes().items():
+        bits = tensor_format(recipe, name, shape, config).bits
+        matrix = checkpoint.packed.get(name)
+        matrix = grid_matrix(checkpoint, name, bits) if matrix is None and bits else matrix
+        if matrix is not None and matrix.bits <= bits:
+            carried[name] = matrix
+    return carried
 
 
 def plan_weight(

@@ -205,7 +205,7 @@ def _q6_k(blocks: Bytes, out: Floats) -> None:
 
 def _q8_0_packed(blocks: Bytes) -> tuple[NDArray[np.int8], Floats]:
     """Integers int8 [n, 32] and scales float32 [n, 1] of _q8_0."""
-    return blocks[:, 2:].view(np.int8), _half(blocks, 0)
+    return np.ascontiguousarray(blocks[:, 2:]).view(np.int8), _half(blocks, 0)
 
 
 def _q4_0_packed(blocks: Bytes) -> tuple[NDArray[np.int8], Floats]:

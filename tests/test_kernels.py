@@ -185,6 +185,20 @@ def test_matrices_with_static_scales(variant, bits):
     assert np.array_equal(rounded, np.clip(np.rint(exact / np.float32(out_step)), -128, 127) * np.float32(out_step))
 
 
+@pytest.mark.parametrize(("n", "rows", "k"), [(1, 1, 1), (3, 7, 33), (9, 130, 256)])
+def test_matmul_bfloat16_is_the_oracle_for_any_number_of_rows(n, rows, k):
+    rng = np.random.default_rng(k)
+    x = rng.standard_normal((n, k)).astype(np.float32)
+    w = (rng.standard_normal((rows, k)).astype(np.float32).view(np.uint32) >> 16).astype(np.uint16)
+    got, expected, single = (np.full((n, rows), np.nan, np.float32) for _ in range(3))
+    kernels.matmul_bfloat16(x, w, got)
+    reference.matmul_bfloat16(x, w, expected)
+    close(got, expected, 1e-6)
+    for i in range(n):
+        kernels.matmul_bfloat16(x[i : i + 1], w, single[i : i + 1])
+    assert np.array_equal(single, got)
+
+
 @pytest.mark.parametrize(("n", "d"), [(1, 8), (3, 67), (5, 1536)])
 def test_norms(n, d):
     rng = np.random.default_rng(d)

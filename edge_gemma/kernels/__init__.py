@@ -24,9 +24,9 @@ from edge_gemma.kernels.jit import (
 
 __all__ = [
     "add_rms_norm", "announce_compiling", "attention", "available_variants", "cache_directory", "cache_note",
-    "gelu_tanh_mul", "matmul",
-    "quantize_activations", "quantize_static", "rms_norm", "rms_norm_rope", "round_to_step", "set_cache_root",
-    "set_threads", "set_variant", "softcap", "store_kv", "threads", "variant",
+    "gelu_tanh_mul", "matmul", "matmul_bfloat16", "quantize_activations", "quantize_static", "rms_norm",
+    "rms_norm_rope", "round_to_step", "set_cache_root", "set_threads", "set_variant", "softcap", "store_kv",
+    "threads", "variant",
 ]  # fmt: skip
 
 
@@ -122,6 +122,16 @@ def matmul(q, a_scale, sums, packed, w_scale, bits, group, out) -> None:
     if not jit.launch(function, q, a_scale, sums, packed, w_scale, out):
         arrays = {"q": q, "a_scale": a_scale, "sums": sums, "packed": packed, "w_scale": w_scale, "out": out}
         _refuse(f"a packed matrix of {bits} bits with groups of {group}", **arrays)
+
+
+def matmul_bfloat16(x, w, out) -> None:
+    """out = x w^T with w in bfloat16, summed in float32: x float32 [n, k], w uint16 [rows, k] (the upper halves of
+    float32), out float32 [n, rows]. A result is the same for every n and every number of threads.
+    """
+    from edge_gemma.kernels import dense
+
+    if not jit.launch(dense.matmul_bfloat16, x, w, out):
+        _refuse("float32 [n, k], uint16 [rows, k] and float32 [n, rows]", x=x, w=w, out=out)
 
 
 def rms_norm(x, weight, eps, out) -> None:

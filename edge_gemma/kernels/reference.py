@@ -57,6 +57,11 @@ def matmul(q, a_scale, sums, packed, w_scale, bits, group, out):
     out[...] = y
 
 
+def matmul_bfloat16(x, w, out):
+    """See kernels.matmul_bfloat16; summed in float64."""
+    out[...] = x.astype(np.float64) @ (w.astype(np.uint32) << 16).view(np.float32).astype(np.float64).T
+
+
 def rms_norm(x, weight, eps, out):
     """See kernels.rms_norm."""
     wide = x.astype(np.float64)
