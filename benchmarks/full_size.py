@@ -55,7 +55,7 @@ def mobile_entries(size: str) -> Entries:
     for name, shape in config.tensor_shapes().items():
         named = name if name.startswith("lm_head") else f"model.language_model.{name}"
         module, fmt = named.removesuffix(".weight"), planned_format("mobile", name, shape, config)
-        if not fmt.bits or name.startswith("per_layer_model_projection"):
+        if not fmt.bits:
             entries[named] = ("BF16", shape)
             continue
         stored = ("I8" if fmt.bits == 8 else "U8", (shape[0], shape[1] * fmt.bits // 8))

@@ -259,10 +259,12 @@ def synth(size: str, dest: Path, recipe: str, seed: int, audio: bool, force: boo
 @common.model
 @common.as_json
 def info(model: str | None, as_json: bool) -> None:
-    """What a model is, and how this machine runs it."""
+    """What a model is, where its bits came from, and how this machine runs it."""
+    from dataclasses import asdict
     from math import prod
 
     from edge_gemma import kernels
+    from edge_gemma.provenance import provenance
 
     folder = common.open_folder(model)
     config, manifest = folder.config, folder.manifest
@@ -286,7 +288,13 @@ def info(model: str | None, as_json: bool) -> None:
         "threads": kernels.threads(),
         "version": __version__,
     }
-    _print_facts(facts, as_json)
+    weights = provenance(folder)
+    _print_facts(facts | ({"weights": [asdict(entry) for entry in weights]} if as_json else {}), as_json)
+    if not as_json:
+        width = max(len(entry.tensors) for entry in weights)
+        for entry in weights:
+            what = f"{entry.parameters:>13,} in {entry.bytes / 1e6:>8,.1f} MB  {entry.format}: {entry.origin}"
+            click.echo(f"{entry.tensors:<{width}} {common.printable(what)}")
 
 
 @cli.command()

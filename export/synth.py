@@ -13,6 +13,7 @@ import json
 import math
 import zlib
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cache
 from itertools import islice, product
 from pathlib import Path
@@ -29,7 +30,7 @@ from edge_gemma.export.convert import write_tower
 from edge_gemma.export.folder_writer import FolderWriter
 from edge_gemma.export.sentencepiece_model import BYTE, BYTE_PIECES, CONTROL, NORMAL, SPACE, UNKNOWN, from_gguf_metadata
 from edge_gemma.model_folder import GENERATION, TEMPLATE, TOKENIZER, Part, Progress, Tensor, plan_tensor
-from edge_gemma.quant.recipes import planned_format
+from edge_gemma.quant.recipes import TRAINED_RECIPES, planned_format
 
 _COMMON: dict[str, Any] = {
     "model_type": "gemma4_text", "vocab_size": 262144, "vocab_size_per_layer_input": 262144, "num_attention_heads": 8,
@@ -85,6 +86,7 @@ _GENERATION = {"eos_token_id": [1, 106, 50], "temperature": 1.0, "top_k": 64, "t
 _POOL_WORDS = 1 << 22  # random 64-bit words drawn once; blocks are cut out of them at random places
 _BLOCK_BYTES = 1 << 22
 _LAYER_SCALAR = 0.9  # holds the residual stream near 3.5 times what a branch adds
+_STEP = 0.0625  # of static activation scales: 8 times the deviation at the ends
 _K_NORM = 0.12  # attention scores of deviation 2 to 3: neither flat nor a single key
 
 
@@ -120,7 +122,7 @@ def synthesize(
 
 
 def plan_model(config: GemmaConfig, recipe: str) -> dict[str, Tensor]:
-    """How a recipe stores every tensor of a model."""
+    """How a recipe stores every tensor of a model. Trained recipes have static activation scales too."""
     plan = {}
     for name, shape in config.tensor_shapes().items():
         fmt = planned_format(recipe, name, shape, config)
@@ -129,7 +131,9 @@ def plan_model(config: GemmaConfig, recipe: str) -> dict[str, Tensor]:
         else:
             layout = "rows" if name.startswith("embed_tokens_per_layer.") else "panels"
             plan[name] = plan_tensor(name, shape, layout, bits=fmt.bits, group=fmt.group)
-    return plan
+            if recipe in TRAINED_RECIPES and not name.startswith("embed_"):
+                plan[name] = replace(plan[name], input_scale=_STEP, output_scale=_STEP)
+    return {name: replace(tensor, origin="random") for name, tensor in plan.items()}
 
 
 class _Noise:

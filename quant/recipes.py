@@ -72,7 +72,8 @@ TRAINED_RECIPES: dict[str, tuple[Rule, ...]] = {
         Rule("layers.*.mlp.*", Format(4)),
         Rule("embed_tokens_per_layer.weight", Format(4, 256), _E2B),
         Rule("embed_tokens_per_layer.weight", Format(2, 256)),
-        Rule("*per_layer*", Format(8)),  # gates and projections; the model projection is bfloat16 in the checkpoint
+        Rule("per_layer_model_projection.weight", DENSE),
+        Rule("*per_layer*", Format(8)),  # gates and projections
         Rule("*", Format(2)),  # embed_tokens and lm_head
     ),
 }

@@ -1,16 +1,20 @@
 """Weights that are integers already are carried over: Q4_0 and Q8_0 of GGUF files, floats that lie on a grid."""
 
+import json
 from pathlib import Path
 
 import gguf
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
 from edge_gemma import qformat
+from edge_gemma.cli import cli
 from edge_gemma.errors import CheckpointError
 from edge_gemma.export.checkpoint import open_checkpoint
 from edge_gemma.export.convert import export_checkpoint
 from edge_gemma.model_folder import ModelFolder
+from edge_gemma.provenance import provenance
 from tests.tiny import _bfloat16, tiny_weights, write_checkpoint, write_safetensors
 from tests.tiny_gguf import gguf_name, write_gguf
 
@@ -128,3 +132,20 @@ def test_floats_on_a_grid_are_taken_apart(tmp_path):
     assert rest == {"as in the checkpoint", "rounded by recipe q4"}
     assert {formats[n][0] for n in formats} == {2, 4}
     checkpoint.close()
+
+
+def test_info_tells_where_the_bits_came_from(tmp_path):
+    path = write_gguf(tmp_path / "m.gguf", "e2b", quant=lambda name: "Q4_0" if "ffn" in name else "F32")
+    folder = export_checkpoint(path, tmp_path / "out", "q4")
+    told = {entry.tensors: entry for entry in provenance(ModelFolder.open(folder))}
+    assert told["MLP"].origin == "carried from GGUF Q4_0"
+    assert told["MLP"].format == "4 bits, groups of 32"
+    assert told["attention"].origin == told["token embeddings"].origin == "rounded by recipe q4"
+    assert told["norms and scalars"].origin == "as in the checkpoint"
+    assert sum(entry.parameters for entry in told.values()) == sum(w.size for w in tiny_weights("e2b").values())
+    runner = CliRunner()
+    text = runner.invoke(cli, ["info", "-m", str(folder)]).stdout
+    assert "carried from GGUF Q4_0" in text
+    facts = json.loads(runner.invoke(cli, ["info", "-m", str(folder), "--json"]).stdout)
+    assert {entry["origin"] for entry in facts["weights"]} == {entry.origin for entry in told.values()}
+    assert sum(entry["count"] for entry in facts["weights"]) == len(tiny_weights("e2b"))

@@ -73,19 +73,22 @@ def test_weights_have_the_deviation_that_keeps_products_of_order_one(tmp_path: P
 BYTES_PER_TOKEN = {
     ("e2b", "q4"): 1139.7e6 + 13_762_560 / 2,  # the model projection has 8 bits here
     ("e2b", "q8"): 2279.5e6,
-    ("e2b", "mobile"): 790e6 - 13_762_560,  # and 8 bits in place of bfloat16
+    ("e2b", "mobile"): 790e6,
     ("e4b", "q4"): 2321.9e6 + 27_525_120 / 2,
-    ("e4b", "mobile"): 2223e6 - 27_525_120,
+    ("e4b", "mobile"): 2223e6,
 }
 
 
 @pytest.mark.parametrize(("size", "recipe"), list(BYTES_PER_TOKEN))
 def test_bytes_of_a_token_are_those_of_the_architecture(size: str, recipe: str) -> None:
     plan = plan_model(GemmaConfig.from_text_config(TEXT_CONFIGS[size]), recipe)
-    packed = sum(t.parts["packed"].nbytes for t in plan.values() if t.layout == "panels")
+    matrices = [t for t in plan.values() if len(t.shape) == 2 and t.layout != "rows"]
+    packed = sum(t.parts["packed" if t.layout == "panels" else "values"].nbytes for t in matrices)
     assert packed == pytest.approx(BYTES_PER_TOKEN[size, recipe], rel=1e-3)
     for name, tensor in plan.items():
-        assert tensor.layout == ("rows" if name.startswith("embed_tokens_per") else "panels") or len(tensor.shape) == 1
+        as_is = len(tensor.shape) == 1 or (recipe == "mobile" and name.startswith("per_layer_model_projection"))
+        packed_as = "rows" if name.startswith("embed_tokens_per") else "panels"
+        assert tensor.layout == ("dense" if as_is else packed_as)
         if tensor.layout == "panels":  # nothing is padded, so any byte is a weight
             assert tensor.parts["packed"].nbytes == math.prod(tensor.shape) * tensor.bits / 8
 
@@ -111,7 +114,7 @@ def test_the_mobile_recipe_is_the_bit_map_of_the_official_checkpoints() -> None:
             assert bits(config, f"layers.{i}.self_attn.q_proj.weight") == 4
             assert bits(config, f"layers.{i}.per_layer_input_gate.weight") == 8
             assert bits(config, f"layers.{i}.per_layer_projection.weight") == 8
-        assert bits(config, "per_layer_model_projection.weight") == 8
+        assert bits(config, "per_layer_model_projection.weight") == 0  # bfloat16
         assert bits(config, "embed_tokens.weight") == bits(config, "lm_head.weight") == 2
     assert bits(e2b, "embed_tokens_per_layer.weight") == 4
     assert bits(e4b, "embed_tokens_per_layer.weight") == 2
