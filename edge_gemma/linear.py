@@ -52,10 +52,10 @@ class DenseMatrix:
     def __call__(self, x: Activations, start: int = 0, stop: int | None = None) -> np.ndarray:
         """x W[start:stop]^T: float32 [n, stop - start]."""
         w = self.values[start:stop]
-        if w.dtype == np.float32:
+        if w.dtype == np.float32 and len(x.values) > 1:
             return x.values @ w.T
         out = np.empty((len(x.values), len(w)), np.float32)
-        kernels.matmul_bfloat16(x.values, w, out)
+        (kernels.matmul_float if w.dtype == np.float32 else kernels.matmul_bfloat16)(x.values, w, out)
         return out
 
     def gather(self, ids: np.ndarray) -> np.ndarray:
@@ -93,7 +93,7 @@ class PanelMatrix:
         q, scale, sums = x.int8(self.group, self.input_scale)
         out = np.empty((len(q), 8 * (last - first)), np.float32)
         weights = self.packed[first:last], self.scales[first:last], self.bits, self.group
-        if self.bits == 8 and self.input_scale and q.min() == -128:  # kernels for bytes take +-127: the rest is added
+        if self.bits == 8 and self.input_scale and kernels.small_bytes() and q.min() == -128:  # add what is beyond
             rest = -(q == -128).astype(np.int8)
             more = rest.sum(axis=1, keepdims=True, dtype=np.int32)
             added = np.empty_like(out)
@@ -108,8 +108,9 @@ class PanelMatrix:
 
     def gather(self, ids: np.ndarray) -> np.ndarray:
         """Rows ids [n]: float32 [n, k]. Each comes out of one panel, a contiguous few kB."""
-        scales = self.scales if self.scales.dtype == np.float32 else self.scales.view(np.float16)
-        return qformat.dequantize_panels(self.packed, scales, self.bits, self.group, ids, self.columns)
+        rows = np.empty((len(ids), self.columns), np.float32)
+        kernels.gather_panels(self.packed, self.scales, np.asarray(ids, np.int64), self.bits, self.group, rows)
+        return rows
 
 
 Matrix = DenseMatrix | PanelMatrix

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from edge_gemma import qformat
+from edge_gemma import kernels
 from edge_gemma.errors import ModelFolderError
 from edge_gemma.linear import widen
 from edge_gemma.model_folder import Tensor
@@ -40,7 +40,9 @@ class DiskRows:
             self._read(record, offset)
         if self._tensor.layout == "dense":
             return widen(records.view(np.float32 if self._part.dtype == "F32" else np.uint16))
-        return qformat.dequantize_rows(records, self._tensor.shape[1], self._tensor.bits, self._tensor.group)
+        rows = np.empty((len(ids), self._tensor.shape[1]), np.float32)
+        kernels.dequantize_records(records, self._tensor.bits, self._tensor.group, rows)
+        return rows
 
     def _read(self, record: np.ndarray, offset: int) -> None:
         done = 0

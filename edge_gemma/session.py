@@ -13,6 +13,7 @@ from edge_gemma.atomic import write_file
 from edge_gemma.decoder import Decoder
 from edge_gemma.errors import ContextFullError, ModelFolderError, UsageError
 from edge_gemma.kv_cache import KVCache, Snapshot
+from edge_gemma.step import Step
 
 CHUNK = 128  # tokens prefilled at a time
 _MARKS = 4  # snapshots kept
@@ -32,6 +33,7 @@ class Session:
         self._audio_token_id = audio_token_id
         self._soft: SoftTokens = {}  # kept for rewinding and saving: about as many bytes a token as the KV cache
         self._cache = KVCache(decoder.config, context, CHUNK, kv_dtype)
+        self._step = Step(decoder, self._cache)
         self._marks: list[Snapshot] = []
         self.ids: list[int] = []
 
@@ -46,6 +48,11 @@ class Session:
         the session is then as it was.
         """
         self._check(ids)
+        if len(ids) == 1:
+            self._cache.truncate(self.position)  # as in mark
+            logits = self._step(ids[0])
+            self.ids.append(ids[0])
+            return logits
         return self._decoder.logits(self._run(ids, keep=1))[0]
 
     def prefill_soft(self, embeddings: np.ndarray) -> np.ndarray:

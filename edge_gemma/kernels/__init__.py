@@ -23,10 +23,10 @@ from edge_gemma.kernels.jit import (
 )
 
 __all__ = [
-    "add_rms_norm", "announce_compiling", "attention", "available_variants", "cache_directory", "cache_note",
-    "gelu_tanh_mul", "matmul", "matmul_bfloat16", "quantize_activations", "quantize_static", "rms_norm",
-    "rms_norm_rope", "round_to_step", "set_cache_root", "set_threads", "set_variant", "softcap", "store_kv",
-    "threads", "variant",
+    "add_rms_norm", "add_scaled", "announce_compiling", "attention", "available_variants", "cache_directory",
+    "cache_note", "dequantize_records", "gather_panels", "gelu_tanh_mul", "matmul", "matmul_bfloat16", "matmul_float",
+    "quantize_activations", "quantize_static", "rms_norm", "rms_norm_rope", "round_to_step", "scale", "set_cache_root",
+    "set_threads", "set_variant", "small_bytes", "softcap", "store_kv", "threads", "variant",
 ]  # fmt: skip
 
 
@@ -57,6 +57,13 @@ def set_variant(name: str | None) -> None:
     _chosen = name
 
 
+def small_bytes() -> bool:
+    """Whether 8-bit weights take activations within +-127 only; what depends on it cannot be recorded."""
+    from edge_gemma.kernels.isa import SETS
+
+    return not SETS[variant()].any_activation
+
+
 def _refuse(what: str, **arrays: np.ndarray) -> None:
     """Compiled kernels check types and shapes before they touch anything; this says what they were given."""
     given = ", ".join(
@@ -66,6 +73,19 @@ def _refuse(what: str, **arrays: np.ndarray) -> None:
     raise ValueError(f"arguments do not fit each other, expected {what}: got {given}")
 
 
+def _recorded(function):
+    """Decorator of a kernel: where this thread is being recorded, its calls are written down (kernels/program.py)."""
+
+    @functools.wraps(function)
+    def call(*arguments):
+        function(*arguments)
+        if (recorder := getattr(jit.recording, "recorder", None)) is not None:
+            recorder.add(function.__name__, arguments)
+
+    return call
+
+
+@_recorded
 def quantize_activations(x, group, q, scale, sums) -> None:
     """Symmetric int8: q = round_half_even(x * 127 / max|x|), within +-127.
 
@@ -80,6 +100,7 @@ def quantize_activations(x, group, q, scale, sums) -> None:
         _refuse(f"float32, int8, float32, int32 rows with groups of {group}", x=x, q=q, scale=scale, sums=sums)
 
 
+@_recorded
 def quantize_static(x, step, q, scale, sums) -> None:
     """int8 in steps that training fixed: q = round_half_even(x / step), within -128 and 127.
 
@@ -92,6 +113,7 @@ def quantize_static(x, step, q, scale, sums) -> None:
         _refuse("float32, int8, float32, int32 rows with one scale each", x=x, q=q, scale=scale, sums=sums)
 
 
+@_recorded
 def round_to_step(x, step) -> None:
     """x = round_half_even(x / step) * step, the integer within -128 and 127, in place; float32 [n, d]."""
     from edge_gemma.kernels import elementwise
@@ -109,6 +131,7 @@ def _matmul(variant_name, bits, group, scale_groups):
     return make(variant_name, bits, group, scale_groups)
 
 
+@_recorded
 def matmul(q, a_scale, sums, packed, w_scale, bits, group, out) -> None:
     """out[n, r] = sum over groups g of a_scale[n, g] * w_scale[g, r] * (sum over k in g of q[n, k] * w[r, k]).
 
@@ -124,6 +147,7 @@ def matmul(q, a_scale, sums, packed, w_scale, bits, group, out) -> None:
         _refuse(f"a packed matrix of {bits} bits with groups of {group}", **arrays)
 
 
+@_recorded
 def matmul_bfloat16(x, w, out) -> None:
     """out = x w^T with w in bfloat16, summed in float32: x float32 [n, k], w uint16 [rows, k] (the upper halves of
     float32), out float32 [n, rows]. A result is the same for every n and every number of threads.
@@ -134,6 +158,16 @@ def matmul_bfloat16(x, w, out) -> None:
         _refuse("float32 [n, k], uint16 [rows, k] and float32 [n, rows]", x=x, w=w, out=out)
 
 
+@_recorded
+def matmul_float(x, w, out) -> None:
+    """The same with w in float32."""
+    from edge_gemma.kernels import dense
+
+    if not jit.launch(dense.matmul_float, x, w, out):
+        _refuse("float32 [n, k], [rows, k] and [n, rows]", x=x, w=w, out=out)
+
+
+@_recorded
 def rms_norm(x, weight, eps, out) -> None:
     """out = x / sqrt(mean(x^2) + eps) * weight over the last axis; x, out float32 [n, d], weight float32 [d] or
     None.
@@ -147,6 +181,7 @@ def rms_norm(x, weight, eps, out) -> None:
         _refuse("float32 [n, d] and [d]", x=x, weight=weight, out=out)
 
 
+@_recorded
 def add_rms_norm(h, a, weight, eps) -> None:
     """h += rms_norm(a) * weight; h, a float32 [n, d], weight float32 [d]."""
     from edge_gemma.kernels import elementwise
@@ -155,6 +190,7 @@ def add_rms_norm(h, a, weight, eps) -> None:
         _refuse("float32 [n, d] and [d]", h=h, a=a, weight=weight)
 
 
+@_recorded
 def rms_norm_rope(x, weight, cos, sin, eps, out) -> None:
     """RMS norm of every head, then rotary positions on pairs (i, i + hd / 2); out may be x.
 
@@ -166,6 +202,7 @@ def rms_norm_rope(x, weight, cos, sin, eps, out) -> None:
         _refuse("float32 [n, heads, hd], [hd] and [n, hd / 2]", x=x, weight=weight, cos=cos, sin=sin, out=out)
 
 
+@_recorded
 def gelu_tanh_mul(gate, up, out) -> None:
     """out = 0.5 gate (1 + tanh(sqrt(2/pi) (gate + 0.044715 gate^3))) * up; float32 [n, d]; out may be gate or up."""
     from edge_gemma.kernels import elementwise
@@ -174,12 +211,55 @@ def gelu_tanh_mul(gate, up, out) -> None:
         _refuse("float32 [n, d]", gate=gate, up=up, out=out)
 
 
+@_recorded
 def softcap(x, cap) -> None:
     """x = cap * tanh(x / cap), in place; float32 of any shape."""
     from edge_gemma.kernels import elementwise
 
     if not x.flags.c_contiguous or not jit.launch(elementwise.softcap, x.reshape(-1), cap):
         _refuse("float32", x=x)
+
+
+@_recorded
+def scale(x, factor) -> None:
+    """x *= factor, in place; float32 [n, d]."""
+    from edge_gemma.kernels import elementwise
+
+    if not jit.launch(elementwise.scale, x, factor):
+        _refuse("float32 [n, d]", x=x)
+
+
+@_recorded
+def add_scaled(x, y, factor, scale) -> None:
+    """x = (x + y * factor) * scale, in place; float32 [n, d]."""
+    from edge_gemma.kernels import elementwise
+
+    if not jit.launch(elementwise.add_scaled, x, y, factor, scale):
+        _refuse("float32 [n, d]", x=x, y=y)
+
+
+def dequantize_records(records, bits, group, out) -> None:
+    """float32 rows out of row records: uint8 [n, record_bytes] as in edge_gemma/qformat.py, out float32 [n, columns].
+
+    bits 2, 4 or 8; group 0 (one scale a row), 16, 32 or 256.
+    """
+    from edge_gemma.kernels import rows
+
+    if not jit.launch(rows.dequantize_records, records, bits, group, out):
+        _refuse(f"records of {bits} bits in groups of {group}", records=records, out=out)
+
+
+@functools.cache
+def _gather_panels(half):
+    from edge_gemma.kernels.rows import make_gather_panels
+
+    return make_gather_panels(half)
+
+
+def gather_panels(packed, w_scale, ids, bits, group, out) -> None:
+    """float32 rows `ids` of a panel-packed matrix: packed, w_scale as in `matmul`, ids int64 [n], out [n, columns]."""
+    if not jit.launch(_gather_panels(w_scale.dtype == np.uint16), packed, w_scale, ids, bits, group, out):
+        _refuse(f"a packed matrix of {bits} bits with groups of {group}", packed=packed, w_scale=w_scale, out=out)
 
 
 @functools.cache
@@ -189,6 +269,7 @@ def _store(half):
     return make_store(half)
 
 
+@_recorded
 def store_kv(k, v, k_cache, v_cache, first_position) -> None:
     """Write the keys and values of positions first_position, ... into slots position % capacity.
 
@@ -207,6 +288,7 @@ def _attention(variant_name, half, many_rows, plain):
     return make(variant_name, half, 8 if many_rows else 4, plain)
 
 
+@_recorded
 def attention(q, k_cache, v_cache, first_position, window, scale, out) -> None:
     """Causal softmax attention of n queries at positions first_position + i.
 

@@ -9,6 +9,8 @@ number of threads or on how a prompt was cut into chunks. A decode step spreads 
 spreads queries.
 """
 
+import functools
+
 import numba
 import numpy as np
 from numba.core import types
@@ -52,7 +54,7 @@ def _plain_block(q, k_cache, v_cache, kv, slot, count, first, scores, top, total
 
 
 @numba.njit(fastmath={"contract"}, error_model="numpy")
-def _merge(top, total, values, new_top, new_total, new_values):
+def merge(top, total, values, new_top, new_total, new_values):
     """Fold one block's (maximum, sum, values) into the running ones, head by head."""
     for h in range(top.shape[0]):
         best = max(top[h], new_top[h])
@@ -64,7 +66,7 @@ def _merge(top, total, values, new_top, new_total, new_values):
 
 
 @numba.njit(error_model="numpy")
-def _scaled_rows(q, first, rows, scale, padded):
+def scaled_rows(q, first, rows, scale, padded):
     """float32 [padded, hd]: rows of q times the attention scale, then zeros."""
     result = np.zeros((padded, q.shape[1]), np.float32)
     for h in range(rows):
@@ -74,15 +76,16 @@ def _scaled_rows(q, first, rows, scale, padded):
 
 
 @numba.njit(error_model="numpy")
-def _finish(total, values, out, first, rows):
+def finish(total, values, out, first, rows):
     for h in range(rows):
         inverse = np.float32(1) / total[h]
         for d in range(values.shape[1]):
             out[first + h, d] = values[h, d] * inverse
 
 
-def make(variant, half, group_rows, plain):
-    """The attention kernel of an instruction set for float32 or (half) float16 caches.
+@functools.cache
+def make_span(variant, half, group_rows, plain):
+    """(span, rows of its tile) of an instruction set, for float32 or (half) float16 caches.
 
     group_rows: query heads of a KV head, which decides the tile; plain: loops without vector IR, for any head size.
     """
@@ -103,7 +106,14 @@ def make(variant, half, group_rows, plain):
             for first in range(0, q.shape[0], tile):
                 block(q, k_cache, v_cache, kv, slot, count, first, scores, t, s, v)
             if b > b0:
-                _merge(top, total, values, t, s, v)
+                merge(top, total, values, t, s, v)
+
+    return span, tile
+
+
+def make(variant, half, group_rows, plain):
+    """The attention kernel; arguments as in make_span."""
+    span, tile = make_span(variant, half, group_rows, plain)
 
     def attention(q, k_cache, v_cache, first_position, window, scale, out):
         n, heads, hd = q.shape
@@ -133,7 +143,7 @@ def make(variant, half, group_rows, plain):
             low = max(0, position - window + 1) if window else 0
             b0 = low // BLOCK + part
             b1 = position // BLOCK + 1 if parts == 1 else b0 + 1
-            mine = _scaled_rows(q[i], kv * rows, rows, scale, padded)
+            mine = scaled_rows(q[i], kv * rows, rows, scale, padded)
             if parts > 1:
                 span(mine, k_cache, v_cache, kv, low, position, b0, b1,
                      tops[part, kv], totals[part, kv], everything[part, kv])  # fmt: skip
@@ -141,13 +151,13 @@ def make(variant, half, group_rows, plain):
                 top, total = np.empty(padded, np.float32), np.empty(padded, np.float32)
                 values = np.empty((padded, hd), np.float32)
                 span(mine, k_cache, v_cache, kv, low, position, b0, b1, top, total, values)
-                _finish(total, values, out[i], kv * rows, rows)
+                finish(total, values, out[i], kv * rows, rows)
         if parts > 1:
             for kv in range(kv_heads):
                 for part in range(1, parts):
-                    _merge(tops[0, kv], totals[0, kv], everything[0, kv],
+                    merge(tops[0, kv], totals[0, kv], everything[0, kv],
                            tops[part, kv], totals[part, kv], everything[part, kv])  # fmt: skip
-                _finish(totals[0, kv], everything[0, kv], out[0], kv * rows, rows)
+                finish(totals[0, kv], everything[0, kv], out[0], kv * rows, rows)
 
         return True
 
@@ -157,8 +167,22 @@ def make(variant, half, group_rows, plain):
     return kernel(*signature, parallel=True, key=attention.__name__)(attention)
 
 
+@functools.cache
+def make_store_row(half):
+    """store_row(rows float32 [KV, hd], slot [KV, hd])."""
+
+    @numba.njit(error_model="numpy")
+    def store_row(rows, slot):
+        for h in range(rows.shape[0]):
+            for d in range(rows.shape[1]):
+                slot[h, d] = to_half(rows[h, d]) if half else rows[h, d]
+
+    return store_row
+
+
 def make_store(half):
     """The kernel that writes rows into ring caches."""
+    store_row = make_store_row(half)
 
     def store_kv(k, v, k_cache, v_cache, first_position):
         n, kv_heads, hd = k.shape
@@ -169,10 +193,8 @@ def make_store(half):
             return False
         for i in range(n):
             slot = (first_position + i) % capacity
-            for h in range(kv_heads):
-                for d in range(hd):
-                    k_cache[slot, h, d] = to_half(k[i, h, d]) if half else k[i, h, d]
-                    v_cache[slot, h, d] = to_half(v[i, h, d]) if half else v[i, h, d]
+            store_row(k[i], k_cache[slot])
+            store_row(v[i], v_cache[slot])
         return True
 
     store_kv.__name__ = f"store_kv_{'half' if half else 'float'}"

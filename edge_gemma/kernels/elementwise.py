@@ -44,50 +44,98 @@ def exp32(x):
 
 
 @numba.njit(fastmath={"contract", "reassoc", "nsz"}, error_model="numpy")
-def _inverse_rms(x, eps):
+def inverse_rms(x, eps):
     total = np.float32(0)
     for i in range(x.shape[0]):
         total += x[i] * x[i]
     return np.float32(1) / np.sqrt(total / np.float32(x.shape[0]) + np.float32(eps))
 
 
-@kernel(_READ_2D, _F64, _WRITTEN_2D, fastmath={"contract"})
+@numba.njit(fastmath={"contract"}, error_model="numpy")
+def rms_norm_row(x, eps, out):
+    factor = inverse_rms(x, eps)
+    for i in range(x.shape[0]):
+        out[i] = x[i] * factor
+
+
+@numba.njit(fastmath={"contract"}, error_model="numpy")
+def weighted_rms_norm_row(x, weight, eps, out):
+    factor = inverse_rms(x, eps)
+    for i in range(x.shape[0]):
+        out[i] = x[i] * factor * weight[i]
+
+
+@numba.njit(fastmath={"contract"}, error_model="numpy")
+def add_rms_norm_row(h, a, weight, eps):
+    factor = inverse_rms(a, eps)
+    for i in range(h.shape[0]):
+        h[i] += a[i] * factor * weight[i]
+
+
+@kernel(_READ_2D, _F64, _WRITTEN_2D)
 def rms_norm_unweighted(x, eps, out):
     if x.shape != out.shape:
         return False
     for n in range(x.shape[0]):
-        factor = _inverse_rms(x[n], eps)
-        for i in range(x.shape[1]):
-            out[n, i] = x[n, i] * factor
+        rms_norm_row(x[n], eps, out[n])
     return True
 
 
-@kernel(_READ_2D, _READ_1D, _F64, _WRITTEN_2D, fastmath={"contract"})
+@kernel(_READ_2D, _READ_1D, _F64, _WRITTEN_2D)
 def rms_norm(x, weight, eps, out):
     if x.shape != out.shape or x.shape[1] != weight.shape[0]:
         return False
     for n in range(x.shape[0]):
-        factor = _inverse_rms(x[n], eps)
-        for i in range(x.shape[1]):
-            out[n, i] = x[n, i] * factor * weight[i]
+        weighted_rms_norm_row(x[n], weight, eps, out[n])
     return True
 
 
-@kernel(_WRITTEN_2D, _READ_2D, _READ_1D, _F64, fastmath={"contract"})
+@kernel(_WRITTEN_2D, _READ_2D, _READ_1D, _F64)
 def add_rms_norm(h, a, weight, eps):
     if h.shape != a.shape or h.shape[1] != weight.shape[0]:
         return False
     for n in range(h.shape[0]):
-        factor = _inverse_rms(a[n], eps)
-        for i in range(h.shape[1]):
-            h[n, i] += a[n, i] * factor * weight[i]
+        add_rms_norm_row(h[n], a[n], weight, eps)
+    return True
+
+
+@numba.njit(fastmath={"contract"}, error_model="numpy")
+def scale_row(x, factor):
+    for i in range(x.shape[0]):
+        x[i] *= factor
+
+
+@kernel(_WRITTEN_2D, _F64)
+def scale(x, factor):
+    for n in range(x.shape[0]):
+        scale_row(x[n], np.float32(factor))
+    return True
+
+
+@numba.njit(error_model="numpy")  # not contracted: the reference rounds the product
+def add_scaled_row(x, y, factor, scale):
+    for i in range(x.shape[0]):
+        x[i] = (x[i] + y[i] * factor) * scale
+
+
+@kernel(_WRITTEN_2D, _READ_2D, _F64, _F64, parallel=True)
+def add_scaled(x, y, factor, scale):
+    if x.shape != y.shape:
+        return False
+    narrow = np.float32(factor), np.float32(scale)
+    if x.size < _SERIAL:
+        for n in range(x.shape[0]):
+            add_scaled_row(x[n], y[n], narrow[0], narrow[1])
+    else:
+        for n in numba.prange(x.shape[0]):
+            add_scaled_row(x[n], y[n], narrow[0], narrow[1])
     return True
 
 
 @numba.njit(error_model="numpy")  # not contracted: which of two products is fused would depend on how out lies to x
-def _norm_rope_row(x, weight, cos, sin, eps, out):
+def norm_rope_row(x, weight, cos, sin, eps, out):
     half = x.shape[0] // 2
-    factor = _inverse_rms(x, eps)
+    factor = inverse_rms(x, eps)
     for i in range(half):
         first, second = x[i] * factor * weight[i], x[half + i] * factor * weight[half + i]
         out[i] = first * cos[i] - second * sin[i]
@@ -101,12 +149,12 @@ def rms_norm_rope(x, weight, cos, sin, eps, out):
         return False
     for i in range(n):
         for h in range(heads):
-            _norm_rope_row(x[i, h], weight, cos[i], sin[i], eps, out[i, h])
+            norm_rope_row(x[i, h], weight, cos[i], sin[i], eps, out[i, h])
     return True
 
 
 @numba.njit(fastmath={"contract", "nsz"}, error_model="numpy")
-def _gelu_row(gate, up, out):
+def gelu_row(gate, up, out):
     """x * sigmoid(2 u): the tanh form without its cancellation for negative x."""
     for i in range(gate.shape[0]):
         x = gate[i]
@@ -120,15 +168,15 @@ def gelu_tanh_mul(gate, up, out):
         return False
     if gate.size < _SERIAL:
         for n in range(gate.shape[0]):
-            _gelu_row(gate[n], up[n], out[n])
+            gelu_row(gate[n], up[n], out[n])
     else:
         for n in numba.prange(gate.shape[0]):
-            _gelu_row(gate[n], up[n], out[n])
+            gelu_row(gate[n], up[n], out[n])
     return True
 
 
-@kernel(_WRITTEN_1D, _F64, fastmath={"contract", "nsz"})
-def softcap(x, cap):
+@numba.njit(fastmath={"contract", "nsz"}, error_model="numpy")
+def softcap_row(x, cap):
     inverse = np.float32(1) / np.float32(cap)
     for i in range(x.shape[0]):
         y = x[i] * inverse
@@ -139,6 +187,11 @@ def softcap(x, cap):
         far = (np.float32(1) - e) / (np.float32(1) + e)
         far = far if y > np.float32(0) else -far
         x[i] = np.float32(cap) * (near if abs(y) < np.float32(0.625) else far)
+
+
+@kernel(_WRITTEN_1D, _F64)
+def softcap(x, cap):
+    softcap_row(x, cap)
     return True
 
 
@@ -166,7 +219,7 @@ def _quantize_block(x, q):
 
 
 @numba.njit(error_model="numpy")
-def _quantize_row(x, q, scale, sums):
+def quantize_row(x, q, scale, sums):
     k, width = x.shape[0], q.shape[0] // scale.shape[0]
     for g in range(scale.shape[0]):
         start = min(k, g * width)
@@ -189,26 +242,26 @@ def quantize_activations(x, group, q, scale, sums):
         return False
     if x.size < _SERIAL:
         for n in range(x.shape[0]):
-            _quantize_row(x[n], q[n], scale[n], sums[n])
+            quantize_row(x[n], q[n], scale[n], sums[n])
     else:
         for n in numba.prange(x.shape[0]):
-            _quantize_row(x[n], q[n], scale[n], sums[n])
+            quantize_row(x[n], q[n], scale[n], sums[n])
     return True
 
 
 @numba.njit(error_model="numpy")
-def _to_steps(x, step):
+def to_steps(x, step):
     """x in whole steps, half to even, within -128 and 127; NaN stays NaN."""
     return max(min(np.rint(x / step), np.float32(127)), np.float32(-128))
 
 
 @numba.njit(error_model="numpy")
-def _quantize_static_row(x, step, q, scale, sums):
+def quantize_static_row(x, step, q, scale, sums):
     k = x.shape[0]
     q[k:] = 0
     total, damaged = np.int32(0), False
     for i in range(k):
-        value = _to_steps(x[i], step)
+        value = to_steps(x[i], step)
         if value != value:
             damaged, value = True, np.float32(0)
         q[i] = np.int8(value)
@@ -227,11 +280,17 @@ def quantize_static(x, step, q, scale, sums):
     narrow = np.float32(step)
     if x.size < _SERIAL:
         for i in range(n):
-            _quantize_static_row(x[i], narrow, q[i], scale[i], sums[i])
+            quantize_static_row(x[i], narrow, q[i], scale[i], sums[i])
     else:
         for i in numba.prange(n):
-            _quantize_static_row(x[i], narrow, q[i], scale[i], sums[i])
+            quantize_static_row(x[i], narrow, q[i], scale[i], sums[i])
     return True
+
+
+@numba.njit(error_model="numpy")
+def round_row(x, step):
+    for i in range(x.shape[0]):
+        x[i] = to_steps(x[i], step) * step
 
 
 @kernel(_WRITTEN_2D, _F64, parallel=True)
@@ -239,10 +298,8 @@ def round_to_step(x, step):
     narrow = np.float32(step)
     if x.size < _SERIAL:
         for n in range(x.shape[0]):
-            for i in range(x.shape[1]):
-                x[n, i] = _to_steps(x[n, i], narrow) * narrow
+            round_row(x[n], narrow)
     else:
         for n in numba.prange(x.shape[0]):
-            for i in range(x.shape[1]):
-                x[n, i] = _to_steps(x[n, i], narrow) * narrow
+            round_row(x[n], narrow)
     return True

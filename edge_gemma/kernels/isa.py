@@ -116,6 +116,7 @@ class Portable:
     panels = 1  # panels side by side in a register
     streams = 1  # panels that a single token's tile reads at the same time
     unsigned_bytes = False  # a step takes any unsigned byte as a weight
+    any_activation = False  # -128 too against weights of 8 bits, not only +-127
     accumulators = 1  # independent sums that hide the latency of a step
     float_lanes = 4  # float32 in a register
     float_sums = 8  # registers of running sums that attention keeps
@@ -226,6 +227,8 @@ class Avx2(Portable):
 
 class _DotProduct(Portable):
     """A set whose instruction adds 4 products to a 32-bit sum."""
+
+    any_activation = True
 
     def start(self, panels):
         return splat_constant(I32, 8 * panels, 0)

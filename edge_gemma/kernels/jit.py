@@ -29,6 +29,7 @@ import platformdirs
 from numba.core import compiler, serialize, types
 from numba.core.bytecode import FunctionIdentity
 from numba.core.caching import _Cache
+from numba.core.ccallback import CFunc
 
 from edge_gemma.errors import UsageError
 
@@ -39,6 +40,8 @@ log = logging.getLogger(__name__)
 # from a random start. (Seen: a kernel for scales a group that ran the code for scales a token.)
 FunctionIdentity._unique_ids = itertools.count(secrets.randbits(60))
 
+recording = threading.local()  # .recorder: who writes down this thread's kernel calls (kernels/program.py), or None
+PART_ARGUMENTS = (types.int64, types.int64, types.int64)
 _caller = threading.local()
 # Turns a thread of libgomp spins for the others before it sleeps, half a millisecond at most. The default, thirty times
 # more, is as fast on an idle machine and 4 to 8 times slower on a busy one: a thread that spins keeps its partner off
@@ -174,6 +177,28 @@ def kernel(*signature, parallel=False, fastmath=False, key=None):
         return dispatcher
 
     return decorate
+
+
+class Part:
+    """A C function void(int64 operation, int64 position, int64 chunk), compiled when its address is first asked for.
+
+    What programs are made of (kernels/program.py).
+    """
+
+    def __init__(self, function, key: str) -> None:
+        self._compiled = CFunc(function, (PART_ARGUMENTS, types.void), {}, {"error_model": "numpy"})
+        self._compiled._cache = _KernelCache(function, key)
+
+    @property
+    def address(self) -> int:
+        if self._compiled.address is None:
+            self._compiled.compile()
+        return self._compiled.address
+
+
+def part(key: str):
+    """Decorator: a Part. `key` as in `kernel`."""
+    return lambda function: Part(function, key)
 
 
 def launch(dispatcher, *args) -> bool:

@@ -12,6 +12,8 @@ against 20 GB/s on a 2-core Xeon): its tile walks through as many panels as the 
 quarter of the matrix apart, so that every stream is one long run of addresses.
 """
 
+import functools
+
 import numba
 import numpy as np
 
@@ -23,6 +25,12 @@ TOKEN_BLOCK_BYTES = 1 << 18
 """Activations that are kept in a core's cache while all its panels pass by."""
 
 
+@functools.cache
+def make_one_token(variant, bits, group, scale_groups):
+    """The tile of a single token."""
+    return make_tile(TileSpec(variant, bits, group, scale_groups, 1, isa.SETS[variant].streams))
+
+
 def make(variant, bits, group, scale_groups):
     """The matmul kernel of an instruction set, width, group size, and kind of activation scale."""
     chosen = isa.SETS[variant]
@@ -32,7 +40,7 @@ def make(variant, bits, group, scale_groups):
     middle = some < most
     many_tokens = make_tile(TileSpec(variant, bits, group, scale_groups, most, pair))
     some_tokens = make_tile(TileSpec(variant, bits, group, scale_groups, some, pair))
-    one_token = make_tile(TileSpec(variant, bits, group, scale_groups, 1, streams))
+    one_token = make_one_token(variant, bits, group, scale_groups)
 
     @numba.njit(error_model="numpy")
     def run(q, a_scale, correction, packed, w_scale, out, n0, n1, first, apart):

@@ -1,0 +1,102 @@
+"""Single rows of packed matrices as float32: what tokens and per-layer embeddings are made of.
+
+Owns: unpacking row records and rows of panels (edge_gemma/qformat.py). Does not know: where the bytes come from.
+"""
+
+import numba
+import numpy as np
+from numba.core import types
+
+from edge_gemma.kernels.convert import as_float, float_of_bits
+from edge_gemma.kernels.jit import array, kernel
+
+
+@numba.njit(error_model="numpy")
+def _little_endian(data, first, count):
+    value = np.int32(0)
+    for i in range(count):
+        value |= np.int32(data[first + i]) << np.int32(8 * i)
+    return value
+
+
+@numba.njit(error_model="numpy")
+def _scaled(fields, shift, mask, zero, scale, out, step):
+    """out[0], out[step], ... = scale * (one field of each byte - zero)."""
+    for i in range(fields.shape[0]):
+        out[i * step] = np.float32(np.int32((fields[i] >> shift) & mask) - zero) * scale
+
+
+@numba.njit(error_model="numpy")
+def _record(record, bits, group, out):
+    """One row record: its scales, then its fields."""
+    columns, per_byte = out.shape[0], 8 // bits
+    body = (columns * bits + 7) // 8
+    head = record.shape[0] - body
+    groups = (columns + group - 1) // group if group else 1
+    width, size = group or columns, head // groups  # columns and bytes of a scale
+    mask, zero = np.uint8((1 << bits) - 1), np.int32(0 if bits == 8 else 1 << (bits - 1))
+    for g in range(groups):
+        raw = _little_endian(record, g * size, size)
+        scale = as_float(np.uint16(raw)) if size == 2 else float_of_bits(raw)
+        begin, end = g * width, min(columns, (g + 1) * width)
+        whole = (end - begin) // per_byte
+        first = head + begin // per_byte
+        if bits == 8:
+            for i in range(end - begin):
+                out[begin + i] = np.float32(np.int8(record[first + i])) * scale
+            continue
+        for j in range(per_byte):
+            _scaled(
+                record[first : first + whole], np.uint8(bits * j), mask, zero, scale, out[begin + j : end], per_byte
+            )
+        for i in range(begin + whole * per_byte, end):  # the row ends within a byte
+            field = (record[head + i // per_byte] >> np.uint8(bits * (i % per_byte))) & mask
+            out[i] = np.float32(np.int32(field) - zero) * scale
+
+
+@kernel(array("u1", 2), types.int64, types.int64, array("f4", 2, True), parallel=True)
+def dequantize_records(records, bits, group, out):
+    n, columns = out.shape
+    groups = (columns + group - 1) // group if group else 1
+    head = records.shape[1] - (columns * bits + 7) // 8
+    if records.shape[0] != n or (head != 2 * groups and head != 4 * groups) or 8 % bits:
+        return False
+    if n == 1:
+        _record(records[0], bits, group, out[0])
+    else:
+        for i in numba.prange(n):
+            _record(records[i], bits, group, out[i])
+    return True
+
+
+def make_gather_panels(half):
+    """The kernel that takes rows out of panels, with float16 bits or float32 as scales."""
+
+    def gather_panels(packed, scales, ids, bits, group, out):
+        chunks, per_byte = packed.shape[1], 8 // bits
+        mask, zero = np.uint8((1 << bits) - 1), np.int32(0 if bits == 8 else 1 << (bits - 1))
+        n, columns = out.shape
+        kpad = (columns + 31) // 32 * 32
+        if packed.shape[1:] != (kpad * bits // 32, 8, 4) or ids.shape[0] != n:
+            return False
+        if scales.shape != (packed.shape[0], kpad // group if group else 1, 8):
+            return False
+        for i in range(n):
+            if not 0 <= ids[i] < 8 * packed.shape[0]:
+                return False
+        for i in range(n):
+            panel, row = ids[i] // 8, ids[i] % 8
+            for chunk in range(chunks):
+                for j in range(per_byte):
+                    first = (chunk * per_byte + j) * 4
+                    scale = as_float(scales[panel, first // group if group else 0, row])
+                    for k in range(min(4, columns - first)):
+                        byte = packed[panel, chunk, row, k]
+                        field = np.int32(np.int8(byte)) if bits == 8 else np.int32((byte >> np.uint8(bits * j)) & mask)
+                        out[i, first + k] = np.float32(field - zero) * scale
+        return True
+
+    gather_panels.__name__ = f"gather_panels_{'half' if half else 'float'}"
+    scales = array("u2" if half else "f4", 3)
+    signature = array("u1", 4), scales, array("i8", 1), types.int64, types.int64, array("f4", 2, True)
+    return kernel(*signature, key=gather_panels.__name__)(gather_panels)
