@@ -16,6 +16,7 @@ wins, the earlier pattern among those that begin together. Modules of `modules_t
 
 import math
 import re
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -115,8 +116,9 @@ def _pattern(given: str, whole: str | None = None) -> re.Pattern[str]:
             f"single characters, and 8 alternatives in {_MAX_PATTERN} characters"
         )
     try:
-        return re.compile(whole or given)
-    except (re.error, RecursionError, OverflowError) as e:
+        with warnings.catch_warnings(action="error"):
+            return re.compile(whole or given)
+    except (re.error, RecursionError, OverflowError, Warning) as e:
         raise ConfigError(f"quantization_config: {show(given)} is not a regular expression: {show(e)}") from None
 
 

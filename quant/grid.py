@@ -5,10 +5,13 @@ The grid is found where integers and a scale exist that give every weight back t
 """
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
 _SPACING = {"F32": 1, "F16": 1 << 13, "BF16": 1 << 16}  # of a float type, in float32's own spacings
+_FIRST = 2  # rows looked at first
+_PART_WEIGHTS = 1 << 16  # looked at together: they stay in the cache
 _SMALLEST = 8  # largest integer that the smallest weight of a block is taken for
 
 
@@ -40,10 +43,22 @@ def on_grid(
     rows, columns = weights.shape
     if group and columns % group:
         return None
+    step = max(1, _PART_WEIGHTS // columns)
+    parts = []
+    for start, stop in pairwise([0, *range(min(_FIRST, rows), rows, step), rows]):
+        part = _rows_on_grid(weights[start:stop], bits, dtype, group)
+        if part is None:  # of random weights, the first rows say so
+            return None
+        parts.append(part)
+    integers, scales = zip(*parts, strict=True)
+    return np.concatenate(integers), np.concatenate(scales)
+
+
+def _rows_on_grid(weights: np.ndarray, bits: int, dtype: str, group: int) -> tuple[np.ndarray, np.ndarray] | None:
+    rows, columns = weights.shape
     blocks = weights.reshape(-1, group or columns)
     integers, scales = np.zeros(blocks.shape, np.int8), np.zeros(len(blocks), np.float32)
-    magnitudes = np.where(blocks == 0, np.inf, np.abs(blocks))
-    smallest = magnitudes.min(axis=1)
+    smallest = np.where(blocks == 0, np.float32(np.inf), np.abs(blocks)).min(axis=1)
     left = np.flatnonzero(smallest < np.inf)
     for count in range(1, min(_SMALLEST, 1 << (bits - 1)) + 1):
         if not len(left):

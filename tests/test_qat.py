@@ -1,12 +1,15 @@
 """Checkpoints in the official QAT schema: every integer and scale reaches the model folder, activations are rounded as
 trained, and logits are those of transformers (goldens; tests/test_qat_oracle.py asks transformers itself)."""
 
+import contextlib
 import json
 import re
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from edge_gemma import Engine, qformat
 from edge_gemma.errors import CheckpointError, ConfigError, UsageError
@@ -159,6 +162,29 @@ BAD_CONFIGS = [
     ({"module_quant_configs": {}}, "expected U8 .*4 bits as quantization_config says"),
     ({"quantize_embeddings": False}, "tensors are missing|unknown tensors"),
 ]
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-3, 9) | st.floats(allow_nan=False) | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@settings(deadline=None, max_examples=300)
+@given(st.dictionaries(st.sampled_from([*QUANTIZATION]), JSON), st.dictionaries(st.text(max_size=6), JSON, max_size=1))
+def test_any_quantization_config_is_read_or_refused(known, unknown):
+    with contextlib.suppress(ConfigError):
+        gemma_quant.parse(unknown | known | {"quant_method": "gemma"}).bits("model.layers.0.mlp", False)
+
+
+@settings(deadline=None, max_examples=300)
+@given(st.text("a.*+?|(){}1,[]\\^$", max_size=40))
+def test_no_pattern_keeps_the_matcher_busy(pattern):
+    """Names of 60 letters: what would take ages is refused, the rest is done at once."""
+    given_config = {"quant_method": "gemma", "module_quant_configs": {pattern: {}}, "modules_to_not_convert": [pattern]}
+    with contextlib.suppress(ConfigError):
+        gemma_quant.parse(given_config).bits("a" * 60, False)
 
 
 @pytest.mark.parametrize(("changes", "message"), BAD_CONFIGS)
