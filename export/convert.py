@@ -98,14 +98,15 @@ def carried_matrices(checkpoint: Checkpoint, config: GemmaConfig, recipe: str) -
     """
     if recipe == checkpoint.trained_recipe:
         return checkpoint.packed
-    carried = {}
-    for name, shape in config.tensor_shapes().items():
-        bits = tensor_format(recipe, name, shape, config).bits
-        matrix = checkpoint.packed.get(name)
-        matrix = grid_matrix(checkpoint, name, bits) if matrix is None and bits else matrix
-        if matrix is not None and matrix.bits <= bits:
-            carried[name] = matrix
-    return carried
+    bits = {name: tensor_format(recipe, name, shape, config).bits for name, shape in config.tensor_shapes().items()}
+
+    def packed(name: str) -> PackedMatrix | None:
+        given = checkpoint.packed.get(name)
+        return given if given is not None or not bits[name] else grid_matrix(checkpoint, name, bits[name])
+
+    with ThreadPoolExecutor() as pool:
+        found = zip(bits, pool.map(packed, bits), strict=True)
+    return {name: matrix for name, matrix in found if matrix is not None and matrix.bits <= bits[name]}
 
 
 def plan_weight(

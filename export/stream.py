@@ -7,6 +7,7 @@ Owns: row blocks, the threads, packing, digests of what was read, progress. Does
 import hashlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 
@@ -22,8 +23,7 @@ from edge_gemma.quant.search import search_scales
 _BLOCK_WEIGHTS = 1 << 20  # weights a worker rounds at a time: 4 MB of float32 stays near the caches
 _AHEAD = 4  # blocks in flight
 
-# Rows [start, stop) -> what was read of them, and their parts on the way.
-_Encoded = Callable[[int, int], tuple[list[np.ndarray], Future[dict[str, np.ndarray]]]]
+_Block = tuple[tuple[np.ndarray, ...], dict[str, np.ndarray]]  # what was read of some rows, and their parts
 
 
 def encode_block(tensor: Tensor, weights: np.ndarray, rounder: Rounder, first: int = 0) -> dict[str, np.ndarray]:
@@ -73,9 +73,9 @@ class TensorStream:
         """Read a tensor, round it block by block, write it."""
         tensor = self._plan[name]
 
-        def encoded(start: int, stop: int) -> tuple[list[np.ndarray], Future[dict[str, np.ndarray]]]:
+        def encoded(start: int, stop: int) -> Future[_Block]:
             weights = self._checkpoint.rows(name, start, stop)
-            return [weights], self._pool.submit(encode_block, tensor, weights, rounder, start)
+            return self._pool.submit(lambda: ((weights,), encode_block(tensor, weights, rounder, start)))
 
         self._put(name, encoded)
 
@@ -83,30 +83,24 @@ class TensorStream:
         """Write a packed matrix as it is."""
         tensor, packed = self._plan[name], self._carried[name]
 
-        def encoded(start: int, stop: int) -> tuple[list[np.ndarray], Future[dict[str, np.ndarray]]]:
-            try:
-                block = packed.read(start, stop)
-            except CheckpointError as error:
-                raise CheckpointError(f"{name}: {error}") from None
-            return [*block], self._pool.submit(encode_packed, tensor, *block)
+        def block(start: int, stop: int) -> _Block:
+            read = packed.read(start, stop)
+            return read, encode_packed(tensor, *read)
 
-        self._put(name, encoded)
+        self._put(name, lambda start, stop: self._pool.submit(block, start, stop))
 
-    def _put(self, name: str, encoded: _Encoded) -> None:
+    def _put(self, name: str, encoded: Callable[[int, int], Future[_Block]]) -> None:
         tensor, content = self._plan[name], hashlib.sha256()
-        pending: list[Future[dict[str, np.ndarray]]] = []
+        pending: list[Future[_Block]] = []
         for start, stop in _blocks(tensor.shape):
-            read, future = encoded(start, stop)
-            pending.append(future)
-            for values in read:
-                content.update(values.data)
+            pending.append(encoded(start, stop))
             self._done += (stop - start) * int(np.prod(tensor.shape[1:])) * 4
             while len(pending) >= _AHEAD:
-                self._append(name, pending.pop(0))
+                self._append(name, pending.pop(0), content)
             if self._progress:
                 self._progress(self._done, self._total, name)
         for block in pending:
-            self._append(name, block)
+            self._append(name, block, content)
         self._digests[name] = content.hexdigest()
 
     def put_rest(self) -> str:
@@ -124,11 +118,13 @@ class TensorStream:
                 self.put(name, lambda weights, _, t=tensor: search_scales(weights, t.bits, t.group))
         return hashlib.sha256("".join(self._digests[name] for name in self._plan).encode()).hexdigest()
 
-    def _append(self, name: str, block: Future[dict[str, np.ndarray]]) -> None:
+    def _append(self, name: str, block: Future[_Block], content: Any) -> None:
         try:
-            parts = block.result()
+            read, parts = block.result()
         except CheckpointError as error:
             raise CheckpointError(f"{name}: {error}") from None
+        for values in read:
+            content.update(values.data)
         for key, values in parts.items():
             self._writer.append(name, key, values)
 
