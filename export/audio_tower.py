@@ -154,6 +154,11 @@ class AudioTower:
     token_ids: Mapping[str, int]  # audio_token_id, boa_token_id, eoa_token_id
     read: Callable[[str], np.ndarray]
 
+    @property
+    def weights(self) -> int:
+        """How many the tower and its projection have."""
+        return sum(math.prod(shape) for shape in self.config.tensor_shapes(self.text_hidden_size).values())
+
     def tensor(self, name: str) -> np.ndarray:
         """A tensor, finite. Raises CheckpointError."""
         values = self.read(name)

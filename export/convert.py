@@ -56,13 +56,14 @@ def export_checkpoint(
         plan = {name: plan_weight(checkpoint, config, recipe, carried, name) for name in config.tensor_shapes()}
         tokenizer = checkpoint.tokenizer_model()
         tower = checkpoint.audio_tower() if audio else None
-        with new_folder(dest, force=force) as folder, FolderWriter(folder, plan) as writer:
+        beside = encoder_bytes(tower, recipe) if tower else 0
+        with new_folder(dest, force=force) as folder, FolderWriter(folder, plan, beside=beside) as writer:
+            section = write_tower(writer, tower, recipe, progress) if tower else None
             writer.add_file(TOKENIZER, tokenizer)
             if checkpoint.chat_template is not None:
                 writer.add_file(TEMPLATE, checkpoint.chat_template.encode())
             writer.add_file(GENERATION, json.dumps(checkpoint.generation_config, indent=1).encode())
             content = _write_tensors(checkpoint, config, plan, carried, writer, calibration, progress)
-            section = write_tower(writer, tower, recipe) if tower else None
             writer.finish(
                 dict(config.text_config),
                 recipe,
@@ -133,11 +134,18 @@ def plan_weight(
     return replace(rounded, origin=f"rounded by recipe {recipe}")
 
 
-def write_tower(writer: FolderWriter, tower: AudioTower, recipe: str) -> dict[str, Any]:
+def encoder_bytes(tower: AudioTower, recipe: str) -> int:
+    """About what the audio encoder's weights take as a recipe stores them."""
+    return tower.weights * (4 if recipe == "float" else 1)
+
+
+def write_tower(
+    writer: FolderWriter, tower: AudioTower, recipe: str, progress: Progress | None = None
+) -> dict[str, Any]:
     """The audio encoder as a recipe stores it. Returns the manifest's section. Raises UsageError without onnx."""
     from edge_gemma.export.audio_encoder import write_audio_encoder
 
-    return write_audio_encoder(writer, tower, bits=0 if recipe == "float" else 8)
+    return write_audio_encoder(writer, tower, bits=0 if recipe == "float" else 8, progress=progress)
 
 
 def _write_tensors(

@@ -58,8 +58,8 @@ class DigestedFile:
 class FolderWriter:
     """Fill `folder` with the planned tensors. Parts are appended in any interleaving, each from its first row on."""
 
-    def __init__(self, folder: Path, plan: dict[str, Tensor]) -> None:
-        """Lays out and sizes the containers. Raises UsageError if the disk has no room for them."""
+    def __init__(self, folder: Path, plan: dict[str, Tensor], *, beside: int = 0) -> None:
+        """Lays out and sizes the containers. Raises UsageError if the disk has no room for them and `beside` bytes."""
         self.folder = folder
         self._plan = plan
         self._files: dict[str, dict[str, Any]] = {}
@@ -69,7 +69,7 @@ class FolderWriter:
         for name, tensor in plan.items():
             for key, part in tensor.parts.items():
                 by_file.setdefault(part.file, []).append((name, key, part))
-        needed = sum(part.nbytes for parts in by_file.values() for _, _, part in parts)
+        needed = beside + sum(part.nbytes for parts in by_file.values() for _, _, part in parts)
         free = shutil.disk_usage(folder).free
         if needed > free:
             raise UsageError(

@@ -26,7 +26,7 @@ from edge_gemma.atomic import new_folder
 from edge_gemma.config import FULL, SLIDING, GemmaConfig
 from edge_gemma.errors import UsageError
 from edge_gemma.export.audio_tower import AudioConfig, AudioTower
-from edge_gemma.export.convert import write_tower
+from edge_gemma.export.convert import encoder_bytes, write_tower
 from edge_gemma.export.folder_writer import FolderWriter
 from edge_gemma.export.sentencepiece_model import BYTE, BYTE_PIECES, CONTROL, NORMAL, SPACE, UNKNOWN, from_gguf_metadata
 from edge_gemma.model_folder import GENERATION, TEMPLATE, TOKENIZER, Part, Progress, Tensor, plan_tensor
@@ -109,13 +109,15 @@ def synthesize(
         raise UsageError(f"unknown size {size!r}: choose one of {', '.join(TEXT_CONFIGS)}")
     config = GemmaConfig.from_text_config(TEXT_CONFIGS[size])
     plan = plan_model(config, recipe)
-    with new_folder(dest, force=force) as folder, FolderWriter(folder, plan) as writer:
+    tower = random_tower(size, config, seed) if audio else None
+    beside = encoder_bytes(tower, recipe) if tower else 0
+    with new_folder(dest, force=force) as folder, FolderWriter(folder, plan, beside=beside) as writer:
+        section = write_tower(writer, tower, recipe, progress) if tower else None
         writer.add_file(TOKENIZER, tokenizer_model(config.vocab_size))
         writer.add_file(TEMPLATE, _CHAT_TEMPLATE.encode())
         writer.add_file(GENERATION, json.dumps(_GENERATION, indent=1).encode())
         _write_tensors(plan, config, seed, writer, progress)
         name = f"random {size}, seed {seed}"
-        section = write_tower(writer, random_tower(size, config, seed), recipe) if audio else None
         digest = hashlib.sha256(f"{name}, {recipe}".encode()).hexdigest()
         writer.finish(dict(config.text_config), recipe, {"name": name, "digest": digest, "license": None}, section)
     return dest

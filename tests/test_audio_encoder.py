@@ -3,16 +3,19 @@
 import json
 import re
 import shutil
+import sys
 from types import SimpleNamespace
 
 import numpy as np
 import onnx
 import onnxruntime
 import pytest
+from click.testing import CliRunner
 
 from edge_gemma import kernels
 from edge_gemma.audio import features
 from edge_gemma.audio.encoder import AudioEncoder
+from edge_gemma.cli import cli
 from edge_gemma.engine import Engine
 from edge_gemma.errors import EdgeGemmaError, ModelFolderError, UsageError
 from edge_gemma.export.audio_encoder import write_audio_encoder
@@ -435,6 +438,48 @@ def test_towers_that_are_refused(checkpoint, tmp_path, changes, message):
     folder = ModelFolder.open(export_checkpoint(checkpoint, tmp_path / "m", "float", audio=False))
     assert folder.audio is None
     assert AUDIO_DATA not in folder.manifest["files"]
+
+
+def test_room_on_disk_is_checked_for_the_tower_too(checkpoint, tmp_path, monkeypatch):
+    text = ModelFolder.open(export_checkpoint(checkpoint, tmp_path / "m", "float", audio=False))
+    needed = sum(part.nbytes for _, part in text.parts())
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=needed + 1000))
+    with pytest.raises(UsageError, match="make room"):
+        export_checkpoint(checkpoint, tmp_path / "n", "float")
+    export_checkpoint(checkpoint, tmp_path / "o", "float", audio=False)
+
+
+def test_without_the_onnx_package(checkpoint, tmp_path, monkeypatch):
+    """Told at once, not after the text decoder was converted; what needs no graphs goes on."""
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    for name in [name for name in sys.modules if name.startswith("edge_gemma.export.audio") or "onnx_graph" in name]:
+        if name != "edge_gemma.export.audio_tower":
+            monkeypatch.delitem(sys.modules, name)
+    seen = []
+    with pytest.raises(UsageError, match=re.escape("pip install 'edge-gemma[onnx]'")):
+        export_checkpoint(checkpoint, tmp_path / "m", "float", progress=lambda *args: seen.append(args))
+    assert not seen
+    export_checkpoint(checkpoint, tmp_path / "m", "float", audio=False)
+
+
+def test_progress_is_told(checkpoint, tmp_path):
+    seen = []
+    export_checkpoint(checkpoint, tmp_path / "m", "q8", progress=lambda *args: seen.append(args))
+    audio = [(done, total) for done, total, name in seen if name.startswith(("audio_tower.", "embed_audio."))]
+    assert audio[-1][0] == audio[-1][1]
+    assert [done for done, _ in audio] == sorted(done for done, _ in audio)
+
+
+def test_command_line(checkpoint, tmp_path):
+    def run(*arguments):
+        result = CliRunner().invoke(cli, [str(argument) for argument in arguments])
+        assert result.exit_code == 0, result.output
+        return ModelFolder.open(arguments[2])
+
+    assert run("export", checkpoint, tmp_path / "a", "--recipe", "float").audio.bits == 0
+    assert run("export", checkpoint, tmp_path / "b", "--no-audio").audio is None
+    assert run("synth", "tiny", tmp_path / "c").audio is None
+    assert run("synth", "tiny", tmp_path / "d", "--audio", "--recipe", "float").audio.bits == 0
 
 
 def test_token_ids_outside_the_vocabulary_are_refused(checkpoint, tmp_path):
