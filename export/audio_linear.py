@@ -7,11 +7,13 @@ Source of the layer: transformers 5.23 `Gemma4ClippableLinear`: clamp(W clamp(x,
 
 import math
 from collections.abc import Callable
+from functools import cache
 
 import numpy as np
 
 from edge_gemma.export.audio_tower import AudioTower
 from edge_gemma.export.onnx_graph import MICROSOFT, Graph
+from edge_gemma.quant.grid import find_grid
 from edge_gemma.quant.rtn import round_to_nearest
 
 # (graph, x, names of layers side by side, input bounds) -> W clamp(x), the layers' outputs in a row
@@ -37,7 +39,10 @@ def float_linear(tower: AudioTower) -> Linear:
 
 
 def int8_linear(tower: AudioTower) -> Linear:
-    """Weights in 8 bits, one scale a row; inputs in 8 bits.
+    """Weights and inputs in 8 bits, one scale a row of weights.
+
+    Weights that lie on a grid of up to 8 bits (training for few bits leaves them there) keep their integers and lose
+    nothing; others are rounded to nearest.
 
     Finite bounds are the range that inputs are quantised over: the scale is fixed, a stream's steps are rounded as the
     whole clip is, and the quantiser's saturation is the clamp. (The release's bounds stand at -128 to 127 of a step:
@@ -45,17 +50,15 @@ def int8_linear(tower: AudioTower) -> Linear:
     """
 
     def linear(g: Graph, x: str, names: list[str], bounds: tuple[float, float]) -> str:
-        quantised: list[tuple[np.ndarray, np.ndarray]] = []
-
-        def part(which: int) -> np.ndarray:
-            if not quantised:
-                quantised.append(round_to_nearest(_rows(tower, names), 8, 0))
-            values, scales = quantised[0]
-            return scales.reshape(-1) if which else values.T
+        @cache
+        def quantised() -> tuple[np.ndarray, np.ndarray]:
+            weights = _rows(tower, names)
+            grid = find_grid(weights, tower.dtype)
+            return (grid.integers, grid.scales) if grid else round_to_nearest(weights, 8, 0)
 
         together = "+".join(names)
-        w = g.weight(f"{together}.weight_int8", lambda: part(0))
-        scales = g.weight(f"{together}.weight_scale", lambda: part(1))
+        w = g.weight(f"{together}.weight_int8", lambda: quantised()[0].T)
+        scales = g.weight(f"{together}.weight_scale", lambda: quantised()[1].reshape(-1))
         low, high = bounds
         if math.isinf(low) or math.isinf(high):
             q, scale, zero = g.nodes("DynamicQuantizeLinear", clip(g, x, low, high), outputs=3)

@@ -153,6 +153,7 @@ class AudioTower:
     text_hidden_size: int
     token_ids: Mapping[str, int]  # audio_token_id, boa_token_id, eoa_token_id
     read: Callable[[str], np.ndarray]
+    dtype: str = "F32"  # the float type that linear weights are stored in
 
     @property
     def weights(self) -> int:
@@ -207,7 +208,8 @@ def bind_audio_tower(
             return read_rows(tensor, 0, tensor.shape[0])
         return read_rows(replace(tensor, shape=(1,)), 0, 1).reshape(())
 
-    return AudioTower(config, words, hidden_size, ids, read)
+    dtypes = {tensor.dtype for name, tensor in bound.items() if name.endswith(".linear.weight")}
+    return AudioTower(config, words, hidden_size, ids, read, dtypes.pop() if len(dtypes) == 1 else "F32")
 
 
 def _size(c: Mapping[str, Any], key: str, default: int, most: int) -> int:

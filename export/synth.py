@@ -109,7 +109,7 @@ def synthesize(
         raise UsageError(f"unknown size {size!r}: choose one of {', '.join(TEXT_CONFIGS)}")
     config = GemmaConfig.from_text_config(TEXT_CONFIGS[size])
     plan = plan_model(config, recipe)
-    tower = random_tower(size, config, seed) if audio else None
+    tower = random_tower(size, config, seed, trained=recipe in TRAINED_RECIPES) if audio else None
     beside = encoder_bytes(tower, recipe) if tower else 0
     with new_folder(dest, force=force) as folder, FolderWriter(folder, plan, beside=beside) as writer:
         section = write_tower(writer, tower, recipe, progress) if tower else None
@@ -234,12 +234,18 @@ def _special_tokens(vocab_size: int) -> dict[int, str]:
 
 
 def random_tower(
-    size: str, config: GemmaConfig, seed: int, *, num_hidden_layers: int | None = None, bound: float = 8.0
+    size: str,
+    config: GemmaConfig,
+    seed: int,
+    *,
+    trained: bool = False,
+    num_hidden_layers: int | None = None,
+    bound: float = 8.0,
 ) -> AudioTower:
     """A conformer of random weights whose activations stay of the order of one.
 
-    num_hidden_layers: fewer than the size has; bound: where inputs are clamped, eight deviations unless told; outputs
-    are at twice that.
+    trained: linear layers lie on grids of 2 bits, linear_start of 4, as in the QAT checkpoints; num_hidden_layers: fewer
+    than the size has; bound: where inputs are clamped, eight deviations unless told; outputs are at twice that.
     """
     words = AUDIO_CONFIGS[size] | ({"num_hidden_layers": num_hidden_layers} if num_hidden_layers else {})
     audio_config = AudioConfig.from_audio_config(words)
@@ -253,6 +259,9 @@ def random_tower(
         if len(shape) == 1:
             return np.full(shape, 0.0 if last in ("bias", "per_dim_scale") else 1.0, np.float32)
         draws = np.random.SFC64([seed, zlib.crc32(name.encode())]).random_raw(-(-math.prod(shape) // 4))
+        if trained and last == "weight" and name.endswith(".linear.weight"):
+            bits = 4 if ".linear_start." in name else 2
+            return _few_bits(draws.view(np.uint8)[: math.prod(shape)].reshape(shape), bits)
         uniform = draws.view(np.int16)[: math.prod(shape)].reshape(shape).astype(np.float32)
         return uniform * np.float32(math.sqrt(3 / math.prod(shape[1:])) / 2**15)
 
@@ -260,6 +269,15 @@ def random_tower(
     names = {"audio_token_id": "<|audio|>", "boa_token_id": "<|audio>", "eoa_token_id": "<audio|>"}
     tokens = {name: ids[piece] for name, piece in names.items()}
     return AudioTower(audio_config, words, config.hidden_size, tokens, read)
+
+
+def _few_bits(draws: np.ndarray, bits: int) -> np.ndarray:
+    """float32 [rows, columns] of random bytes: balanced integers of few bits times a scale a row."""
+    half = 1 << (bits - 1)
+    integers = draws % (2 * half - 1) - np.float32(half - 1)
+    deviation = math.sqrt(half * (half - 1) / 3)  # of -(half - 1) to half - 1
+    spread = np.float32(0.75) + draws[:, :1] / np.float32(512)
+    return integers * (spread * np.float32(1 / deviation / math.sqrt(draws.shape[1])))
 
 
 @cache

@@ -293,6 +293,23 @@ def test_eight_bits_stream_as_they_encode(tmp_path):
     assert relative_error(run_stream(encoder, audio, [], 40), encoder.encode(audio)) <= 0.01
 
 
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_weights_on_a_grid_are_kept(tmp_path, bits):
+    """Integers of few bits times a scale a row, as training for them leaves: not one weight changes."""
+    tensors = tiny_audio_tensors(D, grid=bits)
+    encoder, batch = write(tmp_path, tensors, bits=8)
+    name = "audio_tower.layers.1.feed_forward1.ffw_layer_1.linear"
+    for graph in (AUDIO_BATCH, AUDIO_STREAM):
+        stored = {i.name: onnx.numpy_helper.to_array(i) for i in onnx.load(tmp_path / graph).graph.initializer}
+        values, scales = stored[f"{name}.weight_int8"], stored[f"{name}.weight_scale"]
+        assert abs(values).max() <= 1 << (bits - 1)
+        np.testing.assert_array_equal((values * scales).T, tensors[f"{name}.weight"])
+    audio = speech_like(8000)
+    expected = reference_encoder(tensors, tiny_audio_config(), features.log_mel(audio))
+    assert relative_error(encoder.encode(audio), expected) <= 0.06
+    assert relative_error(run_batch(batch, [audio]), expected) <= 0.06
+
+
 # Files
 
 

@@ -85,6 +85,23 @@ def test_rewinding_into_soft_tokens(engine, position):
     assert np.abs(session.prefill([50, 60]) - rewound(fresh, position).prefill([50, 60])).max() <= 5e-5
 
 
+def test_text_in_place_of_forgotten_soft_tokens(engine):
+    """Forgotten cheaply, overwritten by text, then run again: the text counts."""
+    soft = soft_tokens(engine, 23)
+    session, text = engine.session(), list(range(100, 130))
+    session.prefill(TEXT)
+    session.prefill_soft(soft)
+    session.rewind(25)
+    session.prefill(text)
+    session.rewind(40)
+    fresh = engine.session()
+    fresh.prefill(TEXT)
+    fresh.prefill_soft(soft[: 25 - len(TEXT)])
+    fresh.prefill(text[:15])
+    assert session.ids == fresh.ids
+    assert np.abs(session.prefill([7]) - fresh.prefill([7])).max() <= 5e-5
+
+
 def rewound(session, position):
     session.rewind(position)
     return session

@@ -50,8 +50,9 @@ def tiny_audio_config() -> dict[str, object]:
     }
 
 
-def tiny_audio_tensors(text_hidden_size: int, *, seed: int = 0, grid: bool = False) -> dict[str, np.ndarray]:
-    """Name (without `model.`) -> float32. grid: linear weights are small integers times a scale a row."""
+def tiny_audio_tensors(text_hidden_size: int, *, seed: int = 0, grid: int = 0) -> dict[str, np.ndarray]:
+    """Name (without `model.`) -> float32. grid: linear weights are integers of that many bits times a
+    scale a row."""
     rng = np.random.default_rng([seed, 77])
 
     def matrix(*shape: int, gain: float = 1.0) -> np.ndarray:
@@ -78,7 +79,7 @@ def tiny_audio_tensors(text_hidden_size: int, *, seed: int = 0, grid: bool = Fal
         tensors[f"{at}.self_attn.relative_k_proj.weight"] = matrix(HIDDEN, HIDDEN)
         tensors[f"{at}.lconv1d.depthwise_conv1d.weight"] = matrix(HIDDEN, 1, TAPS)
         for name, shape in LINEARS.items():
-            tensors[f"{at}.{name}.linear.weight"] = _on_grid(shape, rng) if grid else matrix(*shape, gain=1.2)
+            tensors[f"{at}.{name}.linear.weight"] = _on_grid(shape, grid, rng) if grid else matrix(*shape, gain=1.2)
             bounds = (-2.0, 127 / 64, -2.5, 2.25) if rng.random() < 0.7 else (-np.inf, np.inf, -np.inf, 3.0)
             tensors |= {f"{at}.{name}.{key}": np.array(bound) for key, bound in zip(_CLIPS, bounds, strict=True)}
     return {name: np.asarray(value, np.float32) for name, value in tensors.items()}
@@ -87,8 +88,12 @@ def tiny_audio_tensors(text_hidden_size: int, *, seed: int = 0, grid: bool = Fal
 _CLIPS = ("input_min", "input_max", "output_min", "output_max")
 
 
-def _on_grid(shape: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
-    return rng.integers(-2, 2, shape) * rng.uniform(0.5, 1.5, (shape[0], 1)) / np.sqrt(shape[1])
+def _on_grid(shape: tuple[int, ...], bits: int, rng: np.random.Generator) -> np.ndarray:
+    half = 1 << (bits - 1)
+    scales = rng.uniform(1, 2, (shape[0], 1)) / half / np.sqrt(shape[1])
+    integers = rng.integers(-half, half, shape)
+    integers[:, 0] = 1  # a row that has only large integers is not told from one of other steps
+    return integers * scales.astype(np.float32)
 
 
 def speech_like(samples: int, seed: int = 0) -> np.ndarray:
