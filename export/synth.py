@@ -244,7 +244,7 @@ def random_tower(
 ) -> AudioTower:
     """A conformer of random weights whose activations stay of the order of one.
 
-    trained: linear layers lie on grids of 2 bits, linear_start of 4, as in the QAT checkpoints; num_hidden_layers: fewer
+    trained: linear layers lie on grids of 2 bits, linear_start of 4, as in the QAT checkpoints; num_hidden_layers: less
     than the size has; bound: where inputs are clamped, eight deviations unless told; outputs are at twice that.
     """
     words = AUDIO_CONFIGS[size] | ({"num_hidden_layers": num_hidden_layers} if num_hidden_layers else {})
