@@ -1,5 +1,6 @@
 """The benchmarks' own arithmetic: CSV files, medians and ratios, tables, the random GGUF file, the Pi 5 estimate."""
 
+import json
 import re
 import sys
 from pathlib import Path
@@ -7,13 +8,14 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
-from benchmarks import measure, peers, pi5_estimate, random_gguf, report
+from benchmarks import llama_quantise, measure, peers, pi5_estimate, quality, random_gguf, report
 from benchmarks.measure import Machine, Row
 from edge_gemma.config import GemmaConfig
 from edge_gemma.export.gguf_reader import GgufCheckpoint
 from edge_gemma.export.synth import TEXT_CONFIGS
-from tests.tiny_gguf import tokenizer_metadata
+from tests.tiny_gguf import tokenizer_metadata, write_gguf
 
 MACHINE = Machine("2026-11-21", "A CPU, of sorts", 2, 2, 25.0, "avx2", "numba 0.62, llama-cpp-python 0.3.36")
 
@@ -278,3 +280,39 @@ def test_estimate_is_bounded_by_the_memory() -> None:
     bound = 4 * prefill.gops(2.4) * 1e9 / (2 * pi5_estimate.PREFILL_MACS)
     assert line[2] == f"{bound / 2:.0f} tok/s"
     assert line[5] == "8.8 to 11.2 tok/s"  # 11 and 14 GB/s, 80% of them, 1 GB a token
+
+
+# --- quality ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_table_of_quality_is_sorted_by_size(tmp_path: Path) -> None:
+    score = {"tensor_bytes": 4_000_000, "bits_per_weight": 32.0, "perplexity": 21.4, "kl": 0.0, "top1": 1.0}
+    (tmp_path / "a.json").write_text(json.dumps(score))
+    (tmp_path / "b.json").write_text(json.dumps(score | {"perplexity": 165632.8, "kl": 9.08, "top1": 0.02}))
+    entries = [quality.read(f"theirs:Q2@0.5={tmp_path / 'b.json'}"), quality.read(f"ours:float={tmp_path / 'a.json'}")]
+    assert [(e.megabytes, e.bits) for e in entries] == [(0.5, 4.0), (4.0, 32.0)]
+    assert quality.table(entries).splitlines()[2:] == [
+        "| theirs Q2 | 0.5 | 4.00 | 165,633 | 9.080 | 2.0% |",
+        "| ours float | 4.0 | 32.00 | 21.40 | 0.000 | 100.0% |",
+    ]
+    result = CliRunner().invoke(quality.main, [f"x:y={tmp_path / 'a.json'}", f"x:z@1={tmp_path / 'b.json'}"])
+    assert result.output.splitlines()[2].startswith("| x y |")
+
+
+def test_a_dequantised_file_holds_the_same_model(tmp_path: Path) -> None:
+    write_gguf(tmp_path / "a.gguf", "gemma3", quant="Q8_0")
+    reader, weights = llama_quantise.dequantised(tmp_path / "a.gguf")
+    llama_quantise.write_float32(tmp_path / "b.gguf", reader, weights)
+    one, other = GgufCheckpoint(tmp_path / "a.gguf"), GgufCheckpoint(tmp_path / "b.gguf")
+    assert one.text_config == other.text_config
+    assert one.tokenizer_model() == other.tokenizer_model()
+    for name, info in one.tensors.items():
+        assert np.array_equal(one.rows(name, 0, info.shape[0]), other.rows(name, 0, info.shape[0])), name
+    one.close()
+    other.close()
+
+
+def test_types_of_a_flat_q2_k() -> None:
+    names = ("token_embd.weight", "blk.0.attn_v.weight", "blk.0.ffn_down.weight", "blk.3.ffn_up.weight")
+    assert [llama_quantise.flat_type(name, pure=False) for name in names] == ["Q6_K", "Q4_K", "Q3_K", "Q2_K"]
+    assert {llama_quantise.flat_type(name, pure=True) for name in names} == {"Q2_K"}
