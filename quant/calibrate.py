@@ -39,7 +39,7 @@ Rounded = tuple[np.ndarray, np.ndarray]  # values int8 [rows, k], scales [rows, 
 Rounder = Callable[[np.ndarray, int], Rounded]  # (float32 rows, number of the first) -> Rounded; called from threads
 Put = Callable[[str, Rounder], None]  # read a tensor block by block, round and write it
 
-TOKENS = 6144  # of the calibration text that are used: E2B then takes less than 3 GB
+TOKENS = 5200  # of the calibration text that are used: with more, E2B would need more than 3 GB
 _FEWEST = 256
 _TIED_DAMPING = 1.0  # rows of a tied head are embeddings too, which error feedback alone would coarsen
 CALIBRATED_BITS = (2, 4)  # 8 bits lose too little
