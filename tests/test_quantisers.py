@@ -10,11 +10,13 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from edge_gemma import kernels, qformat
+from edge_gemma.config import GemmaConfig
 from edge_gemma.engine import Engine
 from edge_gemma.errors import UsageError
 from edge_gemma.export.convert import export_checkpoint
+from edge_gemma.export.synth import TEXT_CONFIGS
 from edge_gemma.quant import calibrate, feedback
-from edge_gemma.quant.calibrate import bundled_text, calibration_ids, round_segments
+from edge_gemma.quant.calibrate import bundled_text, calibration_ids, most_tokens, round_segments
 from edge_gemma.quant.feedback import Curvature, round_with_feedback
 from edge_gemma.quant.rtn import round_to_nearest
 from edge_gemma.quant.search import search_scales
@@ -236,4 +238,9 @@ def test_the_text_that_comes_along_is_small_and_long_enough(tmp_path: Path) -> N
     with Engine.load(export_checkpoint(tmp_path / "in", tmp_path / "out", "q8")) as engine:
         ids = calibration_ids(engine.tokenizer, bundled_text(), engine.config)
     assert ids[0] == engine.tokenizer.bos_id
-    assert len(ids) == min(calibrate.TOKENS, engine.config.max_position_embeddings)
+    assert len(ids) == engine.config.max_position_embeddings == 1024
+
+
+def test_as_many_tokens_as_memory_allows() -> None:
+    most = {size: most_tokens(GemmaConfig.from_text_config(TEXT_CONFIGS[size])) for size in ("e2b", "e4b", "tiny")}
+    assert most == {"e2b": 4015, "e4b": 3769, "tiny": calibrate.TOKENS}
