@@ -1,10 +1,11 @@
 """A full-size random E2B or E4B checkpoint, exported and run: time and peak memory of each step.
 
-    python benchmarks/full_size.py e2b FOLDER [--recipe q4] [--no-calibration]
+    python benchmarks/full_size.py e2b FOLDER [--recipe q4] [--no-calibration] [--onnx]
 
 Writes FOLDER/checkpoint (Hugging Face layout, bfloat16, 10.2 GB for E2B, towers left as a sparse hole; for the recipe
 mobile FOLDER/checkpoint-mobile in the official QAT schema, 2.6 GB), exports it to FOLDER/model-RECIPE and answers one
-prompt, each step in a process of its own so that its peak memory can be read off.
+prompt, each step in a process of its own so that its peak memory can be read off. With --onnx the same once more, from
+that model folder through ONNX and onnxruntime.
 The weights are random: this proves sizes, speed and memory, not quality.
 """
 
@@ -163,9 +164,10 @@ def measured(*command: str) -> tuple[float, float, str]:
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option("--recipe", default="q4", show_default=True)
 @click.option("--no-calibration", is_flag=True, help="Round without a text: minutes instead of most of an hour.")
+@click.option("--onnx", "as_onnx", is_flag=True, help="Go on to an ONNX folder and run that too.")
 @click.option("--tokenizer", type=click.Path(path_type=Path, exists=True), help="A tokenizer.json of 262,144 tokens.",
               default=Path(__file__).parent.parent / "tests" / "downloads" / "gemma3-tokenizer.json")  # fmt: skip
-def main(size: str, folder: Path, recipe: str, no_calibration: bool, tokenizer: Path) -> None:
+def main(size: str, folder: Path, recipe: str, no_calibration: bool, as_onnx: bool, tokenizer: Path) -> None:
     """Write a random checkpoint of this SIZE below FOLDER, export it, run one prompt; print time and peak memory."""
     mobile = recipe == "mobile"
     source, dest = folder / ("checkpoint-mobile" if mobile else "checkpoint"), folder / f"model-{recipe}"
@@ -177,15 +179,20 @@ def main(size: str, folder: Path, recipe: str, no_calibration: bool, tokenizer: 
     largest = max(ITEM_BYTES[dtype] * math.prod(shape) for dtype, shape in entries.values())
     source_bytes = (source / "model.safetensors").stat().st_size
     click.echo(f"source {source_bytes / 1e9:.2f} GB, largest tensor {largest / 1e9:.2f} GB")
+    export_and_run(source, dest, ["--recipe", recipe, *(["--no-calibration"] if no_calibration else [])], [])
+    if as_onnx:
+        export_and_run(dest, folder / f"onnx-{recipe}", ["--onnx"], ["--backend", "onnx"])
+
+
+def export_and_run(source: Path, dest: Path, how: list[str], backend: list[str]) -> None:
+    """Export, then generate a few tokens; prints what each took."""
     cli = [sys.executable, "-m", "edge_gemma"]
-    options = ["--recipe", recipe, "--force", *(["--no-calibration"] if no_calibration else [])]
-    seconds, peak, _ = measured(*cli, "export", str(source), str(dest), *options)
-    size_on_disk = sum(path.stat().st_size for path in dest.iterdir())
-    click.echo(f"export {' '.join(options)}: {seconds:.1f} s, peak {peak:.0f} MB, folder {size_on_disk / 1e9:.2f} GB")
+    seconds, peak, _ = measured(*cli, "export", str(source), str(dest), *how, "--force")
+    size_on_disk = sum(path.stat().st_size for path in dest.rglob("*") if path.is_file())
+    click.echo(f"export {' '.join(how)}: {seconds:.1f} s, peak {peak:.0f} MB, folder {size_on_disk / 1e9:.2f} GB")
     prompt = "The quick brown fox jumps over the lazy dog and runs away from the very"
-    seconds, peak, out = measured(
-        *cli, "run", "-m", str(dest), "--raw", "--max-tokens", "8", "--temperature", "0", "--json", prompt
-    )
+    options = ["--raw", "--max-tokens", "8", "--temperature", "0", "--json", *backend]
+    seconds, peak, out = measured(*cli, "run", "-m", str(dest), *options, prompt)
     click.echo(f"run: {seconds:.1f} s, peak {peak:.0f} MB, {json.dumps(json.loads(out)['timings'])}")
 
 

@@ -73,7 +73,8 @@ class OnnxWeights:
         tensors = [*folder.tensors.values()]
         if folder.config.tie_word_embeddings:  # the one table stands in both graphs
             tensors.append(folder.tensors["embed_tokens.weight"])
-        self._total = sum(part.nbytes for tensor in tensors for part in tensor.parts.values())
+        reads = [(part.nbytes, tensor.layout) for tensor in tensors for part in tensor.parts.values()]
+        self._total = sum(nbytes * (2 if layout == "rows" else 1) for nbytes, layout in reads)  # fields, then scales
         self.nbytes = sum(_onnx_bytes(tensor, float_type) for tensor in tensors)  # of both data files, about
 
     def vector(self, g: Graph, name: str) -> str:
@@ -164,7 +165,7 @@ class OnnxWeights:
             raise ModelFolderError(f"{self._folder.path / part.file} ended early: it was cut while in use")
         self._done += values.size
         if self._progress:
-            self._progress(min(self._done, self._total), self._total, name)
+            self._progress(self._done, self._total, name)
         return values.view(part.numpy_dtype).reshape(stop - start, *part.shape[1:])
 
 
