@@ -392,15 +392,20 @@ def score(
               help="Tokens the model looks back on before the prompt.")  # fmt: skip
 @click.option("--repeat", type=click.IntRange(1), default=3, show_default=True, metavar="R",
               help="Runs; results are their medians.")  # fmt: skip
+@click.option("--audio", is_flag=True, help="Measure hearing instead: the encoder, and the wait for the first word.")
 @common.memory_limit
 @common.threads
 @common.as_json
-def bench(model: str | None, as_json: bool, memory_limit: int | None, **options: Any) -> None:
+def bench(model: str | None, as_json: bool, memory_limit: int | None, audio: bool, **options: Any) -> None:
     """Measure a model on this machine: speed, memory, and the share of the memory's bandwidth it uses.
 
     \b
     edge-gemma bench -m ./gemma-4-e2b --depth 4096
+    edge-gemma bench -m ./gemma-4-e2b --audio
     """
+    if audio:
+        speech_cli.bench(model, threads=options["threads"], repeat=options["repeat"], as_json=as_json)
+        return
     from edge_gemma import bench as benchmark
     from edge_gemma import kernels
 

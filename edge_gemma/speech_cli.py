@@ -3,6 +3,7 @@
 Owns: their options and what they print. Does not know: how anything works.
 """
 
+import functools
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -245,6 +246,20 @@ def wer(
         )
     if score.failed:
         click.get_current_context().exit(1)
+
+
+def bench(model: str | None, *, threads: int | None, repeat: int, as_json: bool) -> None:
+    """`bench --audio`."""
+    from edge_gemma import kernels
+    from edge_gemma.audio import measure
+
+    kernels.announce_compiling(common.tell_compiling)
+    note = functools.partial(click.echo, err=True)
+    result = measure.measure(common.resolve(model), threads=threads, repeat=repeat, note=note)
+    if as_json:
+        common.print_json(result.as_dict())
+    else:
+        measure.print_table(result)
 
 
 COMMANDS = (transcribe, listen, wer)

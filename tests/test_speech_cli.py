@@ -11,8 +11,10 @@ from edge_gemma import Engine, common, speech_cli
 from edge_gemma.audio import listen, mic, transcribe
 from edge_gemma.cli import cli
 from edge_gemma.errors import AudioError
+from edge_gemma.export.convert import export_checkpoint
 from tests.fake_speech import LevelDetector, SpeechEngine, say, text_of, understand
 from tests.test_audio_files import write_float_wav, write_wav
+from tests.tiny import write_checkpoint
 
 
 @pytest.fixture(autouse=True)
@@ -242,3 +244,24 @@ def test_the_engine_listens_to_blocks_and_to_a_microphone(microphone):
     events = list(Engine.listen(SpeechEngine()))
     assert [e.text for e in events if e.kind in ("segment", "notice")] == ["w1 w2", "w3", "2.0 s of sound were lost"]
     assert speech_cli.COMMANDS
+
+
+# --- measuring --------------------------------------------------------------------------------------------------------
+
+
+def test_bench_audio_measures_a_real_engine(tmp_path, monkeypatch):
+    from edge_gemma.audio import measure
+
+    monkeypatch.setattr(measure, "LENGTHS_S", (1, 2))
+    model = export_checkpoint(write_checkpoint(tmp_path / "source", "e2b", multimodal=True), tmp_path / "model", "q8")
+    result = invoke("bench", "-m", model, "--audio", "--repeat", 2, "--json")
+    assert result.exit_code == 0, result.output
+    entry = json.loads(result.stdout)
+    assert set(entry["first_token_listening_s"]) == set(entry["first_token_clip_s"]) == {"1", "2"}
+    for name in ("encoder_rtf", "encoder_stream_rtf", "listening_rtf", "pipeline_rtf"):
+        assert entry[name] > 0
+        assert len(entry["runs"][name]) == 2
+    table = invoke("bench", "-m", model, "--audio", "--repeat", 1).stdout
+    assert "first token after 2 s, listening" in table
+    deaf = export_checkpoint(write_checkpoint(tmp_path / "deaf", "e2b"), tmp_path / "deaf-model", "q8")
+    assert "no audio tower" in invoke("bench", "-m", deaf, "--audio").stderr

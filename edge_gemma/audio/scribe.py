@@ -85,16 +85,16 @@ class Scribe:
             )
         self._prompt, self._tokenizer = prompt, engine.tokenizer
         self._stop_ids = stop_ids_of(engine.generation_config, engine.tokenizer)
-        self._session = engine.session(context)
-        self._session.prefill(list(prompt.before))
-        self._session.mark()
+        self.session = engine.session(context)
+        self.session.prefill(list(prompt.before))
+        self.session.mark()
         self._pending: list[np.ndarray] = []
         self.heard = 0  # soft tokens of this segment
         self.last: Reply | None = None
 
     def begin(self) -> None:
         """A new segment: back to the instruction."""
-        self._session.rewind(len(self._prompt.before))
+        self.session.rewind(len(self._prompt.before))
         self._pending, self.heard, self.last = [], 0, None
 
     def hear(self, tokens: np.ndarray) -> None:
@@ -108,7 +108,7 @@ class Scribe:
     def _prefill(self) -> None:
         if self._pending:
             tokens, self._pending = np.concatenate(self._pending), []
-            self._session.prefill_soft(tokens)
+            self.session.prefill_soft(tokens)
 
     def write(
         self, max_tokens: int | None = None, sampling: Sampling | None = None, *, since: float | None = None
@@ -120,8 +120,8 @@ class Scribe:
         start = time.perf_counter() if since is None else since
         self._prefill()
         generation = Generation(
-            self._session,
-            [*self._session.ids, *self._prompt.after],
+            self.session,
+            [*self.session.ids, *self._prompt.after],
             tokenizer=self._tokenizer,
             sampler=Sampler(sampling or Sampling(temperature=0)),
             max_tokens=max_tokens,
