@@ -55,10 +55,11 @@ class Session:
             return logits
         return self._decoder.logits(self._run(ids, keep=1))[0]
 
-    def prefill_soft(self, embeddings: np.ndarray) -> np.ndarray:
+    def prefill_soft(self, embeddings: np.ndarray, *, logits: bool = True) -> np.ndarray | None:
         """Append soft tokens, as the audio encoder makes them. Returns the logits after the last: float32 [vocab_size].
 
-        embeddings: float32 [n, hidden_size], not scaled. In `ids` they are the placeholder `audio_token_id`; their
+        logits: False leaves them out (None), and with them the layers that only they need. embeddings: float32
+        [n, hidden_size], not scaled. In `ids` they are the placeholder `audio_token_id`; their
         per-layer embedding is the pad token's. Raises ContextFullError if they do not fit, UsageError if there are
         none, they are not finite or of another width, or the model does not listen; the session is then as it was.
         """
@@ -73,7 +74,8 @@ class Session:
         self._check(ids)
         rows = embeddings.astype(np.float32)
         soft = {self.position + i: row for i, row in enumerate(rows)}
-        return self._decoder.logits(self._run(ids, keep=1, soft=soft))[0]
+        hidden = self._run(ids, keep=int(logits), soft=soft)
+        return self._decoder.logits(hidden)[0] if logits else None
 
     def step(self, token: int) -> np.ndarray:
         """Append one token. Returns the logits after it: float32 [vocab_size]. Raises as `prefill`."""

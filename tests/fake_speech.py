@@ -68,7 +68,7 @@ class FakeEncoder:
         levels = np.sort(padded.reshape(n, SAMPLES_PER_TOKEN), axis=1)[:, SAMPLES_PER_TOKEN // 2]
         return np.stack([levels, np.ones(n)], axis=1).astype(np.float32)
 
-    def stream(self) -> "FakeStream":
+    def stream(self, step_ms: int) -> "FakeStream":
         return FakeStream(self)
 
 
@@ -100,12 +100,12 @@ class HearingSession(FakeSession):
         self.soft: dict[int, float] = {}
         self.prompts: list[list[int]] = []
 
-    def prefill_soft(self, embeddings: np.ndarray) -> np.ndarray:
+    def prefill_soft(self, embeddings: np.ndarray, *, logits: bool = True) -> np.ndarray | None:
         assert embeddings.shape[1:] == (2,)
         start = self.position
         self._take("soft", [0] * len(embeddings))
         self.soft |= {start + i: float(row[0]) for i, row in enumerate(embeddings)}
-        return self._logits()
+        return self._logits() if logits else None
 
     def prefill(self, ids: list[int]) -> np.ndarray:
         self._take("prefill", ids)

@@ -18,7 +18,7 @@ from edge_gemma.audio.features import SAMPLE_RATE
 from edge_gemma.audio.files import Note, silent
 from edge_gemma.audio.mic import Microphone
 from edge_gemma.audio.prompts import Task, audio_prompt
-from edge_gemma.audio.scribe import Scribe, SpeechEngine, Stream
+from edge_gemma.audio.scribe import STEP_MS, Scribe, SpeechEngine, Stream
 from edge_gemma.audio.texts import go_on, hold_back
 from edge_gemma.audio.transcribe import Transcriber, reply_limit
 from edge_gemma.audio.vad import Detector, open_detector
@@ -91,7 +91,7 @@ class Listener:
         heard: list[np.ndarray] = []
         for step in segmenter.steps(blocks):
             if isinstance(step, cut.Opened):
-                stream, heard = self._encoder.stream(), []
+                stream, heard = self._encoder.stream(STEP_MS), []
                 self._scribe.begin()
                 yield Event("speech", start=step.start / SAMPLE_RATE)
             elif isinstance(step, cut.Heard):

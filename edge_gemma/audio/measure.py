@@ -2,11 +2,12 @@
 
 Owns: what is timed and how (`measure`). Does not know: whether the words are right (wer.py).
 
-Method. The sound is noise: neither encoder nor decoder work less for it. "Listening" feeds it in steps of 160 ms as
-`Listener` does, as fast as the machine can; the clock of its first token starts when the last step has been fed, so the
-silence that ends an utterance (0.6 s by default) comes on top. "Clip" is the same sound handed over as a whole. The
-whole pipeline is a clip of the longest length and a reply of 4 tokens for each second of it, about what fast speech
-has, whatever the model would like to say. One untimed run first; results are medians of `repeat` runs.
+Method. The sound is noise: neither encoder nor decoder work less for it. "Listening" feeds it as `Listener` does,
+160 ms after 160 ms, as fast as the machine can; the clock of its first token starts when the last of it has been fed,
+so the silence that ends an utterance (0.6 s by default) comes on top. "Clip" is the same sound handed over as a whole.
+The whole pipeline is a clip of the longest length and a reply of 4 tokens for each second of it, about what fast speech
+has, whatever the model would like to say. Before that, the shortest utterance untimed; results are medians of `repeat`
+runs.
 """
 
 import statistics
@@ -21,12 +22,13 @@ import numpy as np
 from edge_gemma import kernels
 from edge_gemma.audio.features import SAMPLE_RATE
 from edge_gemma.audio.prompts import Task, audio_prompt
-from edge_gemma.audio.scribe import Scribe
+from edge_gemma.audio.scribe import STEP_MS, Scribe
 from edge_gemma.engine import Engine
 from edge_gemma.memory import resident
 
 LENGTHS_S = (2, 10, 28)  # seconds of the utterances
-STEP = SAMPLE_RATE * 160 // 1000  # samples
+SHORT_STEP_MS = 160
+_FED = SAMPLE_RATE * SHORT_STEP_MS // 1000  # samples handed over at a time
 REPLY_TOKENS = 4  # for each second of sound
 
 
@@ -68,10 +70,11 @@ def measure(
         scribe = Scribe(engine, prompt)
         without_encoder = resident()
         start = time.perf_counter()
-        engine.audio.encode(np.zeros(STEP, np.float32))
+        engine.audio.encode(np.zeros(_FED, np.float32))
         encoder_load_s = time.perf_counter() - start
         note("warming up")
-        _repetition(engine, scribe)
+        for listening in (True, False):
+            _utterance(engine, scribe, LENGTHS_S[0], listening=listening)
         runs: dict[str, list[float]] = {}
         for i in range(repeat):
             note(f"run {i + 1} of {repeat}")
@@ -104,10 +107,10 @@ def _repetition(engine: Engine, scribe: Scribe) -> dict[str, float]:
     start = time.perf_counter()
     engine.audio.encode(noise)
     found["encoder_rtf"] = (time.perf_counter() - start) / longest
-    stream = engine.audio.stream()
+    stream = engine.audio.stream(SHORT_STEP_MS)
     start = time.perf_counter()
-    for at in range(0, len(noise), STEP):
-        stream.feed(noise[at : at + STEP])
+    for at in range(0, len(noise), _FED):
+        stream.feed(noise[at : at + _FED])
     stream.finish()
     found["encoder_stream_rtf"] = (time.perf_counter() - start) / longest
     for seconds in LENGTHS_S:
@@ -128,9 +131,9 @@ def _utterance(engine: Engine, scribe: Scribe, seconds: int, *, listening: bool)
     start = time.perf_counter()
     scribe.begin()
     if listening:
-        stream = engine.audio.stream()
-        for at in range(0, len(noise), STEP):
-            scribe.hear(stream.feed(noise[at : at + STEP]))
+        stream = engine.audio.stream(STEP_MS)
+        for at in range(0, len(noise), _FED):
+            scribe.hear(stream.feed(noise[at : at + _FED]))
         end = time.perf_counter()
         scribe.hear(stream.finish())
     else:

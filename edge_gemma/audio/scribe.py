@@ -18,14 +18,15 @@ from edge_gemma.generate import FinishReason, Generation, StreamTokenizer, Timel
 from edge_gemma.sampler import Sampler, Sampling
 
 SEGMENT_TOKENS = 750  # soft tokens of 30 s
-_BATCH = 16  # soft tokens prefilled at a time while listening: fewer would cost almost as much
+STEP_MS = 640  # sound encoded at a time while listening; a shorter step reads all weights as well
+_BATCH = 16  # soft tokens prefilled at a time: those of a step
 _LEAST_REPLY = 64  # tokens
 
 
 class SoftTimeline(Timeline, Protocol):
     """What of `edge_gemma.session.Session` is used here."""
 
-    def prefill_soft(self, embeddings: np.ndarray) -> np.ndarray: ...
+    def prefill_soft(self, embeddings: np.ndarray, *, logits: bool = True) -> np.ndarray | None: ...
 
 
 class Stream(Protocol):
@@ -39,7 +40,7 @@ class Encoder(Protocol):
     """What of `edge_gemma.audio.encoder.AudioEncoder` is used here."""
 
     def encode(self, samples: np.ndarray) -> np.ndarray: ...
-    def stream(self) -> Stream: ...
+    def stream(self, step_ms: int) -> Stream: ...
 
 
 class SpeechEngine(Protocol):
@@ -108,7 +109,7 @@ class Scribe:
     def _prefill(self) -> None:
         if self._pending:
             tokens, self._pending = np.concatenate(self._pending), []
-            self.session.prefill_soft(tokens)
+            self.session.prefill_soft(tokens, logits=False)
 
     def write(
         self, max_tokens: int | None = None, sampling: Sampling | None = None, *, since: float | None = None
