@@ -157,6 +157,14 @@ def test_a_loop_is_tried_again_in_halves():
     assert result.segments[0].note is None
 
 
+def test_a_text_far_too_short_is_tried_again_in_halves():
+    words = [*range(40), -2, *range(40, 80)]
+    engine = SpeechEngine(lambda levels: understand(levels) if len(levels) < 300 else "the")
+    assert transcribed(*words, engine=engine).text == text_of(words)
+    terse = SpeechEngine(lambda levels: "no")
+    assert transcribed(*words, engine=terse).text == "no", "nothing better came"
+
+
 def test_a_loop_that_stays_is_cut_and_told():
     engine = SpeechEngine(lambda levels: "say " + "la la di " * 500)
     result = transcribed(*range(20), engine=engine)

@@ -17,10 +17,11 @@ from edge_gemma.audio.features import SAMPLE_RATE
 from edge_gemma.audio.files import AudioFile, Note, array_blocks, silent
 from edge_gemma.audio.prompts import Task, audio_prompt
 from edge_gemma.audio.scribe import Scribe, SpeechEngine
-from edge_gemma.audio.texts import glued, seam
+from edge_gemma.audio.texts import glue, glued, seam
 from edge_gemma.audio.vad import WINDOW, Detector, open_detector
 
-_SPLIT_FROM_S = 8.0  # a segment that loops is tried again in halves if it is longer
+_SPLIT_FROM_S = 8.0  # a segment that fails is tried again in halves if it is longer
+_LEAST_CHARACTERS = 1.0  # for each second of speech; English has about 14, Chinese 4
 _PADDING = np.zeros(SAMPLE_RATE // 2, np.float32)  # around a segment that gave no text, for the second try
 _CUE_CHARACTERS = 84  # of a subtitle: two lines
 
@@ -160,17 +161,21 @@ class Transcriber:
     def text(self, samples: np.ndarray) -> tuple[str, str | None, str | None]:
         """One segment, float32 [n], at most 30 s: its text, its translation and a note, as in TextSegment.
 
-        Nothing written: tried once more with silence around it. A loop: once more in halves.
+        A loop, or a text that is far too short: tried once more in halves. Nothing: with silence around it.
         """
         text, translation, looped = self._try(samples)
-        if looped and len(samples) > _SPLIT_FROM_S * SAMPLE_RATE:
+        seconds = len(samples) / SAMPLE_RATE
+        enough = _LEAST_CHARACTERS * seconds
+        if seconds > _SPLIT_FROM_S and (looped or len(text) < enough):
             middle = quietest(samples)
-            parts = [self._try(part) for part in (samples[:middle], samples[middle:])]
-            text, looped = glued([part[0] for part in parts]), any(part[2] for part in parts)
-            translation = glued([part[1] or "" for part in parts]) if self.task.translate_to else None
+            (a, a_translated, a_looped), (b, b_translated, b_looped) = map(
+                self._try, (samples[:middle], samples[middle:])
+            )
+            if looped or len(a + b) >= enough:
+                text, looped = glue(a, b), a_looped or b_looped
+                translation = glue(a_translated or "", b_translated or "") if self.task.translate_to else None
         if not text and not translation:
-            room = cut.MAX_SAMPLES - len(samples)
-            padding = _PADDING[: room // 2]
+            padding = _PADDING[: (cut.MAX_SAMPLES - len(samples)) // 2]
             text, translation, looped = self._try(np.concatenate([padding, samples, padding]))
         return text, translation, "looped" if looped else None if text or translation else "empty"
 
