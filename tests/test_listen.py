@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from edge_gemma.audio import mic
-from edge_gemma.audio.features import SAMPLE_RATE
+from edge_gemma.audio.features import SAMPLE_RATE, token_count
 from edge_gemma.audio.listen import Listener
 from edge_gemma.audio.prompts import Task
 from edge_gemma.errors import AudioError
@@ -75,6 +75,8 @@ def test_the_encoder_hears_what_was_said_sample_by_sample():
     streamed = np.concatenate(engine.audio.streamed)
     assert np.array_equal(streamed, samples[: len(streamed)])
     assert len(streamed) > 16 * SAMPLE_RATE
+    soft = [n for what, n in engine.timeline.log if what == "soft"]
+    assert sum(soft) == token_count(len(streamed)), "to the last token"
 
 
 @settings(deadline=None, max_examples=15, suppress_health_check=[HealthCheck.too_slow])
