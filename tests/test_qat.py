@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edge_gemma import Engine, qformat
+from edge_gemma import Engine, kernels, qformat
 from edge_gemma.errors import CheckpointError, ConfigError, UsageError
 from edge_gemma.export import gemma_quant
 from edge_gemma.export.checkpoint import open_checkpoint
@@ -104,6 +104,24 @@ def test_logits_are_those_of_transformers(model):
             assert int(logits.argmax()) == token
             assert abs(ordered[-1] - ordered[-2] - margin) <= 1e-3
             logits = stepwise.forward([token])[0]
+
+
+def test_steps_are_the_forward_pass_where_inputs_go_beyond_their_range(tmp_path):
+    """-128 steps meet bytes, in every instruction set; a step may be a recorded program."""
+    folder = export_checkpoint(write_qat_checkpoint(tmp_path / "in", narrow=True), tmp_path / "out")
+    prompt = np.load(GOLDENS / "qat.npz")["prompt"].tolist()[:8]
+    seen = []
+    try:
+        for variant in kernels.available_variants():
+            kernels.set_variant(variant)
+            with Engine.load(folder, kv_dtype="float32") as engine:
+                session = engine.session()
+                steps = [session.prefill(prompt[:1]), *(session.step(token) for token in prompt[1:])]
+                seen.append(engine.session().forward(prompt))
+                assert np.abs(np.array(steps) - seen[-1]).max() <= 1e-4, variant
+            assert np.abs(seen[-1] - seen[0]).max() <= 1e-4, variant
+    finally:
+        kernels.set_variant(None)
 
 
 def test_a_float16_cache_changes_little(model):

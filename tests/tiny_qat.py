@@ -68,8 +68,13 @@ def pack(values: np.ndarray, bits: int) -> np.ndarray:
     return sum(u[:, i::per_byte] << (bits * i) for i in range(per_byte)).astype(np.uint8)
 
 
-def qat_tensors(seed: int = 0, *, calibrated: bool = True, kind: str = "e2b") -> dict[str, np.ndarray]:
-    """Canonical names -> arrays as stored: integers, float32 scales, and bfloat16 bits (uint16) of what stays."""
+def qat_tensors(
+    seed: int = 0, *, calibrated: bool = True, narrow: bool = False, kind: str = "e2b"
+) -> dict[str, np.ndarray]:
+    """Canonical names -> arrays as stored: integers, float32 scales, and bfloat16 bits (uint16) of what stays.
+
+    narrow: inputs of 8-bit modules go beyond both ends of their steps.
+    """
     shapes = tiny.tiny_shapes("e2b", unused_kv=True, per_layer=PLE) | {"lm_head.weight": (tiny.VOCAB, 64)}
     if kind == "full_width":
         shapes = GemmaConfig.from_text_config(text_config(kind)).tensor_shapes()
@@ -81,6 +86,8 @@ def qat_tensors(seed: int = 0, *, calibrated: bool = True, kind: str = "e2b") ->
             tensors[name] = tiny._bfloat16(tiny._random("e2b", name, shape, rng))
             continue
         tensors |= _packed(name.removesuffix(".weight"), shape, bits, rng, calibrated)
+        if narrow and bits == 8:
+            tensors[name.replace("weight", "input_activation_scale")] *= np.float32(0.15)
     for i in range(text_config(kind)["num_hidden_layers"]):
         for which in "kv":
             tensors[f"layers.{i}.self_attn.{which}_cache_scale"] = np.array(4 / 127 * (1 + i / 10), np.float32)
@@ -109,15 +116,13 @@ def _packed(
     }
 
 
-def write_qat_checkpoint(
-    folder: Path, *, seed: int = 0, calibrated: bool = True, kind: str = "e2b", shards: int = 1
-) -> Path:
+def write_qat_checkpoint(folder: Path, *, seed: int = 0, shards: int = 1, kind: str = "e2b", **options: bool) -> Path:
     """The released layout: `Gemma4ForConditionalGeneration`'s names with tower tensors. Returns `folder`."""
     tiny.write_checkpoint(folder, "e2b", multimodal=True)
     (folder / "model.safetensors").unlink()
     prefixed = {
         name if name.startswith("lm_head.") else f"model.language_model.{name}": value
-        for name, value in qat_tensors(seed, calibrated=calibrated, kind=kind).items()
+        for name, value in qat_tensors(seed, kind=kind, **options).items()
     }
     tiny._write_weights(folder, prefixed | tiny._tower_tensors("e2b", seed), "float32", shards)
     config = json.loads((folder / "config.json").read_text())

@@ -58,10 +58,17 @@ def set_variant(name: str | None) -> None:
 
 
 def small_bytes() -> bool:
-    """Whether 8-bit weights take activations within +-127 only; what depends on it cannot be recorded."""
+    """Whether 8-bit weights take activations within +-127 only. What depends on it depends on values, so that a pass
+    that is being recorded (kernels/program.py) ends here.
+    """
     from edge_gemma.kernels.isa import SETS
 
-    return not SETS[variant()].any_activation
+    small = not SETS[variant()].any_activation
+    if small and getattr(jit.recording, "recorder", None) is not None:
+        from edge_gemma.kernels.program import NotRecordableError
+
+        raise NotRecordableError("bytes that take activations within +-127")
+    return small
 
 
 def _refuse(what: str, **arrays: np.ndarray) -> None:
