@@ -137,6 +137,11 @@ class GemmaConfig:
             text_config=c,
         )
 
+    def read_by_row(self, name: str) -> bool:
+        """Whether a matrix is only ever read row by row: the per-layer table, token embeddings apart from the head."""
+        apart = name == "embed_tokens.weight" and not self.tie_word_embeddings
+        return apart or name == "embed_tokens_per_layer.weight"
+
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
         """Every tensor the decoder needs: name (the checkpoint's, without `model.language_model.`) -> shape."""
         d, p, depth = self.hidden_size, self.hidden_size_per_layer_input, self.num_hidden_layers

@@ -95,8 +95,8 @@ def _weights(folder: ModelFolder, context: int) -> int:
     total = 0
     for name, tensor in folder.tensors.items():
         size = sum(part.nbytes for part in tensor.parts.values() if part.file != PER_LAYER)
-        if name == "embed_tokens.weight" and not folder.config.tie_word_embeddings:
-            size = min(size, context * 2 * _PAGE)  # rows of the tokens seen
+        if folder.config.read_by_row(name):
+            size = min(size, context * 2 * _PAGE)  # dense token embeddings: rows of the tokens seen
         total += size
     return total
 

@@ -7,7 +7,8 @@ decoder, how values were quantised, or how tokens are made.
 A folder holds
     manifest.json             this module's `Manifest`, with a digest over itself
     weights.safetensors       tensors in the order the decoder reads them, each part aligned to 64 bytes
-    embed_tokens_per_layer.safetensors   the per-layer-embedding table, row-major: a row is one read
+    embed_tokens_per_layer.safetensors   the per-layer-embedding table, row-major: a row is one read; with it the token
+                                         embeddings of a model whose head has its own weights
     tokenizer.model           a SentencePiece model
     chat_template.jinja       optional
     generation_config.json
@@ -98,7 +99,7 @@ def plan_tensor(
     name: str, shape: tuple[int, ...], layout: str, *, bits: int = 0, group: int = 0, dtype: str = "F32"
 ) -> Tensor:
     """The parts a tensor of this shape has in this layout, offsets still open."""
-    file = PER_LAYER if name.startswith("embed_tokens_per_layer.") else WEIGHTS
+    file = PER_LAYER if layout == "rows" or name.startswith("embed_tokens_per_layer.") else WEIGHTS
     if layout == "dense":
         parts = {"values": Part(file, dtype, shape)}
     elif layout == "panels":

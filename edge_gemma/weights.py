@@ -63,7 +63,7 @@ class PerLayerEmbeddings:
 class Weights:
     """A whole text decoder. V vocab_size."""
 
-    embed_tokens: Matrix  # [V, D]
+    embed_tokens: Matrix | DiskRows  # [V, D]; on disk where the head has its own weights
     per_layer_embeddings: PerLayerEmbeddings | None
     layers: tuple[LayerWeights, ...]
     norm: np.ndarray  # float32 [D]
@@ -72,6 +72,8 @@ class Weights:
     def close(self) -> None:
         if self.per_layer_embeddings is not None:
             self.per_layer_embeddings.table.close()
+        if isinstance(self.embed_tokens, DiskRows):
+            self.embed_tokens.close()
 
 
 class Binder(Protocol):
@@ -106,6 +108,10 @@ class _Binder:
     def vector(self, name: str) -> np.ndarray:
         return widen(self._files.array(self._tensors[name].parts["values"])).astype(np.float32)
 
+    def rows(self, name: str) -> Matrix | DiskRows:
+        """A matrix that is read row by row: on disk where it lies so."""
+        return self.disk_rows(name) if self._tensors[f"{name}.weight"].layout == "rows" else self.matrix(name)
+
     def disk_rows(self, name: str) -> DiskRows:
         return DiskRows(self._path, self._tensors[f"{name}.weight"])
 
@@ -113,7 +119,8 @@ class _Binder:
 def bind(folder: ModelFolder) -> Weights:
     """Map the folder and bind every tensor; the folder's table was checked against the configuration when opened."""
     b = _Binder(folder)
-    embed_tokens = b.matrix("embed_tokens")
+    tied = folder.config.tie_word_embeddings
+    lm_head = b.matrix("embed_tokens" if tied else "lm_head")
     per_layer_embeddings = None
     if folder.config.hidden_size_per_layer_input:
         per_layer_embeddings = PerLayerEmbeddings(
@@ -122,11 +129,11 @@ def bind(folder: ModelFolder) -> Weights:
             projection_norm=b.vector("per_layer_projection_norm.weight"),
         )
     return Weights(
-        embed_tokens=embed_tokens,
+        embed_tokens=lm_head if tied else b.rows("embed_tokens"),
         per_layer_embeddings=per_layer_embeddings,
         layers=tuple(bind_layer(b, f"layers.{layer.index}") for layer in folder.config.layers),
         norm=b.vector("norm.weight"),
-        lm_head=embed_tokens if folder.config.tie_word_embeddings else b.matrix("lm_head"),
+        lm_head=lm_head,
     )
 
 

@@ -115,7 +115,7 @@ def plan_weight(
 ) -> Tensor:
     """How a recipe stores one tensor of this checkpoint."""
     shape = checkpoint.tensors[name].shape
-    layout = "rows" if name.startswith("embed_tokens_per_layer.") else "panels"
+    layout = "rows" if config.read_by_row(name) else "panels"
     if (packed := carried.get(name)) is not None:
         return replace(
             plan_tensor(name, shape, layout, bits=packed.bits, group=packed.group),

@@ -250,9 +250,10 @@ def test_the_4_bit_advice_is_the_size_of_a_4_bit_model() -> None:
     assert memory._weights_at_4_bits(q8) == pytest.approx(exact, rel=0.01)
 
 
-def test_rows_of_an_untied_embedding_count_by_the_tokens_seen() -> None:
-    tied, untied = planned("e2b", "q4"), planned("e2b", "q4", tie_word_embeddings=False)
-    assert memory.footprint(untied, 64).weights - memory.footprint(tied, 64).weights == 64 * 2 * 4096
+def test_an_untied_embedding_stays_on_disk_or_counts_by_the_tokens_seen() -> None:
+    for recipe, rows in (("q4", 0), ("float", 64)):
+        tied, untied = planned("e2b", recipe), planned("e2b", recipe, tie_word_embeddings=False)
+        assert memory.footprint(untied, 64).weights - memory.footprint(tied, 64).weights == rows * 2 * 4096
 
 
 @pytest.mark.parametrize("command", [["run", "Hi"], ["chat"], ["bench"]])
