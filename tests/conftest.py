@@ -6,12 +6,15 @@ is missing skips with the reason.
 
 import functools
 import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # before NumPy loads: tiny matrices, and threads that compete
+# A shell starts what runs in the background with Ctrl-C ignored, and children inherit that: tests press it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 DOWNLOADS = Path(__file__).parent / "downloads"
 
