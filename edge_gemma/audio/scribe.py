@@ -7,14 +7,15 @@ instruction, the guard against endless repetition. Does not know: samples, files
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
 from edge_gemma.audio.prompts import AudioPrompt
 from edge_gemma.audio.texts import loop
+from edge_gemma.conversation import ChatEngine
 from edge_gemma.errors import UsageError
-from edge_gemma.generate import FinishReason, Generation, StreamTokenizer, Timeline, stop_ids_of
+from edge_gemma.generate import FinishReason, Generation, Timeline, stop_ids_of
 from edge_gemma.sampler import Sampler, Sampling
 
 SEGMENT_TOKENS = 750  # soft tokens of 30 s
@@ -43,15 +44,9 @@ class Encoder(Protocol):
     def stream(self, step_ms: int) -> Stream: ...
 
 
-class SpeechEngine(Protocol):
+class SpeechEngine(ChatEngine, Protocol):
     """What of `edge_gemma.engine.Engine` is used here."""
 
-    @property
-    def tokenizer(self) -> StreamTokenizer: ...
-    @property
-    def chat_template(self) -> str | None: ...
-    @property
-    def generation_config(self) -> dict[str, Any]: ...
     @property
     def context(self) -> int: ...
     @property

@@ -50,7 +50,7 @@ class Operation:
 
 
 class Recorder:
-    """Writes kernel calls down, in order. `scratch` are arrays that every program of its kind may use."""
+    """Writes kernel calls down, in order."""
 
     def __init__(self) -> None:
         self.operations: list[Operation] = []
