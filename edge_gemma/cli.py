@@ -88,6 +88,7 @@ def chat(model: str | None, session_file: Path | None, **options: Any) -> None:
     edge-gemma chat -m ./gemma-4-e2b --system "Answer in one sentence."
     edge-gemma chat --session monday.json
     """
+    from edge_gemma import models
     from edge_gemma.conversation import open_conversation
     from edge_gemma.terminal import ChatLoop, Screen
     from edge_gemma.transcript import Transcript
@@ -101,6 +102,8 @@ def chat(model: str | None, session_file: Path | None, **options: Any) -> None:
             system = system or earlier.system
     engine = common.load(model, options)
     screen = Screen(show_thinking=options["show_thinking"])
+    if engine.path == models.EMBEDDED:
+        screen.note(models.EMBEDDED_NOTE)
     conversation = open_conversation(
         engine,
         system=system,

