@@ -4,7 +4,9 @@ Owns: finding the transcripts, bringing texts to a common spelling (`normalise`)
 speech becomes text.
 
 Spelling. Case, punctuation and what stands in brackets do not count. Numbers count as numbers: "nineteen ninety-five",
-"1995" and "one nine nine five" are one word, 1995; "first" is 1st. English only; digits elsewhere stay as they are.
+"1995" and "one nine nine five" are one word, 1995; "first" is 1st. So with clock times, signs and abbreviations that
+are written in several ways: "7:30 A.M." is "seven thirty am", "-5°C" "minus five degrees celsius", "OK" "okay". English
+only; digits elsewhere stay as they are.
 """
 
 import re
@@ -35,12 +37,41 @@ _ORDINALS = {
 }  # fmt: skip
 
 
+# What is written in several ways, in lower case, and what stands for all of them; one after another.
+_SPELLINGS = tuple(
+    (re.compile(pattern), instead)
+    for pattern, instead in (
+        (r"[\[(<{][^\])>}]*[\])>}]", " "),  # [music]
+        (r"’", "'"),
+        (r"(?<=\d),(?=\d{3}\b)", ""),  # 1,000
+        (r"(?<=\d):00\b", " "),  # 7:00: seven
+        (r"(?<=\d)\.(?=\d)", " point "),
+        (r"(?<=\d)(?=(?!st\b|nd\b|rd\b|th\b)[a-z])", " "),  # 7am
+        (r"\b[a-z]\.(?:[a-z]\.?)+(?![a-z])", lambda found: found[0].replace(".", "")),  # a.m.
+        (r"\b([ap]) m\b", r"\1m"),
+        (r"(?<![\w.])-(?=\d)", " minus "),
+        (r"\$(\d+)", r"\1 dollars "),
+        (r"° ?c\b", " degrees celsius "),
+        (r"° ?f\b", " degrees fahrenheit "),
+        (r"°", " degrees "),
+        (r"%", " percent "),
+        (r"&", " and "),
+        (r"\+", " plus "),
+        (r"=", " equals "),
+        (r"\bok\b", "okay"),
+        (r"\bmr\b", "mister"),
+        (r"\bmrs\b", "missus"),
+        (r"\bdr\b", "doctor"),
+        (r"(?<=\w)'(?=\w)", ""),  # don't: one word, dont
+    )
+)
+
+
 def normalise(text: str) -> list[str]:
     """The words of a text in a common spelling."""
-    text = re.sub(r"[\[(<{][^\])>}]*[\])>}]", " ", unicodedata.normalize("NFKC", text).casefold())
-    text = re.sub(r"(?<=\d),(?=\d{3}\b)", "", text.replace("’", "'"))
-    text = re.sub(r"(?<=\d)\.(?=\d)", " point ", text).replace("%", " percent ")
-    text = re.sub(r"(?<=\w)'(?=\w)", "", text)  # don't: one word, dont
+    text = unicodedata.normalize("NFKC", text).casefold()
+    for pattern, instead in _SPELLINGS:
+        text = pattern.sub(instead, text)
     return _numbers(re.findall(r"[^\W_]+", text))
 
 
@@ -61,6 +92,8 @@ def _numbers(words: Sequence[str]) -> list[str]:
             continue
         if word == "a" and after in ("hundred", *_SCALES):
             run.append("one")
+        elif word == "oh" and run and _is_number(_cardinal(after)[0]):
+            run.append("zero")
         elif _is_number(cardinal) and not (ordinal and word == "second" and not run):  # a second: a time
             run.append(cardinal)
             if ordinal:
