@@ -5,8 +5,9 @@ speech becomes text.
 
 Spelling. Case, punctuation and what stands in brackets do not count. Numbers count as numbers: "nineteen ninety-five",
 "1995" and "one nine nine five" are one word, 1995; "first" is 1st. So with clock times, signs and abbreviations that
-are written in several ways: "7:30 A.M." is "seven thirty am", "-5°C" "minus five degrees celsius", "OK" "okay". English
-only; digits elsewhere stay as they are.
+are written in several ways: "7:30 A.M." is "seven thirty am", "-5°C" "minus five degrees celsius", "OK" "okay",
+"colour" "color"; the point in a number and "o'clock" do not count, since 7.30 may be a time. English only; digits
+elsewhere stay as they are.
 """
 
 import re
@@ -37,6 +38,7 @@ _ORDINALS = {
 }  # fmt: skip
 
 
+_MONEY = {"$": "dollar", "€": "euro", "£": "pound"}
 # What is written in several ways, in lower case, and what stands for all of them; one after another.
 _SPELLINGS = tuple(
     (re.compile(pattern), instead)
@@ -45,24 +47,33 @@ _SPELLINGS = tuple(
         (r"’", "'"),
         (r"(?<=\d),(?=\d{3}\b)", ""),  # 1,000
         (r"(?<=\d):00\b", " "),  # 7:00: seven
-        (r"(?<=\d)\.(?=\d)", " point "),
         (r"(?<=\d)(?=(?!st\b|nd\b|rd\b|th\b)[a-z])", " "),  # 7am
         (r"\b[a-z]\.(?:[a-z]\.?)+(?![a-z])", lambda found: found[0].replace(".", "")),  # a.m.
         (r"\b([ap]) m\b", r"\1m"),
         (r"(?<![\w.])-(?=\d)", " minus "),
-        (r"\$(\d+)", r"\1 dollars "),
+        (r"([$€£])(\d+)(?:\.(\d\d)\b)?", lambda found: f"{found[2]} {_MONEY[found[1]]} and {found[3] or 0} cent "),
+        (r" and 0+ cent ", " "),  # $5
+        (r"\b(dollar|euro|pound|cent)s\b", r"\1"),
         (r"° ?c\b", " degrees celsius "),
         (r"° ?f\b", " degrees fahrenheit "),
         (r"°", " degrees "),
-        (r"%", " percent "),
+        (r"%|\bper cent\b", " percent "),
         (r"&", " and "),
         (r"\+", " plus "),
         (r"=", " equals "),
+        (r"\bo'clock\b", " "),  # 7:00
         (r"\bok\b", "okay"),
         (r"\bmr\b", "mister"),
         (r"\bmrs\b", "missus"),
         (r"\bdr\b", "doctor"),
         (r"(?<=\w)'(?=\w)", ""),  # don't: one word, dont
+        (r"\b(colo|favo|flavo|harbo|hono|humo|labo|neighbo|rumo)ur", r"\1r"),  # British, American
+        (r"\b(centi|milli|kilo)?(met|lit)re(s?)\b", r"\1\2er\3"),
+        (r"\b(cent|theat|fib)re(s?)\b", r"\1er\2"),
+        (r"\b(cancel|travel|label|dial)l(ed|ing|er)\b", r"\1\2"),
+        (r"\bgrey", "gray"),
+        (r"\bprogramme", "program"),
+        (r"\bwhisky\b", "whiskey"),
     )
 )
 
@@ -90,10 +101,12 @@ def _numbers(words: Sequence[str]) -> list[str]:
         cardinal, ordinal = _cardinal(word)
         if word == "and" and run and run[-1] in ("hundred", *_SCALES) and _is_number(_cardinal(after)[0]):
             continue
+        if word == "point" and run and _is_number(_cardinal(after)[0]):
+            continue
         if word == "a" and after in ("hundred", *_SCALES):
             run.append("one")
-        elif word == "oh" and run and _is_number(_cardinal(after)[0]):
-            run.append("zero")
+        elif word == "oh" and (run or all(_is_number(w) for w in (after, *words[i + 2 : i + 3]))):
+            run.append("zero")  # of a telephone number, not a sigh
         elif _is_number(cardinal) and not (ordinal and word == "second" and not run):  # a second: a time
             run.append(cardinal)
             if ordinal:
