@@ -1,0 +1,123 @@
+"""Files of clips: DATA/clips/<split>-<voice>.i16 and .jsonl, written aside and renamed, whole or not at all.
+
+Owns: the format, trimming and levelling of a clip, what each voice says in each split. Does not know: engines
+(synthesise.py), features, how sources are fetched.
+
+A clip is mono int16 at 16 kHz, clips lie one after the other; each line of the .jsonl has its text (spoken form),
+voice, engine, split, first sample and count of samples.
+"""
+
+import json
+import zlib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+
+from edge_gemma.atomic import write_file
+from training import recordings
+from training.corpus import Corpus, distinct
+from training.splits import held_out
+from training.synthesise import RATE, engine
+from training.voices import VOICES, Voice, seen
+
+SHORTEST, LONGEST = 0.4, 10.0  # seconds of a clip
+LEVEL = 0.07  # root mean square of a clip's speech, full scale 1
+TESTS = {"dev", "test_seen", "test_unseen", "test_human"}
+HUMAN = "human"  # the engine of recorded prompts
+
+
+def seed(*names: str) -> int:
+    return zlib.crc32("/".join(names).encode())
+
+
+def finished(samples: np.ndarray, rng: np.random.Generator) -> np.ndarray | None:
+    """Speech between 100 to 200 ms of near silence, at LEVEL: int16. None if it is too short or too long, or silent."""
+    hop = RATE // 100
+    count = len(samples) // hop
+    if count < 10:
+        return None
+    energy = np.sqrt((samples[: count * hop].reshape(count, hop) ** 2).mean(axis=1))
+    loud = np.flatnonzero(energy > max(0.01 * energy.max(), 1e-4))
+    if energy.max() < 1e-3 or not len(loud):
+        return None
+    speech = samples[loud[0] * hop : (loud[-1] + 1) * hop]
+    speech = speech * min(LEVEL / np.sqrt((speech**2).mean()), 0.97 / np.abs(speech).max())
+    ends = [np.zeros(int(rng.uniform(0.1, 0.2) * RATE), np.float32) for _ in range(2)]
+    clip = np.concatenate([ends[0], speech, ends[1]])
+    if not SHORTEST <= len(clip) / RATE <= LONGEST:
+        return None
+    clip += rng.normal(0, 3e-5, len(clip)).astype(np.float32)  # a noise floor of -90 dB: silence is never exactly 0
+    return np.rint(clip.clip(-1, 1) * 32767).astype("<i2")
+
+
+def write_clips(folder: Path, split: str, voice: str, engine: str, clips: Iterable[tuple[str, np.ndarray]]) -> float:
+    """Write (text, int16 samples) pairs as one file of clips. Returns its seconds."""
+    sound, lines, first = [], [], 0
+    for text, samples in clips:
+        line = {"text": text, "voice": voice, "engine": engine, "split": split, "first": first, "samples": len(samples)}
+        lines.append(json.dumps(line))
+        sound.append(samples.tobytes())
+        first += len(samples)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_file(folder / f"{split}-{voice}.i16", b"".join(sound))
+    write_file(folder / f"{split}-{voice}.jsonl", "".join(f"{line}\n" for line in lines).encode())
+    return first / RATE
+
+
+def read_clips(index: Path) -> Iterator[tuple[dict, np.ndarray]]:
+    """The lines of a .jsonl with their clips, int16, mapped from the .i16 beside it."""
+    sound = np.memmap(index.with_suffix(".i16"), "<i2", "r") if index.with_suffix(".i16").stat().st_size else None
+    for line in index.read_text().splitlines():
+        clip = json.loads(line)
+        assert sound is not None
+        yield clip, sound[clip["first"] : clip["first"] + clip["samples"]]
+
+
+def jobs() -> list[tuple[str, str]]:
+    """All (split, voice), the cheap ones first: recordings, espeak and flite before the neural voices."""
+    order = ["espeak", "flite", "festival", "piper", "kokoro"]
+    voices = sorted(VOICES, key=lambda voice: order.index(voice.engine))
+    found = [("train_human", recordings.VOICE), ("test_human", recordings.VOICE)]
+    for voice in voices:
+        tests = ["test_seen", "dev", "train"] if seen(voice) else ["test_unseen"]
+        found += [(split, voice.name) for split in tests]
+    return found
+
+
+def make(data: Path, split: str, name: str, corpus: Corpus) -> float:
+    """Make the clips of one voice in one split, unless they are there. Returns the seconds that are there."""
+    folder = data / "clips"
+    index = folder / f"{split}-{name}.jsonl"
+    if index.exists():
+        return index.with_suffix(".i16").stat().st_size / 2 / RATE
+    if name == recordings.VOICE:
+        return write_clips(folder, split, name, HUMAN, _recorded(split, corpus))
+    voice = next(voice for voice in VOICES if voice.name == name)
+    return write_clips(folder, split, name, voice.engine, _synthetic(split, voice, data, corpus))
+
+
+def _recorded(split: str, corpus: Corpus) -> Iterator[tuple[str, np.ndarray]]:
+    rng = np.random.default_rng(seed(split, recordings.VOICE))
+    for _, text, path in recordings.prompts(corpus.root):
+        if held_out(text) == (split in TESTS):
+            clip = finished(recordings.decode(path), rng)
+            if clip is not None:
+                yield text, clip
+
+
+def _synthetic(split: str, voice: Voice, data: Path, corpus: Corpus) -> Iterator[tuple[str, np.ndarray]]:
+    """Distinct texts until the voice has its minutes (train) or its number of clips."""
+    speak = engine(voice, data / "sources")
+    chance = seed(split, voice.name)
+    rng = np.random.default_rng(chance)
+    most = {"dev": voice.devs}.get(split, voice.tests) if split in TESTS else 10**9
+    limit = 10**9 if split in TESTS else voice.minutes * 60 * RATE
+    samples = count = 0
+    for text in distinct(corpus.stream(chance, held=split in TESTS)):
+        if samples >= limit or count >= most:
+            return
+        clip = finished(speak(text, rng), rng)
+        if clip is not None:
+            yield text, clip
+            samples, count = samples + len(clip), count + 1

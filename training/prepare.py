@@ -1,0 +1,64 @@
+"""All speech data with one command: fetch the sources, then speak every text with every voice.
+
+    python -m training.prepare DATA [--engines espeak,flite] [--processes 2]
+
+Owns: the order of work and the manifest. Runs again where it was stopped; what is there is kept.
+"""
+
+import argparse
+import hashlib
+import json
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from edge_gemma.atomic import write_file
+from training import clips, recordings
+from training.corpus import Corpus
+from training.voices import VOICES
+
+_corpus: dict[Path, Corpus] = {}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m training.prepare", description=__doc__.split("\n")[0])
+    parser.add_argument("data", type=Path, help="folder for sources and clips, a few GB")
+    parser.add_argument("--engines", default="human,espeak,flite,festival,piper,kokoro", help="only these")
+    parser.add_argument("--processes", type=int, default=2)
+    options = parser.parse_args()
+    wanted = set(options.engines.split(","))
+    engines = {voice.name: voice.engine for voice in VOICES} | {recordings.VOICE: clips.HUMAN}
+    jobs = [job for job in clips.jobs() if engines[job[1]] in wanted]
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with ProcessPoolExecutor(options.processes) as pool, Progress(*columns) as progress:
+        bar = progress.add_task("clips", total=len(jobs))
+        running = {pool.submit(_make, options.data, split, name): (split, name) for split, name in jobs}
+        for done in as_completed(running):
+            split, name = running[done]
+            progress.update(bar, advance=1, description=f"{split}-{name}: {done.result() / 60:.1f} min")
+    write_manifest(options.data)
+
+
+def _make(data: Path, split: str, name: str) -> float:
+    corpus = _corpus.setdefault(data, Corpus.load(data))
+    return clips.make(data, split, name, corpus)
+
+
+def write_manifest(data: Path) -> None:
+    """DATA/manifest.json: digest, clips and seconds of every file of clips, and the versions of the sources."""
+    files = {}
+    for sound in sorted((data / "clips").glob("*.i16")):
+        index = sound.with_suffix(".jsonl")
+        if index.exists():
+            files[sound.name] = {
+                "sha256": hashlib.sha256(sound.read_bytes()).hexdigest(),
+                "index_sha256": hashlib.sha256(index.read_bytes()).hexdigest(),
+                "clips": index.read_text().count("\n"),
+                "seconds": round(sound.stat().st_size / 2 / clips.RATE, 3),
+            }
+    write_file(data / "manifest.json", json.dumps({"files": files}, indent=1).encode())
+
+
+if __name__ == "__main__":
+    main()

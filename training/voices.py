@@ -1,0 +1,61 @@
+"""The voices: engine, settings, how many minutes each speaks for training, and which are never trained on.
+
+Owns: the table. Does not know: how an engine is run (synthesise.py).
+"""
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Voice:
+    """One synthetic speaker. `minutes` of training speech; 0: an unseen voice, heard in test_unseen only."""
+
+    name: str  # in file names: letters, digits and underscores
+    engine: str  # espeak | flite | festival | piper | kokoro
+    settings: dict = field(default_factory=dict)
+    minutes: float = 0
+    tests: int = 4  # clips in test_seen (or, of an unseen voice, in test_unseen)
+    devs: int = 2  # clips in dev
+
+
+def _espeak(accent: str, variant: str, minutes: float, tests: int = 2, devs: int = 1) -> Voice:
+    name = (
+        f"espeak_{accent.replace('en-', '').replace('gb-', '').replace('x-', '').replace('-', '_')}_{variant.lower()}"
+    )
+    return Voice(name, "espeak", {"voice": f"{accent}+{variant}"}, minutes, tests, devs)
+
+
+_ESPEAK_SEEN = [
+    ("en-us", "m1"), ("en-us", "m3"), ("en-us", "f1"), ("en-us", "f2"), ("en-us", "f4"), ("en-us", "Andy"),
+    ("en-us", "Annie"), ("en-us", "Denis"), ("en-us", "Gene"), ("en-us", "Lee"), ("en-us", "linda"), ("en-us", "adam"),
+    ("en-us", "klatt3"), ("en-us", "steph"), ("en-us", "anika"), ("en-us", "victor"), ("en-us", "paul"),
+    ("en-gb", "m2"), ("en-gb", "m6"), ("en-gb", "f3"), ("en-gb", "Michael"), ("en-gb", "zac"),
+    ("en-gb-scotland", "m4"), ("en-gb-scotland", "f2"), ("en-gb-x-rp", "m5"), ("en-gb-x-rp", "f1"),
+    ("en-gb-x-gbcwmd", "m3"), ("en-us-nyc", "m2"), ("en-us-nyc", "Alicia"), ("en-029", "m8"),
+]  # fmt: skip
+
+VOICES: tuple[Voice, ...] = (
+    *(_espeak(accent, variant, 8) for accent, variant in _ESPEAK_SEEN),
+    Voice("flite_slt", "flite", {"voice": "slt", "pitch": 170}, 60, 30, 15),
+    Voice("flite_rms", "flite", {"voice": "rms", "pitch": 95}, 60, 30, 15),
+    Voice("flite_kal16", "flite", {"voice": "kal16", "pitch": 105}, 45, 30, 15),
+    Voice("festival_slt", "festival", {"voice": "cmu_us_slt_arctic_hts"}, 40, 30, 15),
+    Voice("festival_kal", "festival", {"voice": "kal_diphone"}, 30, 30, 15),
+    Voice("piper_joe", "piper", {}, 120, 35, 20),
+    Voice("kokoro_alpha", "kokoro", {"mix": {"jf_alpha": 1}}, 35, 25, 10),
+    Voice("kokoro_gongitsune", "kokoro", {"mix": {"jf_gongitsune": 1}}, 30, 25, 10),
+    Voice("kokoro_kumo", "kokoro", {"mix": {"jm_kumo": 1}}, 35, 25, 10),
+    Voice("kokoro_alpha_kumo", "kokoro", {"mix": {"jf_alpha": 0.5, "jm_kumo": 0.5}}, 25, 10, 5),
+    Voice("kokoro_tebukuro", "kokoro", {"mix": {"jf_tebukuro": 1}}, 25, 25, 10),
+    # Never trained on: their speaker or variant occurs nowhere above.
+    Voice("flite_awb", "flite", {"voice": "awb", "pitch": 130}, 0, 40, 0),
+    Voice("kokoro_nezumi", "kokoro", {"mix": {"jf_nezumi": 1}}, 0, 40, 0),
+    Voice("festival_ked", "festival", {"voice": "ked_diphone"}, 0, 40, 0),
+    _espeak("en-gb", "f5", 0, 30, 0),
+    _espeak("en-us", "m7", 0, 30, 0),
+)
+
+
+def seen(voice: Voice) -> bool:
+    """Whether models train on this voice."""
+    return voice.minutes > 0
