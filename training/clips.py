@@ -75,14 +75,17 @@ def read_clips(index: Path) -> Iterator[tuple[dict, np.ndarray]]:
 
 
 def jobs() -> list[tuple[str, str]]:
-    """All (split, voice), the cheap ones first: recordings, espeak and flite before the neural voices."""
-    order = ["espeak", "flite", "festival", "piper", "kokoro"]
-    voices = sorted(VOICES, key=lambda voice: order.index(voice.engine))
-    found = [("train_human", recordings.VOICE), ("test_human", recordings.VOICE)]
-    for voice in voices:
-        tests = ["test_seen", "dev", "train"] if seen(voice) else ["test_unseen"]
-        found += [(split, voice.name) for split in tests]
-    return found
+    """All (split, voice) in the order of work: recordings, held-out clips of all voices, then the table's order."""
+    tests = [(split, voice.name) for voice in VOICES for split in _tests(voice)]
+    train = [("train", voice.name) for voice in VOICES if seen(voice)]
+    return [("train_human", recordings.VOICE), ("test_human", recordings.VOICE), *tests, *train]
+
+
+def _tests(voice: Voice) -> list[str]:
+    """The held-out splits in which a voice speaks."""
+    if not seen(voice):
+        return ["test_unseen"]
+    return [split for split, count in (("test_seen", voice.tests), ("dev", voice.devs)) if count]
 
 
 def make(data: Path, split: str, name: str, corpus: Corpus) -> float:

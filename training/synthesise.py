@@ -121,7 +121,7 @@ def _festival(settings: dict, sources: Path) -> Speak:
             script = Path(folder) / "say.scm"
             script.write_text(scheme)
             share = root / "usr/share/festival"
-            command = [str(root / "usr/bin/festival"), "--libdir", str(share), "-b", str(script)]
+            command = [str(root / "usr/bin/festival"), "--datadir", str(share), "-b", str(script)]
             subprocess.run(command, check=True, capture_output=True, env=_environment(root))
             samples, rate = _wav((Path(folder) / "clip.wav").read_bytes())
         return resampled(samples, rate * shift)

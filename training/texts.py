@@ -224,7 +224,7 @@ def sentences(seed: int) -> Iterator[str]:
     """Sentences of the grammar without end, in spoken form; short ones come again and again."""
     rng = np.random.default_rng([seed, 1])
     while True:
-        text = grammar().sentence(rng)[1]
+        text = spoken(grammar().sentence(rng)[1])
         if len(text) <= LONGEST:
             yield text
 

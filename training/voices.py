@@ -1,6 +1,8 @@
 """The voices: engine, settings, how many minutes each speaks for training, and which are never trained on.
 
-Owns: the table. Does not know: how an engine is run (synthesise.py).
+Owns: the table, in the order in which the voices are spoken: cheap engines first, the neural ones in portions of a few
+minutes, so that training can start and find more each time it looks. Does not know: how an engine is run
+(synthesise.py).
 """
 
 from dataclasses import dataclass, field
@@ -25,6 +27,11 @@ def _espeak(accent: str, variant: str, minutes: float, tests: int = 2, devs: int
     return Voice(name, "espeak", {"voice": f"{accent}+{variant}"}, minutes, tests, devs)
 
 
+def _kokoro(name: str, mix: dict[str, float], minutes: float, tests: int = 4, devs: int = 1) -> Voice:
+    """A mixture of Kokoro's style vectors speaks with a voice of its own."""
+    return Voice(f"kokoro_{name}", "kokoro", {"mix": mix}, minutes, tests, devs)
+
+
 _ESPEAK_SEEN = [
     ("en-us", "m1"), ("en-us", "m3"), ("en-us", "f1"), ("en-us", "f2"), ("en-us", "f4"), ("en-us", "Andy"),
     ("en-us", "Annie"), ("en-us", "Denis"), ("en-us", "Gene"), ("en-us", "Lee"), ("en-us", "linda"), ("en-us", "adam"),
@@ -39,17 +46,25 @@ VOICES: tuple[Voice, ...] = (
     Voice("flite_slt", "flite", {"voice": "slt", "pitch": 170}, 60, 30, 15),
     Voice("flite_rms", "flite", {"voice": "rms", "pitch": 95}, 60, 30, 15),
     Voice("flite_kal16", "flite", {"voice": "kal16", "pitch": 105}, 45, 30, 15),
-    Voice("festival_slt", "festival", {"voice": "cmu_us_slt_arctic_hts"}, 40, 30, 15),
-    Voice("festival_kal", "festival", {"voice": "kal_diphone"}, 30, 30, 15),
-    Voice("piper_joe", "piper", {}, 120, 35, 20),
-    Voice("kokoro_alpha", "kokoro", {"mix": {"jf_alpha": 1}}, 35, 25, 10),
-    Voice("kokoro_gongitsune", "kokoro", {"mix": {"jf_gongitsune": 1}}, 30, 25, 10),
-    Voice("kokoro_kumo", "kokoro", {"mix": {"jm_kumo": 1}}, 35, 25, 10),
-    Voice("kokoro_alpha_kumo", "kokoro", {"mix": {"jf_alpha": 0.5, "jm_kumo": 0.5}}, 25, 10, 5),
-    Voice("kokoro_tebukuro", "kokoro", {"mix": {"jf_tebukuro": 1}}, 25, 25, 10),
+    Voice("piper_joe", "piper", {}, 15, 30, 10),
+    _kokoro("alpha", {"jf_alpha": 1}, 6, 14, 4),
+    _kokoro("kumo", {"jm_kumo": 1}, 6, 14, 4),
+    _kokoro("gongitsune", {"jf_gongitsune": 1}, 6, 14, 4),
+    _kokoro("tebukuro", {"jf_tebukuro": 1}, 6, 14, 4),
+    Voice("festival_kal", "festival", {"voice": "kal_diphone"}, 20, 30, 10),
+    Voice("festival_slt", "festival", {"voice": "cmu_us_slt_arctic_hts"}, 20, 30, 10),
+    _kokoro("alpha_kumo", {"jf_alpha": 0.5, "jm_kumo": 0.5}, 10),
+    _kokoro("tebukuro_kumo", {"jf_tebukuro": 0.4, "jm_kumo": 0.6}, 10),
+    Voice("piper_joe_more", "piper", {}, 40, 0, 0),
+    _kokoro("alpha_gongitsune", {"jf_alpha": 0.5, "jf_gongitsune": 0.5}, 10),
+    _kokoro("kumo_more", {"jm_kumo": 1}, 10, 0, 0),
+    _kokoro("gongitsune_kumo", {"jf_gongitsune": 0.7, "jm_kumo": 0.3}, 10),
+    _kokoro("alpha_more", {"jf_alpha": 1}, 10, 0, 0),
+    Voice("piper_joe_most", "piper", {}, 40, 0, 0),
+    _kokoro("all", {"jf_alpha": 0.3, "jf_gongitsune": 0.3, "jf_tebukuro": 0.2, "jm_kumo": 0.2}, 10),
     # Never trained on: their speaker or variant occurs nowhere above.
     Voice("flite_awb", "flite", {"voice": "awb", "pitch": 130}, 0, 40, 0),
-    Voice("kokoro_nezumi", "kokoro", {"mix": {"jf_nezumi": 1}}, 0, 40, 0),
+    _kokoro("nezumi", {"jf_nezumi": 1}, 0, 40, 0),
     Voice("festival_ked", "festival", {"voice": "ked_diphone"}, 0, 40, 0),
     _espeak("en-gb", "f5", 0, 30, 0),
     _espeak("en-us", "m7", 0, 30, 0),
