@@ -174,9 +174,9 @@ def write_csv(path: Path, table: Iterable[Row]) -> None:
 
 
 def merged(old: Sequence[Row], new: Sequence[Row]) -> list[Row]:
-    """New rows take the place of the same system's and model's."""
-    replaced = {(row.system, row.model) for row in new}
-    return [row for row in old if (row.system, row.model) not in replaced] + list(new)
+    """New rows take the place of those of the same system, model and split."""
+    replaced = {(row.system, row.model, row.split) for row in new}
+    return [row for row in old if (row.system, row.model, row.split) not in replaced] + list(new)
 
 
 def tables(table: Sequence[Row]) -> str:
@@ -190,7 +190,8 @@ def tables(table: Sequence[Row]) -> str:
         wholes = {row.split: row for row in rows_of if row.voice == "all"}
         rates = [f"{wholes[split].wer:.1%}" if split in wholes else "-" for split in splits]
         work, busy = (statistics.median(getattr(row, f) for row in wholes.values()) for f in ("rtf", "cpu_rtf"))
-        lines.append([name, *rates, f"{work:.3f}", f"{busy:.3f}", f"{rows_of[0].peak_mb:.0f} MB"])
+        peak = max(row.peak_mb for row in rows_of)
+        lines.append([name, *rates, f"{work:.3f}", f"{busy:.3f}", f"{peak:.0f} MB"])
     sources = {(row.split, row.voice): row for row in table if row.voice != "all"}
     by_source = [["source", "clips", "words", *by_system]]
     for key, source in sorted(sources.items()):
@@ -211,7 +212,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m training.evaluate", description=__doc__.partition("\n")[0])
     parser.add_argument("model", nargs="?", default="", help='a model folder or name; "" is the embedded model')
     parser.add_argument("data", nargs="?", type=Path)
-    parser.add_argument("--out", type=Path, help="the CSV; rows of other systems and models in it are kept")
+    parser.add_argument("--out", type=Path, help="the CSV; rows of other systems, models and splits in it are kept")
     parser.add_argument("--systems", nargs="+", choices=list(SYSTEMS), default=list(SYSTEMS))
     parser.add_argument("--splits", nargs="+", default=list(SPLITS))
     parser.add_argument("--limit", type=int, default=LIMIT, help="clips of each source [%(default)s]")
