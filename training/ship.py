@@ -1,0 +1,90 @@
+"""Puts a trained checkpoint into the package: exported in place, with the digests of what it was made from.
+
+    python -m training.ship CHECKPOINT DATA --recipe q8        # to edge_gemma/demo
+
+Owns: the manifest's section `training` and the limit on size. Does not know: how a checkpoint is trained or exported.
+
+CHECKPOINT is a folder in the layout of transformers' save_pretrained, tokenizer and chat template included. `training`
+holds SHA-256 digests: `data` over names and contents of DATA/clips, `code` over those of training/, `config` of the
+checkpoint's config.json; and the versions of the libraries it was trained with.
+"""
+
+import argparse
+import hashlib
+import importlib.metadata
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from edge_gemma import models
+from edge_gemma.atomic import write_file
+from edge_gemma.errors import EdgeGemmaError
+from edge_gemma.export.convert import export_checkpoint
+from edge_gemma.model_folder import MANIFEST, ModelFolder, manifest_digest
+
+MOST_BYTES = 12_000_000
+_CODE = (".py", ".txt", ".jinja", ".json", ".toml")
+
+
+def digest(root: Path, paths: Iterable[Path]) -> str:
+    """SHA-256 over files: for each, by name, its name below `root`, a zero byte and the SHA-256 of its content."""
+    total = hashlib.sha256()
+    for path in sorted(paths):
+        with path.open("rb") as file:
+            content = hashlib.file_digest(file, "sha256").digest()
+        total.update(path.relative_to(root).as_posix().encode() + b"\0" + content)
+    return total.hexdigest()
+
+
+def made_from(checkpoint: Path, data: Path, code: Path) -> dict[str, Any]:
+    """The manifest's section. Raises SystemExit where there are no clips."""
+    clips = [path for path in (data / "clips").glob("*") if path.suffix in (".i16", ".jsonl")]
+    if not clips:
+        raise SystemExit(f"{data / 'clips'} holds no clips: expected the data that the checkpoint was trained with")
+    return {
+        "data": digest(data, clips),
+        "code": digest(code, [path for path in code.rglob("*") if path.suffix in _CODE]),
+        "config": hashlib.sha256((checkpoint / "config.json").read_bytes()).hexdigest(),
+        "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers", "numpy")},
+    }
+
+
+def add_section(folder: Path, section: dict[str, Any]) -> None:
+    """Write `training` into the manifest, whose digest covers it."""
+    manifest = json.loads((folder / MANIFEST).read_bytes()) | {"training": section}
+    manifest["digest"] = manifest_digest(manifest)
+    write_file(folder / MANIFEST, json.dumps(manifest, indent=1).encode())
+
+
+def ship(checkpoint: Path, data: Path, dest: Path, recipe: str | None, *, audio: bool = True) -> int:
+    """Export, note what it was made from, check every byte. Returns the folder's size in bytes.
+
+    Raises EdgeGemmaError as `export_checkpoint` does, SystemExit for a model that is too large: it stands there then.
+    """
+    section = made_from(checkpoint, data, Path(__file__).parent)
+    export_checkpoint(checkpoint, dest, recipe, audio=audio, force=True)
+    add_section(dest, section)
+    ModelFolder.open(dest).verify()
+    size = sum(path.stat().st_size for path in dest.iterdir())
+    if size > MOST_BYTES:
+        raise SystemExit(f"{dest} has {size / 1e6:.1f} MB, expected at most {MOST_BYTES / 1e6:.0f}: use fewer bits")
+    return size
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m training.ship", description=__doc__.partition("\n")[0])
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("data", type=Path)
+    parser.add_argument("--recipe", help="q8, q4, ... [default: as it was trained, else q4]")
+    parser.add_argument("--dest", type=Path, default=models.EMBEDDED)
+    options = parser.parse_args(arguments)
+    try:
+        size = ship(options.checkpoint, options.data, options.dest, options.recipe)
+    except (EdgeGemmaError, OSError) as error:
+        raise SystemExit(f"error: {error}") from None
+    print(f"{options.dest}: {size / 1e6:.1f} MB")
+
+
+if __name__ == "__main__":
+    main()
