@@ -4,8 +4,9 @@ Owns: the instructions (Gemma 4's model card), names of languages, splitting the
 place, reading a reply that holds a translation. Does not know: samples, sessions.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from edge_gemma.chat import ChatFormat, ChatTokenizer, Message
 from edge_gemma.errors import TemplateError, UsageError
@@ -90,16 +91,23 @@ class AudioPrompt:
 
 
 def audio_prompt(
-    template: str | None, tokenizer: ChatTokenizer, text: str, *, earlier: Sequence[Message] = ()
+    template: str | None,
+    tokenizer: ChatTokenizer,
+    text: str,
+    *,
+    earlier: Sequence[Message] = (),
+    tools: Sequence[Mapping[str, Any]] | None = None,
 ) -> AudioPrompt:
     """The prompt of one user turn, `text` and then sound. earlier: messages before it, a system prompt for example.
+
+    tools: as in `ChatFormat.render`.
 
     Raises UsageError for a model that was not made for speech, TemplateError if its template has no place for sound.
     """
     marks = [tokenizer.special_tokens.get(name) for name in (_OPEN, _PLACEHOLDER, _CLOSE)]
     if template is None or None in marks:
         raise UsageError("this model was not made for speech: expected Gemma 4 E2B or E4B, exported with its audio")
-    ids = ChatFormat(template, tokenizer).prompt_ids([*earlier, Message("user", text, media=("audio",))])
+    ids = ChatFormat(template, tokenizer).prompt_ids([*earlier, Message("user", text, media=("audio",))], tools=tools)
     opening, placeholder, closing = (mark for mark in marks if mark is not None)
     if ids.count(placeholder) != 1:
         raise TemplateError(
