@@ -101,6 +101,19 @@ def test_tables() -> None:
     )
 
 
+def test_tables_go_between_the_marks_of_a_document(tmp_path: Path) -> None:
+    evaluate.write_csv(tmp_path / "x.csv", [row("s", "", "dev", "all", 0.1)])
+    (tmp_path / "card.md").write_text("a\n<!-- tables: how -->\nold\n<!-- end of tables -->\nb\n")
+    for _ in range(2):
+        evaluate.main(["--table", str(tmp_path / "x.csv"), "--into", str(tmp_path / "card.md")])
+        text = (tmp_path / "card.md").read_text()
+        assert text.startswith("a\n<!-- tables: how -->\n\n|  | development set |")
+        assert text.endswith("|\n\n<!-- end of tables -->\nb\n")
+        assert "old" not in text
+    with pytest.raises(SystemExit, match="has no line"):
+        evaluate.with_tables("a\n<!-- end of tables -->\n", "")
+
+
 def test_a_recogniser_in_its_own_process(data: Path, tmp_path: Path, monkeypatch, capsys) -> None:
     """The whole command, with a stand-in for pocketsphinx that the other process imports."""
     (tmp_path / "pocketsphinx.py").write_text(

@@ -1,7 +1,7 @@
 """Word error rates on the held-out clips, this project's model beside two known recognisers.
 
     python -m training.evaluate MODEL DATA --out benchmarks/results/asr-2026-11-21.csv
-    python -m training.evaluate --table benchmarks/results/asr-2026-11-21.csv     # the tables of docs/MODEL_CARD.md
+    python -m training.evaluate --table benchmarks/results/asr-2026-11-21.csv --into docs/MODEL_CARD.md
 
 Owns: which clips are used, the rows, the tables. Does not know: how a recogniser works (recognisers.py), how words are
 counted (edge_gemma.audio.wer).
@@ -19,6 +19,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -32,7 +33,7 @@ from edge_gemma.audio.wer import Score
 from training.recognisers import RATE, SYSTEMS
 
 SPLITS = ("test_seen", "test_unseen", "test_human")
-LIMIT = 40  # clips of each file
+LIMIT = 120  # clips of each file
 THREADS = 2
 _TITLES = {
     "test_seen": "held-out sentences, voices of the training set",
@@ -203,6 +204,14 @@ def tables(table: Sequence[Row]) -> str:
     return _markdown(lines) + "\n" + _markdown(by_source)
 
 
+def with_tables(document: str, found: str) -> str:
+    """The document with `found` between its two marks, lines that begin with `<!-- tables` and `<!-- end of tables`."""
+    match = re.search(r"(?s)(^<!-- tables[^\n]*\n).*?(^<!-- end of tables)", document, re.MULTILINE)
+    if match is None:
+        raise SystemExit("the document has no line <!-- tables ... --> with a line <!-- end of tables --> after it")
+    return document[: match.end(1)] + "\n" + found + "\n" + document[match.start(2) :]
+
+
 def _markdown(lines: Sequence[Sequence[str]]) -> str:
     head, *rest = ["| " + " | ".join(cells) + " |\n" for cells in lines]
     return head + "|" + "---|" * len(lines[0]) + "\n" + "".join(rest)
@@ -219,9 +228,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=THREADS)
     parser.add_argument("--texts", type=Path, help="also write what was said and what was written, a line a clip")
     parser.add_argument("--table", type=Path, metavar="CSV", help="print the tables of a CSV and end")
+    parser.add_argument("--into", type=Path, metavar="FILE", help="... or write them between the marks of a document")
     options = parser.parse_args(arguments)
     if options.table:
-        print(tables(read_csv(options.table)), end="")
+        found = tables(read_csv(options.table))
+        if options.into:
+            write_file(options.into, with_tables(options.into.read_text(encoding="utf-8"), found).encode())
+        else:
+            print(found, end="")
         return
     if options.data is None:
         parser.error("DATA is missing")
