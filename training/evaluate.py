@@ -1,7 +1,7 @@
 """Word error rates on the held-out clips, this project's model beside two known recognisers.
 
-    python -m training.evaluate MODEL DATA --out benchmarks/results/asr-2026-11-21.csv
-    python -m training.evaluate --table benchmarks/results/asr-2026-11-21.csv --into docs/MODEL_CARD.md
+    python -m training.evaluate MODEL DATA --out benchmarks/results/speech/2026-11-21.csv
+    python -m training.evaluate --table benchmarks/results/speech/2026-11-21.csv --into docs/MODEL_CARD.md
 
 Owns: which clips are used, the rows, the tables. Does not know: how a recogniser works (recognisers.py), how words are
 counted (edge_gemma.audio.wer).
