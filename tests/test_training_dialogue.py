@@ -11,10 +11,15 @@ import tokenizers
 
 from edge_gemma.audio.prompts import Task, audio_prompt
 from edge_gemma.chat import ChatFormat, Message, ReplyParser
+from edge_gemma.engine import Engine
+from edge_gemma.export.convert import export_checkpoint
 from edge_gemma.export.sentencepiece_model import from_tokenizer_json
+from edge_gemma.generate import Result
 from edge_gemma.tokenizer import Tokenizer
+from edge_gemma.tool_call import ToolCall
+from tests.tiny import VOCAB, write_checkpoint
 from tests.tokenizer_texts import mixed_texts
-from training import bpe, dialogue
+from training import bpe, dialogue, score_dialogue
 from training.answers import HEARD, UNKNOWN, answer_for
 from training.dialogue import Example, around_sound, examples, is_held_out, render, speech_prompt, template
 from training.facts import TOO_HARD, known
@@ -288,3 +293,47 @@ def test_facts_are_right() -> None:
 def test_a_message_with_sound_has_no_text() -> None:
     _, example = next(dialogue.spoken_examples(1))
     assert example.messages[0] == Message("user", "", media=("audio",))
+
+
+# --- a checkpoint with these files ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """A model folder, exported from a tiny checkpoint whose tokenizer is of this form."""
+    checkpoint = write_checkpoint(tmp_path_factory.mktemp("tiny") / "checkpoint", "e2b")
+    learned = content()["model"]["vocab"]
+    room = VOCAB - len(SPECIAL_TOKENS) - 256 - len(CHARACTERS) - 1
+    start = len(SPECIAL_TOKENS) + 256
+    for name, text in files(tokenizer_json(list(learned)[start : start + room], VOCAB)):
+        (checkpoint / name).write_text(text, encoding="utf-8")
+    return checkpoint, export_checkpoint(checkpoint, checkpoint.parent / "model", "q8")
+
+
+def test_an_exported_checkpoint_has_the_same_ids(exported) -> None:
+    checkpoint, folder = exported
+    engine = Engine.load(folder)
+    reference = tokenizers.Tokenizer.from_file(str(checkpoint / "tokenizer.json"))
+    reference.encode_special_tokens = True
+    for text in itertools.islice(sentences(4), 100):
+        assert engine.tokenizer.encode(text) == reference.encode(text, add_special_tokens=False).ids
+    assert engine.chat_template == template()
+    assert engine.generation_config["eos_token_id"] == [1, 16, 9]
+
+
+def test_replies_are_scored_through_the_engine(exported, capsys) -> None:
+    score_dialogue.main([str(exported[1]), "--count", "4", "--show", "1"])
+    assert "all replies" in capsys.readouterr().out
+
+
+def test_what_counts_as_right() -> None:
+    tool = next(example for example in some() if example.kind == "tool" and example.messages[1].tool_calls)
+    call = tool.messages[1].tool_calls[0]
+    other = ToolCall(call.name, {**call.arguments, "x": 1})
+    verdicts = [score_dialogue.judge(tool, 1, Result("stop", tool_calls=(c,))) for c in (call, other)]
+    assert [(v.right, v.call, v.name) for v in verdicts] == [(True, True, True), (False, True, True)]
+    assert not score_dialogue.judge(tool, 1, Result("stop", text="ok")).name
+    joke = Example("small talk", (Message("user", "a joke"), Message("assistant", "a")), accepted={1: ("a", "b")})
+    right = [score_dialogue.judge(joke, 1, Result("stop", text=text)).right for text in ("a", "b ", "c")]
+    assert right == [True, True, False]
+    assert "50.0%" in score_dialogue.table(verdicts)
