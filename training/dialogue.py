@@ -36,6 +36,28 @@ COMMANDS = (
     "calls",
 )
 OTHERS = ("smalltalk", "objects", "stories")
+SHORT = (  # commands as they are typed rather than said, in the form of grammar.txt
+    *("weather in {city}", "weather {day}", "weather in {city} {day}", "the weather", "what is the weather in {city}"),
+    *(
+        "how cold is it in {city}",
+        "how warm is it in {city} {day}",
+        "what's the weather",
+        "how is the weather in {city}",
+    ),
+    *("set timer {duration}", "timer {duration}", "set timer for {duration}", "alarm {time}", "set alarm for {time}"),
+    *("alarm at {time} {day}", "remind me at {time} to {chore}", "remind me {day} to {chore}", "play {music}"),
+    *("turn on {room} lights", "turn off {room} lights", "turn the lights on", "turn the lights off", "lights on"),
+    *("lights off", "turn on all the lights", "turn off all lights", "turn on the light", "turn off the light"),
+    *("dim lights to {level}", "dim the {room} lights to {level}", "volume {number:1-100} percent", "music off"),
+    *(
+        "tell me the time",
+        "do you know what time it is",
+        "what date is it",
+        "what day is today",
+        "what is today's date",
+    ),
+    *("set temperature to {degrees}", "set {room} to {degrees}", "add {goods} to my shopping list", "call {person}"),
+)
 SPOKEN = (*COMMANDS, "smalltalk", "numbers", "objects")
 
 
@@ -113,9 +135,22 @@ def _sentence(kinds: Sequence[str], rng: np.random.Generator) -> str:
     return grammar().fill(_pick(grammar().kinds[_pick(kinds, rng)][1], rng), rng)
 
 
+@cache
+def _commands() -> dict[str, tuple[str, ...]]:
+    """The templates of each kind of intent: those that were understood when they were filled for a trial."""
+    rng = np.random.default_rng(0)
+    found: dict[str, list[str]] = {}
+    for text in [*SHORT, *(text for kind in COMMANDS for text in grammar().kinds[kind][1])]:
+        for intent in {intent.kind for _ in range(4) if (intent := understand(grammar().fill(text, rng)))}:
+            found.setdefault(intent, []).append(text)
+    return {kind: tuple(found[kind]) for kind in sorted(found)}
+
+
 def _command(rng: np.random.Generator) -> tuple[str, Intent]:
+    """A command, each kind of intent as often as any, those of many templates twice."""
+    kinds = [kind for kind, texts in _commands().items() for _ in range(1 + (len(texts) > 6))]
     while True:
-        text = _sentence(COMMANDS, rng)
+        text = grammar().fill(_pick(_commands()[_pick(kinds, rng)], rng), rng)
         if not known(text) and (intent := understand(text)):
             return text, intent
 

@@ -111,6 +111,7 @@ _DAY = (
 _AFTER_A_WHILE = r"in .+ (?:minutes?|seconds?|hours?|hour and a half|minute and a half)|in an hour|in half an hour"
 _WHEN = rf"(?P<when>{_DAY}|at .+|{_AFTER_A_WHILE})"
 _DURATION = r"(?P<duration>.*\b(?:seconds?|minutes?|hours?|half))"
+_SOME_TIME = rf"(?P<time>(?=.*\b(?:{'|'.join(sorted(_NUMBER_WORDS))}|noon|midnight)\b).+?)"
 _NUMBER = rf"(?:{'|'.join(sorted(_NUMBER_WORDS, key=len, reverse=True))}|and a half| )+"
 _LEVEL = rf"(?:(?P<percent>{_NUMBER}) percent|(?P<percent_>{'|'.join(_FRACTIONS)}))"
 _RULES: list[tuple[str, str]] = [
@@ -129,11 +130,14 @@ _RULES: list[tuple[str, str]] = [
     ("timer", rf"(?:set|start) (?:a|another|an) (?:(?P<label>[a-z ]+) )?timer for {_DURATION}"),
     ("timer", rf"(?:set|start) a {_DURATION} timer"),
     ("timer", rf"(?:(?P<label>[a-z ]+) )?timer for {_DURATION}"),
+    ("timer", rf"set timer(?: for)? {_DURATION}|timer {_DURATION.replace('duration', 'duration_')}"),
     ("cancel_timer", r"(?:cancel|stop|delete) (?:the |all |my )?(?:(?P<label>[a-z ]+) )?timers?"),
     ("alarm", rf"set (?:an|my|the) alarm (?:for|at|to) (?P<time>.+?)(?: (?P<day>{_DAY}))?"),
     ("alarm", rf"wake me(?: up)? at (?P<time>.+?)(?: (?P<day>{_DAY}))?"),
+    ("alarm", rf"(?:set )?alarm (?:for |at )?{_SOME_TIME}(?: (?P<day>{_DAY}))?"),
     ("cancel_alarm", r"(?:cancel|delete|turn off|stop) (?:the|my|all) alarms?"),
     ("reminder", rf"(?:remind me|don't let me forget) to (?P<text>.+?)(?: {_WHEN})?"),
+    ("reminder", rf"remind me {_WHEN} to (?P<text>.+)"),
     ("stop_music", r"(?:stop|pause) the music|turn the music off|turn off the music|music off"),
     ("volume", r"(?:(?:set|turn) the volume(?: up)?|volume)(?: to)? (?P<percent>NUMBER)(?: percent)?"),
     ("music", r"(?:play|put on) (?!that|it)(?:some )?(?P<music>.+?)(?: IN)?"),
@@ -147,6 +151,10 @@ _RULES: list[tuple[str, str]] = [
     ("weather", r"tell me the weather for (?P<day>DAY|\w+day)(?: in (?P<city>CITY))?"),
     ("weather", r"(?:do i need an umbrella|should i take a coat|how hot will it be)(?: (?P<day>DAY))?"),
     ("weather", r"what(?:'s| is) the temperature in (?P<city>CITY)"),
+    ("weather", r"(?:the )?weather(?: in (?P<city>CITY))?(?: (?P<day>DAY))?"),
+    ("weather", r"how (?:cold|hot|warm) is it in (?P<city>CITY)(?: (?P<day>DAY))?"),
+    ("clock", r"tell me the time|do you know what time it is"),
+    ("date", r"what date is it(?: today)?|what day is today|today's date"),
     ("clock", r"what time is it(?: in (?P<city>CITY))?|what(?:'s| is) the time(?: in (?P<city_>CITY))?"),
     ("date", r"what day is it(?: today)?|what(?:'s| is) (?:the|today's) date(?: today)?"),
     ("call", r"call (?P<person>.+?)(?: on the phone)?"),
