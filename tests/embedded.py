@@ -75,8 +75,8 @@ def in_recipe(recipe: str, dest: Path, monkeypatch: pytest.MonkeyPatch) -> Engin
         patch.setattr(convert, "open_checkpoint", lambda source: _Dequantised(embedded))
         folder = ModelFolder.open(convert.export_checkpoint(FOLDER, dest, recipe, audio=False))
     engine = Engine(replace(folder, audio=embedded.audio), context=None, threads=None, kv_dtype=None)
-    engine.generation_config = Engine.load(FOLDER).generation_config
-    engine._audio = Engine.load(FOLDER).audio
+    original = Engine.load(FOLDER)
+    engine.generation_config, engine._audio = original.generation_config, original.audio
     return engine
 
 
