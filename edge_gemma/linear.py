@@ -7,6 +7,7 @@ a matrix belongs to, or how the bytes came to be.
 import numpy as np
 
 from edge_gemma import kernels, qformat
+from edge_gemma.buffers import empty
 
 Int8 = tuple[np.ndarray, np.ndarray, np.ndarray]  # of activations: q, scale, sums
 
@@ -31,9 +32,9 @@ class Activations:
         """
         if (group, static) not in self._int8:
             n, k = self.values.shape
-            q = np.empty((n, qformat.padded_k(k)), np.int8)
+            q = empty((n, qformat.padded_k(k)), np.int8)
             groups = qformat.group_count(k, group)
-            scale, sums = np.empty((n, groups), np.float32), np.empty((n, groups), np.int32)
+            scale, sums = empty((n, groups)), empty((n, groups), np.int32)
             if static:
                 kernels.quantize_static(self.values, static, q, scale, sums)
             else:
@@ -54,7 +55,7 @@ class DenseMatrix:
         w = self.values[start:stop]
         if w.dtype == np.float32 and len(x.values) > 1:
             return x.values @ w.T
-        out = np.empty((len(x.values), len(w)), np.float32)
+        out = empty((len(x.values), len(w)))
         (kernels.matmul_float if w.dtype == np.float32 else kernels.matmul_bfloat16)(x.values, w, out)
         return out
 
@@ -91,7 +92,7 @@ class PanelMatrix:
         stop = self.rows if stop is None else stop
         first, last = start // 8, -(-stop // 8)
         q, scale, sums = x.int8(self.group, self.input_scale)
-        out = np.empty((len(q), 8 * (last - first)), np.float32)
+        out = empty((len(q), 8 * (last - first)))
         weights = self.packed[first:last], self.scales[first:last], self.bits, self.group
         if self.bits == 8 and self.input_scale and kernels.small_bytes() and q.min() == -128:  # add what is beyond
             rest = -(q == -128).astype(np.int8)
@@ -108,7 +109,7 @@ class PanelMatrix:
 
     def gather(self, ids: np.ndarray) -> np.ndarray:
         """Rows ids [n]: float32 [n, k]. Each comes out of one panel, a contiguous few kB."""
-        rows = np.empty((len(ids), self.columns), np.float32)
+        rows = empty((len(ids), self.columns))
         kernels.gather_panels(self.packed, self.scales, np.asarray(ids, np.int64), self.bits, self.group, rows)
         return rows
 

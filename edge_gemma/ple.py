@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from edge_gemma import kernels
+from edge_gemma.buffers import empty
 from edge_gemma.errors import ModelFolderError
 from edge_gemma.linear import widen
 from edge_gemma.model_folder import Tensor
@@ -31,7 +32,7 @@ class DiskRows:
 
     def gather(self, ids: np.ndarray) -> np.ndarray:
         """Rows ids [n] of the table: float32 [n, columns]. Raises ModelFolderError if the disk fails."""
-        records = np.empty((len(ids), self._record), np.uint8)
+        records = empty((len(ids), self._record), np.uint8)
         offsets = [self._part.offset + row * self._record for row in ids.tolist()]
         if len(offsets) > 1:  # a chunk of a prompt: let the disk fetch all rows at once
             for offset in offsets:
@@ -40,7 +41,7 @@ class DiskRows:
             self._read(record, offset)
         if self._tensor.layout == "dense":
             return widen(records.view(np.float32 if self._part.dtype == "F32" else np.uint16))
-        rows = np.empty((len(ids), self._tensor.shape[1]), np.float32)
+        rows = empty((len(ids), self._tensor.shape[1]))
         kernels.dequantize_records(records, self._tensor.bits, self._tensor.group, rows)
         return rows
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from edge_gemma.atomic import write_file
+from edge_gemma.buffers import reuse
 from edge_gemma.decoder import Decoder
 from edge_gemma.errors import ContextFullError, ModelFolderError, UsageError
 from edge_gemma.kv_cache import KVCache, Snapshot
@@ -53,7 +54,8 @@ class Session:
             logits = self._step(ids[0])
             self.ids.append(ids[0])
             return logits
-        return self._decoder.logits(self._run(ids, keep=1))[0]
+        with reuse():
+            return self._decoder.logits(self._run(ids, keep=1))[0]
 
     def prefill_soft(self, embeddings: np.ndarray, *, logits: bool = True) -> np.ndarray | None:
         """Append soft tokens, as the audio encoder makes them. Returns the logits after the last: float32 [vocab_size].
@@ -74,8 +76,9 @@ class Session:
         self._check(ids)
         rows = embeddings.astype(np.float32)
         soft = {self.position + i: row for i, row in enumerate(rows)}
-        hidden = self._run(ids, keep=int(logits), soft=soft)
-        return self._decoder.logits(hidden)[0] if logits else None
+        with reuse():
+            hidden = self._run(ids, keep=int(logits), soft=soft)
+            return self._decoder.logits(hidden)[0] if logits else None
 
     def step(self, token: int) -> np.ndarray:
         """Append one token. Returns the logits after it: float32 [vocab_size]. Raises as `prefill`."""
@@ -88,7 +91,8 @@ class Session:
     def hidden(self, ids: list[int]) -> np.ndarray:
         """Append ids. Returns what enters the head: float32 [len(ids), hidden_size]. Raises as `prefill`."""
         self._check(ids)
-        return self._run(ids, keep=len(ids))
+        with reuse():
+            return self._run(ids, keep=len(ids))
 
     def logits(self, hidden: np.ndarray) -> np.ndarray:
         """The head on rows from `hidden`: float32 [n, vocab_size]; a few rows at a time where memory matters."""
@@ -115,7 +119,8 @@ class Session:
         self.ids = kept[: self._cache.position]
         self._soft = {at: row for at, row in soft.items() if at < self.position}
         if len(kept) > self.position:
-            self._run(kept[self.position :], keep=0, soft=soft)
+            with reuse():
+                self._run(kept[self.position :], keep=0, soft=soft)
 
     def mark(self) -> None:
         """Remember the present position, so that rewinding to it (or soon after it) stays cheap."""

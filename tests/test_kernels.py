@@ -71,7 +71,8 @@ class Case:
 @pytest.mark.parametrize("per_group", [False, True])
 def test_matmul_is_the_oracle(variant, bits, group, per_group):
     small = [(8, 32, 1), (13, 100, 3), (40, 96, 4), (67, 224, 5), (24, 544, 17), (9, 1056, 1), (1, 7, 2)]
-    for rows, k, n in [*small, (136, 64, 1), (187, 96, 2)]:
+    many = [(8, 32, 24), (67, 1056, 29), (187, 96, 26), (13, 544, 300)]  # through kernels/blocked.py
+    for rows, k, n in [*small, (136, 64, 1), (187, 96, 2), *many]:
         case = Case(n, rows, k, bits, group, per_group)
         close(case.run(), case.run(reference), 1e-6, f"{variant} {rows}x{k} n={n}")
 
@@ -82,23 +83,24 @@ def test_matmul_integers_are_exact_at_the_extremes(variant, bits, group):
     low, high = -(1 << (bits - 1)), (1 << (bits - 1)) - 1
     k = 2048
     for a in (127, -127, -128) if bits < 8 and not group else (127, -127):
-        q = np.full((5, k), a, np.int8)
         w = np.repeat(np.array([[low], [high]], np.int8), k, 1).repeat(5, 0)
         groups = qformat.group_count(k, group)
-        sums = q.reshape(5, groups, -1).sum(2, dtype=np.int32)
         scales = qformat.pack_scales(np.ones((10, groups)), group)
-        out = np.empty((5, 16), np.float32)
         packed = qformat.pack_panels(w, bits)
         scales = scales.view(np.uint16) if group else scales
-        kernels.matmul(q, np.ones((5, 1), np.float32), sums, packed, scales, bits, group, out)
-        assert np.array_equal(out[:, :10], np.broadcast_to(a * w[:, 0].astype(np.float64) * k, (5, 10)))
+        for n in (5, kernels.BLOCKED_FROM):
+            q = np.full((n, k), a, np.int8)
+            sums = q.reshape(n, groups, -1).sum(2, dtype=np.int32)
+            out = np.empty((n, 16), np.float32)
+            kernels.matmul(q, np.ones((n, 1), np.float32), sums, packed, scales, bits, group, out)
+            assert np.array_equal(out[:, :10], np.broadcast_to(a * w[:, 0].astype(np.float64) * k, (n, 10)))
 
 
 @pytest.mark.parametrize(("bits", "group"), LAYOUTS)
 def test_a_row_is_the_same_in_every_tile_and_for_every_thread_count(variant, bits, group):
-    case = Case(17, 67, 416, bits, group)
+    case = Case(61, 67, 1056, bits, group)
     whole = case.run()
-    for rows in (slice(0, 1), slice(3, 7), slice(5, 11), slice(12, 17)):
+    for rows in (slice(0, 1), slice(3, 7), slice(5, 11), slice(12, 17), slice(44, 61), slice(7, 58)):
         assert np.array_equal(case.run(rows=rows), whole[rows]), f"{variant} {rows}"
     kernels.set_threads(1)
     try:
@@ -185,8 +187,8 @@ def test_matrices_with_static_scales(variant, bits):
     assert np.array_equal(rounded, np.clip(np.rint(exact / np.float32(out_step)), -128, 127) * np.float32(out_step))
 
 
-@pytest.mark.parametrize(("n", "rows", "k"), [(1, 1, 1), (3, 7, 33), (9, 130, 256)])
-def test_matmul_bfloat16_is_the_oracle_for_any_number_of_rows(n, rows, k):
+@pytest.mark.parametrize(("n", "rows", "k"), [(1, 1, 1), (3, 7, 33), (9, 130, 256), (2, 3, 64), (4, 6, 48)])
+def test_matmul_bfloat16_is_the_oracle_for_any_number_of_rows(variant, n, rows, k):
     rng = np.random.default_rng(k)
     x = rng.standard_normal((n, k)).astype(np.float32)
     w = (rng.standard_normal((rows, k)).astype(np.float32).view(np.uint32) >> 16).astype(np.uint16)

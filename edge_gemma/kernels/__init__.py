@@ -129,6 +129,10 @@ def round_to_step(x, step) -> None:
         _refuse("float32 [n, d]", x=x)
 
 
+BLOCKED_FROM = 24
+"""Tokens from which unpacking weights first pays (kernels/blocked.py)."""
+
+
 @functools.cache
 def _matmul(variant_name, bits, group, scale_groups):
     from edge_gemma.kernels.panels import make
@@ -136,6 +140,24 @@ def _matmul(variant_name, bits, group, scale_groups):
     if bits not in (2, 4, 8) or group not in (0, 16, 32):
         raise ValueError(f"weights of {bits} bits in groups of {group}, expected 2, 4 or 8 bits and 0, 16 or 32")
     return make(variant_name, bits, group, scale_groups)
+
+
+@functools.cache
+def _blocked(variant_name, bits, group, scale_groups):
+    """The same for many tokens, as a function of matmul's arrays; None where the instruction set has none."""
+    from edge_gemma.kernels.isa import SETS
+
+    if SETS[variant_name].block(group != 0) is None:
+        return None
+    from edge_gemma.kernels.blocked import interleaved, make
+
+    def launch(q, a_scale, sums, packed, w_scale, out):
+        activations = interleaved(variant_name, bits, group, q, a_scale, sums)
+        if activations is None or len(q) != len(out):
+            return False
+        return jit.launch(make(variant_name, bits, group, scale_groups), *activations, packed, w_scale, out)
+
+    return launch
 
 
 @_recorded
@@ -148,10 +170,18 @@ def matmul(q, a_scale, sums, packed, w_scale, bits, group, out) -> None:
     8 panels]. Integer sums are exact; float32 products are added in ascending order of g, so a result is
     the same for every n and every number of threads. q may be -128 where bits < 8 and group is 0, else +-127 at most.
     """
-    function = _matmul(variant(), bits, group, group != 0 and a_scale.shape[1] != 1)
-    if not jit.launch(function, q, a_scale, sums, packed, w_scale, out):
+    choice = variant(), bits, group, group != 0 and a_scale.shape[1] != 1
+    blocked = _blocked(*choice) if len(q) >= BLOCKED_FROM else None
+    if not (blocked or functools.partial(jit.launch, _matmul(*choice)))(q, a_scale, sums, packed, w_scale, out):
         arrays = {"q": q, "a_scale": a_scale, "sums": sums, "packed": packed, "w_scale": w_scale, "out": out}
         _refuse(f"a packed matrix of {bits} bits with groups of {group}", **arrays)
+
+
+@functools.cache
+def _dense(variant_name, half):
+    from edge_gemma.kernels.dense import make
+
+    return make(variant_name, half)
 
 
 @_recorded
@@ -159,18 +189,14 @@ def matmul_bfloat16(x, w, out) -> None:
     """out = x w^T with w in bfloat16, summed in float32: x float32 [n, k], w uint16 [rows, k] (the upper halves of
     float32), out float32 [n, rows]. A result is the same for every n and every number of threads.
     """
-    from edge_gemma.kernels import dense
-
-    if not jit.launch(dense.matmul_bfloat16, x, w, out):
+    if not jit.launch(_dense(variant(), True), x, w, out):
         _refuse("float32 [n, k], uint16 [rows, k] and float32 [n, rows]", x=x, w=w, out=out)
 
 
 @_recorded
 def matmul_float(x, w, out) -> None:
     """The same with w in float32."""
-    from edge_gemma.kernels import dense
-
-    if not jit.launch(dense.matmul_float, x, w, out):
+    if not jit.launch(_dense(variant(), False), x, w, out):
         _refuse("float32 [n, k], [rows, k] and [n, rows]", x=x, w=w, out=out)
 
 

@@ -1,13 +1,15 @@
 """Norms, rotary positions, gates, the logit cap and the quantisation of activations, in float32.
 
-Owns: everything that works on one row at a time. Does not know: packed weights, caches, instruction sets: these are
+Owns: everything that works on one row at a time. Does not know: packed weights, caches: these are
 plain loops that LLVM vectorises. Small inputs run on the calling thread, since a launch costs microseconds.
 """
 
 import numba
 import numpy as np
 from numba.core import types
+from numba.extending import intrinsic
 
+from edge_gemma.kernels import isa
 from edge_gemma.kernels.convert import float_of_bits
 from edge_gemma.kernels.jit import array, kernel
 
@@ -81,21 +83,29 @@ def rms_norm_unweighted(x, eps, out):
     return True
 
 
-@kernel(_READ_2D, _READ_1D, _F64, _WRITTEN_2D)
+@kernel(_READ_2D, _READ_1D, _F64, _WRITTEN_2D, parallel=True)
 def rms_norm(x, weight, eps, out):
     if x.shape != out.shape or x.shape[1] != weight.shape[0]:
         return False
-    for n in range(x.shape[0]):
-        weighted_rms_norm_row(x[n], weight, eps, out[n])
+    if x.size < _SERIAL:
+        for n in range(x.shape[0]):
+            weighted_rms_norm_row(x[n], weight, eps, out[n])
+    else:
+        for n in numba.prange(x.shape[0]):
+            weighted_rms_norm_row(x[n], weight, eps, out[n])
     return True
 
 
-@kernel(_WRITTEN_2D, _READ_2D, _READ_1D, _F64)
+@kernel(_WRITTEN_2D, _READ_2D, _READ_1D, _F64, parallel=True)
 def add_rms_norm(h, a, weight, eps):
     if h.shape != a.shape or h.shape[1] != weight.shape[0]:
         return False
-    for n in range(h.shape[0]):
-        add_rms_norm_row(h[n], a[n], weight, eps)
+    if h.size < _SERIAL:
+        for n in range(h.shape[0]):
+            add_rms_norm_row(h[n], a[n], weight, eps)
+    else:
+        for n in numba.prange(h.shape[0]):
+            add_rms_norm_row(h[n], a[n], weight, eps)
     return True
 
 
@@ -218,14 +228,61 @@ def _quantize_block(x, q):
     return np.float32(0) if finite else np.float32(np.nan)
 
 
+def _make_quantize_group(width):
+    """quantize_group(x, q, scale, sums, g): _quantize_block of `width` values, all within x, and their sum."""
+    wide, floats = isa.vector(isa.I32, width), isa.vector(isa.F32, width)
+
+    def codegen(context, builder, signature, args):
+        b = builder
+        x, q, scale, sums = (
+            context.make_array(t)(context, b, a) for t, a in zip(signature.args[:4], args, strict=False)
+        )
+        first = b.mul(args[4], isa.I64(width))
+        values = isa.load(b, isa.at(b, x.data, isa.F32, first), floats)
+        bits = b.and_(b.bitcast(values, wide), isa.splat_constant(isa.I32, width, 0x7FFFFFFF))
+        top = isa.call(b, f"llvm.vector.reduce.umax.v{width}i32", isa.I32, bits)
+        amax = b.bitcast(top, isa.F32)
+        finite = b.icmp_unsigned("<", top, isa.I32(int(_INFINITY_BITS)))
+        usable = b.and_(finite, b.fcmp_ordered(">=", amax, isa.F32(float(_SMALLEST))))
+        zero = isa.splat_constant(isa.F32, width, 0.0)
+        inverse = b.select(usable, b.fdiv(isa.F32(127.0), amax), isa.F32(0.0))
+        values = b.select(isa.splat(b, finite, width), values, zero)
+        steps = b.fmul(values, isa.splat(b, inverse, width))
+        for name, end in (("rint", None), ("maxnum", -127.0), ("minnum", 127.0)):
+            ends = () if end is None else (isa.splat_constant(isa.F32, width, end),)
+            steps = isa.call(b, f"llvm.{name}.v{width}f32", floats, steps, *ends)
+        steps = b.fptosi(steps, wide)
+        isa.store(b, b.trunc(steps, isa.vector(isa.I8, width)), isa.at(b, q.data, isa.I8, first))
+        damaged = b.select(finite, isa.F32(0.0), isa.F32(float("nan")))
+        isa.store(b, b.select(usable, b.fdiv(amax, isa.F32(127.0)), damaged), isa.at(b, scale.data, isa.F32, args[4]))
+        total = isa.call(b, f"llvm.vector.reduce.add.v{width}i32", isa.I32, steps)
+        isa.store(b, total, isa.at(b, sums.data, isa.I32, args[4]))
+        return context.get_dummy_value()
+
+    @intrinsic
+    def quantize_group(typingctx, x, q, scale, sums, g):
+        return types.none(x, q, scale, sums, types.int64), codegen
+
+    return quantize_group
+
+
+_quantize_32, _quantize_16 = _make_quantize_group(32), _make_quantize_group(16)
+
+
 @numba.njit(error_model="numpy")
 def quantize_row(x, q, scale, sums):
     k, width = x.shape[0], q.shape[0] // scale.shape[0]
-    for g in range(scale.shape[0]):
+    first = k // width if scale.shape[0] == sums.shape[0] and (width == 32 or width == 16) else 0
+    for g in range(first):
+        if width == 32:
+            _quantize_32(x, q, scale, sums, g)
+        else:
+            _quantize_16(x, q, scale, sums, g)
+    for g in range(first, scale.shape[0]):
         start = min(k, g * width)
         scale[g] = _quantize_block(x[start : min(k, (g + 1) * width)], q[g * width : (g + 1) * width])
     width = q.shape[0] // sums.shape[0]
-    for g in range(sums.shape[0]):
+    for g in range(first, sums.shape[0]):
         total = np.int32(0)
         for i in range(g * width, (g + 1) * width):
             total += np.int32(q[i])

@@ -130,6 +130,10 @@ class Portable:
         """Tokens of a tile: as many as leave the accumulators in registers."""
         return 2
 
+    @staticmethod
+    def block(grouped) -> tuple[int, int] | None:
+        """(tokens, registers of rows) of a tile over unpacked weights (kernels/blocked.py); None: not in this set."""
+
     def zero_point(self, bits):
         """What the stored field exceeds the weight by, as this set reads it."""
         return 0 if bits == 8 else 1 << (bits - 1)
@@ -264,6 +268,10 @@ class AvxVnni(_DotProduct):
     def tokens(grouped):
         return 4
 
+    @staticmethod
+    def block(grouped):
+        return (4, 1) if grouped else (4, 2)
+
     def zero_point(self, bits):
         return 1 << (bits - 1)
 
@@ -292,6 +300,10 @@ class Avx512Vnni(AvxVnni):
     @staticmethod
     def tokens(grouped):
         return 8
+
+    @staticmethod
+    def block(grouped):
+        return (6, 2) if grouped else (8, 3)
 
 
 class Neon(Portable):

@@ -16,7 +16,7 @@ from numba.extending import intrinsic
 
 from edge_gemma.kernels import elementwise, isa
 from edge_gemma.kernels.attend import BLOCK, finish, make_span, make_store_row, merge, scaled_rows
-from edge_gemma.kernels.dense import dot
+from edge_gemma.kernels.dense import make_rows
 from edge_gemma.kernels.jit import part
 from edge_gemma.kernels.panels import make_one_token
 
@@ -144,19 +144,17 @@ def quantize_static(op, position, chunk):
 
 
 @functools.cache
-def dense(half):
+def dense(variant, half):
     """x, w, out, rows, k, rows a chunk."""
     dtype = np.uint16 if half else np.float32
+    rows = make_rows(variant, half)
 
     def dense(op, position, chunk):
         w, _ = words(op)
-        begin, end = chunk * w[5], min(w[3], (chunk + 1) * w[5])
         matrix = numba.carray(pointer(w[1]), (w[3], w[4]), dtype)
-        x, out = floats(w[0], w[4]), floats(w[2], w[3])
-        for r in range(begin, end):
-            out[r] = dot(x, matrix[r])
+        rows(floats(w[0], (1, w[4])), matrix, floats(w[2], (1, w[3])), chunk * w[5], min(w[3], (chunk + 1) * w[5]))
 
-    return part(f"dense {half}")(dense)
+    return part(f"dense {variant} {half}")(dense)
 
 
 @functools.cache

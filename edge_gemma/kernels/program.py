@@ -26,6 +26,7 @@ from numba.extending import intrinsic
 
 from edge_gemma.kernels import jit, parts
 from edge_gemma.kernels.attend import BLOCK
+from edge_gemma.kernels.dense import ROWS
 from edge_gemma.kernels.isa import I32, I64, SETS, call
 from edge_gemma.kernels.jit import array, kernel
 
@@ -199,9 +200,11 @@ def _quantize_static(_, x, step, q, scale, sums):
 
 
 def _dense(_, x, w, out):
+    from edge_gemma import kernels
+
     _one(x)
-    rows = max(1, parts.CHUNK_BYTES // (w.itemsize * w.shape[1]))
-    part = parts.dense(w.dtype == np.uint16)
+    rows = ROWS * max(1, parts.CHUNK_BYTES // (ROWS * w.itemsize * w.shape[1]))
+    part = parts.dense(kernels.variant(), w.dtype == np.uint16)
     yield Operation(part, (x, w, out, *w.shape, rows), (x,), (out,), -(-len(w) // rows))
 
 

@@ -6,7 +6,9 @@ Owns: unpacking row records and rows of panels (edge_gemma/qformat.py). Does not
 import numba
 import numpy as np
 from numba.core import types
+from numba.extending import intrinsic
 
+from edge_gemma.kernels import isa
 from edge_gemma.kernels.convert import as_float, float_of_bits
 from edge_gemma.kernels.jit import array, kernel
 
@@ -19,11 +21,35 @@ def _little_endian(data, first, count):
     return value
 
 
-@numba.njit(error_model="numpy")
-def _scaled(fields, shift, mask, zero, scale, out, step):
-    """out[0], out[step], ... = scale * (one field of each byte - zero)."""
-    for i in range(fields.shape[0]):
-        out[i * step] = np.float32(np.int32((fields[i] >> shift) & mask) - zero) * scale
+_AT_ONCE = 16  # fields
+
+
+def _make_scaled(bits):
+    """scaled(record, first, scale, out, begin): out[begin : begin + 16] = scale * the fields from byte `first` on."""
+    count, size = 8 // bits, _AT_ONCE * bits // 8
+
+    def codegen(context, builder, signature, args):
+        b = builder
+        record, out = (context.make_array(signature.args[i])(context, b, args[i]) for i in (0, 3))
+        raw = isa.load(b, isa.at(b, record.data, isa.I8, args[1]), isa.vector(isa.I8, size))
+        parts = [b.lshr(raw, isa.splat_constant(isa.I8, size, bits * j)) for j in range(count)]
+        fields = isa.join(b, parts)  # all j = 0, then all j = 1, ...
+        fields = isa.shuffle(b, fields, fields, [i % count * size + i // count for i in range(_AT_ONCE)])
+        wide = b.zext(fields, isa.vector(isa.I32, _AT_ONCE))
+        wide = b.and_(wide, isa.splat_constant(isa.I32, _AT_ONCE, (1 << bits) - 1))
+        wide = b.sub(wide, isa.splat_constant(isa.I32, _AT_ONCE, 1 << (bits - 1)))
+        values = b.fmul(b.sitofp(wide, isa.vector(isa.F32, _AT_ONCE)), isa.splat(b, args[2], _AT_ONCE))
+        isa.store(b, values, isa.at(b, out.data, isa.F32, args[4]))
+        return context.get_dummy_value()
+
+    @intrinsic
+    def scaled(typingctx, record, first, scale, out, begin):
+        return types.none(record, types.int64, types.float32, out, types.int64), codegen
+
+    return scaled
+
+
+_scaled_4, _scaled_2 = _make_scaled(4), _make_scaled(2)
 
 
 @numba.njit(error_model="numpy")
@@ -39,17 +65,18 @@ def _record(record, bits, group, out):
         raw = _little_endian(record, g * size, size)
         scale = as_float(np.uint16(raw)) if size == 2 else float_of_bits(raw)
         begin, end = g * width, min(columns, (g + 1) * width)
-        whole = (end - begin) // per_byte
         first = head + begin // per_byte
         if bits == 8:
             for i in range(end - begin):
                 out[begin + i] = np.float32(np.int8(record[first + i])) * scale
             continue
-        for j in range(per_byte):
-            _scaled(
-                record[first : first + whole], np.uint8(bits * j), mask, zero, scale, out[begin + j : end], per_byte
-            )
-        for i in range(begin + whole * per_byte, end):  # the row ends within a byte
+        whole = (end - begin) // _AT_ONCE * _AT_ONCE
+        for i in range(0, whole, _AT_ONCE):
+            if bits == 4:
+                _scaled_4(record, first + i // 2, scale, out, begin + i)
+            else:
+                _scaled_2(record, first + i // 4, scale, out, begin + i)
+        for i in range(begin + whole, end):
             field = (record[head + i // per_byte] >> np.uint8(bits * (i % per_byte))) & mask
             out[i] = np.float32(np.int32(field) - zero) * scale
 
