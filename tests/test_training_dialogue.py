@@ -254,6 +254,7 @@ def test_what_is_no_command(text) -> None:
 
 def test_numbers() -> None:
     assert in_digits("one hundred twenty five and three") == "125 and 3"
+    assert in_digits("october twenty ninth at twenty second five") == "october twenty ninth at 20 second 5"
     assert time_in_digits("seven thirty") == "7:30"
     assert time_in_digits("quarter to nine in the evening") == "quarter to 9 in the evening"
     assert (number("nineteen and a half"), number("the maximum"), number("blue")) == (19.5, 100, None)

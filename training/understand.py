@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
 
-from training.texts import cardinal, grammar, spoken
+from training.texts import cardinal, grammar, ordinal, spoken
 
 Value = str | int | float
 
@@ -26,6 +26,7 @@ class Intent:
 
 _VALUES = {cardinal(n): n for n in range(1000)}
 _NUMBER_WORDS = {word for spelled in _VALUES for word in spelled.split()}
+_ORDINALS = {ordinal(n) for n in range(1, 10)} - {"second"}
 _FRACTIONS = {
     "half": 50, "a quarter": 25, "the maximum": 100, "full brightness": 100, "the minimum": 1, "the lowest setting": 1
 }  # fmt: skip
@@ -34,12 +35,16 @@ _CLOCK = re.compile(rf"\b({'|'.join(cardinal(n) for n in range(12, 0, -1))}) (oh
 
 
 def in_digits(text: str) -> str:
-    """Spoken form with its numbers below 1000 in digits: "twenty one degrees" is "21 degrees"."""
+    """Spoken form with its numbers below 1000 in digits: "twenty one degrees" is "21 degrees".
+
+    "twenty ninth" stays as it is; "twenty second" is taken for a time: "20 second".
+    """
     words, out, at = text.split(), [], 0
     while at < len(words):
         for end in range(min(len(words), at + 5), at, -1):
             if (value := _VALUES.get(" ".join(words[at:end]))) is not None:
-                out.append(str(value))
+                ordered = words[end : end + 1] and words[end] in _ORDINALS
+                out.append(" ".join(words[at:end]) if ordered else str(value))
                 at = end
                 break
         else:
