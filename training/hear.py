@@ -1,0 +1,102 @@
+"""First stage: the encoder alone learns to spell what it hears.
+
+`python -m training.hear DATA --steps N`: reads DATA/features, keeps DATA/hear/{state.pt,log.csv}; started again, it goes
+on. Owns: the stage's loss and its figure (word errors of the letters read off the encoder). Does not know: the decoder.
+"""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import click
+import jiwer
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from training import ctc
+from training.batches import Batch, Clip, batches, make_batch, read_clips
+from training.fast_audio import encode
+from training.loop import Run
+from training.model import build, configuration
+
+FRAMES = 3200  # a batch: 32 s of sound
+PHASES = (  # up to which step, of clips up to how many seconds, by which loss
+    (600, 1.6, ctc.even_loss),  # short clips, whose letters lie about evenly: this starts CTC off its plateau
+    (1500, 2.5, ctc.loss),
+    (10**9, 10.0, ctc.loss),
+)
+WEIGHT_OF_HUMAN = 6.0  # human recordings are few; they are drawn this many times as often
+DTYPE = torch.bfloat16 if torch.cpu._is_amx_tile_supported() else torch.float32
+
+
+def letters_of(tower: nn.Module, head: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Logits of letters [clips, tokens, 29] and the mask of tokens."""
+    hidden, mask = encode(tower, batch.features.to(DTYPE), batch.mask)
+    return nn.functional.linear(hidden, head.weight.to(DTYPE), head.bias.to(DTYPE)), mask
+
+
+def draw_weights(clips: list[Clip]) -> np.ndarray:
+    return np.array([WEIGHT_OF_HUMAN if clip.split == "train_human" else 1.0 for clip in clips])
+
+
+@torch.no_grad()
+def word_errors(tower: nn.Module, head: nn.Module, clips: dict[str, list[Clip]]) -> dict[str, float]:
+    """Word error rate of the letters, by name of a set of clips."""
+    errors = {}
+    for name, some in clips.items():
+        heard = []
+        for at in range(0, len(some), 16):
+            heard += ctc.read(*letters_of(tower, head, make_batch(some[at : at + 16])))
+        errors[name] = jiwer.wer([clip.text for clip in some], heard) if some else float("nan")
+    return errors
+
+
+def held_out(data: Path, each: int = 60) -> dict[str, list[Clip]]:
+    """A few held-out clips of each split, the same at every call."""
+    rng, sets = np.random.default_rng(1), {}
+    for split in ("dev", "test_unseen", "test_human"):
+        some = read_clips(data, [split], [0])
+        sets[split] = [some[i] for i in sorted(rng.permutation(len(some))[:each])]
+    return sets
+
+
+@click.command()
+@click.argument("data", type=click.Path(path_type=Path, exists=True))
+@click.option("--steps", default=6000, show_default=True)
+@click.option("--rate", default=1.5e-3, show_default=True)
+@click.option("--only", type=int, help="Overfit this many clips (a check of the loop).")
+def main(data: Path, steps: int, rate: float, only: int | None) -> None:
+    """Train the encoder on DATA/features."""
+    clips = [clip for clip in read_clips(data, ["train", "train_human"]) if len(ctc.encode(clip.text)) < _tokens(clip)]
+    clips = clips[:only]
+    print(f"{len(clips)} clips, {sum(len(c.features) for c in clips) / 360000:.1f} h", flush=True)
+    tower = build(configuration(512, {})).model.audio_tower
+    head = ctc.head(tower.config.hidden_size)
+    run = Run(data / ("hear" if only is None else "hear-few"), {"tower": tower, "head": head}, steps, rate)
+    drawn = _by_phase(clips, run)
+    sets = held_out(data) if only is None else {"same": clips}
+
+    def loss_of(step: int) -> dict[str, Tensor]:
+        batch, loss = next(drawn)
+        return {"loss": loss(*letters_of(tower, head, batch), batch.texts)}
+
+    run.train(loss_of, lambda: word_errors(tower, head, sets))
+
+
+def _by_phase(clips: list[Clip], run: Run) -> Iterator[tuple[Batch, Callable[..., Tensor]]]:
+    """Batches of the phase each step is in, with its loss."""
+    begins = 0
+    for ends, seconds, loss in PHASES:
+        some = [clip for clip in clips if len(clip.features) <= 100 * seconds]
+        drawn = batches(some, FRAMES, seed=run.seed, skip=max(0, run.step - begins), weights=draw_weights(some))
+        while run.step < ends:
+            yield next(drawn), loss
+        begins = ends
+
+
+def _tokens(clip: Clip) -> int:
+    return -(-len(clip.features) // 4)
+
+
+if __name__ == "__main__":
+    main()

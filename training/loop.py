@@ -1,0 +1,122 @@
+"""One loop for all stages of training: steps, learning rate, log, checkpoints that a killed run goes on from.
+
+Owns: AdamW with a warm-up and a cosine, the CSV log, `state.pt`. Does not know: what a step computes.
+"""
+
+import csv
+import io
+import math
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from edge_gemma.atomic import write_file
+
+_SAVE_EVERY = 120.0  # seconds
+
+
+@dataclass
+class Run:
+    """A stage under way: `modules` are what is trained and what a checkpoint holds.
+
+    loss_of(step) -> the losses by name, of which "loss" is minimised. Learning rate: `warmup` steps up to `rate`, then
+    a cosine down to a fiftieth at `steps`.
+    """
+
+    folder: Path
+    modules: dict[str, nn.Module]
+    steps: int
+    rate: float
+    frozen: Callable[[str], bool] = lambda name: False
+    warmup: int = 200
+    seed: int = 0
+    step: int = 0
+    _sums: dict[str, list[float]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        matrices, others = [], []
+        for module in self.modules.values():
+            for name, parameter in module.named_parameters():
+                parameter.requires_grad_(not self.frozen(name))
+                if parameter.requires_grad:
+                    (matrices if parameter.dim() > 1 else others).append(parameter)
+        groups = [{"params": matrices, "weight_decay": 0.02}, {"params": others, "weight_decay": 0.0}]
+        self.optimizer = torch.optim.AdamW(groups, lr=self.rate, betas=(0.9, 0.98), fused=True)
+        self.parameters = matrices + others
+        if (state := self.folder / "state.pt").exists():
+            self._restore(torch.load(state, weights_only=True))
+
+    @property
+    def rate_now(self) -> float:
+        if self.step < self.warmup:
+            return self.rate * (self.step + 1) / self.warmup
+        share = (self.step - self.warmup) / max(1, self.steps - self.warmup)
+        return self.rate * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1.0, share))))
+
+    def train(
+        self,
+        loss_of: Callable[[int], dict[str, Tensor]],
+        evaluate: Callable[[], dict[str, float]],
+        evaluate_every: int = 500,
+    ) -> None:
+        """Steps until `steps`, with a log line every 50 steps and figures of `evaluate` every `evaluate_every`."""
+        saved = time.monotonic()
+        while self.step < self.steps:
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.rate_now
+            losses = loss_of(self.step)
+            self.optimizer.zero_grad(set_to_none=True)
+            losses["loss"].backward()
+            norm = nn.utils.clip_grad_norm_(self.parameters, 1.0)
+            if torch.isfinite(norm):  # a batch with no finite gradient is left out, and counted
+                self.optimizer.step()
+            self._count(losses | {"norm": norm, "skipped": ~torch.isfinite(norm)})
+            self.step += 1
+            if self.step % 50 == 0 or self.step == self.steps:
+                self._log(evaluate() if self.step % evaluate_every == 0 or self.step == self.steps else {})
+            if time.monotonic() - saved > _SAVE_EVERY or self.step == self.steps:
+                self.save()
+                saved = time.monotonic()
+
+    def save(self) -> None:
+        state = {
+            "step": self.step,
+            "optimizer": self.optimizer.state_dict(),
+            "modules": {name: module.state_dict() for name, module in self.modules.items()},
+        }
+        torch.save(state, buffer := io.BytesIO())
+        write_file(self.folder / "state.pt", buffer.getvalue())
+
+    def _restore(self, state: dict) -> None:
+        self.step = state["step"]
+        self.optimizer.load_state_dict(state["optimizer"])
+        for name, module in self.modules.items():
+            module.load_state_dict(state["modules"][name])
+
+    def _count(self, losses: dict[str, Tensor]) -> None:
+        for name, value in losses.items():
+            if math.isfinite(value := float(value.detach())):
+                self._sums.setdefault(name, []).append(value)
+
+    def _log(self, figures: dict[str, float]) -> None:
+        row = {"step": self.step, "time": round(time.time()), "rate": f"{self.rate_now:.2e}"}
+        row |= {name: f"{sum(values) / len(values):.4f}" for name, values in self._sums.items()}
+        row |= {name: f"{value:.4f}" for name, value in figures.items()}
+        self._sums.clear()
+        print(" ".join(f"{name} {value}" for name, value in row.items()), flush=True)
+        with open(self.folder / "log.csv", "a", newline="") as file:
+            csv.writer(file).writerow(f"{name}={value}" for name, value in row.items())
+
+
+def last_modules(folder: Path) -> dict[str, dict[str, Tensor]]:
+    """The weights in a stage's last checkpoint."""
+    return torch.load(folder / "state.pt", weights_only=True)["modules"]
+
+
+def parameter_count(modules: Iterable[nn.Module]) -> int:
+    return sum(p.numel() for module in modules for p in module.parameters())
