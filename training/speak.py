@@ -27,7 +27,7 @@ from training.fast_audio import encode
 from training.hear import DTYPE, draw_weights, held_out
 from training.loop import Run, last_modules
 from training.model import build, configuration
-from training.tokenizer import load_tokenizer
+from training.tokenizer import load
 
 SPEECH_FRAMES = 4800  # a batch of speech: 48 s of sound
 DIALOGUE_TOKENS = 3000  # a batch of dialogue
@@ -183,7 +183,7 @@ def start(data: Path, together: bool, tokenizer: Tokenizer) -> tuple[nn.Module, 
 @click.option("--together", is_flag=True, help="Train the encoder too.")
 def main(data: Path, steps: int, rate: float, together: bool) -> None:
     """Train the decoder on DATA/features and on dialogue."""
-    tokenizer = load_tokenizer(data / "tokenizer")
+    tokenizer = load(data / "tokenizer")
     examples = Examples(tokenizer)
     model, head = start(data, together, tokenizer)
     clips = read_clips(data, ["train", "train_human"])
