@@ -22,7 +22,7 @@ from training.batches import Clip, make_batch, read_clips
 from training.loop import last_modules
 from training.model import save
 from training.speak import start
-from training.tokenizer import load
+from training.tokenizer import load_tokenizer
 
 BOUNDS = ("input_min", "input_max", "output_min", "output_max")
 _NOTHING_SEEN = (math.inf, -math.inf, math.inf, -math.inf)
@@ -64,7 +64,7 @@ def _widen(seen: list[float]) -> Callable[[nn.Module, tuple[Tensor], Tensor], No
 @click.option("--clips", default=400, show_default=True, help="Training clips to take the bounds from.")
 def main(data: Path, clips: int) -> None:
     """Write DATA/checkpoint."""
-    model, _ = start(data, together=True, tokenizer=load(data / "tokenizer"))
+    model, _ = start(data, together=True, tokenizer=load_tokenizer(data / "tokenizer"))
     if (data / "together" / "state.pt").exists():
         model.load_state_dict(last_modules(data / "together")["model"])
     tower = model.model.audio_tower

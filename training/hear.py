@@ -1,7 +1,8 @@
 """First stage: the encoder alone learns to spell what it hears.
 
-`python -m training.hear DATA --steps N`: reads DATA/features, keeps DATA/hear/{state.pt,log.csv}; started again, it goes
-on. Owns: the stage's loss and its figure (word errors of the letters read off the encoder). Does not know: the decoder.
+`python -m training.hear DATA --steps N`: reads DATA/features, keeps DATA/hear/{state.pt,log.csv}; started again, it
+goes on. Owns: the stage's loss and its figure (word errors of the letters read off the encoder). Does not know: the
+decoder.
 """
 
 from collections.abc import Callable, Iterator

@@ -1,9 +1,9 @@
 """Second stage: the decoder learns to write what the encoder hears, and to answer.
 
 `python -m training.speak DATA --steps N` starts from DATA/hear with the encoder fixed and keeps DATA/speak;
-`--together` starts from DATA/speak, trains encoder and decoder as one and keeps DATA/together. Both go on where they were
-cut off. Owns: examples of speech and of dialogue as ids with a mask, the loss, greedy transcripts of held-out clips.
-Does not know: how dialogue is made (dialogue.py), how the encoder was trained (hear.py).
+`--together` starts from DATA/speak, trains encoder and decoder as one and keeps DATA/together. Both go on where they
+were cut off. Owns: examples of speech and of dialogue as ids with a mask, the loss, greedy transcripts of held-out
+clips. Does not know: how dialogue is made (dialogue.py), how the encoder was trained (hear.py).
 """
 
 from collections.abc import Iterator, Sequence
@@ -27,7 +27,7 @@ from training.fast_audio import encode
 from training.hear import DTYPE, draw_weights, held_out
 from training.loop import Run, last_modules
 from training.model import build, configuration
-from training.tokenizer import load
+from training.tokenizer import load_tokenizer
 
 SPEECH_FRAMES = 4800  # a batch of speech: 48 s of sound
 DIALOGUE_TOKENS = 3000  # a batch of dialogue
@@ -122,7 +122,7 @@ def with_fast_tower(model: Gemma4ForConditionalGeneration) -> Gemma4ForCondition
 def logits_at(model: nn.Module, ids: Tensor, at: Tensor, batch: Batch | None) -> Tensor:
     """Logits float32 [k, vocabulary] that follow the positions `at`, bool [batch, n]."""
     sound = {} if batch is None else {"input_features": batch.features, "input_features_mask": batch.mask}
-    with torch.autocast("cpu", DTYPE, enabled=DTYPE == torch.bfloat16):
+    with torch.autocast("cpu", DTYPE, enabled=DTYPE.itemsize == 2):
         hidden = model.model(input_ids=ids, use_cache=False, **sound).last_hidden_state
         logits = model.lm_head(hidden[at]).float()
     cap = model.config.text_config.final_logit_softcapping
@@ -183,7 +183,7 @@ def start(data: Path, together: bool, tokenizer: Tokenizer) -> tuple[nn.Module, 
 @click.option("--together", is_flag=True, help="Train the encoder too.")
 def main(data: Path, steps: int, rate: float, together: bool) -> None:
     """Train the decoder on DATA/features and on dialogue."""
-    tokenizer = load(data / "tokenizer")
+    tokenizer = load_tokenizer(data / "tokenizer")
     examples = Examples(tokenizer)
     model, head = start(data, together, tokenizer)
     clips = read_clips(data, ["train", "train_human"])

@@ -1,0 +1,157 @@
+"""The encoder as training computes it against transformers' own; the letters' loss; the loop that goes on.
+
+Needs torch and transformers (the oracle extra).
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("torch")
+pytest.importorskip("transformers")
+pytestmark = pytest.mark.oracle
+
+import torch
+from torch import nn
+
+from training import ctc
+from training.batches import batches, make_batch, read_clips
+from training.fast_audio import encode
+from training.finish import BOUNDS, set_clip_bounds
+from training.loop import Run
+from training.model import build, configuration, load, save
+
+TOKEN_IDS = {"audio_token_id": 10, "boa_token_id": 11, "eoa_token_id": 12}
+
+
+@pytest.fixture(scope="module")
+def model() -> nn.Module:
+    made = build(configuration(64, TOKEN_IDS), seed=3)
+    torch.manual_seed(4)
+    for module in made.model.audio_tower.modules():  # norms and scales that are not one
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.dim() == 1 and name in ("weight", "per_dim_scale"):
+                nn.init.normal_(parameter, 1.0, 0.3)
+    with torch.no_grad():
+        made.model.audio_tower.subsample_conv_projection.layer0.norm.weight[32:] = 0
+    return made
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """Twelve clips of noise in the layout of training.features."""
+    rng, first = np.random.default_rng(5), 0
+    (tmp_path / "features").mkdir()
+    with (
+        open(tmp_path / "features" / "train-someone-0.f16", "wb") as sound,
+        open(tmp_path / "features" / "train-someone-0.jsonl", "w") as listing,
+    ):
+        for i in range(12):
+            frames = 61 + 17 * i
+            sound.write(rng.normal(0, 1, (frames, 128)).astype(np.float16).tobytes())
+            entry = {"text": "a b" * (i + 1), "voice": "someone", "split": "train"}
+            listing.write(json.dumps(entry | {"first_frame": first, "frames": frames}) + "\n")
+            first += frames
+    return tmp_path
+
+
+def test_fast_encoder_equals_the_references(model):
+    lengths, tower = (397, 300, 111, 1), model.model.audio_tower
+    features = torch.randn(len(lengths), max(lengths), 128)
+    mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+    with torch.no_grad():
+        wanted = tower(features, mask)
+        hidden, tokens = encode(tower, features, mask)
+        got = tower.output_proj(hidden)
+    assert torch.equal(tokens, wanted.attention_mask)
+    assert (got - wanted.last_hidden_state)[tokens].abs().max() < 2e-5
+    assert wanted.last_hidden_state[tokens].std() > 0.1
+
+
+def test_gradients_of_the_fast_encoder_equal_the_references(model):
+    tower = model.model.audio_tower
+    features, mask = torch.randn(2, 96, 128), torch.ones(2, 96, dtype=torch.bool)
+
+    def gradients(hidden: torch.Tensor) -> list[torch.Tensor]:
+        trained = [p for n, p in tower.named_parameters() if "layer0" not in n and "layer1" not in n]
+        return torch.autograd.grad(hidden.square().sum(), trained, allow_unused=True)
+
+    ours = gradients(tower.output_proj(encode(tower, features, mask)[0]))
+    theirs = gradients(tower(features, mask).last_hidden_state)
+    for mine, reference in zip(ours, theirs, strict=True):
+        assert torch.allclose(mine, reference, rtol=1e-3, atol=1e-3 * reference.abs().max().item())
+
+
+def test_letters_are_read_back_from_sure_logits():
+    text, at = "it's a  test", 0
+    logits = torch.full((1, 40, 29), -9.0)
+    for letter in ctc.encode(text):
+        logits[0, at, letter] = 9.0  # each once, a blank after it
+        logits[0, at + 1, 0] = 9.0
+        at += 2
+    logits[0, at:, 0] = 9.0
+    mask = torch.ones(1, 40, dtype=torch.bool)
+    assert ctc.read(logits, mask) == [text]
+    assert ctc.loss(logits, mask, [text]) < 0.01 < ctc.loss(logits, mask, ["something"])
+
+
+def test_batches_go_on_where_they_were_cut_off(data):
+    clips = read_clips(data, ["train"])
+    assert len(clips) == 12
+    assert [len(c.features) for c in clips] == [61 + 17 * i for i in range(12)]
+    whole = batches(clips, 600, seed=7)
+    expected = [next(whole) for _ in range(9)]
+    rest = batches(clips, 600, seed=7, skip=6)
+    for batch in expected[6:]:
+        again = next(rest)
+        assert again.texts == batch.texts
+        assert torch.equal(again.features, batch.features)
+
+
+def test_a_run_goes_on_as_if_it_had_not_been_cut_off(tmp_path):
+    def run(folder: str, steps: int, until: int) -> nn.Module:
+        torch.manual_seed(0)
+        line = nn.Linear(3, 2)
+        made = Run(tmp_path / folder, {"line": line}, until, 0.1, warmup=3)
+        made.steps = steps  # the cosine's length is the whole run's, also where it ends early
+
+        def loss_of(step: int) -> dict[str, torch.Tensor]:
+            if step == until:
+                raise KeyboardInterrupt
+            x = torch.from_numpy(np.random.default_rng(step).normal(0, 1, (4, 3)).astype(np.float32))
+            return {"loss": line(x).square().mean()}
+
+        try:
+            made.train(loss_of, dict)
+        except KeyboardInterrupt:
+            made.save()
+        return line
+
+    whole = run("whole", 10, 10)
+    run("cut", 10, 6)
+    assert torch.equal(run("cut", 10, 10).weight, whole.weight)
+
+
+def test_checkpoint_round_trip_keeps_bfloat16_weights(model, tmp_path):
+    save(model, tmp_path)
+    again = load(tmp_path)
+    for (name, wanted), got in zip(model.state_dict().items(), again.state_dict().values(), strict=True):
+        assert torch.equal(wanted.bfloat16().float(), got.float()), name
+
+
+def test_clip_bounds_clip_nothing_that_was_heard_and_no_less(data, model):
+    tower, clips = model.model.audio_tower, read_clips(data, ["train"])
+    made = make_batch(clips[:1])
+    features, mask = made.features[:, : len(clips[0].features)], made.mask[:, : len(clips[0].features)]
+    with torch.no_grad():
+        before = tower(features, mask).last_hidden_state
+        set_clip_bounds(tower, clips, batch=1)
+        assert torch.equal(tower(features, mask).last_hidden_state, before)
+        loud = tower(features * 40, mask).last_hidden_state
+        linear = tower.layers[0].feed_forward1.ffw_layer_1
+        assert all(torch.isfinite(getattr(linear, name)) for name in BOUNDS)
+        linear.input_max.fill_(linear.input_max * 0.5)
+        assert not torch.equal(tower(features, mask).last_hidden_state, before)
+    assert torch.isfinite(loud).all()
