@@ -23,7 +23,7 @@ def encode(tower: nn.Module, features: Tensor, mask: Tensor) -> tuple[Tensor, Te
     """features [batch, frames, 128], mask bool [batch, frames] (True: sound) -> (soft tokens before `output_proj`
     [batch, tokens, hidden], their mask [batch, tokens]); 4 frames a token, rounded up."""
     x, mask = _subsample(tower.subsample_conv_projection, features, mask)
-    batch, tokens, hidden = x.shape
+    batch, tokens, _ = x.shape
     blocks = -(-tokens // BLOCK)
     x = F.pad(x, (0, 0, 0, blocks * BLOCK - tokens))
     heard = F.pad(mask, (0, blocks * BLOCK - tokens)).view(batch, blocks, BLOCK)
