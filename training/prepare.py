@@ -8,13 +8,15 @@ Owns: the order of work and the manifest. Runs again where it was stopped; what 
 import argparse
 import hashlib
 import json
+import sys
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from edge_gemma.atomic import write_file
-from training import clips, recordings
+from edge_gemma.errors import UsageError
+from training import clips, recordings, sources
 from training.corpus import Corpus
 from training.voices import VOICES
 
@@ -27,6 +29,10 @@ def main() -> None:
     parser.add_argument("--engines", default="human,espeak,flite,festival,piper,kokoro", help="only these")
     parser.add_argument("--processes", type=int, default=2)
     options = parser.parse_args()
+    try:
+        sources.fetch(options.data)
+    except UsageError as error:
+        sys.exit(f"error: {error}")
     wanted = set(options.engines.split(","))
     engines = {voice.name: voice.engine for voice in VOICES} | {recordings.VOICE: clips.HUMAN}
     jobs = [job for job in clips.jobs() if engines[job[1]] in wanted]
@@ -57,7 +63,11 @@ def write_manifest(data: Path) -> None:
                 "clips": index.read_text().count("\n"),
                 "seconds": round(sound.stat().st_size / 2 / clips.RATE, 3),
             }
-    write_file(data / "manifest.json", json.dumps({"files": files}, indent=1).encode())
+    packages = {
+        package.name: {"version": package.version, "sha256": package.sha256, "licence": package.licence}
+        for package in sources.PACKAGES
+    }
+    write_file(data / "manifest.json", json.dumps({"sources": packages, "files": files}, indent=1).encode())
 
 
 if __name__ == "__main__":
