@@ -1,5 +1,6 @@
 """The training data's rules, without any speech engine: texts, splits, clips, augmentation, features, manifest."""
 
+import gzip
 import io
 import itertools
 import json
@@ -12,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edge_gemma.audio.features import frame_count, log_mel
-from training import augment, clips, corpus, features, prepare, splits, texts
+from training import augment, clips, corpus, features, prepare, recordings, splits, texts
 from training.synthesise import written
 from training.voices import VOICES, seen
 
@@ -369,3 +370,50 @@ def test_the_brown_corpus_is_read_in_the_order_of_its_files(tmp_path: Path) -> N
             member.size = len(text)
             tar.addfile(member, io.BytesIO(text.encode()))
     assert corpus.brown(archive) == "The jury said .\nb c"
+
+
+# ---- recordings
+
+
+def test_transcripts_leave_out_what_is_no_speech(tmp_path: Path) -> None:
+    file = tmp_path / recordings.TRANSCRIPTS
+    file.parent.mkdir(parents=True)
+    lines = [
+        "; comment",
+        "beep: [this is a simple beep tone]",
+        "silence/1: (1 second of silence)",
+        "digits/7: seven",
+        "digits/h-40: fourtieth",
+        "letters/at: at [@]",
+        "vm-press: press * then #",
+        "spy-iax: IAX",
+        "long: " + "very " * 40,
+        "digits/a-m: A.M.",
+    ]
+    file.write_bytes(gzip.compress("\n".join(lines).encode()))
+    assert recordings.transcripts(tmp_path) == {
+        "digits/7": "seven",
+        "digits/h-40": "fortieth",
+        "letters/at": "at",
+        "vm-press": "press star then pound",
+        "digits/a-m": "a m",
+    }
+
+
+def test_joined_recordings_say_what_their_text_says() -> None:
+    words = ["one", "two", "three", "press this", "press that"]
+    pieces = [(text, np.full(1000 + i, i + 1, np.float32)) for i, text in enumerate(words)]
+    seen_lengths = set()
+    for chance in range(30):
+        text, sound = recordings.joined(pieces, np.random.default_rng(chance))
+        parts = [int(run[0]) for run in np.split(sound, np.flatnonzero(np.diff(sound)) + 1) if run[0]]
+        merged = " ".join(words[part - 1] for part in parts)
+        assert set(merged.split()) == set(text.split())
+        assert len(sound) <= sum(len(s) for _, s in pieces) * 6 + 6 * 0.15 * RATE
+        seen_lengths.add(len(text.split()))
+    assert len(seen_lengths) > 3
+
+
+def test_recorded_speech_may_have_more_copies() -> None:
+    assert [features._copies(split, 2, 6) for split in ("train", "train_human", "test_human", "dev")] == [2, 6, 1, 1]
+    assert features._copies("train_human", 3, 0) == 3

@@ -19,10 +19,12 @@ from training import recordings
 from training.corpus import Corpus, distinct
 from training.splits import held_out
 from training.synthesise import RATE, engine
+from training.texts import LONGEST as LONGEST_TEXT
 from training.voices import VOICES, Voice, seen
 
 SHORTEST, LONGEST = 0.4, 10.0  # seconds of a clip
 LEVEL = 0.07  # root mean square of a clip's speech, full scale 1
+JOINED_MINUTES = 30  # of recordings joined anew
 TESTS = {"dev", "test_seen", "test_unseen", "test_human"}
 HUMAN = "human"  # the engine of recorded prompts
 
@@ -75,17 +77,16 @@ def read_clips(index: Path) -> Iterator[tuple[dict, np.ndarray]]:
 
 
 def jobs() -> list[tuple[str, str]]:
-    """All (split, voice) in the order of work: recordings, held-out clips of all voices, then the table's order."""
-    tests = [(split, voice.name) for voice in VOICES for split in _tests(voice)]
-    train = [("train", voice.name) for voice in VOICES if seen(voice)]
-    return [("train_human", recordings.VOICE), ("test_human", recordings.VOICE), *tests, *train]
+    """All (split, voice) in the order of work: the recordings, then each voice, its held-out clips first."""
+    human = [("train_human", recordings.VOICE), ("test_human", recordings.VOICE), ("train_human", recordings.JOINED)]
+    return human + [(split, voice.name) for voice in VOICES for split in _splits(voice)]
 
 
-def _tests(voice: Voice) -> list[str]:
-    """The held-out splits in which a voice speaks."""
+def _splits(voice: Voice) -> list[str]:
+    """The splits in which a voice speaks."""
     if not seen(voice):
         return ["test_unseen"]
-    return [split for split, count in (("test_seen", voice.tests), ("dev", voice.devs)) if count]
+    return [split for split, wanted in (("test_seen", voice.tests), ("dev", voice.devs), ("train", 1)) if wanted]
 
 
 def make(data: Path, split: str, name: str, corpus: Corpus) -> float:
@@ -94,6 +95,9 @@ def make(data: Path, split: str, name: str, corpus: Corpus) -> float:
     index = folder / f"{split}-{name}.jsonl"
     if index.exists():
         return index.with_suffix(".i16").stat().st_size / 2 / RATE
+    if name == recordings.JOINED:
+        make(data, split, recordings.VOICE, corpus)
+        return write_clips(folder, split, name, HUMAN, _joined(folder))
     if name == recordings.VOICE:
         return write_clips(folder, split, name, HUMAN, _recorded(split, corpus))
     voice = next(voice for voice in VOICES if voice.name == name)
@@ -107,6 +111,26 @@ def _recorded(split: str, corpus: Corpus) -> Iterator[tuple[str, np.ndarray]]:
             clip = finished(recordings.decode(path), rng)
             if clip is not None:
                 yield text, clip
+
+
+def _joined(folder: Path) -> Iterator[tuple[str, np.ndarray]]:
+    """Recordings of the training split joined anew, JOINED_MINUTES of them; no held-out text arises."""
+    rng = np.random.default_rng(seed(recordings.JOINED))
+    index = folder / f"train_human-{recordings.VOICE}.jsonl"
+    pieces = [(line["text"], _bare(pcm.astype(np.float32) / 32768)) for line, pcm in read_clips(index)]
+    samples = 0
+    while samples < JOINED_MINUTES * 60 * RATE:
+        text, sound = recordings.joined(pieces, rng)
+        clip = finished(sound, rng)
+        if clip is not None and len(text) <= LONGEST_TEXT and not held_out(text):
+            yield text, clip
+            samples += len(clip)
+
+
+def _bare(samples: np.ndarray) -> np.ndarray:
+    """A finished clip without its near silence at both ends."""
+    loud = np.flatnonzero(np.abs(samples) > 0.003)
+    return samples[loud[0] : loud[-1] + 1]
 
 
 def _synthetic(split: str, voice: Voice, data: Path, corpus: Corpus) -> Iterator[tuple[str, np.ndarray]]:

@@ -29,14 +29,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m training.features", description="Features of every file of clips.")
     parser.add_argument("data", type=Path)
     parser.add_argument("--copies", type=int, default=2, help="1: only clean; 2: clean and one augmented; ...")
+    parser.add_argument("--human-copies", type=int, default=0, help="copies of recorded speech, if more")
     parser.add_argument("--processes", type=int, default=2)
     options = parser.parse_args()
     indexes = sorted((options.data / "clips").glob("*.jsonl"))
     jobs = [
         (index, copy)
-        for copy in range(options.copies)
+        for copy in range(max(options.copies, options.human_copies))
         for index in indexes
-        if copy == 0 or index.name.split("-")[0] not in TESTS
+        if copy < _copies(index.name.split("-")[0], options.copies, options.human_copies)
     ]
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     start, frames = time.perf_counter(), 0
@@ -50,6 +51,11 @@ def main() -> None:
     print(
         f"{frames} frames in {seconds:.0f} s: {frames / seconds:.0f} frames/s, {frames / seconds / 100:.0f} x real time"
     )
+
+
+def _copies(split: str, most: int, human: int) -> int:
+    """Held-out splits are clean only; there is little recorded speech, so that it may have more copies."""
+    return 1 if split in TESTS else max(most, human) if split == "train_human" else most
 
 
 def write_features(index: Path, copy: int) -> int:

@@ -34,7 +34,8 @@ def main() -> None:
     except UsageError as error:
         sys.exit(f"error: {error}")
     wanted = set(options.engines.split(","))
-    engines = {voice.name: voice.engine for voice in VOICES} | {recordings.VOICE: clips.HUMAN}
+    engines = {voice.name: voice.engine for voice in VOICES}
+    engines |= dict.fromkeys((recordings.VOICE, recordings.JOINED), clips.HUMAN)
     jobs = [job for job in clips.jobs() if engines[job[1]] in wanted]
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with ProcessPoolExecutor(options.processes) as pool, Progress(*columns) as progress:

@@ -9,9 +9,11 @@ from pathlib import Path
 
 import numpy as np
 
+from edge_gemma.audio.features import SAMPLE_RATE as RATE
 from training.texts import LONGEST, spoken
 
 VOICE = "allison"  # Allison Smith recorded all of them
+JOINED = "allison_joined"  # the same recordings one after the other, as a telephone system says numbers and times
 TRANSCRIPTS = "usr/share/doc/asterisk-core-sounds-en/core-sounds-en.txt.gz"
 SOUNDS = "usr/share/asterisk/sounds/en_US_f_Allison"
 _NO_SPEECH = re.compile(r"^[\[<(].*[\])>]$")
@@ -51,6 +53,20 @@ def decode(path: Path) -> np.ndarray:
     with av.open(str(path), format="g722") as container:
         frames = [frame.to_ndarray().reshape(-1) for frame in container.decode(audio=0)]
     return np.concatenate(frames).astype(np.float32) / 32768
+
+
+def joined(pieces: list[tuple[str, np.ndarray]], rng: np.random.Generator) -> tuple[str, np.ndarray]:
+    """Three to six single words, or two or three of all pieces (text, float32 samples), up to 0.15 s between them."""
+    words = [piece for piece in pieces if " " not in piece[0]]
+    few = rng.random() < 0.6
+    chosen = words if few else pieces
+    count = int(rng.integers(3, 7)) if few else int(rng.integers(2, 4))
+    said, sound = [], []
+    for index in rng.integers(len(chosen), size=count):
+        text, samples = chosen[index]
+        said.append(text)
+        sound += [samples, np.zeros(int(rng.uniform(0, 0.15) * RATE), np.float32)]
+    return " ".join(said), np.concatenate(sound[:-1])
 
 
 def prompts(root: Path) -> list[tuple[str, str, Path]]:
