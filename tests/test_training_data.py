@@ -294,6 +294,10 @@ def test_the_manifest_holds_digests_and_seconds(data: Path) -> None:
     assert files["train-a_b.i16"]["clips"] == 2
     assert files["train-a_b.i16"]["seconds"] == 1.0
     assert len(files["train-a_b.i16"]["sha256"]) == 64
+    assert prepare.table(data).splitlines()[2:] == [
+        "| train | espeak | 1 | 2 | 0.0 |",
+        "| test_seen | espeak | 1 | 1 | 0.0 |",
+    ]
 
 
 # ---- augmentation

@@ -1,8 +1,10 @@
 """All speech data with one command: fetch the sources, then speak every text with every voice.
 
-    python -m training.prepare DATA [--engines espeak,flite] [--processes 2]
+    python -m training.prepare DATA [--engines human,espeak,flite] [--processes 2]
+    python -m training.prepare DATA --table
 
-Owns: the order of work and the manifest. Runs again where it was stopped; what is there is kept.
+Owns: the order of work, the manifest, the table of what is there. Runs again where it was stopped, keeping what is
+there.
 """
 
 import argparse
@@ -18,6 +20,7 @@ from edge_gemma.atomic import write_file
 from edge_gemma.errors import UsageError
 from training import clips, recordings, sources
 from training.corpus import Corpus
+from training.splits import PARTS
 from training.voices import VOICES
 
 _corpus: dict[Path, Corpus] = {}
@@ -28,7 +31,12 @@ def main() -> None:
     parser.add_argument("data", type=Path, help="folder for sources and clips, a few GB")
     parser.add_argument("--engines", default="human,espeak,flite,festival,piper,kokoro", help="only these")
     parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--table", action="store_true", help="only print what is there, and renew the manifest")
     options = parser.parse_args()
+    if options.table:
+        write_manifest(options.data)
+        print(table(options.data))
+        return
     try:
         sources.fetch(options.data)
     except UsageError as error:
@@ -69,6 +77,23 @@ def write_manifest(data: Path) -> None:
         for package in sources.PACKAGES
     }
     write_file(data / "manifest.json", json.dumps({"sources": packages, "files": files}, indent=1).encode())
+
+
+def table(data: Path) -> str:
+    """Voices, minutes and clips of each engine and split there, as Markdown."""
+    rows: dict[tuple[str, str], list[float]] = {}
+    for index in sorted((data / "clips").glob("*.jsonl")):
+        lines = [json.loads(line) for line in index.read_text().splitlines()]
+        if lines:
+            row = rows.setdefault((lines[0]["split"], lines[0]["engine"]), [0, 0, 0])
+            row[0] += 1
+            row[1] += len(lines)
+            row[2] += sum(line["samples"] for line in lines) / clips.RATE / 60
+    texts = ["| split | engine | files | clips | minutes |", "|---|---|---|---|---|"]
+    ordered = sorted(rows.items(), key=lambda item: (PARTS.index(item[0][0]), item[0][1]))
+    for (split, engine), (files, count, minutes) in ordered:
+        texts.append(f"| {split} | {engine} | {files:.0f} | {count:.0f} | {minutes:.1f} |")
+    return "\n".join(texts)
 
 
 if __name__ == "__main__":
