@@ -11,7 +11,7 @@ Owns: the text's way through the model. Does not know: files, recipes, how integ
 
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from importlib import resources
@@ -266,18 +266,34 @@ class Calibration:
 
     def _curvatures(self, x: Activations, exact: np.ndarray, damping: float) -> list[Curvature]:
         if self._moments.x is not x:
-            segments = []
+            pending: list[Future[Curvature]] = []
             for start in range(0, x.values.shape[1], _SEGMENT):
                 part = np.ascontiguousarray(x.values[:, start : start + _SEGMENT])
                 drift = exact[:, start : start + _SEGMENT] - part
-                segments.append(Curvature.of(self._moment(part, part), self._moment(drift, part), damping))
-            self._moments = _Moments(x, segments)
+                hessian, coupling = self._second_moment(part), self._moment(drift, part)
+                if pending:  # one is factorised, in one thread, while the moments of the next are taken
+                    pending[-1].result()
+                pending.append(self._pool.submit(Curvature.of, hessian, coupling, damping))
+            self._moments = _Moments(x, [curvature.result() for curvature in pending])
         return self._moments.segments
 
     def _moment(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
         """a^T b, in tiles whose shape does not depend on the number of threads."""
         tiles = [a[:, first : first + _ROWS] for first in range(0, a.shape[1], _ROWS)]
         return np.concatenate(list(self._pool.map(lambda tile: tile.T @ b, tiles)))
+
+    def _second_moment(self, a: np.ndarray) -> np.ndarray:
+        """a^T a: as `_moment`, but for what lies below the diagonal."""
+        k = a.shape[1]
+        moment = np.empty((k, k), np.float32)
+
+        def tile(first: int) -> None:
+            stop = min(first + _ROWS, k)
+            moment[first:stop, first:] = a[:, first:stop].T @ a[:, first:]
+            moment[stop:, first:stop] = moment[first:stop, stop:].T
+
+        list(self._pool.map(tile, range(0, k, _ROWS)))
+        return moment
 
 
 def round_segments(weights: np.ndarray, segments: list[Curvature], bits: int, group: int) -> Rounded:

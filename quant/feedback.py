@@ -26,7 +26,8 @@ _DAMPING = 0.01  # of the mean diagonal of H, added to it: directions the text n
 _RIDGE = 0.1  # likewise, where drift is undone: it is known from few tokens
 _UNDO = 0.5  # of the drift: undoing all of it fits the text rather than the model (docs/LOG.md)
 _SWEEPS = 2
-_BLOCK = 32  # columns rounded between two matrix products
+_BLOCK = 64  # columns rounded between two matrix products: whole groups
+_LANES = 64  # rows rounded side by side; with 16 the checks before each inner loop cost more than the loop
 _KEY = SEARCH_KEY + hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16]
 
 
@@ -65,84 +66,121 @@ class Curvature:
 
 
 @jit.kernel(
-    jit.array(np.float32, 2, written=True), jit.array(np.float32, 2), jit.array(np.float32, 2),
-    jit.array(np.float32, 2), numba.int64, numba.int64, numba.int64,
+    jit.array(np.float32, 2), jit.array(np.float32, 2), jit.array(np.float32, 2), jit.array(np.float32, 2),
+    numba.int64, numba.int64, numba.int64,
     jit.array(np.int8, 2, written=True), jit.array(np.float32, 2, written=True),
     fastmath={"reassoc", "contract", "nsz"}, key=_KEY,
 )  # fmt: skip
 def _round_block(carried, weights, feedback, scales, start, group, lowest, values, errors):
-    """Columns start, start + 1, ... of every row; carried float32 [rows, width] is what earlier columns ask for."""
+    """Columns start, start + 1, ... of every row; carried float32 [rows, width] is what earlier columns ask for.
+
+    Columns are rounded one after another, _LANES rows side by side.
+    """
     low, highest = np.float32(lowest), np.float32(-lowest - 1)
     rows, width = carried.shape
-    for row in range(rows):
-        wanted = carried[row]
+    w, wanted = np.empty((width, _LANES), np.float32), np.empty((width, _LANES), np.float32)
+    q, e = np.empty((width, _LANES), np.float32), np.empty((width, _LANES), np.float32)
+    scale, inverse = np.zeros(_LANES, np.float32), np.zeros(_LANES, np.float32)
+    for first in range(0, rows, _LANES):
+        lanes = min(_LANES, rows - first)
+        if lanes < _LANES:
+            w[:], wanted[:], scale[:], inverse[:] = 0, 0, 0, 0
+        for r in range(lanes):
+            for i in range(width):
+                w[i, r] = weights[first + r, start + i]
+                wanted[i, r] = w[i, r] + carried[first + r, i]
         for i in range(width):
-            column = start + i
-            scale = scales[row, column // group]
-            q = np.float32(0)
-            if abs(scale) > np.float32(1e-30):
-                q = min(max(np.rint((weights[row, column] + wanted[i]) / scale), low), highest)
-            error = weights[row, column] - scale * q
-            values[row, column] = np.int8(q)
-            errors[row, column] = error
-            coupling = feedback[column, start + i + 1 : start + width]
-            ahead = wanted[i + 1 :]
-            for j in range(len(ahead)):
-                ahead[j] += error * coupling[j]
+            if i == 0 or (start + i) % group == 0:
+                for r in range(lanes):
+                    scale[r] = scales[first + r, (start + i) // group]
+                    inverse[r] = np.float32(1) / scale[r] if abs(scale[r]) > np.float32(1e-30) else np.float32(0)
+            for r in range(_LANES):
+                q[i, r] = min(max(np.rint(wanted[i, r] * inverse[r]), low), highest)
+                e[i, r] = w[i, r] - scale[r] * q[i, r]
+            for j in range(i + 1, width):
+                coupling = feedback[start + i, start + j]
+                for r in range(_LANES):
+                    wanted[j, r] += e[i, r] * coupling
+        for r in range(lanes):
+            for i in range(width):
+                values[first + r, start + i] = np.int8(q[i, r])
+                errors[first + r, start + i] = e[i, r]
     return True
 
 
 @jit.kernel(
-    jit.array(np.float32, 2), jit.array(np.float32, 2), numba.int64, numba.int64, numba.boolean,
+    jit.array(np.float32, 2), jit.array(np.float32, 2), numba.int64, numba.int64, numba.int64, numba.boolean,
     jit.array(np.int8, 2, written=True), jit.array(np.float32, 2, written=True), jit.array(np.float32, 2, written=True),
-    jit.array(np.float32, 2, written=True),
     fastmath={"reassoc", "contract", "nsz"}, key=_KEY,
 )  # fmt: skip
-def _improve_block(slope, hessian, start, lowest, rescale, values, scales, errors, change):
-    """One group of every row: its scale, then each integer; change float32 [rows, width]: by how much errors moved.
+def _improve_block(slope, hessian, start, group, lowest, rescale, values, scales, errors):
+    """Columns start, start + 1, ... of every row, whole groups: each group's scale, then each of its integers.
 
-    slope: float32 [rows, k], E H; hessian: [k, k]; scales: float32 [rows, 1] of this group.
+    slope: float32 [rows, width], E H of these columns; hessian: [k, k]; scales: float32 [rows, groups]. _LANES rows
+    side by side.
     """
     low, highest = np.float32(lowest), np.float32(-lowest - 1)
-    rows, width = change.shape
-    g = np.empty(width, np.float32)
-    for row in range(rows):
-        for i in range(width):
-            g[i] = slope[row, start + i]
-            change[row, i] = 0
-        scale = scales[row, 0]
-        if rescale:
-            gain, weight = np.float32(0), np.float32(0)
+    rows, width = slope.shape
+    g, q = np.empty((width, _LANES), np.float32), np.empty((width, _LANES), np.float32)
+    before, t = np.empty((width, _LANES), np.float32), np.empty((width, _LANES), np.float32)
+    scale, shrunk = np.zeros(_LANES, np.float32), np.zeros(_LANES, np.float32)
+    gain, weight, moved = np.empty(_LANES, np.float32), np.empty(_LANES, np.float32), np.empty(_LANES, np.float32)
+    for first in range(0, rows, _LANES):
+        lanes = min(_LANES, rows - first)
+        if lanes < _LANES:
+            g[:], q[:], scale[:] = 0, 0, 0
+        for r in range(lanes):
             for i in range(width):
-                q = np.float32(values[row, start + i])
-                gain += q * g[i]
-                coupling, total = hessian[start + i, start : start + width], np.float32(0)
-                for j in range(width):
-                    total += coupling[j] * np.float32(values[row, start + j])
-                weight += q * total
-            if weight > np.float32(1e-30):
-                better = as_float(to_half(scale + gain / weight))
-                for i in range(width):
-                    moved = (scale - better) * np.float32(values[row, start + i])
-                    change[row, i] = moved
-                    coupling = hessian[start + i, start : start + width]
-                    for j in range(width):
-                        g[j] += moved * coupling[j]
-                scale = better
-        if abs(scale) > np.float32(1e-30):
+                g[i, r] = slope[first + r, i]
+                q[i, r] = np.float32(values[first + r, start + i])
+        for begin in range(0, width, group):
+            end = min(begin + group, width)
+            for r in range(lanes):
+                scale[r] = scales[first + r, (start + begin) // group]
+            for i in range(begin, end):
+                for r in range(_LANES):
+                    before[i, r] = q[i, r] * scale[r]
+            if rescale:
+                gain[:], weight[:], t[begin:] = 0, 0, 0
+                for i in range(begin, end):
+                    for j in range(begin, width):
+                        coupling = hessian[start + i, start + j]
+                        for r in range(_LANES):
+                            t[j, r] += q[i, r] * coupling
+                for i in range(begin, end):
+                    for r in range(_LANES):
+                        gain[r] += q[i, r] * g[i, r]
+                        weight[r] += q[i, r] * t[i, r]
+                for r in range(_LANES):
+                    better = scale[r]
+                    if weight[r] > np.float32(1e-30):
+                        better = as_float(to_half(better + gain[r] / weight[r]))
+                    shrunk[r] = scale[r] - better
+                    scale[r] = better
+                for j in range(begin, width):
+                    for r in range(_LANES):
+                        g[j, r] += shrunk[r] * t[j, r]
+            for i in range(begin, end):
+                own = hessian[start + i, start + i]
+                for r in range(_LANES):
+                    step = own * scale[r]
+                    wished = q[i, r] + (g[i, r] / step if abs(scale[r]) > np.float32(1e-30) else np.float32(0))
+                    best = min(max(np.rint(wished), low), highest)
+                    moved[r] = (q[i, r] - best) * scale[r]
+                    q[i, r] = best
+                for j in range(i + 1, width):
+                    coupling = hessian[start + i, start + j]
+                    for r in range(_LANES):
+                        g[j, r] += moved[r] * coupling
+            for r in range(lanes):
+                scales[first + r, (start + begin) // group] = scale[r]
+            for i in range(begin, end):
+                for r in range(_LANES):
+                    before[i, r] -= q[i, r] * scale[r]
+        for r in range(lanes):
             for i in range(width):
-                coupling = hessian[start + i, start : start + width]
-                q = np.float32(values[row, start + i])
-                best = min(max(np.rint(q + g[i] / (coupling[i] * scale)), low), highest)
-                if best != q:
-                    moved = (q - best) * scale
-                    change[row, i] += moved
-                    values[row, start + i] = np.int8(best)
-                    for j in range(width):
-                        g[j] += moved * coupling[j]
-        scales[row, 0] = scale
-        for i in range(width):
-            errors[row, start + i] += change[row, i]
+                values[first + r, start + i] = np.int8(q[i, r])
+                errors[first + r, start + i] += before[i, r]
     return True
 
 
@@ -155,9 +193,9 @@ def round_with_feedback(
     float32 for one scale a row). The same on any number of threads; callers may run blocks of rows side by side.
     """
     weights = np.ascontiguousarray(weights) if curvature.shift is None else weights + weights @ curvature.shift
-    rows, columns = weights.shape
-    width, lowest = group or columns, -(1 << (bits - 1))
-    importance = np.ascontiguousarray(np.diagonal(curvature.hessian))
+    columns = weights.shape[1]
+    width, lowest, hessian = group or columns, -(1 << (bits - 1)), curvature.hessian
+    importance = np.ascontiguousarray(np.diagonal(hessian))
     values, stored = search_scales(weights, bits, group, importance)
     scales = stored.astype(np.float32)
     errors = np.zeros_like(weights)
@@ -165,15 +203,9 @@ def round_with_feedback(
     for start, stop in blocks:
         carried = errors[:, :start] @ curvature.feedback[:start, start:stop]
         _round_block(carried, weights, curvature.feedback, scales, start, width, lowest, values, errors)
-    slope = errors @ curvature.hessian if sweeps else errors
-    step = group or _BLOCK
-    for _ in range(sweeps):
-        for start in range(0, columns, step):
-            change = np.empty((rows, min(step, columns - start)), np.float32)
-            part = np.ascontiguousarray(scales[:, start // width, None])
-            _improve_block(slope, curvature.hessian, start, lowest, bool(group), values, part, errors, change)
-            scales[:, start // width] = part[:, 0]
-            slope += change @ curvature.hessian[start : start + change.shape[1]]
+    for start, stop in blocks * sweeps:
+        slope = errors @ hessian[start:stop].T
+        _improve_block(slope, hessian, start, width, lowest, bool(group), values, scales, errors)
     return values, scales.astype(stored.dtype)
 
 

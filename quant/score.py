@@ -8,9 +8,10 @@ of KL(reference || model) over the whole vocabulary in nats, and how often both 
 Owns: windows, sums over positions. Does not know: recipes, tables, plots.
 """
 
+import contextlib
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import cast
 
@@ -88,42 +89,43 @@ def score(
 
     Raises UsageError if they do not share a tokenizer and layers, or the text fills no window.
     """
-    with _Scored(reference) as original, _Scored(model) as copy:
-        if original.tokenizer_digest != copy.tokenizer_digest or original.shape != copy.shape:
-            raise UsageError(f"{model} and {reference} are not the same model: expected one made from the other")
-        tokenizer = Tokenizer.load(model / TOKENIZER)
+    return scores([model], reference, text, context, most, progress)[0]
+
+
+def scores(
+    models: Sequence[Path],
+    reference: Path,
+    text: str,
+    context: int = 512,
+    most: int | None = None,
+    progress: Report | None = None,
+) -> list[Score]:
+    """`score` of several models; the reference is run once for all of them."""
+    with contextlib.ExitStack() as opened:
+        original = opened.enter_context(_Scored(reference))
+        copies = [opened.enter_context(_Scored(model)) for model in models]
+        for model, copy in zip(models, copies, strict=True):
+            if original.tokenizer_digest != copy.tokenizer_digest or original.shape != copy.shape:
+                raise UsageError(f"{model} and {reference} are not the same model: expected one made from the other")
+        tokenizer = Tokenizer.load(reference / TOKENIZER)
         windows = _windows(tokenizer.encode(text), context, tokenizer.bos_id)[:most]
-        sums, kls, errors = np.zeros(3), [], np.zeros((2, len(copy.config.layers) + 1))
         first = context // 2
         for window, tokens in enumerate(windows):
-            hidden = copy.hidden(tokens), original.hidden(tokens)
-            errors += [
-                [float(((a - b) ** 2).sum()) for a, b in zip(copy.inputs, original.inputs, strict=True)],
-                [float((b**2).sum()) for b in original.inputs],
-            ]
+            expected = original.hidden(tokens)
+            hidden = [copy.hidden(tokens) for copy in copies]
+            for copy in copies:
+                copy.compare_inputs(original)
             for start in range(first, context - 1, _ROWS):
                 stop = min(start + _ROWS, context - 1)
-                logits = copy.decoder.logits(hidden[0][start:stop]), original.decoder.logits(hidden[1][start:stop])
-                more, kl = _compare(*logits, tokens[start + 1 : stop + 1])
-                sums += more
-                kls.append(kl)
+                targets = tokens[start + 1 : stop + 1]
+                logits = original.decoder.logits(expected[start:stop])
+                original.compare_logits(logits, logits, targets)
+                for copy, rows in zip(copies, hidden, strict=True):
+                    copy.compare_logits(copy.decoder.logits(rows[start:stop]), logits, targets)
             if progress:
-                progress(window + 1, len(windows), f"KL {np.concatenate(kls).mean():.4f}")
+                progress(window + 1, len(windows), f"KL {np.mean(copies[0].sums.kl):.4f}")
         scored = len(windows) * (context - 1 - first)
-        every = np.concatenate(kls)
-        return Score(
-            perplexity=math.exp(-sums[0] / scored),
-            reference_perplexity=math.exp(-sums[1] / scored),
-            kl=float(every.mean()),
-            kl_99=float(np.quantile(every, 0.99)),
-            top1=float(sums[2] / scored),
-            tokens=len(windows) * context,
-            scored=scored,
-            bits_per_weight=8 * copy.tensor_bytes / copy.weight_count,
-            tensor_bytes=copy.tensor_bytes,
-            bytes=copy.bytes,
-            layer_errors=tuple(np.sqrt(errors[0] / np.maximum(errors[1], 1e-30)).tolist()),
-        )
+        return [copy.score(original, len(windows) * context, scored) for copy in copies]
 
 
 def _windows(ids: list[int], context: int, bos: int) -> list[list[int]]:
@@ -132,16 +134,24 @@ def _windows(ids: list[int], context: int, bos: int) -> list[list[int]]:
     return [[bos, *ids[start + 1 : start + context]] for start in range(0, len(ids) - context + 1, context)]
 
 
-def _compare(logits: np.ndarray, reference: np.ndarray, targets: list[int]) -> tuple[np.ndarray, np.ndarray]:
-    """([sum of ln p, the same of the reference, rows of one mind], KL of each row); logits: float32 [n, vocab_size]."""
-    same = np.count_nonzero(logits.argmax(axis=1) == reference.argmax(axis=1))
-    at = np.arange(len(targets)), targets
-    for rows in (logits, reference):
-        rows -= rows.max(axis=1, keepdims=True)
-        rows -= np.log(np.exp(rows).sum(axis=1, dtype=np.float64))[:, None].astype(np.float32)
-    likely = logits[at].sum(dtype=np.float64), reference[at].sum(dtype=np.float64)
-    kl = (np.exp(reference) * (reference - logits)).sum(axis=1, dtype=np.float64)
-    return np.array([*likely, same]), kl
+@dataclass
+class _Sums:
+    """Of a model over the positions scored so far."""
+
+    likelihood: float = 0.0  # ln p of the tokens that came
+    same: int = 0  # rows of one mind with the reference
+    kl: list[float] = field(default_factory=list)  # of each row
+
+
+def _compare(sums: _Sums, logits: np.ndarray, reference: np.ndarray, target: int) -> None:
+    """One position: with p and q the probabilities of both, KL = sum p (ln p - ln q). logits: float32 [vocab_size]."""
+    sums.same += int(logits.argmax() == reference.argmax())
+    p, q = reference - reference.max(), logits - logits.max()
+    weights = np.exp(p)
+    normaliser, other = (float(e.sum(dtype=np.float64)) for e in (weights, np.exp(q)))
+    p -= q
+    sums.kl.append(float(weights @ p) / normaliser - math.log(normaliser) + math.log(other))
+    sums.likelihood += float(q[target]) - math.log(other)
 
 
 class _Watched:
@@ -167,6 +177,8 @@ class _Scored:
         self.weight_count = sum(math.prod(shape) for shape in self.shape.values())
         self.bytes = sum(file.stat().st_size for file in path.iterdir())
         self.inputs: list[np.ndarray] = []
+        self.sums = _Sums()
+        self._errors = np.zeros((2, len(self.config.layers) + 1))
         self._weights = bind(folder)
         layers = tuple(self._watch(layer) for layer in self._weights.layers)
         self.decoder = Decoder(folder.config, replace(self._weights, layers=layers))
@@ -181,6 +193,31 @@ class _Scored:
         hidden = self.decoder.forward(np.array(tokens, np.int64), cache, len(tokens))
         self.inputs.append(hidden)
         return hidden
+
+    def compare_inputs(self, reference: "_Scored") -> None:
+        """After both have run a window."""
+        pairs = list(zip(self.inputs, reference.inputs, strict=True))
+        self._errors += [[float(((a - b) ** 2).sum()) for a, b in pairs], [float((b**2).sum()) for _, b in pairs]]
+
+    def compare_logits(self, logits: np.ndarray, reference: np.ndarray, targets: list[int]) -> None:
+        """float32 [n, vocab_size] of both."""
+        for row, expected, target in zip(logits, reference, targets, strict=True):
+            _compare(self.sums, row, expected, target)
+
+    def score(self, reference: "_Scored", tokens: int, scored: int) -> Score:
+        return Score(
+            perplexity=math.exp(-self.sums.likelihood / scored),
+            reference_perplexity=math.exp(-reference.sums.likelihood / scored),
+            kl=float(np.mean(self.sums.kl)),
+            kl_99=float(np.quantile(self.sums.kl, 0.99)),
+            top1=self.sums.same / scored,
+            tokens=tokens,
+            scored=scored,
+            bits_per_weight=8 * self.tensor_bytes / self.weight_count,
+            tensor_bytes=self.tensor_bytes,
+            bytes=self.bytes,
+            layer_errors=tuple(np.sqrt(self._errors[0] / np.maximum(self._errors[1], 1e-30)).tolist()),
+        )
 
     def __enter__(self) -> "_Scored":
         return self
