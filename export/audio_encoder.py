@@ -4,6 +4,7 @@ Owns: which file holds what. Does not know: the arithmetic (audio_graph.py, audi
 """
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from edge_gemma.export.audio_linear import float_linear, int8_linear
 from edge_gemma.export.audio_tower import AudioTower
 from edge_gemma.export.folder_writer import FolderWriter
 from edge_gemma.export.onnx_graph import ExternalData
+from edge_gemma.export.packed import Integers, Scales
 from edge_gemma.model_folder import AUDIO_BATCH, AUDIO_DATA, AUDIO_STREAM, Progress
 
 
@@ -37,11 +39,20 @@ def _reporting(tower: AudioTower, progress: Progress) -> AudioTower:
     """The same tower; reading it is reported."""
     done = 0
 
-    def read(name: str) -> np.ndarray:
+    def report(name: str, weights: int) -> None:
         nonlocal done
-        values = tower.read(name)
-        done += values.nbytes
+        done += 4 * weights
         progress(min(done, 4 * tower.weights), 4 * tower.weights, name)
+
+    def read(name: str) -> np.ndarray:
+        values = tower.read(name)
+        report(name, values.size)
         return values
 
-    return replace(tower, read=read)
+    def read_packed(name: str, start: int, stop: int) -> tuple[Integers, Scales]:
+        values, scales = tower.packed[name].read(start, stop)
+        report(name, values.size)
+        return values, scales
+
+    packed = {name: replace(matrix, read=partial(read_packed, name)) for name, matrix in tower.packed.items()}
+    return replace(tower, read=read, packed=packed)

@@ -20,6 +20,7 @@ import math
 
 import numpy as np
 
+from edge_gemma.errors import CheckpointError
 from edge_gemma.export.audio_linear import Linear, clip
 from edge_gemma.export.audio_tower import MEL_BINS, AudioTower
 from edge_gemma.export.onnx_graph import ExternalData, Graph
@@ -34,7 +35,10 @@ def relative_keys(tower: AudioTower, layer: int, band: int) -> np.ndarray:
     scales = np.exp(np.arange(c.hidden_size // 2) * -(math.log(1e4) / max(c.hidden_size // 2 - 1, 1)))
     angles = np.arange(band - 1, -1, -1)[:, None] * scales
     sinusoids = np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
-    keys = sinusoids @ tower.tensor(f"audio_tower.layers.{layer}.self_attn.relative_k_proj.weight").T.astype(np.float64)
+    name = f"audio_tower.layers.{layer}.self_attn.relative_k_proj"
+    if any(tower.steps(name)):
+        raise CheckpointError(f"{name} has activation scales, expected it in float: not supported")
+    keys = sinusoids @ tower.tensor(f"{name}.weight").T.astype(np.float64)
     return keys.reshape(band, c.num_attention_heads, c.head_dim).transpose(1, 2, 0).astype(np.float32)
 
 
@@ -232,7 +236,9 @@ class AudioGraph:
         """[B, T, H] and [B, T, 2 H]: one product where the three layers quantise their input alike."""
         g, h = self.g, self.config.hidden_size
         names = [f"{at}.{name}_proj" for name in "qkv"]
-        if len({self.tower.clip(name)[:2] for name in names}) > 1:
+        steps = [self.tower.steps(f"{name}.linear") for name in names]
+        alike = {(self.tower.clip(name)[:2], step[0], step[1] > 0) for name, step in zip(names, steps, strict=True)}
+        if len(alike) > 1:
             q, k, v = (self._clipped(y, [name]) for name in names)
             return q, g.concat(k, v, axis=2)
         sizes = g.constant([h, 2 * h], np.int64)
@@ -302,16 +308,21 @@ class AudioGraph:
         return self.g.node("Mul", x, self.g.node("Sigmoid", x))
 
     def _clipped(self, x: str, names: list[str]) -> str:
-        """Linear layers side by side, each between its output's bounds; they share their input's."""
+        """Linear layers side by side, each with its output's steps and bounds; they share their input's."""
         g, clips = self.g, [self.tower.clip(name) for name in names]
-        x = self._linear(g, x, [f"{name}.linear" for name in names], clips[0][:2])
+        linears = [f"{name}.linear" for name in names]
+        steps = [self.tower.steps(name) for name in linears]
+        x = self._linear(g, x, linears, clips[0][:2], steps[0][0])
+        widths = [self.tower.shape(f"{name}.weight")[0] for name in linears]
+        out_steps = [step for _, step in steps]
+        x = g.in_steps(x, out_steps[0] if len(set(out_steps)) == 1 else np.repeat(out_steps, widths))
         if len({bounds[2:] for bounds in clips}) == 1:
             return clip(g, x, *clips[0][2:])
-        widths = [self.tower.shape(f"{name}.linear.weight")[0] for name in names]
         low, high = (g.constant(np.repeat([bounds[side] for bounds in clips], widths)) for side in (2, 3))
         return g.node("Min", g.node("Max", x, low), high)
 
     def _dense(self, x: str, name: str) -> str:
         """x W^T in float32."""
-        w = self.g.weight(f"{name}.weight", lambda: self.tower.tensor(f"{name}.weight").T)
-        return self.g.node("MatMul", x, w)
+        g, (before, after) = self.g, self.tower.steps(name)
+        w = g.weight(f"{name}.weight", lambda: self.tower.tensor(f"{name}.weight").T)
+        return g.in_steps(g.node("MatMul", g.in_steps(x, before), w), after)

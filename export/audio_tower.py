@@ -8,12 +8,14 @@ Source: transformers 5.23 `configuration_gemma4.py` (Gemma4AudioConfig) and `mod
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
 from edge_gemma.errors import CheckpointError, ConfigError
+from edge_gemma.export.gemma_quant import GemmaQuantization, packed_matrices
+from edge_gemma.export.packed import Integers, PackedMatrix, Scales
 from edge_gemma.export.source_file import StoredTensor, bind_tensors, read_rows
 
 MEL_BINS = 128
@@ -154,6 +156,9 @@ class AudioTower:
     token_ids: Mapping[str, int]  # audio_token_id, boa_token_id, eoa_token_id
     read: Callable[[str], np.ndarray]
     dtype: str = "F32"  # the float type that linear weights are stored in
+    packed: Mapping[str, PackedMatrix] = field(
+        default_factory=dict
+    )  # matrices that are integers already; not in `read`
 
     @property
     def weights(self) -> int:
@@ -161,14 +166,29 @@ class AudioTower:
         return sum(math.prod(shape) for shape in self.config.tensor_shapes(self.text_hidden_size).values())
 
     def tensor(self, name: str) -> np.ndarray:
-        """A tensor, finite. Raises CheckpointError."""
-        values = self.read(name)
+        """A tensor as float32, finite. Raises CheckpointError."""
+        packed = self.packed.get(name)
+        values = packed.rows(0, packed.shape[0]) if packed else self.read(name)
         if not np.isfinite(values).all():
             raise CheckpointError(f"{name}: a weight is not finite: the checkpoint is damaged")
         return values
 
     def shape(self, name: str) -> tuple[int, ...]:
         return self.config.tensor_shapes(self.text_hidden_size)[name]
+
+    def integers(self, linears: list[str]) -> tuple[Integers, Scales] | None:
+        """Integers and scales [rows, 1] of linear layers, one under the other; None where the source has floats."""
+        packed = [self.packed.get(f"{name}.weight") for name in linears]
+        read = [matrix.read(0, matrix.shape[0]) for matrix in packed if matrix]
+        if len(read) < len(linears):
+            return None
+        values, scales = zip(*read, strict=True)
+        return np.concatenate(values), np.concatenate(scales)
+
+    def steps(self, linear: str) -> tuple[float, float]:
+        """The trained activation scales of a linear layer's input and output; 0: not rounded."""
+        packed = self.packed.get(f"{linear}.weight")
+        return (packed.input_scale, packed.output_scale) if packed else (0.0, 0.0)
 
     def clip(self, linear: str) -> tuple[float, float, float, float]:
         """A clippable linear's bounds (input_min, input_max, output_min, output_max); infinite where it has none."""
@@ -181,11 +201,17 @@ class AudioTower:
 
 
 def bind_audio_tower(
-    source: str, top: Mapping[str, Any], hidden_size: int, vocab_size: int, stored: Mapping[str, StoredTensor]
+    source: str,
+    top: Mapping[str, Any],
+    hidden_size: int,
+    vocab_size: int,
+    stored: Mapping[str, StoredTensor],
+    quantization: GemmaQuantization | None = None,
 ) -> AudioTower | None:
     """The tower of a multimodal checkpoint, None where its config.json has none.
 
-    top: config.json; stored: the checkpoint's tensors, names without `model.`. Raises ConfigError, CheckpointError.
+    top: config.json; stored: the checkpoint's tensors, names without `model.`; quantization: of a QAT checkpoint, whose
+    packed matrices stay integers. Raises ConfigError, CheckpointError.
     """
     words = top.get("audio_config")
     if words is None:
@@ -197,8 +223,12 @@ def bind_audio_tower(
     if wrong := {name: i for name, i in ids.items() if type(i) is not int or not 0 <= i < vocab_size}:
         raise ConfigError(f"{source}: {min(wrong)} is {wrong[min(wrong)]!r}, expected a token of the vocabulary")
     present = {name: t for name, t in stored.items() if name.startswith(("audio_tower.", "embed_audio."))}
+    shapes, packed = config.tensor_shapes(hidden_size), {}
     try:
-        bound = bind_tensors(source, config.tensor_shapes(hidden_size), present, lambda name: False)
+        if quantization is not None:
+            packed = packed_matrices(quantization, shapes, present, lambda name: f"model.{name}")
+        floats = {name: shape for name, shape in shapes.items() if name not in packed}
+        bound = bind_tensors(source, floats, present, lambda name: False)
     except CheckpointError as error:
         raise CheckpointError(f"{error}; --no-audio leaves the audio tower out") from None
 
@@ -209,7 +239,8 @@ def bind_audio_tower(
         return read_rows(replace(tensor, shape=(1,)), 0, 1).reshape(())
 
     dtypes = {tensor.dtype for name, tensor in bound.items() if name.endswith(".linear.weight")}
-    return AudioTower(config, words, hidden_size, ids, read, dtypes.pop() if len(dtypes) == 1 else "F32")
+    dtype = dtypes.pop() if len(dtypes) == 1 else "F32"
+    return AudioTower(config, words, hidden_size, ids, read, dtype, packed)
 
 
 def _size(c: Mapping[str, Any], key: str, default: int, most: int) -> int:

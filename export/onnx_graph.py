@@ -126,6 +126,17 @@ class Graph:
         """0 keeps a dimension, one -1 is what is left."""
         return self.node("Reshape", value, self.constant(shape, np.int64))
 
+    def in_steps(self, value: str, step: Any) -> str:
+        """A value rounded to steps of a trained activation scale, -128 to 127 of them; itself where there is none (0).
+
+        step: a number, or one for each column, all of them or none 0.
+        """
+        if not np.any(step):
+            return value
+        steps = self.node("Round", self.node("Div", value, self.constant(step)))
+        steps = self.node("Clip", steps, self.constant(-128), self.constant(127))
+        return self.node("Mul", steps, self.constant(step))
+
     def concat(self, *values: str, axis: int) -> str:
         return self.node("Concat", *values, axis=axis)
 

@@ -95,9 +95,9 @@ class OnnxWeights:
         w = g.stream(r.initializer, np.uint8, packed, self._fields(r, packed[1] * packed[2]))
         scales = g.stream(f"{r.initializer}.scales", np.float32, packed[:2], self._scales(r))
         level = FLOAT_PRODUCTS if r.tensor.input_scale else ACCURACY_LEVEL  # static steps are int8 already
-        y = g.node("MatMulNBits", _rounded(g, x, r.tensor.input_scale), w, scales, domain=MICROSOFT, K=k, N=n,
+        y = g.node("MatMulNBits", g.in_steps(x, r.tensor.input_scale), w, scales, domain=MICROSOFT, K=k, N=n,
                  bits=r.tensor.bits, block_size=r.block, accuracy_level=level)  # fmt: skip
-        return _rounded(g, y, r.tensor.output_scale)
+        return g.in_steps(y, r.tensor.output_scale)
 
     def look_up(self, g: Graph, ids: str, name: str) -> str:
         """Rows ids of a table: float32 [*ids, columns]."""
@@ -174,15 +174,6 @@ def _onnx_bytes(tensor: Tensor, float_type: str) -> int:
     if tensor.layout == "dense":
         return count * (2 if float_type == "float16" and len(tensor.shape) == 2 else 4)
     return count * tensor.bits // 8 + count // (tensor.group or _ROW_SCALE_BLOCKS[0]) * 4
-
-
-def _rounded(g: Graph, x: str, step: float) -> str:
-    """x rounded to steps of a trained activation scale, -128 to 127 of them; x itself where there is none (0)."""
-    if not step:
-        return x
-    steps = g.node("Round", g.node("Div", x, g.constant(step)))
-    steps = g.node("Clip", steps, g.constant(-128), g.constant(127))
-    return g.node("Mul", steps, g.constant(step))
 
 
 def pack_fields(w: np.ndarray, bits: int, row_bytes: int) -> np.ndarray:

@@ -165,7 +165,7 @@ class SafetensorsCheckpoint:
         canonical = {_canonical(name, prefix): tensor for name, tensor in stored.items()}
         original = partial(_original, prefix=prefix)
         shapes = self._config.tensor_shapes()
-        quantization = gemma_quant.parse(_quantization_config(top))
+        quantization = self._quantization = gemma_quant.parse(_quantization_config(top))
         self.packed: dict[str, PackedMatrix] = {}
         self.trained_recipe = None
         if quantization is not None:
@@ -249,13 +249,13 @@ class SafetensorsCheckpoint:
         return from_tokenizer_json(data, self._config.vocab_size)
 
     def audio_tower(self) -> AudioTower | None:
-        """The audio tower, None in models that do not listen, and in QAT checkpoints, whose packed one is not read."""
-        if self.trained_recipe is not None:
-            return None
+        """The audio tower, None in models that do not listen."""
         towers = {name.removeprefix("model."): tensor for name, tensor in self._towers.items()}
         config = self._config
         top = self._top if self._top["model_type"] == "gemma4" else {}
-        return bind_audio_tower(self._name, top, config.hidden_size, config.vocab_size, towers)
+        return bind_audio_tower(
+            self._name, top, config.hidden_size, config.vocab_size, towers, quantization=self._quantization
+        )
 
     def digest(self) -> str:
         """sha256 over config.json, and every file's size and header."""

@@ -56,6 +56,10 @@ def _rms(x, weight, eps):
     return x / np.sqrt((x**2).mean(-1, keepdims=True) + eps) * weight
 
 
+def _in_steps(x, step):
+    return np.clip(np.rint(x / step), -128, 127) * step if step else x
+
+
 def _silu(x):
     return x / (1 + np.exp(-x))
 
@@ -68,10 +72,13 @@ class _Block:
         return _rms(x, self.w[f"{self.at}.{name}.weight"], self.config["rms_norm_eps"])
 
     def linear(self, x, name):
-        low, high, out_low, out_high = (
-            self.w[f"{self.at}.{name}.{key}"] for key in ("input_min", "input_max", "output_min", "output_max")
-        )
-        return np.clip(np.clip(x, low, high) @ self.w[f"{self.at}.{name}.linear.weight"].T, out_low, out_high)
+        """Clamped where the tensors have bounds, rounded to steps where they have trained scales."""
+        at = f"{self.at}.{name}"
+        bounds = {"input_min": -np.inf, "input_max": np.inf, "output_min": -np.inf, "output_max": np.inf}
+        low, high, out_low, out_high = (self.w.get(f"{at}.{key}", bound) for key, bound in bounds.items())
+        x = _in_steps(np.clip(x, low, high), self.w.get(f"{at}.linear.input_activation_scale", 0))
+        y = _in_steps(x @ self.w[f"{at}.linear.weight"].T, self.w.get(f"{at}.linear.output_activation_scale", 0))
+        return np.clip(y, out_low, out_high)
 
     def feed_forward(self, x, name):
         y = _silu(self.linear(self.norm(x, f"{name}.pre_layer_norm"), f"{name}.ffw_layer_1"))

@@ -12,6 +12,7 @@ import numpy as np
 
 from edge_gemma.config import GemmaConfig
 from tests import tiny
+from tests.tiny_audio import tiny_audio_tensors
 
 PLE = 256  # hidden_size_per_layer_input: one scale a layer's slice, as released
 QUANTIZATION: dict[str, Any] = {  # the released words, with the tiny model's layer numbers
@@ -116,17 +117,72 @@ def _packed(
     }
 
 
-def write_qat_checkpoint(folder: Path, *, seed: int = 0, shards: int = 1, kind: str = "e2b", **options: bool) -> Path:
-    """The released layout: `Gemma4ForConditionalGeneration`'s names with tower tensors. Returns `folder`."""
+AUDIO_FLOATS = ["input_proj_linear", "output_proj", "relative_k_proj"]  # of the tower; not packed in the release
+
+
+def audio_bits(name: str) -> int:
+    """What the released patterns say of a tensor of the audio tower; 0: stays as it is."""
+    return (4 if "linear_start" in name else 2) if name.endswith(".linear.weight") else 0
+
+
+def qat_audio_tensors(text_hidden_size: int, *, seed: int = 0) -> dict[str, np.ndarray]:
+    """Name (without `model.`) -> array as stored: the linear layers packed, without clip bounds."""
+    tensors: dict[str, np.ndarray] = {}
+    for position, (name, value) in enumerate(tiny_audio_tensors(text_hidden_size, seed=seed).items()):
+        bits = audio_bits(name)
+        if bits:
+            rng = np.random.default_rng([seed, 99, position])
+            tensors |= _packed(name.removesuffix(".weight"), value.shape, bits, rng, calibrated=True)
+            if "q_proj" in name or "k_proj" in name:  # in some layers q, k and v share their input's step
+                step = np.float32(4 / 127) if "layers.1" in name else np.float32(rng.uniform(3, 5) / 127)
+                tensors[name.replace("weight", "input_activation_scale")] = np.array(step)
+            if "layers.1.self_attn.v_proj" in name:
+                tensors[name.replace("weight", "input_activation_scale")] = np.array(np.float32(4 / 127))
+        elif not name.endswith(("_min", "_max")):
+            tensors[name] = value
+    return tensors
+
+
+def dequantised_audio(stored: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The same with float weights under their names; activation scales stay."""
+    tensors = dict(stored)
+    for name, value in stored.items():
+        if bits := audio_bits(name):
+            scales = tensors.pop(name.replace("weight", "weight_scale"))
+            tensors[name] = unpack(value, bits) * scales
+    return tensors
+
+
+def unpack(stored: np.ndarray, bits: int) -> np.ndarray:
+    """The inverse of `pack` for 2 and 4 bits, by way of single bits: int8."""
+    single = np.unpackbits(stored, axis=1, bitorder="little").reshape(len(stored), -1, bits)
+    return ((single << np.arange(bits)).sum(axis=2) - (1 << (bits - 1))).astype(np.int8)
+
+
+def write_qat_checkpoint(
+    folder: Path, *, seed: int = 0, shards: int = 1, kind: str = "e2b", packed_audio: bool = False, **options: bool
+) -> Path:
+    """The released layout: `Gemma4ForConditionalGeneration`'s names with tower tensors. Returns `folder`.
+
+    packed_audio: the audio tower's linear layers are packed too, else they are floats.
+    """
     tiny.write_checkpoint(folder, "e2b", multimodal=True)
     (folder / "model.safetensors").unlink()
     prefixed = {
         name if name.startswith("lm_head.") else f"model.language_model.{name}": value
         for name, value in qat_tensors(seed, kind=kind, **options).items()
     }
-    tiny._write_weights(folder, prefixed | tiny._tower_tensors("e2b", seed), "float32", shards)
+    towers, words = tiny._tower_tensors("e2b", seed), QUANTIZATION
     config = json.loads((folder / "config.json").read_text())
+    if packed_audio:
+        towers = {name: value for name, value in towers.items() if "audio" not in name}
+        audio = qat_audio_tensors(text_config(kind)["hidden_size"], seed=seed)
+        towers |= {f"model.{name}": value for name, value in audio.items()}
+        config["audio_config"] |= {"use_clipped_linears": False}
+        skipped = [name for name in QUANTIZATION["modules_to_not_convert"] if name != "model.audio_tower"]
+        words = QUANTIZATION | {"modules_to_not_convert": skipped + AUDIO_FLOATS}
+    tiny._write_weights(folder, prefixed | towers, "float32", shards)
     config["text_config"] |= text_config(kind)
-    config |= {"tie_word_embeddings": False, "quantization_config": QUANTIZATION}
+    config |= {"tie_word_embeddings": False, "quantization_config": words}
     tiny._write_json(folder / "config.json", config)
     return folder
