@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from edge_gemma.atomic import write_file
 from edge_gemma.config import GemmaConfig
 from edge_gemma.engine import Engine
 from edge_gemma.errors import ModelFolderError, UsageError
@@ -49,11 +50,13 @@ class OnnxEngine(Engine):
 
     def __init__(self, folder: OnnxFolder, *, context: int | None, threads: int | None) -> None:
         self._read(folder, context)
+        self._identity = folder.manifest["digest"]
         self._graphs = {graph: _load(folder.path / FOLDER / f"{graph}.onnx", threads) for graph in (EMBED, DECODER)}
 
     def session(self, context: int | None = None) -> "OnnxSession":  # type: ignore[override]
         """A new, empty timeline."""
-        return OnnxSession(self._graphs, self.config, self._checked_context(context or self.context))
+        context = self._checked_context(context or self.context)
+        return OnnxSession(self._graphs, self.config, context, self._identity)
 
     def close(self) -> None:
         self._graphs = {}
@@ -76,8 +79,9 @@ def _load(path: Path, threads: int | None) -> Any:
 class OnnxSession:
     """A timeline of at most `context` tokens; what of `edge_gemma.session.Session` runs and scores text."""
 
-    def __init__(self, graphs: dict[str, Any], config: GemmaConfig, context: int) -> None:
+    def __init__(self, graphs: dict[str, Any], config: GemmaConfig, context: int, identity: str) -> None:
         self.context = context
+        self._identity = identity
         self.ids: list[int] = []
         self._config = config
         self._embed, self._decoder = graphs[EMBED], graphs[DECODER]
@@ -134,6 +138,38 @@ class OnnxSession:
 
     def mark(self) -> None:
         """Rewinding is cheap everywhere: every layer keeps all its rows."""
+
+    def save(self, path: Path | str) -> None:
+        """Write the timeline and its KV cache, whole or not at all (safetensors)."""
+        from safetensors.numpy import save
+
+        tensors = {name: value.numpy() for name, value in self._past.items()} | {"ids": np.array(self.ids, np.int32)}
+        write_file(Path(path), save(tensors, {"onnx_session": self._identity}))
+
+    def load(self, path: Path | str) -> None:
+        """Continue a saved timeline. Raises ModelFolderError if the file is damaged or belongs to another model."""
+        from onnxruntime import OrtValue
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(str(path), "np") as file:
+                identity = (file.metadata() or {}).get("onnx_session")
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError, ValueError) as error:
+            raise ModelFolderError(f"{path} is not a saved session: {error}") from None
+        ids = tensors.pop("ids", np.zeros((0, 0), np.int32))
+        expected = {name: (1, value.shape()[1], ids.size, value.shape()[3]) for name, value in self._past.items()}
+        if identity != self._identity or ids.size > self.context:
+            raise ModelFolderError(f"{path} was saved from another model or with a longer context: start a new session")
+        if (
+            (ids.dtype, ids.ndim) != (np.int32, 1)
+            or {name: (np.float32, *shape) for name, shape in expected.items()}
+            != {name: (value.dtype, *value.shape) for name, value in tensors.items()}
+            or not all(0 <= i < self._config.vocab_size for i in ids.tolist())
+        ):
+            raise ModelFolderError(f"{path} is not whole: start a new session")
+        self.ids = ids.tolist()
+        self._past = {name: OrtValue.ortvalue_from_numpy(value) for name, value in tensors.items()}
 
     def _check(self, ids: list[int]) -> None:
         check_ids(ids, self._config.vocab_size, self.position, self.context)

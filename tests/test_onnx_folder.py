@@ -221,6 +221,28 @@ def test_a_session_rewinds_and_refuses_as_ours_does(made):
         assert engine.session(8).position == 0
 
 
+def test_a_session_is_saved_and_continued(made, tmp_path):
+    ids, path, engine_folder = timeline("e2b"), tmp_path / "saved", made("e2b")[1]
+    with Engine.load(engine_folder, backend="onnx", threads=1) as engine:
+        expected = engine.session().forward(ids[:40])
+        first, second = engine.session(context=40), engine.session(context=40)
+        first.prefill(ids[:30])
+        first.save(path)
+        second.load(path)
+        assert second.ids == ids[:30]
+        assert np.abs(second.forward(ids[30:40]) - expected[30:]).max() <= 5e-5
+        refused(ModelFolderError, lambda: engine.session(8).load(path), "another model or with a longer context")
+        data, digest = path.read_bytes(), json.loads((engine_folder / "manifest.json").read_text())["digest"].encode()
+        for damage, message in (
+            (data[:-5], "is not a saved session"),
+            (data.replace(b"past_key_values.0.key", b"past_key_values.9.key"), "is not whole"),
+            (data.replace(digest, digest[::-1]), "another model"),
+        ):
+            path.write_bytes(damage)
+            refused(ModelFolderError, lambda: second.load(path), message)
+        assert second.position == 40
+
+
 def test_the_commands(made, tmp_path):
     source = made("e2b", "q4")[0].parent / "source"
 
