@@ -1,6 +1,6 @@
 """A full-size random E2B or E4B checkpoint, exported and run: time and peak memory of each step.
 
-    python benchmarks/full_size.py e2b FOLDER [--recipe q4] [--no-calibration] [--onnx]
+    python benchmarks/full_size.py e2b FOLDER [--recipe q4] [--no-calibration] [--onnx] [--layers 5]
 
 Writes FOLDER/checkpoint (Hugging Face layout, bfloat16, 10.2 GB for E2B, towers left as a sparse hole; for the recipe
 mobile FOLDER/checkpoint-mobile in the official QAT schema, 2.6 GB), exports it to FOLDER/model-RECIPE and answers one
@@ -44,14 +44,24 @@ def bfloat16(values: np.ndarray) -> np.ndarray:
     return (values.astype(np.float32).view(np.uint32) >> 16).astype(np.uint16)
 
 
-def bf16_entries(size: str) -> Entries:
-    shapes = GemmaConfig.from_text_config(TEXT_CONFIGS[size]).tensor_shapes()
+def text_config(size: str, layers: int | None = None) -> dict[str, Any]:
+    """The decoder's configuration; with its first `layers` layers only, each with a KV cache of its own."""
+    whole = dict(TEXT_CONFIGS[size])
+    if layers is None:
+        return whole
+    return whole | {
+        "num_hidden_layers": layers, "layer_types": whole["layer_types"][:layers], "num_kv_shared_layers": 0
+    }  # fmt: skip
+
+
+def bf16_entries(text: dict[str, Any]) -> Entries:
+    shapes = GemmaConfig.from_text_config(text).tensor_shapes()
     return {f"model.language_model.{name}": ("BF16", shape) for name, shape in shapes.items()}
 
 
-def mobile_entries(size: str) -> Entries:
+def mobile_entries(text: dict[str, Any]) -> Entries:
     """The official QAT schema, quant_method "gemma": packed integers, scales a row, static activation scales."""
-    config = GemmaConfig.from_text_config(TEXT_CONFIGS[size] | {"tie_word_embeddings": False})
+    config = GemmaConfig.from_text_config(text | {"tie_word_embeddings": False})
     entries: Entries = {}
     for name, shape in config.tensor_shapes().items():
         named = name if name.startswith("lm_head") else f"model.language_model.{name}"
@@ -71,9 +81,9 @@ def mobile_entries(size: str) -> Entries:
     return entries
 
 
-def quantization_config(size: str) -> dict[str, Any]:
+def quantization_config(text: dict[str, Any]) -> dict[str, Any]:
     """The released patterns."""
-    text, layers = TEXT_CONFIGS[size], r"language_model\.layers\.\d+\."
+    layers = r"language_model\.layers\.\d+\."
     wide = {r"language_model\.layers\.(\d|1[0-4])\.mlp\.": 4, rf"{layers}mlp\.": 2}
     patterns = {
         "^lm_head$": 2,
@@ -95,16 +105,16 @@ def quantization_config(size: str) -> dict[str, Any]:
     }
 
 
-def write_checkpoint(folder: Path, size: str, tokenizer: Path, mobile: bool) -> None:
+def write_checkpoint(folder: Path, text: dict[str, Any], tokenizer: Path, mobile: bool) -> None:
     """config.json, model.safetensors and tokenizer.json as google ships them, with weights of deviation 0.02."""
     folder.mkdir(parents=True)
     config = {"model_type": "gemma4", "architectures": ["Gemma4ForConditionalGeneration"]}
-    config["text_config"] = TEXT_CONFIGS[size] | ({"tie_word_embeddings": False} if mobile else {})
+    config["text_config"] = text | ({"tie_word_embeddings": False} if mobile else {})
     if mobile:
-        config["quantization_config"] = quantization_config(size)
+        config["quantization_config"] = quantization_config(text)
     (folder / "config.json").write_text(json.dumps(config))
     shutil.copy(tokenizer, folder / "tokenizer.json")
-    entries = (mobile_entries(size) if mobile else bf16_entries(size)) | TOWERS
+    entries = (mobile_entries(text) if mobile else bf16_entries(text)) | TOWERS
     header, offset = {}, 0
     for name, (dtype, shape) in entries.items():
         end = offset + ITEM_BYTES[dtype] * math.prod(shape)
@@ -147,8 +157,8 @@ def noise(dtype: str) -> np.ndarray:
     return rng.integers(0, 256, _BLOCK, np.uint8)
 
 
-def measured(*command: str) -> tuple[float, float, str]:
-    """(seconds, peak resident MB, standard output) of a process."""
+def measured(*command: str) -> tuple[str, str]:
+    """(how long a process ran, its processor time and peak resident memory, in words; its standard output)."""
     start = time.perf_counter()
     with tempfile.TemporaryFile("w+") as out:
         pid = subprocess.Popen(command, stdout=out, stdin=subprocess.DEVNULL).pid
@@ -156,7 +166,9 @@ def measured(*command: str) -> tuple[float, float, str]:
         if status:
             raise click.ClickException(f"{' '.join(command)} failed with exit code {os.waitstatus_to_exitcode(status)}")
         out.seek(0)
-        return time.perf_counter() - start, usage.ru_maxrss * 1024 / 1e6, out.read()
+        processor, peak = usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024 / 1e6
+        took = f"{time.perf_counter() - start:.1f} s, {processor:.0f} s of processor time, peak {peak:.0f} MB"
+        return took, out.read()
 
 
 @click.command()
@@ -165,17 +177,20 @@ def measured(*command: str) -> tuple[float, float, str]:
 @click.option("--recipe", default="q4", show_default=True)
 @click.option("--no-calibration", is_flag=True, help="Round without a text: minutes instead of most of an hour.")
 @click.option("--onnx", "as_onnx", is_flag=True, help="Go on to an ONNX folder and run that too.")
+@click.option("--layers", type=int, help="A slice: the first layers only, at full width.")
 @click.option("--tokenizer", type=click.Path(path_type=Path, exists=True), help="A tokenizer.json of 262,144 tokens.",
               default=Path(__file__).parent.parent / "tests" / "downloads" / "gemma3-tokenizer.json")  # fmt: skip
-def main(size: str, folder: Path, recipe: str, no_calibration: bool, as_onnx: bool, tokenizer: Path) -> None:
+def main(
+    size: str, folder: Path, recipe: str, no_calibration: bool, as_onnx: bool, layers: int | None, tokenizer: Path
+) -> None:
     """Write a random checkpoint of this SIZE below FOLDER, export it, run one prompt; print time and peak memory."""
-    mobile = recipe == "mobile"
+    mobile, text = recipe == "mobile", text_config(size, layers)
     source, dest = folder / ("checkpoint-mobile" if mobile else "checkpoint"), folder / f"model-{recipe}"
     if not source.exists():
         start = time.perf_counter()
-        write_checkpoint(source, size, tokenizer, mobile)
+        write_checkpoint(source, text, tokenizer, mobile)
         click.echo(f"checkpoint written in {time.perf_counter() - start:.0f} s")
-    entries = mobile_entries(size) if mobile else bf16_entries(size)
+    entries = mobile_entries(text) if mobile else bf16_entries(text)
     largest = max(ITEM_BYTES[dtype] * math.prod(shape) for dtype, shape in entries.values())
     source_bytes = (source / "model.safetensors").stat().st_size
     click.echo(f"source {source_bytes / 1e9:.2f} GB, largest tensor {largest / 1e9:.2f} GB")
@@ -187,13 +202,13 @@ def main(size: str, folder: Path, recipe: str, no_calibration: bool, as_onnx: bo
 def export_and_run(source: Path, dest: Path, how: list[str], backend: list[str]) -> None:
     """Export, then generate a few tokens; prints what each took."""
     cli = [sys.executable, "-m", "edge_gemma"]
-    seconds, peak, _ = measured(*cli, "export", str(source), str(dest), *how, "--force")
+    took, _ = measured(*cli, "export", str(source), str(dest), *how, "--force")
     size_on_disk = sum(path.stat().st_size for path in dest.rglob("*") if path.is_file())
-    click.echo(f"export {' '.join(how)}: {seconds:.1f} s, peak {peak:.0f} MB, folder {size_on_disk / 1e9:.2f} GB")
+    click.echo(f"export {' '.join(how)}: {took}, folder {size_on_disk / 1e9:.2f} GB")
     prompt = "The quick brown fox jumps over the lazy dog and runs away from the very"
     options = ["--raw", "--max-tokens", "8", "--temperature", "0", "--json", *backend]
-    seconds, peak, out = measured(*cli, "run", "-m", str(dest), *options, prompt)
-    click.echo(f"run: {seconds:.1f} s, peak {peak:.0f} MB, {json.dumps(json.loads(out)['timings'])}")
+    took, out = measured(*cli, "run", "-m", str(dest), *options, prompt)
+    click.echo(f"run: {took}, {json.dumps(json.loads(out)['timings'])}")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ logits of a few rows at a time are all that is held. What is compared with what:
 
 import tempfile
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from unittest.mock import patch
 
@@ -39,6 +39,8 @@ class Agreement:
     squares: float = 0.0  # of the first way's logits
     difference: float = 0.0  # squares of the difference
     worst: float = 0.0
+    margins: list[float] = field(default_factory=list)  # where they differ: logits between the first way's two best
+    shares: list[float] = field(default_factory=list)  # there: probability of the other's choice over that of its own
 
     @property
     def relative(self) -> float:
@@ -47,7 +49,11 @@ class Agreement:
     def add(self, a: np.ndarray, b: np.ndarray) -> None:
         same = a.argmax(axis=1) == b.argmax(axis=1)
         best = np.partition(a, -2, axis=1)
-        clear = best[:, -1] - best[:, -2] > CLEAR
+        margin = best[:, -1] - best[:, -2]
+        clear = margin > CLEAR
+        self.margins += margin[~same].tolist()
+        chosen = np.take_along_axis(a, b.argmax(axis=1)[:, None], 1)[:, 0]
+        self.shares += np.exp(chosen - best[:, -1])[~same].tolist()
         self.positions += len(a)
         self.same += int(same.sum())
         self.clear += int(clear.sum())
@@ -109,6 +115,11 @@ def main(model: Path, text: Path, windows: int) -> None:
             f"{first} | {second}: same {a.same / a.positions:.2%} of {a.positions}, clear {a.clear_same} of {a.clear}, "
             f"relative difference {a.relative:.1e}, at most {a.worst:.1e}"
         )
+        if a.margins:
+            click.echo(
+                f"  where they differ the first's two best are {np.median(a.margins):.2f} apart (median; at most "
+                f"{max(a.margins):.2f}), the other's choice is {np.median(a.shares):.2f} times as likely as its best"
+            )
     for name, perplexity in perplexities.items():
         click.echo(f"{name}: perplexity {perplexity:.3f}")
 

@@ -27,7 +27,9 @@ def main(reference: Path, text: Path, out: Path, models: tuple[Path, ...], windo
         click.echo(f"{done} of {total} windows, {models[0].name}: {what}", err=True)
 
     out.mkdir(exist_ok=True)
-    for model, score in zip(models, scores(models, reference, text.read_text("utf-8"), 512, windows, progress), strict=True):
+    for model, score in zip(
+        models, scores(models, reference, text.read_text("utf-8"), 512, windows, progress), strict=True
+    ):
         (out / f"{model.name}.json").write_text(json.dumps(asdict(score)))
 
 

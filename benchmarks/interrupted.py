@@ -1,0 +1,73 @@
+"""Exports that are killed at random moments, then run to their end: the folder is the same as if nothing had happened.
+
+    python benchmarks/interrupted.py gemma3-270m.gguf SCRATCH [--kills 5] -- --recipe q4 --no-calibration
+    python benchmarks/full_size.py e2b FOLDER --layers 5 --recipe q4       # writes FOLDER/checkpoint, a slice of E2B
+    python benchmarks/interrupted.py FOLDER/checkpoint SCRATCH -- --recipe q4 --onnx
+
+What follows `--` goes to `edge-gemma export`. Exits with 1 where the folders differ or something is left behind.
+"""
+
+import hashlib
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import click
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """Relative path -> sha256 of every file."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            with path.open("rb") as file:
+                found[str(path.relative_to(folder))] = hashlib.file_digest(file, "sha256").hexdigest()
+    return found
+
+
+@click.command()
+@click.argument("source", type=click.Path(exists=True, path_type=Path))
+@click.argument("scratch", type=click.Path(path_type=Path))
+@click.argument("options", nargs=-1)
+@click.option("--kills", default=5, show_default=True)
+@click.option("--seed", default=0, show_default=True)
+def main(source: Path, scratch: Path, options: tuple[str, ...], kills: int, seed: int) -> None:
+    """Export SOURCE below SCRATCH once whole, then with kills, and compare."""
+    scratch.mkdir(parents=True)
+    command = [sys.executable, "-m", "edge_gemma", "export", str(source)]
+    start = time.perf_counter()
+    subprocess.run([*command, str(scratch / "whole"), *options], check=True, capture_output=True)
+    took, moments = time.perf_counter() - start, random.Random(seed)
+    killed = scratch / "killed"
+    for _ in range(kills):
+        process = subprocess.Popen(
+            [*command, str(killed), *options], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        after = moments.uniform(0.05, 0.95) * took
+        try:
+            process.wait(after)
+            click.echo(f"finished before {after:.1f} s, not killed")
+        except subprocess.TimeoutExpired:
+            os.kill(process.pid, signal.SIGKILL)
+            process.wait()
+            left = sorted(path.name for path in scratch.iterdir() if path.name not in ("whole", "killed"))
+            size = sum(path.stat().st_size for name in left for path in (scratch / name).rglob("*") if path.is_file())
+            click.echo(
+                f"killed after {after:.1f} of {took:.1f} s: {size / 1e6:.0f} MB left in {', '.join(left) or 'nothing'}"
+            )
+            if killed.exists():
+                raise click.ClickException("a folder is there after a kill") from None
+    subprocess.run([*command, str(killed), *options, "--force"], check=True, capture_output=True)
+    left = sorted(path.name for path in scratch.iterdir())
+    expected, found = digests(scratch / "whole"), digests(killed)
+    differ = sorted(name for name in expected | found if expected.get(name) != found.get(name))
+    click.echo(f"{len(found)} files, {', '.join(differ) or 'none'} differ; beside the two folders: {len(left) - 2}")
+    sys.exit(1 if differ or len(left) != 2 else 0)
+
+
+if __name__ == "__main__":
+    main()
