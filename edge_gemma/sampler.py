@@ -4,7 +4,7 @@ Owns: greedy choice, repetition penalty, temperature, top-k, top-p, min-p, the r
 tokens' texts, when to stop.
 
 The order is that of transformers' logits processors: penalty, temperature, top-k, top-p, min-p. A Gemma vocabulary has
-262,144 entries, so nothing here sorts all of them: candidates are found by a threshold first.
+262,144 entries, so nothing here looks at all of them but for one pass that leaves the maximum of every 128.
 """
 
 import math
@@ -14,7 +14,9 @@ from typing import Any
 
 import numpy as np
 
+from edge_gemma import kernels
 from edge_gemma.errors import EdgeGemmaError, UsageError
+from edge_gemma.kernels import LOGITS_BLOCK
 
 _NUCLEUS_START = 512  # candidates looked at first for top-p without top-k
 
@@ -84,20 +86,30 @@ def penalised(logits: np.ndarray, ids: Sequence[int], penalty: float) -> np.ndar
     return logits
 
 
+def block_maxima(logits: np.ndarray) -> np.ndarray:
+    """The largest of every 128 logits, NaN where one is NaN: float32 [blocks]."""
+    maxima = np.empty(-(-len(logits) // LOGITS_BLOCK), np.float32)
+    kernels.block_maxima(logits, maxima)
+    return maxima
+
+
 def candidates(logits: np.ndarray, sampling: Sampling) -> tuple[np.ndarray, np.ndarray]:
     """What may be drawn. Returns ids: int64 [n], likeliest first, and probabilities: float64 [n], of sum 1."""
-    n = len(logits)
+    n, logits = len(logits), np.ascontiguousarray(logits)
+    maxima = block_maxima(logits)
     if 0 < sampling.top_k < n:
-        ids = _largest(logits, sampling.top_k)
+        ids = _largest(logits, sampling.top_k, maxima)
         weights = _weights(logits[ids], logits[ids[0]], sampling.temperature)
         if sampling.top_p < 1:
             ids, weights = _nucleus(ids, weights, sampling.top_p * weights.sum())
     elif sampling.top_p < 1:
         # The sum needs every logit, the nucleus only the largest: look at more until they hold top_p of it.
-        goal = sampling.top_p * _weights(logits, logits.max(), sampling.temperature).sum()
+        sums = np.empty_like(maxima)
+        kernels.exp_sums(logits, maxima.max(), 1 / max(sampling.temperature, 1e-6), sums)
+        goal = sampling.top_p * sums.sum(dtype=np.float64)
         count = _NUCLEUS_START
         while True:
-            ids = _largest(logits, min(count, n))
+            ids = _largest(logits, min(count, n), maxima)
             weights = _weights(logits[ids], logits[ids[0]], sampling.temperature)
             if count >= n or weights.sum() >= goal:
                 break
@@ -105,7 +117,7 @@ def candidates(logits: np.ndarray, sampling: Sampling) -> tuple[np.ndarray, np.n
         ids, weights = _nucleus(ids, weights, goal)
     else:
         ids = np.arange(n)
-        weights = _weights(logits, logits.max(), sampling.temperature)
+        weights = _weights(logits, maxima.max(), sampling.temperature)
     if sampling.min_p > 0:
         keep = weights >= sampling.min_p  # the largest weight is 1
         ids, weights = ids[keep], weights[keep]
@@ -124,18 +136,20 @@ def _nucleus(ids: np.ndarray, weights: np.ndarray, goal: float) -> tuple[np.ndar
     return ids[:count], weights[:count]
 
 
-def _largest(logits: np.ndarray, k: int) -> np.ndarray:
+def _largest(logits: np.ndarray, k: int, maxima: np.ndarray) -> np.ndarray:
     """Ids of the k largest logits, largest first, ties by id: int64 [k].
 
-    The k-th largest of k or more blocks' maxima is a lower bound for the k-th largest logit: two passes at memory
-    speed leave a handful to sort.
+    The k-th largest of the blocks' maxima is a lower bound for the k-th largest logit: only blocks that reach it matter.
     """
-    n, width = len(logits), max(1, len(logits) // max(512, 2 * k))
-    blocks = n // width
-    ids: np.ndarray = np.arange(n)
-    if blocks > k:
-        maxima = logits[: blocks * width].reshape(blocks, width).max(axis=1)
-        ids = np.flatnonzero(logits >= np.partition(maxima, blocks - k)[blocks - k])
+    n = len(logits)
+    if 4 * k < len(maxima):
+        bound = np.partition(maxima, len(maxima) - k)[len(maxima) - k]
+        blocks = np.flatnonzero(maxima >= bound)
+        ids = (blocks[:, None] * LOGITS_BLOCK + np.arange(LOGITS_BLOCK)).reshape(-1)
+        ids = ids[: len(ids) - max(0, int(ids[-1]) + 1 - n)]  # the last block may be cut
+        ids = ids[logits[ids] >= bound]
+    else:
+        ids = np.flatnonzero(logits >= np.partition(logits, n - k)[n - k]) if k < n else np.arange(n)
     order = np.argsort(-logits[ids], kind="stable")[:k]
     return ids[order]
 

@@ -256,6 +256,25 @@ def test_gelu_and_softcap(n):
         assert difference.max() < 1e-6, f"max {difference.max():.3g}, mean {difference.mean():.3g}"
 
 
+@pytest.mark.parametrize("n", [1, 127, 130, 1000, 262_144])
+def test_block_maxima_and_exp_sums_are_the_oracles(n):
+    x = (np.random.default_rng(n).standard_normal(n) * 20).astype(np.float32)
+    x[: n // 2 : 3] = x[0]  # ties
+    x[n // 3] = -np.inf
+    got, expected = (np.empty(-(-n // kernels.LOGITS_BLOCK), np.float32) for _ in range(2))
+    for at, special in ((0, -40), (n - 1, np.inf), (n - 1, -np.nan), (n // 2, np.nan)):
+        x[at] = special
+        kernels.block_maxima(x, got)
+        reference.block_maxima(x, expected)
+        assert np.array_equal(got, expected, equal_nan=True)
+    x[[n // 2, n - 1]] = 3
+    kernels.exp_sums(x, float(x.max()), 0.7, got)
+    reference.exp_sums(x, float(x.max()), 0.7, expected)
+    close(got, expected, 1e-6)
+    with pytest.raises(ValueError, match="blocks of 128"):
+        kernels.block_maxima(x, np.empty(n + 1, np.float32))
+
+
 def test_softcap_of_infinities_is_the_cap():
     x = np.array([np.inf, -np.inf, np.nan, 1e30], np.float32)
     kernels.softcap(x, 30.0)

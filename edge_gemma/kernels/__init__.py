@@ -23,8 +23,8 @@ from edge_gemma.kernels.jit import (
 )
 
 __all__ = [
-    "add_rms_norm", "add_scaled", "announce_compiling", "attention", "available_variants", "cache_directory",
-    "cache_note", "dequantize_records", "gather_panels", "gelu_tanh_mul", "matmul", "matmul_bfloat16", "matmul_float",
+    "add_rms_norm", "add_scaled", "announce_compiling", "attention", "available_variants", "block_maxima",
+    "cache_directory", "cache_note", "dequantize_records", "exp_sums", "gather_panels", "gelu_tanh_mul", "matmul", "matmul_bfloat16", "matmul_float",
     "quantize_activations", "quantize_static", "rms_norm", "rms_norm_rope", "round_to_step", "scale", "set_cache_root",
     "set_threads", "set_variant", "small_bytes", "softcap", "store_kv", "threads", "variant",
 ]  # fmt: skip
@@ -293,6 +293,29 @@ def gather_panels(packed, w_scale, ids, bits, group, out) -> None:
     """float32 rows `ids` of a panel-packed matrix: packed, w_scale as in `matmul`, ids int64 [n], out [n, columns]."""
     if not jit.launch(_gather_panels(w_scale.dtype == np.uint16), packed, w_scale, ids, bits, group, out):
         _refuse(f"a packed matrix of {bits} bits with groups of {group}", packed=packed, w_scale=w_scale, out=out)
+
+
+LOGITS_BLOCK = 128
+"""Logits that `block_maxima` and `exp_sums` take together."""
+
+
+def block_maxima(x, out) -> None:
+    """out[b] = the largest of x[128 b : 128 (b + 1)], NaN where one of these is NaN.
+
+    x float32 [n], out float32 [n / 128, rounded up].
+    """
+    from edge_gemma.kernels import select
+
+    if not jit.launch(select.block_maxima, x, out):
+        _refuse(f"float32 [n] and blocks of {LOGITS_BLOCK}", x=x, out=out)
+
+
+def exp_sums(x, top, factor, out) -> None:
+    """out[b] = sum of exp((x - top) factor) over x[128 b : 128 (b + 1)]; arrays as in `block_maxima`."""
+    from edge_gemma.kernels import select
+
+    if not jit.launch(select.exp_sums, x, top, factor, out):
+        _refuse(f"float32 [n] and blocks of {LOGITS_BLOCK}", x=x, out=out)
 
 
 @functools.cache

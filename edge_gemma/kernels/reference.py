@@ -121,3 +121,15 @@ def attention(q, k_cache, v_cache, first_position, window, scale, out):
             scores = k[slots, kv].astype(np.float64) @ q[i, j].astype(np.float64) * scale
             p = np.exp(scores - scores.max())
             out[i, j] = p / p.sum() @ v[slots, kv].astype(np.float64)
+
+
+def block_maxima(x, out):
+    """See kernels.block_maxima; exact."""
+    for b in range(len(out)):
+        out[b] = x[b * 128 : (b + 1) * 128].max()
+
+
+def exp_sums(x, top, factor, out):
+    """See kernels.exp_sums; in float64."""
+    for b in range(len(out)):
+        out[b] = np.exp((x[b * 128 : (b + 1) * 128].astype(np.float64) - top) * factor).sum()
