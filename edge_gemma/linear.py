@@ -93,16 +93,7 @@ class PanelMatrix:
         first, last = start // 8, -(-stop // 8)
         q, scale, sums = x.int8(self.group, self.input_scale)
         out = empty((len(q), 8 * (last - first)))
-        weights = self.packed[first:last], self.scales[first:last], self.bits, self.group
-        if self.bits == 8 and self.input_scale and kernels.small_bytes() and q.min() == -128:  # add what is beyond
-            rest = -(q == -128).astype(np.int8)
-            more = rest.sum(axis=1, keepdims=True, dtype=np.int32)
-            added = np.empty_like(out)
-            kernels.matmul(q - rest, scale, sums - more, *weights, out)
-            kernels.matmul(rest, scale, more, *weights, added)
-            out += added
-        else:
-            kernels.matmul(q, scale, sums, *weights, out)
+        kernels.matmul(q, scale, sums, self.packed[first:last], self.scales[first:last], self.bits, self.group, out)
         if self.output_scale:
             kernels.round_to_step(out, self.output_scale)
         return out if out.shape[1] == stop - start else np.ascontiguousarray(out[:, : stop - start])

@@ -139,7 +139,8 @@ def _nucleus(ids: np.ndarray, weights: np.ndarray, goal: float) -> tuple[np.ndar
 def _largest(logits: np.ndarray, k: int, maxima: np.ndarray) -> np.ndarray:
     """Ids of the k largest logits, largest first, ties by id: int64 [k].
 
-    The k-th largest of the blocks' maxima is a lower bound for the k-th largest logit: only blocks that reach it matter.
+    The k-th largest of the blocks' maxima is a lower bound for the k-th largest logit: only blocks that reach it
+    matter.
     """
     n = len(logits)
     if 4 * k < len(maxima):

@@ -107,7 +107,7 @@ def test_logits_are_those_of_transformers(model):
 
 
 def test_steps_are_the_forward_pass_where_inputs_go_beyond_their_range(tmp_path):
-    """-128 steps meet bytes, in every instruction set; a step may be a recorded program."""
+    """-128 steps meet bytes, in every instruction set; steps are recorded programs."""
     folder = export_checkpoint(write_qat_checkpoint(tmp_path / "in", narrow=True), tmp_path / "out")
     prompt = np.load(GOLDENS / "qat.npz")["prompt"].tolist()[:8]
     seen = []
@@ -117,6 +117,7 @@ def test_steps_are_the_forward_pass_where_inputs_go_beyond_their_range(tmp_path)
             with Engine.load(folder, kv_dtype="float32") as engine:
                 session = engine.session()
                 steps = [session.prefill(prompt[:1]), *(session.step(token) for token in prompt[1:])]
+                assert session._step._program is not None, variant
                 seen.append(engine.session().forward(prompt))
                 assert np.abs(np.array(steps) - seen[-1]).max() <= 1e-4, variant
             assert np.abs(seen[-1] - seen[0]).max() <= 1e-4, variant

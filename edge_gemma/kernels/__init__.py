@@ -24,9 +24,10 @@ from edge_gemma.kernels.jit import (
 
 __all__ = [
     "add_rms_norm", "add_scaled", "announce_compiling", "attention", "available_variants", "block_maxima",
-    "cache_directory", "cache_note", "dequantize_records", "exp_sums", "gather_panels", "gelu_tanh_mul", "matmul", "matmul_bfloat16", "matmul_float",
-    "quantize_activations", "quantize_static", "rms_norm", "rms_norm_rope", "round_to_step", "scale", "set_cache_root",
-    "set_threads", "set_variant", "small_bytes", "softcap", "store_kv", "threads", "variant",
+    "cache_directory", "cache_note", "dequantize_records", "exp_sums", "gather_panels", "gelu_tanh_mul", "matmul",
+    "matmul_bfloat16", "matmul_float", "quantize_activations", "quantize_static", "rms_norm", "rms_norm_rope",
+    "round_to_step", "scale", "set_cache_root", "set_threads", "set_variant", "softcap", "store_kv", "threads",
+    "variant",
 ]  # fmt: skip
 
 
@@ -55,20 +56,6 @@ def set_variant(name: str | None) -> None:
     if name not in (None, *available_variants()):
         raise ValueError(f"kernel variant {name!r}, expected one of {', '.join(available_variants())}")
     _chosen = name
-
-
-def small_bytes() -> bool:
-    """Whether 8-bit weights take activations within +-127 only. What depends on it depends on values, so that a pass
-    that is being recorded (kernels/program.py) ends here.
-    """
-    from edge_gemma.kernels.isa import SETS
-
-    small = not SETS[variant()].any_activation
-    if small and getattr(jit.recording, "recorder", None) is not None:
-        from edge_gemma.kernels.program import NotRecordableError
-
-        raise NotRecordableError("bytes that take activations within +-127")
-    return small
 
 
 def _refuse(what: str, **arrays: np.ndarray) -> None:
@@ -168,7 +155,7 @@ def matmul(q, a_scale, sums, packed, w_scale, bits, group, out) -> None:
     uint8 [panels, chunks, 8, 4] and w_scale [panels, groups, 8] as in edge_gemma/qformat.py, uint16 (the view of
     float16) for groups of 32 or 16, float32 when group is 0; any run of panels is a matrix of its own. out float32 [n,
     8 panels]. Integer sums are exact; float32 products are added in ascending order of g, so a result is
-    the same for every n and every number of threads. q may be -128 where bits < 8 and group is 0, else +-127 at most.
+    the same for every n and every number of threads. q may be -128 where group is 0, else +-127 at most.
     """
     choice = variant(), bits, group, group != 0 and a_scale.shape[1] != 1
     blocked = _blocked(*choice) if len(q) >= BLOCKED_FROM else None

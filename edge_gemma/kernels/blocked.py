@@ -279,7 +279,7 @@ def interleaved(variant, bits, group, q, a_scale, sums):
     tiles = -(-len(q) // tokens)
     shapes = q.shape[1] // 4, sums.shape[1], a_scale.shape[1]
     result = [empty((tiles, n, tokens), kind) for n, kind in zip(shapes, ("i4", "i4", "f4"), strict=True)]
-    return result if launch(_interleave, q, a_scale, sums, isa.SETS[variant].zero_point(bits), *result) else None
+    return result if launch(_interleave, q, a_scale, sums, isa.SETS[variant].zero_point(bits, group), *result) else None
 
 
 @functools.cache

@@ -4,11 +4,13 @@ Owns: feature tests and the LLVM IR of a dot-product step per instruction set. D
 
 A step meets a chunk of weights, 8 rows x 4 k (32 bytes; two panels side by side make 64), with one dword of
 activations that every row shares. Sets with a dot-product instruction add it to 32-bit sums at once. The others
-multiply into 16-bit sums, as many as cannot overflow (activations are within +-127), and then widen:
+multiply into 16-bit sums, as many as cannot overflow, and then widen. Activations are within +-127 where weights have
+scales of groups, and within -128 and 127 where rows have one scale:
 
     avx512-vnni    vpdpbusd, 16 rows a register                   weights unsigned: bytes are stored + 128
     avx-vnni       vpdpbusd, 8 rows a register                    the same
-    avx2           pmaddubsw, 8 sums of 4-bit products, pmaddwd   bytes: |w| times the activation with w's sign
+    avx2           pmaddubsw, 8 sums of 4-bit products, pmaddwd   bytes: |w| times the activation with w's sign, or
+                                                                  (rows with one scale) two fields of 4 bits
     neon-dotprod   sdot, 4 rows a register
     neon           smull and smlal, sadalp
     portable       whatever LLVM makes of the same in plain vector operations
@@ -116,7 +118,6 @@ class Portable:
     panels = 1  # panels side by side in a register
     streams = 1  # panels that a single token's tile reads at the same time
     unsigned_bytes = False  # a step takes any unsigned byte as a weight
-    any_activation = False  # -128 too against weights of 8 bits, not only +-127
     accumulators = 1  # independent sums that hide the latency of a step
     float_lanes = 4  # float32 in a register
     float_sums = 8  # registers of running sums that attention keeps
@@ -134,7 +135,7 @@ class Portable:
     def block(grouped) -> tuple[int, int] | None:
         """(tokens, registers of rows) of a tile over unpacked weights (kernels/blocked.py); None: not in this set."""
 
-    def zero_point(self, bits):
+    def zero_point(self, bits, group):
         """What the stored field exceeds the weight by, as this set reads it."""
         return 0 if bits == 8 else 1 << (bits - 1)
 
@@ -174,11 +175,12 @@ class Portable:
         count = total.type.count
         return builder.add(*(shuffle(builder, total, total, range(first, count, 2)) for first in (0, 1)))
 
-    def dots(self, builder, totals, fields, activations, bits):
+    def dots(self, builder, totals, fields, activations, bits, group):
         """totals[t] + sum of fields[d] . activations[t][d], for each token t; totals[t] is a list of independent
-        sums.
+        sums. Where rows have one scale (group 0) activations may be -128, as training with fixed steps leaves them.
         """
-        sums16, left = [None] * len(totals), self.chain(bits)
+        chain = 1 if bits == 8 and not group else self.chain(bits)  # 2 * 128 * 128 is beyond 16 bits
+        sums16, left = [None] * len(totals), chain
         for d, field in enumerate(fields):
             prepared = self.prepare(builder, field, bits)
             for t, row in enumerate(activations):
@@ -187,7 +189,7 @@ class Portable:
             left -= 1
             if not left or d == len(fields) - 1:
                 totals = [[self.widen(builder, s, total)] for s, (total,) in zip(sums16, totals, strict=True)]
-                sums16, left = [None] * len(totals), self.chain(bits)
+                sums16, left = [None] * len(totals), chain
         return totals
 
 
@@ -218,9 +220,32 @@ class Avx2(Portable):
             activation = call(builder, "llvm.x86.avx2.psign.b", field.type, activation, field)
         return call(builder, "llvm.x86.avx2.pmadd.ub.sw", vector(I16, 16), prepared, activation)
 
-    def widen(self, builder, sums16, total):
-        ones = splat_constant(I16, 16, 1)
-        return builder.add(total, call(builder, "llvm.x86.avx2.pmadd.wd", vector(I32, 8), sums16, ones))
+    def widen(self, builder, sums16, total, factor=1):
+        factors = splat_constant(I16, 16, factor)
+        return builder.add(total, call(builder, "llvm.x86.avx2.pmadd.wd", vector(I32, 8), sums16, factors))
+
+    def zero_point(self, bits, group):
+        return 128 if bits == 8 and not group else super().zero_point(bits, group)
+
+    def dots(self, builder, totals, fields, activations, bits, group):
+        if bits < 8 or group:
+            return super().dots(builder, totals, fields, activations, bits, group)
+        # The sign of a weight cannot be moved to -128: the two halves of byte + 128 as fields of 4 bits each.
+        biased = [builder.xor(field, splat_constant(I8, 32, 0x80)) for field in fields]
+        fifteen = splat_constant(I8, 32, 15)
+        halves = (
+            [builder.and_(f, fifteen) for f in biased],
+            [builder.lshr(f, splat_constant(I8, 32, 4)) for f in biased],
+        )
+        for part, factor in zip(halves, (1, 16), strict=True):
+            for t, row in enumerate(activations):
+                for first in range(0, len(part), self.chain(4)):
+                    pairs = list(zip(part, row, strict=True))[first : first + self.chain(4)]
+                    sums16 = self.multiply(builder, *pairs[0], 4)
+                    for field, activation in pairs[1:]:
+                        sums16 = builder.add(sums16, self.multiply(builder, field, activation, 4))
+                    totals[t] = [self.widen(builder, sums16, totals[t][0], factor)]
+        return totals
 
     def start(self, panels):
         return splat_constant(I32, 8, 0)
@@ -232,8 +257,6 @@ class Avx2(Portable):
 class _DotProduct(Portable):
     """A set whose instruction adds 4 products to a 32-bit sum."""
 
-    any_activation = True
-
     def start(self, panels):
         return splat_constant(I32, 8 * panels, 0)
 
@@ -243,7 +266,7 @@ class _DotProduct(Portable):
     def prepare(self, builder, field, bits):
         return field
 
-    def dots(self, builder, totals, fields, activations, bits):
+    def dots(self, builder, totals, fields, activations, bits, group):
         totals = [list(row) for row in totals]
         for d, field in enumerate(fields):
             prepared = self.prepare(builder, field, bits)
@@ -272,7 +295,7 @@ class AvxVnni(_DotProduct):
     def block(grouped):
         return (4, 1) if grouped else (4, 2)
 
-    def zero_point(self, bits):
+    def zero_point(self, bits, group):
         return 1 << (bits - 1)
 
     def prepare(self, builder, field, bits):

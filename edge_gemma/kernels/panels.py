@@ -34,7 +34,7 @@ def make_one_token(variant, bits, group, scale_groups):
 def make(variant, bits, group, scale_groups):
     """The matmul kernel of an instruction set, width, group size, and kind of activation scale."""
     chosen = isa.SETS[variant]
-    zero = np.int32(chosen.zero_point(bits))
+    zero = np.int32(chosen.zero_point(bits, group))
     most, pair, streams = chosen.tokens(group != 0), chosen.panels, chosen.streams
     some = max(most // 2, 2)
     middle = some < most

@@ -161,7 +161,7 @@ def dense(variant, half):
 def matmul(variant, bits, group, scale_groups):
     """q, a_scale, sums, packed, w_scale, out, kpad, panels, panels apart, units a chunk."""
     one_token = make_one_token(variant, bits, group, scale_groups)
-    zero = np.int32(isa.SETS[variant].zero_point(bits))
+    zero = np.int32(isa.SETS[variant].zero_point(bits, group))
     scale_type = np.uint16 if group else np.float32
 
     def matmul(op, position, chunk):

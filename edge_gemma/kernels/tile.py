@@ -99,7 +99,7 @@ class Tile:
         result = []
         for r, sums in enumerate(totals):
             fields = self.fields(packed[r * self.width : (r + 1) * self.width])
-            result.append(self.isa.dots(b, sums, fields, activations, spec.bits))
+            result.append(self.isa.dots(b, sums, fields, activations, spec.bits, spec.group))
         return result
 
     def fresh(self):
