@@ -16,6 +16,7 @@ without prefetch, a core of some others reaches a fifth); the best of several pa
 caches is read from those, in both figures.
 """
 
+import itertools
 import statistics
 import time
 from collections.abc import Callable
@@ -106,15 +107,7 @@ def measure(
             session.mark()
         _repetition(session, random, engine, prompt, min(generate, 2))
         disk.append(disk_bytes())
-        seconds: list[tuple[float, float, float]] = []
-        bandwidths: list[float] = []
-        for i in range(repeat):
-            note(f"run {i + 1} of {repeat}")
-            seconds.append(_repetition(session, random, engine, prompt, generate))
-            if i == 0:  # the bandwidth's own mapping would count from here on
-                memory = [resident(key) for key in ("VmHWM", "VmRSS", "RssAnon")]
-                bandwidth = ReadBandwidth(folder.path / WEIGHTS)
-            bandwidths.append(bandwidth.measure())
+        seconds, bandwidths, memory = _repetitions(session, random, engine, prompt, generate, repeat, note)
         disk.append(disk_bytes())
     first, short, decode = zip(*seconds, strict=True)
     runs = {
@@ -123,28 +116,59 @@ def measure(
         "ttft_20_s": list(short),
         "bandwidth_gb_s": bandwidths,
     }
-    middle = {name: statistics.median(values) for name, values in runs.items()}
-    touched = bytes_per_token(folder, depth + generate // 2)
+    counts = {"prompt": prompt, "generate": generate, "depth": depth, "repeat": repeat}
+    return _result(folder, str(model), counts, runs, load_s, statistics.median(first), memory, disk)
+
+
+def _repetitions(
+    session: Session, random: np.random.Generator, engine: Engine, prompt: int, generate: int, repeat: int, note: Note
+) -> tuple[list[tuple[float, float, float]], list[float], list[int | None]]:
+    """Times of all repetitions, the bandwidth beside each, the memory after the first (peak, resident, anonymous)."""
+    seconds, bandwidths = [], []
+    for i in range(repeat):
+        note(f"run {i + 1} of {repeat}")
+        seconds.append(_repetition(session, random, engine, prompt, generate))
+        if i == 0:  # the bandwidth's own mapping would count from here on
+            memory = [resident(key) for key in ("VmHWM", "VmRSS", "RssAnon")]
+            bandwidth = ReadBandwidth(engine.path / WEIGHTS)
+        bandwidths.append(bandwidth.measure())
+    return seconds, bandwidths, memory
+
+
+def _result(
+    folder: ModelFolder,
+    model: str,
+    counts: dict[str, int],
+    runs: dict[str, list[float]],
+    load_s: float,
+    ttft_s: float,
+    memory: list[int | None],
+    disk: list[int | None],
+) -> Result:
+    """Medians of `runs` and what follows from them; disk: bytes read before loading, after warming up, at the end."""
+    middle: dict[str, Any] = {name: statistics.median(values) for name, values in runs.items()}
+    touched = bytes_per_token(folder, counts["depth"] + counts["generate"] // 2)
     read = touched * middle["decode_tok_s"] / 1e9
+    peak, steady, anonymous = (_mb(count) for count in memory)
+    loading, running = (
+        _mb(None if before is None or after is None else after - before) for before, after in itertools.pairwise(disk)
+    )
     return Result(
-        model=str(model),
+        model=model,
         recipe=str(folder.manifest.get("recipe")),
         kernels=kernels.variant(),
         threads=kernels.threads(),
-        prompt=prompt,
-        generate=generate,
-        depth=depth,
-        repeat=repeat,
-        ttft_s=statistics.median(first),
+        **counts,
+        ttft_s=ttft_s,
         load_s=load_s,
-        peak_rss_mb=_mb(memory[0]),
-        rss_mb=_mb(memory[1]),
-        anonymous_rss_mb=_mb(memory[2]),
+        peak_rss_mb=peak,
+        rss_mb=steady,
+        anonymous_rss_mb=anonymous,
         bytes_per_token=touched,
         read_gb_s=read,
         share=read / middle["bandwidth_gb_s"],
-        disk_load_mb=_mb(None if disk[0] is None or disk[1] is None else disk[1] - disk[0]),
-        disk_run_mb=_mb(None if disk[1] is None or disk[2] is None else disk[2] - disk[1]),
+        disk_load_mb=loading,
+        disk_run_mb=running,
         runs=runs,
         **middle,
     )
