@@ -5,6 +5,8 @@ import os
 import re
 import subprocess
 import sys
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -460,6 +462,43 @@ def test_code_of_sources_that_changed_meanwhile_is_not_kept(tmp_path, monkeypatc
         assert not list(tmp_path.rglob("*.bin"))
     finally:
         jit.set_cache_root(None)
+
+
+def test_folders_of_old_sources_are_removed_when_a_new_one_is_made(tmp_path):
+    """Only old ones, only ours by name, and nothing else in the user's cache; damage on the way is no error."""
+    now, day = time.time(), 86400
+    ages = {"a" * 24: 30, "b" * 24: 2, "c" * 23: 30, "notes": 30, jit._SOURCES: 0}
+    for name, age in ages.items():
+        if name != jit._SOURCES:
+            (tmp_path / name).mkdir()
+            (tmp_path / name / "kernel.bin").write_bytes(b"code")
+            os.utime(tmp_path / name, (now - age * day,) * 2)
+    (tmp_path / ("d" * 24)).write_text("a file")
+    os.utime(tmp_path / ("d" * 24), (now - 30 * day,) * 2)
+    kernels.set_cache_root(tmp_path)
+    try:
+        assert doubles(small_kernel())
+    finally:
+        kernels.set_cache_root(None)
+    assert {p.name for p in tmp_path.iterdir()} == {*ages, "d" * 24} - {"a" * 24}
+    threads = [threading.Thread(target=jit.prune, args=(root,)) for root in (tmp_path, tmp_path, tmp_path / "none")]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
+def test_loading_from_a_folder_keeps_it(tmp_path):
+    kernels.set_cache_root(tmp_path)
+    try:
+        assert doubles(small_kernel())
+        folder = kernels.cache_directory()
+        os.utime(folder, (0, 0))
+        jit._touch.cache_clear()
+        assert doubles(small_kernel())
+        assert folder.stat().st_mtime > time.time() - 3600
+    finally:
+        kernels.set_cache_root(None)
 
 
 def test_a_cache_that_cannot_be_written_is_said_once(tmp_path, caplog):

@@ -8,17 +8,25 @@ versions and Python's: an edited intrinsic never meets old code (numba's own cac
 compiled function, named after its key, its signature and the CPU with its features, written beside and renamed,
 begun with a digest of its content: processes may share the folder, and a damaged file is compiled again. numba's index
 files are not used: two processes writing one can leave an entry that points at another function's code.
+
+A folder is touched once by every process that loads code from it. Whoever makes a new one removes those of other
+sources that nobody touched for _KEEP_DAYS.
 """
 
+import contextlib
+import functools
 import hashlib
 import itertools
 import logging
 import os
 import pickle
+import re
 import secrets
+import shutil
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -51,6 +59,8 @@ _announce: Callable[[], object] | None = None
 _launch = threading.Lock()  # numba's workqueue layer aborts the process when two threads launch at once
 _threads = numba.config.NUMBA_NUM_THREADS
 _cache_root: Path | None = None
+_KEEP_DAYS = 14
+_FOLDER_NAME = re.compile(r"[0-9a-f]{24}")
 _unwritable = False
 
 
@@ -119,7 +129,9 @@ class _KernelCache(_Cache):
             return None
         target_context.refresh()
         try:
-            data = self._path(sig, target_context.codegen()).read_bytes()
+            path = self._path(sig, target_context.codegen())
+            data = path.read_bytes()
+            _touch(path.parent)
             digest, body = data[:32], data[32:]
             if hashlib.sha256(body).digest() != digest:
                 return None
@@ -138,12 +150,32 @@ class _KernelCache(_Cache):
         path = self._path(sig, data.codegen)
         body = serialize.dumps(data._reduce())
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            if not path.parent.exists():
+                path.parent.mkdir(parents=True, exist_ok=True)
+                prune(path.parent.parent)
             _replace(path, hashlib.sha256(body).digest() + body)
         except OSError:
             if not _unwritable:
                 _unwritable = True
                 log.warning("%s", cache_note())
+
+
+@functools.cache
+def _touch(folder: Path) -> None:
+    """Say that a folder is in use, once a process."""
+    with contextlib.suppress(OSError):
+        os.utime(folder)
+
+
+def prune(root: Path) -> None:
+    """Remove folders of kernels below `root` that nobody used for _KEEP_DAYS. Others may do the same meanwhile: what
+    is gone is gone, and a process whose folder was removed compiles what it still lacks.
+    """
+    oldest = time.time() - _KEEP_DAYS * 86400
+    with contextlib.suppress(OSError):
+        for folder in root.iterdir():
+            if folder.name != _SOURCES and _FOLDER_NAME.fullmatch(folder.name) and folder.stat().st_mtime < oldest:
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def _replace(path: Path, data: bytes) -> None:
