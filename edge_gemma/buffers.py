@@ -25,7 +25,7 @@ def empty(shape: tuple[int, ...], dtype: Any = np.float32) -> np.ndarray:
     if blocks is None or size < _SMALL:
         return np.empty(shape, dtype)
     at = min(
-        (i for i in range(len(blocks)) if blocks[i].nbytes >= size and _is_free(blocks, i)),
+        (i for i in range(len(blocks)) if size <= blocks[i].nbytes <= 2 * size and _is_free(blocks, i)),
         key=lambda i: blocks[i].nbytes,
         default=None,
     )

@@ -25,10 +25,9 @@ def rms_norm_rope(x: np.ndarray, weight: np.ndarray, cos: np.ndarray, sin: np.nd
 
 
 def gelu_mul(gate: np.ndarray, up: np.ndarray) -> np.ndarray:
-    """gelu(gate) * up with the tanh approximation of GELU: float32 [n, k]."""
-    out = empty(gate.shape)
-    kernels.gelu_tanh_mul(gate, up, out)
-    return out
+    """gelu(gate) * up with the tanh approximation of GELU: float32 [n, k], in the place of `gate`."""
+    kernels.gelu_tanh_mul(gate, up, gate)
+    return gate
 
 
 def attention(

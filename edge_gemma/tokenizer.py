@@ -15,13 +15,14 @@ Jinja's own `tojson` does (it escapes everything beyond ASCII), the one of the t
 
 import codecs
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import sentencepiece
 
 from edge_gemma.errors import TokenizerError
 
+_IDS_AT_ONCE = 4096  # a list of all 262,144 would be 20 MB
 SPACE = "\u2581"  # how SentencePiece spells " "
 MARK = "\ufdd0"
 ESCAPE = "\ufdd1"
@@ -51,9 +52,12 @@ class Tokenizer:
         self.vocab_size = processor.vocab_size()
         self.bos_id, self.eos_id = processor.bos_id(), processor.eos_id()
         self.pad_id, self.unk_id = processor.pad_id(), processor.unk_id()
-        every = range(self.vocab_size)
-        control = processor.is_control(list(every))
-        self.special_tokens = {processor.id_to_piece(i): i for i in every if control[i] or i == self.unk_id}
+        self.special_tokens = {
+            processor.id_to_piece(i): i
+            for start in range(0, self.vocab_size, _IDS_AT_ONCE)
+            for i, control in _with_control(processor, start, min(start + _IDS_AT_ONCE, self.vocab_size))
+            if control or i == self.unk_id
+        }
         self._special = re.compile(f"({_alternatives(self.special_tokens)})")
         self._special_ids = frozenset(self.special_tokens.values())
         prefixes = {text[:end] for text in self.special_tokens for end in range(1, len(text))}
@@ -175,6 +179,12 @@ def _alternatives(spellings: Iterable[str]) -> str:
     """A pattern for any of `spellings`, longest first; one that never matches when there are none."""
     ordered: Sequence[str] = sorted(set(spellings), key=lambda text: (-len(text), text))
     return "|".join(map(re.escape, ordered)) or "(?!)"
+
+
+def _with_control(processor: sentencepiece.SentencePieceProcessor, start: int, stop: int) -> Iterator[tuple[int, bool]]:
+    """ids from start to stop - 1 and whether each is a control piece."""
+    ids = list(range(start, stop))
+    return zip(ids, processor.is_control(ids), strict=True)
 
 
 def _without_surrogates(text: str) -> str:

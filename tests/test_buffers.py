@@ -29,7 +29,8 @@ def test_memory_nobody_holds_is_used_again_and_views_keep_it():
         del view
         assert empty((LARGE,), np.float64).ctypes.data == place
         with reuse():  # within another it is the same pool
-            assert empty((LARGE,), np.int16).ctypes.data == place
+            assert empty((2 * LARGE,), np.int16).ctypes.data == place
+            assert empty((LARGE,), np.int16).ctypes.data != place  # would waste most of it
     assert (other == 1).all()
 
 
