@@ -58,6 +58,7 @@ pytest.importorskip("jiwer", reason="the wer extra is not installed")
         ("the point is, five point, one", "the point is 51"),
         ("ten per cent of 2 litres", "10 percent of 2 liters"),
         ("my neighbour's favourite grey colours", "my neighbors favorite gray colors"),
+        ("log in to e-mail and voice mail, email login", "login to email and voicemail email login"),
         ("metre, kilometres, centre, travelling", "meter kilometers center traveling"),
         ("7am", "7 am"),
         ("seven oh five, 7:05", "705705"),

@@ -74,6 +74,8 @@ _SPELLINGS = tuple(
         (r"\bgrey", "gray"),
         (r"\bprogramme", "program"),
         (r"\bwhisky\b", "whiskey"),
+        (r"\b(log|sign) (in|out|off|on)\b", r"\1\2"),
+        (r"\b(voice|e)[ -]mail", r"\1mail"),
     )
 )
 
