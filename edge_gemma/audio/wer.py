@@ -38,6 +38,10 @@ _ORDINALS = {
 }  # fmt: skip
 
 
+_MONTHS = {
+    "january", "february", "march", "april", "may", "june", "july", "august", "september", "october", "november",
+    "december",
+}  # fmt: skip
 _MONEY = {"$": "dollar", "€": "euro", "£": "pound"}
 # What is written in several ways, in lower case, and what stands for all of them; one after another.
 _SPELLINGS = tuple(
@@ -76,6 +80,9 @@ _SPELLINGS = tuple(
         (r"\bwhisky\b", "whiskey"),
         (r"\b(log|sign) (in|out|off|on)\b", r"\1\2"),
         (r"\b(voice|e)[ -]mail", r"\1mail"),
+        (r"\bmail box", "mailbox"),
+        (r"\ball together\b", "altogether"),
+        (r" and a half\b", " point five"),  # 2.5
     )
 )
 
@@ -85,7 +92,11 @@ def normalise(text: str) -> list[str]:
     text = unicodedata.normalize("NFKC", text).casefold()
     for pattern, instead in _SPELLINGS:
         text = pattern.sub(instead, text)
-    return _numbers(re.findall(r"[^\W_]+", text))
+    words = _numbers(re.findall(r"[^\W_]+", text))
+    for i, before in enumerate(words[:-1]):
+        if before in _MONTHS:  # April 28, April 28th
+            words[i + 1] = re.sub(r"(?<=\d)(st|nd|rd|th)$", "", words[i + 1])
+    return words
 
 
 def _numbers(words: Sequence[str]) -> list[str]:
