@@ -164,12 +164,20 @@ def rms_norm_rope(x, weight, cos, sin, eps, out):
 
 
 @numba.njit(fastmath={"contract", "nsz"}, error_model="numpy")
-def gelu_row(gate, up, out):
+def _gelu(x):
     """x * sigmoid(2 u): the tanh form without its cancellation for negative x."""
-    for i in range(gate.shape[0]):
-        x = gate[i]
-        u = np.float32(1.5957691216057308) * x * (np.float32(1) + np.float32(0.044715) * x * x)
-        out[i] = x / (np.float32(1) + exp32(-u)) * up[i]
+    u = np.float32(1.5957691216057308) * x * (np.float32(1) + np.float32(0.044715) * x * x)
+    return x / (np.float32(1) + exp32(-u))
+
+
+@numba.njit(fastmath={"contract", "nsz"}, error_model="numpy")
+def gelu_row(gate, up, out):
+    if gate.ctypes.data == out.ctypes.data:  # a loop of its own: LLVM does not vectorise one whose arrays may overlap
+        for i in range(out.shape[0]):
+            out[i] = _gelu(out[i]) * up[i]
+    else:
+        for i in range(out.shape[0]):
+            out[i] = _gelu(gate[i]) * up[i]
 
 
 @kernel(_READ_2D, _READ_2D, _WRITTEN_2D, parallel=True)
