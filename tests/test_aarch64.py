@@ -8,7 +8,9 @@ import os
 import re
 import signal
 import subprocess
+import sys
 
+import numpy as np
 import pytest
 
 from tests.aarch64.prepare import BOARDS, Unavailable, command, default_folder, environment, prepare
@@ -16,6 +18,9 @@ from tests.aarch64.prepare import BOARDS, Unavailable, command, default_folder, 
 HERE = os.path.dirname(__file__)
 TAIL, WIDTH = 60, 200  # lines of output in a failure, and characters of a line
 LIMIT = 1500  # seconds; measured: docs/ARM.md
+
+# ONNX recipe -> how far its logits may be, relative, from those of this machine
+ONNX_RECIPES = {"float": 1e-5, "float16": 1e-5, "q8": 0.1, "q4": 0.1, "q2mix": 0.2, "mobile": 0.1}
 
 pytestmark = [pytest.mark.aarch64, pytest.mark.timeout(LIMIT + 900)]
 
@@ -83,3 +88,37 @@ def test_the_chosen_tests_pass_on_a_board(runs, board):
     assert end == "exit status 0", f"{board}: {end}; the last lines of its output:\n{tail}"
     assert re.search(r"\d+ passed", lines[-1]), tail
     assert "skipped" not in lines[-1], tail
+
+
+@pytest.fixture(scope="session")
+def onnx_folders(tmp_path_factory):
+    """Recipe -> an ONNX folder of a tiny E2B, and its logits on this machine beside it."""
+    pytest.importorskip("onnx")
+    from edge_gemma.export.onnx_folder import export_onnx
+    from tests.tiny import write_checkpoint
+    from tests.tiny_qat import write_qat_checkpoint
+
+    at = tmp_path_factory.mktemp("onnx")
+    write_checkpoint(at / "source", "e2b")
+    write_qat_checkpoint(at / "source-mobile")
+    made = {r: export_onnx(at / ("source-mobile" if r == "mobile" else "source"), at / r, r) for r in ONNX_RECIPES}
+    subprocess.run(
+        [sys.executable, os.path.join(HERE, "aarch64", "onnx_logits.py"), *map(str, made.values())], check=True
+    )
+    return {recipe: (path, np.load(f"{path}.npy")) for recipe, path in made.items()}
+
+
+@pytest.mark.parametrize("board", BOARDS)
+def test_onnx_graphs_give_the_same_logits_on_a_board(folder, onnx_folders, board):
+    """Every operator of every recipe has an implementation there. With int8 products two runs differ as everywhere."""
+    script = os.path.join(HERE, "aarch64", "onnx_logits.py")
+    done = subprocess.run(
+        command(folder, BOARDS[board], script, *(path for path, _ in onnx_folders.values())),
+        env=environment(folder, BOARDS[board]), capture_output=True, text=True, timeout=LIMIT,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-1000:]
+    for recipe, (path, expected) in onnx_folders.items():
+        got = np.load(f"{path}.npy")
+        error = np.linalg.norm(got - expected) / np.linalg.norm(expected)
+        print(f"{board} {recipe}: relative difference {error:.1e}")
+        assert error < ONNX_RECIPES[recipe]
