@@ -16,6 +16,7 @@ from edge_gemma import kernels, ops
 from edge_gemma.config import GemmaConfig, LayerSpec
 from edge_gemma.kv_cache import KVCache
 from edge_gemma.linear import Activations
+from edge_gemma.ple import DiskRows
 from edge_gemma.weights import KeyValueWeights, Weights
 
 Rope = dict[str, tuple[np.ndarray, np.ndarray]]  # layer_type -> (cos, sin), each float32 [n, hd / 2]
@@ -42,6 +43,14 @@ class Decoder:
     def embed(self, ids: np.ndarray) -> np.ndarray:
         """Token embeddings times sqrt(D): float32 [n, D]. (Soft tokens are not scaled: they come from elsewhere.)"""
         return self.weights.embed_tokens.gather(ids) * self.embed_scale
+
+    def expect(self, ids: np.ndarray) -> None:
+        """Say which tokens come next: their rows on disk are asked for."""
+        w = self.weights
+        if w.per_layer_embeddings is not None:
+            w.per_layer_embeddings.table.expect(ids)
+        if isinstance(w.embed_tokens, DiskRows):
+            w.embed_tokens.expect(ids)
 
     def inputs(self, ids: np.ndarray, first: int, merged: np.ndarray | None = None) -> Inputs:
         """What `run` needs of ids at positions first, first + 1, ...; arguments as in `forward`."""

@@ -33,17 +33,21 @@ class DiskRows:
     def gather(self, ids: np.ndarray) -> np.ndarray:
         """Rows ids [n] of the table: float32 [n, columns]. Raises ModelFolderError if the disk fails."""
         records = empty((len(ids), self._record), np.uint8)
-        offsets = [self._part.offset + row * self._record for row in ids.tolist()]
-        if len(offsets) > 1:  # a chunk of a prompt: let the disk fetch all rows at once
-            for offset in offsets:
-                os.posix_fadvise(self._fd, offset, self._record, os.POSIX_FADV_WILLNEED)
-        for record, offset in zip(records, offsets, strict=True):
+        for record, offset in zip(records, self._offsets(ids), strict=True):
             self._read(record, offset)
         if self._tensor.layout == "dense":
             return widen(records.view(np.float32 if self._part.dtype == "F32" else np.uint16))
         rows = empty((len(ids), self._tensor.shape[1]))
         kernels.dequantize_records(records, self._tensor.bits, self._tensor.group, rows)
         return rows
+
+    def expect(self, ids: np.ndarray) -> None:
+        """Let the disk fetch rows that `gather` will want, all at once and while other work goes on."""
+        for offset in self._offsets(ids):
+            os.posix_fadvise(self._fd, offset, self._record, os.POSIX_FADV_WILLNEED)
+
+    def _offsets(self, ids: np.ndarray) -> list[int]:
+        return [self._part.offset + row * self._record for row in ids.tolist()]
 
     def _read(self, record: np.ndarray, offset: int) -> None:
         done = 0

@@ -202,7 +202,10 @@ class Session:
         """
         rows, chunk = [], self._cache.slack
         self._cache.truncate(self.position)  # as in mark
+        ahead = 2 * chunk  # tokens whose rows the disk fetches before they are needed
+        self._decoder.expect(np.array(ids[:ahead], np.int64))
         for start in range(0, len(ids), chunk):
+            self._decoder.expect(np.array(ids[start + ahead : start + ahead + chunk], np.int64))
             part = ids[start : start + chunk]
             wanted = min(len(part), max(0, keep - (len(ids) - start - len(part))))
             span = range(self.position, self.position + len(part))
