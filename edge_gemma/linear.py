@@ -80,9 +80,11 @@ class PanelMatrix:
         group: int,
         input_scale: float = 0.0,
         output_scale: float = 0.0,
+        factors: np.ndarray | None = None,
     ) -> None:
         self.packed = packed
-        self.scales = scales  # uint16 (float16 bits) [panels, groups, 8], or float32 [panels, 1, 8]
+        self.scales = scales  # uint16 (float16 bits) [panels, groups, 8], or float32 [panels, 1, 8], or words
+        self.factors = factors  # of words: uint16 (float16 bits) [panels, blocks, 2, 8]; None: no minimum
         self.rows, self.columns = shape
         self.bits, self.group = bits, group
         self.input_scale, self.output_scale = input_scale, output_scale
@@ -93,13 +95,18 @@ class PanelMatrix:
         first, last = start // 8, -(-stop // 8)
         q, scale, sums = x.int8(self.group, self.input_scale)
         out = empty((len(q), 8 * (last - first)))
-        kernels.matmul(q, scale, sums, self.packed[first:last], self.scales[first:last], self.bits, self.group, out)
+        factors = None if self.factors is None else self.factors[first:last]
+        weights = self.packed[first:last], self.scales[first:last], self.bits, self.group
+        kernels.matmul(q, scale, sums, *weights, out, factors)
         if self.output_scale:
             kernels.round_to_step(out, self.output_scale)
         return out if out.shape[1] == stop - start else np.ascontiguousarray(out[:, : stop - start])
 
     def gather(self, ids: np.ndarray) -> np.ndarray:
         """Rows ids [n]: float32 [n, k]. Each comes out of one panel, a contiguous few kB."""
+        if self.factors is not None:
+            halves = self.factors.view(np.float16)
+            return qformat.dequantize_panels(self.packed, self.scales, self.bits, self.group, ids, self.columns, halves)
         rows = empty((len(ids), self.columns))
         kernels.gather_panels(self.packed, self.scales, np.asarray(ids, np.int64), self.bits, self.group, rows)
         return rows

@@ -16,8 +16,11 @@ A folder holds
 
 Layouts of a tensor's parts (qformat.py draws them):
     dense   values: F32 or BF16, row-major
-    panels  packed: U8 [panels, chunks, 8, 4]; scales: F16 [panels, groups, 8] or F32 [panels, 1, 8]
+    panels  packed: U8 [panels, chunks, 8, 4]; scales: F16 [panels, groups, 8] or F32 [panels, 1, 8]; with a minimum,
+            scales: U8, U16 or U32 [panels, groups, 8]; factors: F16 [panels, blocks, 2, 8]
     rows    records: U8 [rows, record bytes]
+
+Minima came with version 2: a folder that has none says version 1, and older programs read it.
 
 Tensors trained with static activation scales have them in the manifest, as numbers that are float32 values:
 `input_scale` and `output_scale` of a matrix, `cache_scale` of the K or V it makes (Tensor has their meaning).
@@ -29,7 +32,7 @@ import json
 import math
 import mmap
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -40,7 +43,7 @@ from edge_gemma import qformat
 from edge_gemma.config import GemmaConfig
 from edge_gemma.errors import ConfigError, ModelFolderError
 
-FORMAT, VERSION = "edge_gemma model folder", 1
+FORMAT, VERSION = "edge_gemma model folder", 2  # the newest; older ones are read too
 ONNX_FORMAT, ONNX_VERSION = "edge_gemma ONNX folder", 1  # onnx_backend.py
 _HOW_TO_RUN = {
     FORMAT: " but of a model folder: run it without --backend onnx, or export it with --onnx first",
@@ -52,7 +55,14 @@ AUDIO_BATCH, AUDIO_STREAM = "audio_encoder.onnx", "audio_encoder_stream.onnx"
 AUDIO_DATA = "audio_encoder.onnx_data"  # the weights of both
 ALIGNMENT = 64  # bytes: a cache line
 _MANIFEST_LIMIT = 64 << 20
-_DTYPES = {"U8": np.uint8, "F16": np.uint16, "BF16": np.uint16, "F32": np.float32}  # 16-bit floats stay as their bits
+_DTYPES = {
+    "U8": np.uint8,
+    "U16": np.uint16,
+    "U32": np.uint32,
+    "F16": np.uint16,
+    "BF16": np.uint16,
+    "F32": np.float32,
+}  # 16-bit floats stay as their bits
 
 _SCALES = ("input_scale", "output_scale", "cache_scale")
 
@@ -88,6 +98,7 @@ class Tensor:
     parts: dict[str, Part]
     bits: int = 0  # 2, 4, 8; 0 in dense tensors
     group: int = 0  # weights that share a scale; 0: one scale a row
+    minimum: int = 0  # bits of a group's minimum (qformat.py); 0: none
     origin: str = ""  # where the bits came from, in words for `edge-gemma info`
     # Static int8 activation scales of weights trained with them, float32 values; 0: none. See linear.PanelMatrix.
     input_scale: float = 0.0
@@ -96,7 +107,14 @@ class Tensor:
 
 
 def plan_tensor(
-    name: str, shape: tuple[int, ...], layout: str, *, bits: int = 0, group: int = 0, dtype: str = "F32"
+    name: str,
+    shape: tuple[int, ...],
+    layout: str,
+    *,
+    bits: int = 0,
+    group: int = 0,
+    minimum: int = 0,
+    dtype: str = "F32",
 ) -> Tensor:
     """The parts a tensor of this shape has in this layout, offsets still open."""
     file = PER_LAYER if layout == "rows" or name.startswith("embed_tokens_per_layer.") else WEIGHTS
@@ -104,15 +122,23 @@ def plan_tensor(
         parts = {"values": Part(file, dtype, shape)}
     elif layout == "panels":
         rows, columns = shape
+        scalar = f"U{2 * minimum}" if minimum else "F16" if group else "F32"
         parts = {
             "packed": Part(file, "U8", qformat.packed_shape(rows, columns, bits, group)),
-            "scales": Part(file, "F16" if group else "F32", qformat.scales_shape(rows, columns, bits, group)),
+            "scales": Part(file, scalar, qformat.scales_shape(rows, columns, bits, group)),
         }
+        if 0 < minimum < 16:
+            parts["factors"] = Part(file, "F16", qformat.factors_shape(rows, columns, minimum))
     elif layout == "rows":
         parts = {"records": Part(file, "U8", (shape[0], qformat.record_bytes(shape[1], bits, group)))}
     else:
         raise ModelFolderError(f"tensor {name}: layout is {layout!r}, expected dense, panels or rows")
-    return Tensor(shape, layout, parts, bits, group)
+    return Tensor(shape, layout, parts, bits, group, minimum)
+
+
+def version_of(tensors: Iterable[Tensor]) -> int:
+    """The oldest version of the format that has all that these tensors need."""
+    return 2 if any(tensor.minimum for tensor in tensors) else 1
 
 
 @dataclass(frozen=True)
@@ -273,12 +299,14 @@ def tensor_entry(tensor: Tensor) -> dict[str, Any]:
     entry: dict[str, Any] = {"shape": list(tensor.shape), "layout": tensor.layout}
     if tensor.layout != "dense":
         entry |= {"bits": tensor.bits, "group": tensor.group}
-    entry |= {key: getattr(tensor, key) for key in (*_SCALES, "origin") if getattr(tensor, key)}
+    entry |= {key: getattr(tensor, key) for key in ("minimum", *_SCALES, "origin") if getattr(tensor, key)}
     return entry | {"parts": {key: asdict(part) | {"bytes": part.nbytes} for key, part in tensor.parts.items()}}
 
 
-def read_manifest(path: Path, kind: str, version: int) -> tuple[dict[str, Any], GemmaConfig]:
-    """The manifest of a folder of this kind and version, and its configuration. Raises ModelFolderError."""
+def read_manifest(path: Path, kind: str, newest: int) -> tuple[dict[str, Any], GemmaConfig]:
+    """The manifest of a folder of this kind and of a version up to `newest`, and its configuration. Raises
+    ModelFolderError.
+    """
     file, name = path / MANIFEST, {FORMAT: "a model folder", ONNX_FORMAT: "an ONNX folder"}[kind]
     try:
         if file.stat().st_size > _MANIFEST_LIMIT:
@@ -292,10 +320,10 @@ def read_manifest(path: Path, kind: str, version: int) -> tuple[dict[str, Any], 
     if found != kind:
         advice = _HOW_TO_RUN.get(found, "") if isinstance(found, str) else ""
         raise ModelFolderError(f"{file} is not the manifest of {name}{advice}")
-    if manifest.get("version") != version:
-        raise ModelFolderError(
-            f"{file} has format version {manifest.get('version')!r}, expected {version}: export the model again"
-        )
+    version = manifest.get("version")
+    if type(version) is not int or not 1 <= version <= newest:
+        expected = "1" if newest == 1 else f"1 to {newest}"
+        raise ModelFolderError(f"{file} has format version {version!r}, expected {expected}: export the model again")
     if manifest.get("digest") != manifest_digest(manifest):
         raise ModelFolderError(f"{file} was altered (its digest differs): copy or export the model again")
     try:
@@ -323,23 +351,29 @@ def _read_tensor(name: str, entry: Any) -> Tensor:
         raise ModelFolderError(f"tensor {name}: the manifest's entry is not an object")
     of, shape = f"tensor {name}", _shape(name, entry)
     layout, parts = _field(entry, "layout", str, of), _field(entry, "parts", dict, of)
-    bits, group, dtype = 0, 0, "F32"
+    bits, group, minimum, dtype = 0, 0, 0, "F32"
     if layout == "dense":
         dtype = _field(_field(parts, "values", dict, of), "dtype", str, of)
         if dtype not in ("F32", "BF16"):
             raise ModelFolderError(f"tensor {name}: dtype is {dtype!r}, expected F32 or BF16")
     else:
         bits, group = _field(entry, "bits", int, of), _field(entry, "group", int, of)
+        minimum = _field(entry, "minimum", int, of) if "minimum" in entry else 0
         if bits not in qformat.BITS or group not in qformat.RECORD_GROUPS or len(shape) != 2:
             raise ModelFolderError(
                 f"tensor {name}: {bits} bits in groups of {group} is not a format of version {VERSION}"
             )
-    plan = plan_tensor(name, shape, layout, bits=bits, group=group, dtype=dtype)
+        if minimum not in qformat.MINIMA or (minimum and (layout != "panels" or group not in (16, 32))):
+            raise ModelFolderError(
+                f"tensor {name}: minima of {minimum} bits in {layout}, groups of {group}, expected none or panels with "
+                "4, 8 or 16 bits in groups of 16 or 32"
+            )
+    plan = plan_tensor(name, shape, layout, bits=bits, group=group, minimum=minimum, dtype=dtype)
     if parts.keys() != plan.parts.keys():
         raise ModelFolderError(f"tensor {name}: has parts {sorted(parts)}, expected {sorted(plan.parts)}")
     found = {key: _read_part(name, key, parts[key], planned) for key, planned in plan.parts.items()}
     origin = _field(entry, "origin", str, of) if "origin" in entry else ""
-    return Tensor(shape, layout, found, bits, group, origin, *_static_scales(name, entry, layout, group))
+    return Tensor(shape, layout, found, bits, group, minimum, origin, *_static_scales(name, entry, layout, group))
 
 
 def _static_scales(name: str, entry: dict[str, Any], layout: str, group: int) -> list[float]:

@@ -52,5 +52,6 @@ def _format(tensor: Tensor) -> str:
     if tensor.layout == "dense":
         return tensor.parts["values"].dtype
     scales = f"groups of {tensor.group}" if tensor.group else "a scale a row"
+    minimum = " with a minimum" if tensor.minimum else ""
     static = ", static activations" if tensor.input_scale or tensor.output_scale else ""
-    return f"{tensor.bits} bits, {scales}{static}"
+    return f"{tensor.bits} bits, {scales}{minimum}{static}"

@@ -22,6 +22,16 @@ itself.
 Scales. group = 32 or 16 columns share a scale: float16 [panels, groups, 8]. group = 0, one scale a row: float32
 [panels, 1, 8]. Padding rows and padding groups have scale 0. The value of an element is w * scale.
 
+With a minimum, groups of 32 or 16 only: the value is scale * u - minimum, u the field as it is stored (0 to 3, 0 to 15;
+bytes 0 to 127). Scale and minimum share a word [panels, groups, 8], the scale in its low half:
+
+    minimum = 16   uint32   float16 | float16                                 as in GGUF's Q4_1
+    minimum = 8    uint16   8-bit | 8-bit integers, times two factors         Q4_K, Q5_K
+    minimum = 4    uint8    4-bit | 4-bit integers, times two factors         Q2_K
+
+Factors are float16 [panels, blocks, 2, 8], one pair (of scales, of minima: GGUF's d and dmin) for 256 columns of a row;
+products are float32, and exact. 4 bits in groups of 32 then take 4.625 bits a weight, 2 bits in groups of 16 2.625.
+
 Row records, for tables that are read one row at a time:
 
     uint8 [rows, record_bytes]: [ its scales: float16 x groups, or float32 x 1 ][ fields, k ascending, low bits first ]
@@ -44,13 +54,19 @@ K_MULTIPLE = 32
 BITS = (2, 4, 8)
 GROUPS = (0, 16, 32)
 RECORD_GROUPS = (*GROUPS, 256)
+MINIMA = (0, 4, 8, 16)  # bits of a minimum; 0: none
+FACTOR_COLUMNS = 256  # that share a pair of factors
 
 
-def _check(bits: int, group: int = 0, groups: tuple[int, ...] = GROUPS) -> None:
+def _check(bits: int, group: int = 0, groups: tuple[int, ...] = GROUPS, minimum: int = 0) -> None:
     if bits not in BITS:
         raise ModelFolderError(f"weights of {bits} bits, expected one of {BITS}")
     if group not in groups:
         raise ModelFolderError(f"scales in groups of {group}, expected one of {groups} (0: one a row)")
+    if minimum not in MINIMA or (minimum and group not in (16, 32)):
+        raise ModelFolderError(
+            f"minima of {minimum} bits in groups of {group}, expected 4, 8 or 16 in groups of 16, 32"
+        )
 
 
 def zero_point(bits: int) -> int:
@@ -82,10 +98,18 @@ def scales_shape(rows: int, k: int, bits: int, group: int) -> tuple[int, int, in
     return packed_shape(rows, k, bits, group)[0], group_count(k, group), PANEL_ROWS
 
 
-def scales_dtype(group: int) -> np.dtype[Any]:
-    """float32 for one scale a row (group = 0) and groups of 256, float16 for small groups."""
-    _check(8, group, RECORD_GROUPS)
+def scales_dtype(group: int, minimum: int = 0) -> np.dtype[Any]:
+    """float32 for one scale a row (group = 0) and groups of 256, float16 for small groups, words with a minimum."""
+    _check(8, group, RECORD_GROUPS, minimum)
+    if minimum:
+        return np.dtype(f"u{2 * minimum // 8}")
     return np.dtype(np.float16 if group in (16, 32) else np.float32)
+
+
+def factors_shape(rows: int, k: int, minimum: int) -> tuple[int, int, int, int]:
+    """Shape of the factors of a [rows, k] matrix with minima: (panels, blocks, 2, 8); no blocks for float16 words."""
+    blocks = -(-padded_k(k) // FACTOR_COLUMNS) if minimum < 16 else 0
+    return -(-rows // PANEL_ROWS), blocks, 2, PANEL_ROWS
 
 
 def _unsigned(w: Array, bits: int) -> Array:
@@ -151,6 +175,21 @@ def panel_rows(packed: Array, bits: int, row_ids: Array, k: int | None = None) -
     return _fields(packed[ids // PANEL_ROWS, :, ids % PANEL_ROWS], bits)[:, :k]
 
 
+def _in_panels(values: Array, count: int) -> Array:
+    """[rows, n, ...] -> [panels, count, ..., 8], zeros beyond what is given."""
+    rows, given, *rest = values.shape
+    panels = -(-rows // PANEL_ROWS)
+    padded = np.zeros((panels * PANEL_ROWS, count, *rest), values.dtype)
+    padded[:rows, :given] = values
+    return np.ascontiguousarray(np.moveaxis(padded.reshape(panels, PANEL_ROWS, count, *rest), 1, -1))
+
+
+def _of_panels(packed: Array, rows: int) -> Array:
+    """The inverse of _in_panels."""
+    values = np.moveaxis(packed, -1, 1)
+    return np.ascontiguousarray(values.reshape(-1 if values.size else rows, *values.shape[2:])[:rows])
+
+
 def pack_scales(scales: Array, group: int, k: int | None = None) -> Array:
     """float [rows, groups] (or [rows] when group = 0) -> [panels, groups, 8]; groups are padded to group_count(k,
     group).
@@ -160,17 +199,12 @@ def pack_scales(scales: Array, group: int, k: int | None = None) -> Array:
     s = s[:, None] if s.ndim == 1 else s
     if s.ndim != 2 or (not group and s.shape[1] != 1):
         raise ModelFolderError(f"scales of shape {s.shape}, expected [rows, groups], one group when group is 0")
-    rows, given = s.shape
+    given = s.shape[1]
     groups = group_count(given * group if k is None else k, group)
     if given > groups:
         raise ModelFolderError(f"{given} scales a row, expected at most {groups}")
-    panels = -(-rows // PANEL_ROWS)
-    padded = np.zeros((panels * PANEL_ROWS, groups), np.float32)
-    padded[:rows, :given] = s
     with np.errstate(over="ignore"):
-        result = np.ascontiguousarray(
-            padded.reshape(panels, PANEL_ROWS, groups).transpose(0, 2, 1), scales_dtype(group)
-        )
+        result = _in_panels(s.astype(scales_dtype(group)), groups)
     if not np.isfinite(result).all():
         raise ModelFolderError(f"a scale of {np.abs(s).max()} does not fit {result.dtype}")
     return result
@@ -182,7 +216,61 @@ def unpack_scales(packed: Array, rows: int) -> Array:
         raise ModelFolderError(
             f"scales of shape {packed.shape} for {rows} rows, expected [panels, groups, {PANEL_ROWS}]"
         )
-    return np.ascontiguousarray(packed.transpose(0, 2, 1).reshape(-1, packed.shape[1])[:rows], np.float32)
+    return _of_panels(packed, rows).astype(np.float32)
+
+
+def pack_words(pairs: Array, group: int, minimum: int) -> Array:
+    """Scales and minima [rows, groups, 2], uint8 below 2^minimum or (16 bits) floats -> words [panels, groups, 8]."""
+    _check(8, group, minimum=minimum)
+    dtype = scales_dtype(group, minimum)
+    if pairs.ndim != 3 or pairs.shape[2] != 2:
+        raise ModelFolderError(f"scales and minima of shape {pairs.shape}, expected [rows, groups, 2]")
+    if minimum == 16:
+        with np.errstate(over="ignore"):
+            halves = pairs.astype(np.float16)
+        if not np.isfinite(halves).all():
+            raise ModelFolderError(f"a scale or minimum of {np.abs(pairs).max()} does not fit float16")
+        pairs = halves.view(np.uint16)
+    elif pairs.dtype != np.uint8 or (pairs.size and int(pairs.max()) >> minimum):
+        raise ModelFolderError(
+            f"scales and minima up to {pairs.max()} in {pairs.dtype}, expected {minimum} bits in uint8"
+        )
+    words = pairs[..., 0].astype(dtype) | pairs[..., 1].astype(dtype) << dtype.type(minimum)
+    return _in_panels(words, group_count(pairs.shape[1] * group, group))
+
+
+def pack_factors(factors: Array) -> Array:
+    """float [rows, blocks, 2] -> float16 [panels, blocks, 2, 8]."""
+    with np.errstate(over="ignore"):
+        halves = np.asarray(factors, np.float32).astype(np.float16)
+    if halves.ndim != 3 or halves.shape[2] != 2 or not np.isfinite(halves).all():
+        raise ModelFolderError(f"factors of shape {halves.shape}, expected [rows, blocks, 2], finite in float16")
+    return _in_panels(halves, halves.shape[1])
+
+
+def unpack_words(words: Array, factors: Array, group: int, rows: int) -> tuple[Array, Array]:
+    """Words [panels, groups, 8] and factors [panels, blocks, 2, 8] -> scales and minima (uint8, or float16) [rows,
+    groups, 2], and float16 [rows, blocks, 2].
+    """
+    bits = 4 * words.dtype.itemsize
+    found = _of_panels(words, rows)
+    pairs = np.stack([found & found.dtype.type((1 << bits) - 1), found >> found.dtype.type(bits)], axis=-1)
+    pairs = pairs.astype(np.uint16).view(np.float16) if bits == 16 else pairs.astype(np.uint8)
+    return pairs, _of_panels(factors, rows)
+
+
+def scales_and_minima(pairs: Array, factors: Array, group: int) -> Array:
+    """float32 [rows, groups, 2]: integers [rows, groups, 2] times factors [rows, blocks, 2], or floats as they are."""
+    values = np.asarray(pairs, np.float32)
+    if not np.issubdtype(pairs.dtype, np.integer):
+        return values
+    return values * np.repeat(np.asarray(factors, np.float32), FACTOR_COLUMNS // group, axis=1)[:, : values.shape[1]]
+
+
+def dequantize_minimum(w: Array, pairs: Array, factors: Array, bits: int, group: int) -> Array:
+    """float32 [rows, k] of int8 w [rows, k] (fields less zero_point), pairs and factors as for scales_and_minima."""
+    both = np.repeat(scales_and_minima(pairs, factors, group), group, axis=1)[:, : w.shape[1]]
+    return (w.astype(np.float32) + np.float32(zero_point(bits))) * both[..., 0] - both[..., 1]
 
 
 def dequantize(w: Array, scales: Array, group: int) -> Array:
@@ -191,11 +279,18 @@ def dequantize(w: Array, scales: Array, group: int) -> Array:
     return w * (np.repeat(s, group, axis=1)[:, : w.shape[1]] if group else s.reshape(-1, 1))
 
 
-def dequantize_panels(packed: Array, scales: Array, bits: int, group: int, row_ids: Array, k: int) -> Array:
+def dequantize_panels(
+    packed: Array, scales: Array, bits: int, group: int, row_ids: Array, k: int, factors: Array | None = None
+) -> Array:
     """float32 [n, k]: rows `row_ids` of a panel-packed matrix, such as the token rows of a tied head."""
     ids = np.asarray(row_ids, np.int64)
-    w = panel_rows(packed, bits, ids, k)
-    return dequantize(w, scales[ids // PANEL_ROWS, :, ids % PANEL_ROWS], group)
+    w, place = panel_rows(packed, bits, ids, k), (ids // PANEL_ROWS, Ellipsis, ids % PANEL_ROWS)
+    if factors is None:
+        return dequantize(w, scales[place], group)
+    # one row a panel: rows lie as panels of one row
+    return dequantize_minimum(
+        w, *unpack_words(scales[place][..., None], factors[place][..., None], group, len(ids)), bits, group
+    )
 
 
 def _record_layout(k: int, bits: int, group: int) -> tuple[int, int]:

@@ -100,9 +100,10 @@ class _Binder:
         arrays = {key: self._files.array(part) for key, part in tensor.parts.items()}
         if tensor.layout == "dense":
             return DenseMatrix(arrays["values"])
+        factors = arrays.get("factors", np.empty((len(arrays["packed"]), 0, 2, 8), np.uint16))
         return PanelMatrix(
             arrays["packed"], arrays["scales"], tensor.shape, tensor.bits, tensor.group,
-            tensor.input_scale, tensor.output_scale,
+            tensor.input_scale, tensor.output_scale, factors if tensor.minimum else None,
         )  # fmt: skip
 
     def vector(self, name: str) -> np.ndarray:

@@ -95,7 +95,7 @@ def choose_recipe(checkpoint: Checkpoint, recipe: str | None) -> str:
 def carried_matrices(checkpoint: Checkpoint, config: GemmaConfig, recipe: str) -> dict[str, PackedMatrix]:
     """The matrices a recipe leaves as the source has them: packed, in no more bits than it asks for.
 
-    That includes floats that lie on a grid of so few bits.
+    That includes floats that lie on a grid of so few bits, and excludes tables read by row that have minima.
     """
     if recipe == checkpoint.trained_recipe:
         return checkpoint.packed
@@ -103,6 +103,8 @@ def carried_matrices(checkpoint: Checkpoint, config: GemmaConfig, recipe: str) -
 
     def packed(name: str) -> PackedMatrix | None:
         given = checkpoint.packed.get(name)
+        if given is not None and given.minimum and config.read_by_row(name):
+            return None
         return given if given is not None or not bits[name] else grid_matrix(checkpoint, name, bits[name])
 
     with ThreadPoolExecutor() as pool:
@@ -118,7 +120,7 @@ def plan_weight(
     layout = "rows" if config.read_by_row(name) else "panels"
     if (packed := carried.get(name)) is not None:
         return replace(
-            plan_tensor(name, shape, layout, bits=packed.bits, group=packed.group),
+            plan_tensor(name, shape, layout, bits=packed.bits, group=packed.group, minimum=packed.minimum),
             origin=packed.origin,
             input_scale=packed.input_scale,
             output_scale=packed.output_scale,

@@ -24,11 +24,11 @@ from edge_gemma.model_folder import (
     ALIGNMENT,
     FORMAT,
     MANIFEST,
-    VERSION,
     Part,
     Tensor,
     manifest_digest,
     tensor_entry,
+    version_of,
 )
 
 
@@ -140,7 +140,7 @@ class FolderWriter:
             tensors[name] = tensor_entry(replace(tensor, parts=parts))
         manifest: dict[str, Any] = {
             "format": FORMAT,
-            "version": VERSION,
+            "version": version_of(self._plan.values()),
             "created_by": f"edge_gemma {__version__}",
             "recipe": recipe,
             "source": source,

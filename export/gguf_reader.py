@@ -19,7 +19,7 @@ from edge_gemma.config import FULL, SLIDING
 from edge_gemma.errors import CheckpointError, ConfigError
 from edge_gemma.export.gguf_container import GgufFile, Metadata
 from edge_gemma.export.gguf_types import PACKED_TYPES
-from edge_gemma.export.packed import Integers, PackedMatrix, Scales
+from edge_gemma.export.packed import Packed, PackedMatrix
 from edge_gemma.export.source_file import (
     StoredTensor,
     TensorInfo,
@@ -310,16 +310,22 @@ def _original(name: str) -> str:
     return f"{_TO_GGUF[name]}.weight"
 
 
-def _read_packed(tensor: StoredTensor, start: int, stop: int) -> tuple[Integers, Scales]:
+def _read_packed(tensor: StoredTensor, start: int, stop: int) -> Packed:
     """Rows [start, stop) of a matrix of a packed type, as PackedMatrix.read gives them."""
     assert tensor.kind is not None
     columns = tensor.shape[1] // tensor.kind.block_elements  # blocks a row
     blocks = np.empty(((stop - start) * columns, tensor.kind.block_bytes), np.uint8)
     tensor.file.read_into(tensor.offset + start * columns * tensor.kind.block_bytes, blocks.reshape(-1).data)
-    integers, scales = PACKED_TYPES[tensor.dtype][1](blocks)
-    if not np.isfinite(scales).all():
+    packed = PACKED_TYPES[tensor.dtype].read(blocks)
+    if not all(np.isfinite(values).all() for values in packed):
         raise CheckpointError("a scale is not finite: the file is damaged")
-    return integers.reshape(stop - start, -1), scales.reshape(stop - start, columns)
+    return tuple(values.reshape(stop - start, columns * values.shape[1], *values.shape[2:]) for values in packed)
+
+
+def _packed_matrix(tensor: StoredTensor) -> PackedMatrix:
+    kind, read = PACKED_TYPES[tensor.dtype], partial(_read_packed, tensor)
+    origin = f"carried from GGUF {tensor.dtype}"
+    return PackedMatrix(tensor.shape, kind.bits, kind.group, origin, read, minimum=kind.minimum)
 
 
 class GgufCheckpoint:
@@ -352,11 +358,9 @@ class GgufCheckpoint:
         self._stored = bind_tensors(self._name, self._config.tensor_shapes(), canonical, self._unused, _original)
         self.tensors = {name: TensorInfo(name, t.shape, t.dtype) for name, t in self._stored.items()}
         self.packed = {
-            name: PackedMatrix(
-                t.shape, PACKED_TYPES[t.dtype][0], 32, f"carried from GGUF {t.dtype}", partial(_read_packed, t)
-            )
-            for name, t in self._stored.items()
-            if t.dtype in PACKED_TYPES and len(t.shape) == 2
+            name: _packed_matrix(tensor)
+            for name, tensor in self._stored.items()
+            if tensor.dtype in PACKED_TYPES and len(tensor.shape) == 2
         }
         self.license = self._text("general.license")
         self.chat_template = self._text("tokenizer.chat_template")

@@ -12,6 +12,7 @@ Source of the layouts: ggml-quants.c / ggml-common.h, cross-checked with the PyP
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -56,13 +57,13 @@ def _half(blocks: Bytes, at: int) -> Floats:
     return np.ascontiguousarray(blocks[:, at : at + 2]).view("<f2").astype(np.float32)
 
 
-def _nibbles(q: Bytes, out: Floats) -> None:
+def _nibbles(q: Bytes, out: NDArray[Any]) -> None:
     """Low nibbles of the 16 bytes to values 0..15, high nibbles to values 16..31."""
     out[:, :16] = q & 15
     out[:, 16:] = q >> 4
 
 
-def _add_fifth_bits(packed: Bytes, out: Floats) -> None:
+def _add_fifth_bits(packed: Bytes, out: NDArray[Any]) -> None:
     """Adds 16 to value i where bit i of the block's little-endian 32-bit word `packed` [n, 4] is set."""
     out += np.unpackbits(packed, axis=1, bitorder="little") << 4
 
@@ -103,7 +104,7 @@ def _q5_1(blocks: Bytes, out: Floats) -> None:
     out += _half(blocks, 2)
 
 
-def _crumbs(q: Bytes, out: Floats) -> None:
+def _crumbs(q: Bytes, out: NDArray[Any]) -> None:
     """64 bytes of 2-bit fields: byte b of half h holds value b of its four runs of 32 (bits 0-1 the first run)."""
     halves, runs = q.reshape(-1, 2, 32), out.reshape(-1, 2, 4, 32)
     for run in range(4):
@@ -121,6 +122,22 @@ def _q2_k(blocks: Bytes, out: Floats) -> None:
     sub -= (_half(blocks, 82) * (scales >> 4))[:, :, None]
 
 
+def _q3_k_fields(blocks: Bytes, out: NDArray[Any]) -> None:
+    """The two lower bits and the third: 0 to 7."""
+    _crumbs(blocks[:, 32:96], out)
+    runs = out.reshape(-1, 8, 32)
+    for run in range(8):
+        runs[:, run] += (blocks[:, :32] >> run & 1) << 2
+
+
+def _q3_k_scales(blocks: Bytes) -> NDArray[np.int8]:
+    """-32 to 31 [n, 16]."""
+    packed = blocks[:, 96:108]
+    low = np.concatenate([packed[:, :8] & 15, packed[:, :8] >> 4], axis=1)
+    high = np.concatenate([(packed[:, 8:] >> shift) & 3 for shift in (0, 2, 4, 6)], axis=1)
+    return (low | high << 4).view(np.int8) - np.int8(32)
+
+
 def _q3_k(blocks: Bytes, out: Floats) -> None:
     """110 bytes, 256 values in 16 sub-blocks of 16: third bits[32] (bit r of byte b: value b of run r of 32) | 64 bytes
     of 2-bit fields | 12 bytes of 6-bit scales | f16 d.  w = (d * (scale - 32)) * q, q two bits less 4 if the third is 0
@@ -128,16 +145,10 @@ def _q3_k(blocks: Bytes, out: Floats) -> None:
     Scales: sub-block i < 8 has its low 4 bits in the low nibble of byte i, i >= 8 in the high nibble of byte i - 8; its
     upper 2 bits are bits 2 * (i // 4) of byte 8 + i % 4.
     """
-    packed = blocks[:, 96:108]
-    low = np.concatenate([packed[:, :8] & 15, packed[:, :8] >> 4], axis=1)
-    high = np.concatenate([(packed[:, 8:] >> shift) & 3 for shift in (0, 2, 4, 6)], axis=1)
-    scales = (low | high << 4).astype(np.float32) - np.float32(32)
-    _crumbs(blocks[:, 32:96], out)
-    runs = out.reshape(-1, 8, 32)
-    for run in range(8):
-        runs[:, run] -= (~blocks[:, :32] >> run & 1) << 2
+    _q3_k_fields(blocks, out)
+    out -= 4
     sub = out.reshape(-1, 16, 16)
-    sub *= (_half(blocks, 108) * scales)[:, :, None]
+    sub *= (_half(blocks, 108) * _q3_k_scales(blocks))[:, :, None]
 
 
 def _k_scales(packed: Bytes) -> tuple[Bytes, Bytes]:
@@ -160,7 +171,7 @@ def _scale_k(blocks: Bytes, out: Floats) -> None:
     sub -= (_half(blocks, 2) * minima)[:, :, None]
 
 
-def _nibble_runs(q: Bytes, out: Floats) -> None:
+def _nibble_runs(q: Bytes, out: NDArray[Any]) -> None:
     """128 bytes: four groups of 32 bytes, each its low nibbles (a run of 32 values), then its high nibbles."""
     groups, runs = q.reshape(-1, 4, 32), out.reshape(-1, 4, 2, 32)
     runs[:, :, 0] = groups & 15
@@ -175,14 +186,18 @@ def _q4_k(blocks: Bytes, out: Floats) -> None:
     _scale_k(blocks, out)
 
 
-def _q5_k(blocks: Bytes, out: Floats) -> None:
-    """176 bytes, 256 values in 8 sub-blocks of 32: f16 d | f16 dmin | 12 bytes of scales and minima | fifth bits[32]
-    (bit r of byte b: value b of sub-block r) | 128 bytes of nibbles.  w = (d * scale) * q - dmin * minimum
-    """
+def _q5_k_fields(blocks: Bytes, out: NDArray[Any]) -> None:
     _nibble_runs(blocks[:, 48:], out)
     runs = out.reshape(-1, 8, 32)
     for run in range(8):
         runs[:, run] += (blocks[:, 16:48] >> run & 1) << 4
+
+
+def _q5_k(blocks: Bytes, out: Floats) -> None:
+    """176 bytes, 256 values in 8 sub-blocks of 32: f16 d | f16 dmin | 12 bytes of scales and minima | fifth bits[32]
+    (bit r of byte b: value b of sub-block r) | 128 bytes of nibbles.  w = (d * scale) * q - dmin * minimum
+    """
+    _q5_k_fields(blocks, out)
     _scale_k(blocks, out)
 
 
@@ -203,21 +218,94 @@ def _q6_k(blocks: Bytes, out: Floats) -> None:
     sub *= (_half(blocks, 208) * np.ascontiguousarray(blocks[:, 192:208]).view(np.int8))[:, :, None]
 
 
-def _q8_0_packed(blocks: Bytes) -> tuple[NDArray[np.int8], Floats]:
-    """Integers int8 [n, 32] and scales float32 [n, 1] of _q8_0."""
+Packed = tuple[NDArray[Any], ...]  # n blocks as export/packed.py has rows, each a row of its own
+
+
+def _fields(blocks: Bytes, count: int, read: Callable[[Bytes, NDArray[Any]], None]) -> Bytes:
+    """Unsigned fields uint8 [n, count] by one of the readers above."""
+    out = np.empty((len(blocks), count), np.uint8)
+    read(blocks, out)
+    return out
+
+
+def _less(fields: Bytes, zero: int) -> NDArray[np.int8]:
+    return fields.view(np.int8) - np.int8(zero)
+
+
+def _q8_0_packed(blocks: Bytes) -> Packed:
     return np.ascontiguousarray(blocks[:, 2:]).view(np.int8), _half(blocks, 0)
 
 
-def _q4_0_packed(blocks: Bytes) -> tuple[NDArray[np.int8], Floats]:
-    """Integers int8 [n, 32] and scales float32 [n, 1] of _q4_0."""
-    q = blocks[:, 2:]
-    return np.concatenate([q & 15, q >> 4], axis=1).view(np.int8) - np.int8(8), _half(blocks, 0)
+def _q4_0_packed(blocks: Bytes) -> Packed:
+    return _less(_fields(blocks[:, 2:], 32, _nibbles), 8), _half(blocks, 0)
 
 
-# Types that are integers times one float16 scale a block: name -> (bits, their reader).
-PACKED_TYPES: dict[str, tuple[int, Callable[[Bytes], tuple[NDArray[np.int8], Floats]]]] = {
-    "Q4_0": (4, _q4_0_packed),
-    "Q8_0": (8, _q8_0_packed),
+def _q5_0_packed(blocks: Bytes) -> Packed:
+    """In bytes."""
+    fields = _fields(blocks[:, 6:], 32, _nibbles)
+    _add_fifth_bits(blocks[:, 2:6], fields)
+    return _less(fields, 16), _half(blocks, 0)
+
+
+def _q4_1_packed(blocks: Bytes) -> Packed:
+    """Scale d, minimum -m."""
+    pairs = np.stack([_half(blocks, 0), -_half(blocks, 2)], axis=-1)
+    return _less(_fields(blocks[:, 4:], 32, _nibbles), 8), pairs, np.empty((len(blocks), 0, 2), np.float32)
+
+
+def _factors(blocks: Bytes, d: int, dmin: int) -> Floats:
+    """float32 [n, 1, 2] of the float16 at these bytes."""
+    return np.stack([_half(blocks, d), _half(blocks, dmin)], axis=-1)
+
+
+def _q2_k_packed(blocks: Bytes) -> Packed:
+    pairs = np.stack([blocks[:, :16] & 15, blocks[:, :16] >> 4], axis=-1)
+    return _less(_fields(blocks[:, 16:80], 256, _crumbs), 2), pairs, _factors(blocks, 80, 82)
+
+
+def _q4_k_packed(blocks: Bytes) -> Packed:
+    pairs = np.stack(_k_scales(blocks[:, 4:16]), axis=-1)
+    return _less(_fields(blocks[:, 16:], 256, _nibble_runs), 8), pairs, _factors(blocks, 0, 2)
+
+
+def _q5_k_packed(blocks: Bytes) -> Packed:
+    """In bytes, 0 to 31."""
+    pairs = np.stack(_k_scales(blocks[:, 4:16]), axis=-1)
+    return _less(_fields(blocks, 256, _q5_k_fields), 0), pairs, _factors(blocks, 0, 2)
+
+
+def _q3_k_packed(blocks: Bytes) -> Packed:
+    """In 4 bits, 0 to 8: w = (d * scale) * (q - 4) has the minimum 4 d * scale. A negative scale changes its sign, and
+    that of its integers: q becomes 8 - q.
+    """
+    fields, scales, d = _fields(blocks, 256, _q3_k_fields), _q3_k_scales(blocks), _half(blocks, 108)
+    sub = fields.reshape(-1, 16, 16)
+    sub[...] = np.where(scales[:, :, None] < 0, 8 - sub, sub)
+    sizes = np.abs(scales).view(np.uint8)
+    return _less(fields, 8), np.stack([sizes, sizes], axis=-1), np.stack([d, 4 * d], axis=-1)
+
+
+@dataclass(frozen=True)
+class PackedType:
+    """A type whose integers and scales model folders can hold as they are (qformat.py)."""
+
+    bits: int
+    group: int
+    minimum: int
+    read: Callable[[Bytes], Packed]
+
+
+# Not Q5_1 and Q6_K: as bytes with minima they would take 9 and 9.1 bits a weight, and rounding them to 8.5 costs
+# nothing that could be measured (docs/LOG.md).
+PACKED_TYPES: dict[str, PackedType] = {
+    "Q4_0": PackedType(4, 32, 0, _q4_0_packed),
+    "Q5_0": PackedType(8, 32, 0, _q5_0_packed),
+    "Q8_0": PackedType(8, 32, 0, _q8_0_packed),
+    "Q4_1": PackedType(4, 32, 16, _q4_1_packed),
+    "Q2_K": PackedType(2, 16, 4, _q2_k_packed),
+    "Q3_K": PackedType(4, 16, 8, _q3_k_packed),
+    "Q4_K": PackedType(4, 32, 8, _q4_k_packed),
+    "Q5_K": PackedType(8, 32, 8, _q5_k_packed),
 }
 
 # GGUF type id -> type.

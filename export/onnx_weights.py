@@ -8,7 +8,9 @@ format needs, reading in blocks of rows. Does not know: where a tensor stands in
     float               Gemm with transB (float16: Cast first)         Gather (float16: Cast after)
 
 Both quantised operators hold a row's fields low bits first, k ascending, unsigned with 2^(bits-1) for zero, and a
-float32 scale for each block of columns. One scale a row is repeated over blocks.
+float32 scale for each block of columns. One scale a row is repeated over blocks. Neither has minima: with w the field
+less 2^(bits-1), a value is scale * w - rest, rest = minimum - 2^(bits-1) scale, and what `rest` takes from a product
+is the sums of x over blocks of columns, times rest: a second, small product in float32.
 """
 
 import math
@@ -54,6 +56,16 @@ class _Rows:
         columns = self.tensor.shape[1]
         return self.tensor.group or next((b for b in _ROW_SCALE_BLOCKS if columns % b == 0), 32)
 
+    @property
+    def grouped(self) -> tuple[int, int]:
+        """Blocks of columns, and columns of a block. Raises ModelFolderError where a row has parts of one."""
+        columns = self.tensor.shape[1]
+        if columns % self.block:
+            raise ModelFolderError(
+                f"{self.name} has rows of {columns} columns, no multiple of its groups of {self.block}"
+            )
+        return columns // self.block, self.block
+
     def blocks(self) -> Iterator[tuple[int, int]]:
         """Ranges of whole panels of 8 rows."""
         step = max(8, _BLOCK_WEIGHTS // self.tensor.shape[1] // 8 * 8)
@@ -73,8 +85,8 @@ class OnnxWeights:
         tensors = [*folder.tensors.values()]
         if folder.config.tie_word_embeddings:  # the one table stands in both graphs
             tensors.append(folder.tensors["embed_tokens.weight"])
-        reads = [(part.nbytes, tensor.layout) for tensor in tensors for part in tensor.parts.values()]
-        self._total = sum(nbytes * (2 if layout == "rows" else 1) for nbytes, layout in reads)  # fields, then scales
+        reads = [(part.nbytes, _reads(tensor, key)) for tensor in tensors for key, part in tensor.parts.items()]
+        self._total = sum(nbytes * times for nbytes, times in reads)
         self.nbytes = sum(_onnx_bytes(tensor, float_type) for tensor in tensors)  # of both data files, about
 
     def vector(self, g: Graph, name: str) -> str:
@@ -97,6 +109,9 @@ class OnnxWeights:
         level = FLOAT_PRODUCTS if r.tensor.input_scale else ACCURACY_LEVEL  # static steps are int8 already
         y = g.node("MatMulNBits", g.in_steps(x, r.tensor.input_scale), w, scales, domain=MICROSOFT, K=k, N=n,
                  bits=r.tensor.bits, block_size=r.block, accuracy_level=level)  # fmt: skip
+        if r.tensor.minimum:
+            sums = g.node("ReduceSum", g.reshape(x, 0, *r.grouped), g.constant([2], np.int64), keepdims=0)
+            y = g.node("Sub", y, g.node("Gemm", sums, self._rest(g, r), transB=1))
         return g.in_steps(y, r.tensor.output_scale)
 
     def look_up(self, g: Graph, ids: str, name: str) -> str:
@@ -112,8 +127,17 @@ class OnnxWeights:
             raise ModelFolderError(f"{name} has rows of {k} columns, which do not fill bytes at {r.tensor.bits} bits")
         w = g.stream(r.initializer, np.uint8, (n, row_bytes), self._fields(r, row_bytes))
         scales = g.stream(f"{r.initializer}.scales", np.float32, (n, -(-k // r.block)), self._scales(r))
-        return g.node("GatherBlockQuantized", w, ids, scales, domain=MICROSOFT, bits=r.tensor.bits,
+        values = g.node("GatherBlockQuantized", w, ids, scales, domain=MICROSOFT, bits=r.tensor.bits,
                     block_size=r.block, gather_axis=0, quantize_axis=1)  # fmt: skip
+        if not r.tensor.minimum:
+            return values
+        rest = g.node("Unsqueeze", g.node("Gather", self._rest(g, r), ids), g.constant([-1], np.int64))
+        return g.reshape(g.node("Sub", g.reshape(values, 0, 0, *r.grouped), rest), 0, 0, k)
+
+    def _rest(self, g: Graph, r: _Rows) -> str:
+        """float32 [rows, blocks]: what the operators' values exceed the tensor's by."""
+        blocks = r.grouped[0]
+        return g.stream(f"{r.initializer}.rest", np.float32, (r.shape[0], blocks), self._scales(r, rest=True))
 
     def _rows(self, name: str, rows: tuple[int, int] | None = None) -> _Rows:
         tensor = self._folder.tensors[f"{name}.weight"]
@@ -142,18 +166,32 @@ class OnnxWeights:
                 w = qformat.unpack_panels(packed, bits, stop - start, columns)
             yield pack_fields(w, bits, row_bytes)
 
-    def _scales(self, r: _Rows) -> Iterator[np.ndarray]:
-        """float32 [n, blocks] of a block of rows."""
+    def _scales(self, r: _Rows, rest: bool = False) -> Iterator[np.ndarray]:
+        """float32 [n, blocks] of a block of rows: scales, or the rest that minima leave."""
         bits, group, columns = r.tensor.bits, r.tensor.group, r.tensor.shape[1]
         dtype, count = qformat.scales_dtype(group), -(-columns // r.block)
         for start, stop in r.blocks():
-            if r.tensor.layout == "rows":
+            if r.tensor.minimum:
+                scales, minima = np.moveaxis(self._scales_and_minima(r, start, stop), 2, 0)
+                scales = minima - np.float32(qformat.zero_point(bits)) * scales if rest else scales
+            elif r.tensor.layout == "rows":
                 records = self._read(r.name, r.tensor.parts["records"], start, stop)
                 _, scales = qformat.unpack_rows(records, columns, bits, group)
             else:
                 packed = self._read(r.name, r.tensor.parts["scales"], start // 8, -(-stop // 8))
                 scales = qformat.unpack_scales(packed.view(dtype), stop - start)
             yield scales[:, :count] if group else np.repeat(scales, count, axis=1)
+
+    def _scales_and_minima(self, r: _Rows, start: int, stop: int) -> np.ndarray:
+        """float32 [stop - start, groups, 2]."""
+        first, last, parts = start // 8, -(-stop // 8), r.tensor.parts
+        words = self._read(r.name, parts["scales"], first, last)
+        factors = np.empty((last - first, 0, 2, 8), np.float16)
+        if "factors" in parts:
+            factors = self._read(r.name, parts["factors"], first, last).view(np.float16)
+        return qformat.scales_and_minima(
+            *qformat.unpack_words(words, factors, r.tensor.group, stop - start), r.tensor.group
+        )
 
     def _read(self, name: str, part: Part, start: int, stop: int) -> np.ndarray:
         """Rows (or panels) start to stop - 1 of a part, as stored."""
@@ -173,7 +211,12 @@ def _onnx_bytes(tensor: Tensor, float_type: str) -> int:
     count = math.prod(tensor.shape)
     if tensor.layout == "dense":
         return count * (2 if float_type == "float16" and len(tensor.shape) == 2 else 4)
-    return count * tensor.bits // 8 + count // (tensor.group or _ROW_SCALE_BLOCKS[0]) * 4
+    return count * tensor.bits // 8 + count // (tensor.group or _ROW_SCALE_BLOCKS[0]) * (8 if tensor.minimum else 4)
+
+
+def _reads(tensor: Tensor, part: str) -> int:
+    """How often a part is read: records for fields, then for scales; words for scales, then for minima."""
+    return 2 if part == "records" or (tensor.minimum and part != "packed") else 1
 
 
 def pack_fields(w: np.ndarray, bits: int, row_bytes: int) -> np.ndarray:

@@ -5,6 +5,7 @@ Owns: `PackedMatrix`, what a reader offers of such a matrix. Does not know: cont
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,21 +16,35 @@ Integers = NDArray[np.int8]
 Scales = NDArray[np.float32]
 
 
+Packed = tuple[NDArray[Any], ...]
+"""Rows of a matrix: integers int8 [n, columns] and scales float32 [n, groups]; or, with a minimum, integers, pairs
+[n, groups, 2] (uint8, or float32) and factors float32 [n, blocks, 2]. qformat.py says what they come to.
+"""
+
+
 @dataclass(frozen=True)
 class PackedMatrix:
-    """W [rows, columns] = integers * scales, in a format that model folders have (qformat.py)."""
+    """W [rows, columns] as integers with scales, in a format that model folders have (qformat.py)."""
 
     shape: tuple[int, int]
     bits: int  # 2, 4, 8
     group: int  # columns that share a scale; 0: one scale a row
     origin: str  # where the integers came from, in words for `edge-gemma info`
-    read: Callable[[int, int], tuple[Integers, Scales]]
-    """Rows [start, stop): int8 [n, columns] and float32 [n, groups]. Raises CheckpointError."""
+    read: Callable[[int, int], Packed]
+    """Rows [start, stop). Raises CheckpointError."""
     # Static int8 activation scales the matrix was trained with (0: none), as model_folder.Tensor has them.
     input_scale: float = 0.0
     output_scale: float = 0.0
     cache_scale: float = 0.0
+    minimum: int = 0  # bits of a group's minimum; 0: none
 
     def rows(self, start: int, stop: int) -> NDArray[np.float32]:
         """Rows [start, stop) as float32 [n, columns]."""
-        return qformat.dequantize(*self.read(start, stop), self.group)
+        return self.dequantize(self.read(start, stop))
+
+    def dequantize(self, packed: Packed) -> NDArray[np.float32]:
+        """float32 [n, columns] of what `read` gave."""
+        if self.minimum:
+            values, pairs, factors = packed
+            return qformat.dequantize_minimum(values, pairs, factors, self.bits, self.group)
+        return qformat.dequantize(*packed, self.group)

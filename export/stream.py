@@ -40,14 +40,20 @@ def encode_block(tensor: Tensor, weights: np.ndarray, rounder: Rounder, first: i
     return encode_packed(tensor, *rounder(weights, first))
 
 
-def encode_packed(tensor: Tensor, values: np.ndarray, scales: np.ndarray) -> dict[str, np.ndarray]:
-    """A block of whole rows, int8 [n, columns] and its scales [n, groups], as the bytes of each part."""
+def encode_packed(tensor: Tensor, values: np.ndarray, *scales: np.ndarray) -> dict[str, np.ndarray]:
+    """A block of whole rows, integers and scales as export/packed.py has them, as the bytes of each part."""
     if tensor.layout == "rows":
-        return {"records": qformat.pack_rows(values, scales, tensor.bits, tensor.group)}
-    return {
-        "packed": qformat.pack_panels(values, tensor.bits),
-        "scales": qformat.pack_scales(scales, tensor.group),
+        return {"records": qformat.pack_rows(values, *scales, tensor.bits, tensor.group)}
+    packed = qformat.pack_panels(values, tensor.bits)
+    if not tensor.minimum:
+        return {"packed": packed, "scales": qformat.pack_scales(*scales, tensor.group)}
+    pairs, factors = scales
+    parts = {
+        "packed": packed,
+        "scales": qformat.pack_words(pairs, tensor.group, tensor.minimum),
+        "factors": qformat.pack_factors(factors),
     }
+    return {key: parts[key] for key in tensor.parts}
 
 
 class TensorStream:

@@ -35,7 +35,7 @@ from edge_gemma.quant.search import search_scales
 from edge_gemma.tokenizer import Tokenizer
 from edge_gemma.weights import PerLayerEmbeddings, Weights, bind_layer
 
-Rounded = tuple[np.ndarray, np.ndarray]  # values int8 [rows, k], scales [rows, groups]
+Rounded = tuple[np.ndarray, ...]  # values int8 [rows, k], scales [rows, groups]; or as carried (export/packed.py)
 Rounder = Callable[[np.ndarray, int], Rounded]  # (float32 rows, number of the first) -> Rounded; called from threads
 Put = Callable[[str, Rounder], None]  # read a tensor block by block, round and write it
 
@@ -82,6 +82,8 @@ class Carried(Protocol):
 
     @property
     def read(self) -> Callable[[int, int], Rounded]: ...
+
+    def dequantize(self, packed: Rounded) -> np.ndarray: ...
 
 
 @dataclass
@@ -252,15 +254,16 @@ class Calibration:
         def rounder(weights: np.ndarray, first: int) -> Rounded:
             rows = slice(first, first + len(weights))
             if carried is not None:
-                values, scales = carried.read(first, first + len(weights))
+                rounded = carried.read(first, first + len(weights))
             elif calibrated:
-                values, scales = round_segments(weights, segments, tensor.bits, tensor.group)
+                rounded = round_segments(weights, segments, tensor.bits, tensor.group)
             else:
-                values, scales = search_scales(weights, tensor.bits, tensor.group)
+                rounded = search_scales(weights, tensor.bits, tensor.group)
             if outs:
-                outs[0][:, rows] = x.values @ qformat.dequantize(values, scales, tensor.group).T
+                values = carried.dequantize(rounded) if carried else qformat.dequantize(*rounded, tensor.group)
+                outs[0][:, rows] = x.values @ values.T
                 outs[1][:, rows] = exact @ weights.T
-            return values, scales
+            return rounded
 
         self._put(name, rounder)
 

@@ -207,7 +207,7 @@ FOLDERS: list[tuple[str, Damage, str]] = [
     ("manifest cut", cut("manifest.json", 0.7), "manifest.json"),
     ("manifest with a flipped bit", replace("manifest.json", b'"hidden_size"', b'"hidden_sizd"'), "altered"),
     ("manifest of depth 100,000", write("manifest.json", b"[" * 100_000), "manifest.json"),
-    ("wrong version", resigned(lambda m: m.update(version=2)), "version 2"),
+    ("wrong version", resigned(lambda m: m.update(version=3)), "version 3, expected 1 to 2"),
     ("another format", resigned(lambda m: m.update(format="tar")), "not the manifest"),
     ("unknown configuration key", resigned(lambda m: m["config"].update(warp=9)), "warp"),
     ("tensor missing", resigned(lambda m: m["tensors"].pop("norm.weight")), "norm.weight"),

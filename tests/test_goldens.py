@@ -329,9 +329,13 @@ def dequantised(folder):
         elif t.layout == "rows":
             weights[name] = qformat.dequantize_rows(parts["records"], t.shape[1], t.bits, t.group)
         else:
-            scales = qformat.unpack_scales(parts["scales"].view(np.float16 if t.group else np.float32), t.shape[0])
-            weights[name] = qformat.dequantize(
-                qformat.unpack_panels(parts["packed"], t.bits, *t.shape), scales, t.group
+            scales = parts["scales"].view(qformat.scales_dtype(t.group, t.minimum))
+            rows, k = t.shape
+            factors = None
+            if t.minimum:
+                factors = parts.get("factors", np.empty((len(scales), 0, 2, 8), np.uint16)).view(np.float16)
+            weights[name] = qformat.dequantize_panels(
+                parts["packed"], scales, t.bits, t.group, np.arange(rows), k, factors
             )
     return weights
 

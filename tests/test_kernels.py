@@ -1,8 +1,9 @@
-"""Every kernel against its NumPy oracle, at odd sizes, for every instruction set this CPU has."""
+"""Kernels other than products with packed matrices (test_matmul.py) against their NumPy oracles; where compiled code is
+kept.
+"""
 
 import hashlib
 import os
-import re
 import subprocess
 import sys
 import threading
@@ -11,14 +12,10 @@ import time
 import numpy as np
 import pytest
 
-from edge_gemma import kernels, qformat
+from edge_gemma import kernels
 from edge_gemma.errors import UsageError
-from edge_gemma.kernels import isa, jit, reference
-from edge_gemma.kernels.assembly import ARM_LINUX, assembly
-from edge_gemma.kernels.tile import TileSpec
-from edge_gemma.linear import Activations, PanelMatrix
-
-LAYOUTS = [(bits, group) for bits in qformat.BITS for group in qformat.GROUPS]
+from edge_gemma.kernels import jit, reference
+from tests.test_matmul import close
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -31,162 +28,7 @@ def _restore():
 @pytest.fixture(params=kernels.available_variants())
 def variant(request):
     kernels.set_variant(request.param)
-    bits, group, per_group = (request.node.callspec.params.get(name) for name in ("bits", "group", "per_group"))
-    if request.param != kernels.available_variants()[0] and bits != 4 and (group == 16 or per_group):
-        pytest.skip("groups of 16 and scales of a group are the same code for every width: 4 bits stand for all")
     return request.param
-
-
-def close(got, expected, relative, what=""):
-    """Fails with the largest and mean difference, relative to the largest expected magnitude."""
-    difference = np.abs(got.astype(np.float64) - expected) / max(np.abs(expected).max(), 1e-30)
-    assert difference.max() <= relative, f"{what}: max {difference.max():.3g}, mean {difference.mean():.3g}"
-
-
-class Case:
-    """A random matrix product in one layout; x [n, k], w [rows, k]."""
-
-    def __init__(self, n, rows, k, bits, group, per_group=False, seed=0):
-        rng = np.random.default_rng(seed)
-        self.bits, self.group, self.rows = bits, group, rows
-        w = rng.integers(-(1 << (bits - 1)), 1 << (bits - 1), (rows, k)).astype(np.int8)
-        groups = qformat.group_count(k, group)
-        self.packed = qformat.pack_panels(w, bits)
-        self.scales = qformat.pack_scales(rng.uniform(0.5, 1.5, (rows, groups)) / 100, group, k)
-        self.scales = self.scales.view(np.uint16) if group else self.scales
-        self.packed.flags.writeable = self.scales.flags.writeable = False
-        self.x = rng.standard_normal((n, k)).astype(np.float32)
-        self.q = np.empty((n, qformat.padded_k(k)), np.int8)
-        self.a_scale = np.empty((n, groups if per_group else 1), np.float32)
-        self.sums = np.empty((n, groups), np.int32)
-        reference.quantize_activations(self.x, group, self.q, self.a_scale, self.sums)
-
-    def run(self, module=kernels, rows=slice(None)):
-        """float32 [n, rows]; what the padding rows of the last panel come to is nobody's business."""
-        out = np.full((len(self.q[rows]), 8 * len(self.packed)), np.nan, np.float32)
-        args = self.q[rows], self.a_scale[rows], self.sums[rows], self.packed, self.scales
-        module.matmul(*args, self.bits, self.group, out)
-        return out[:, : self.rows]
-
-
-@pytest.mark.parametrize(("bits", "group"), LAYOUTS)
-@pytest.mark.parametrize("per_group", [False, True])
-def test_matmul_is_the_oracle(variant, bits, group, per_group):
-    small = [(8, 32, 1), (13, 100, 3), (40, 96, 4), (67, 224, 5), (24, 544, 17), (9, 1056, 1), (1, 7, 2)]
-    many = [(8, 32, 24), (67, 1056, 29), (187, 96, 26), (13, 544, 300)]  # through kernels/blocked.py
-    for rows, k, n in [*small, (136, 64, 1), (187, 96, 2), *many]:
-        case = Case(n, rows, k, bits, group, per_group)
-        close(case.run(), case.run(reference), 1e-6, f"{variant} {rows}x{k} n={n}")
-
-
-@pytest.mark.parametrize(("bits", "group"), LAYOUTS)
-def test_matmul_integers_are_exact_at_the_extremes(variant, bits, group):
-    """All activations at +-127 and all weights at their ends: int16 intermediate sums must not overflow."""
-    low, high = -(1 << (bits - 1)), (1 << (bits - 1)) - 1
-    k = 2048
-    for a in (127, -127) if group else (127, -127, -128):
-        w = np.repeat(np.array([[low], [high]], np.int8), k, 1).repeat(5, 0)
-        groups = qformat.group_count(k, group)
-        scales = qformat.pack_scales(np.ones((10, groups)), group)
-        packed = qformat.pack_panels(w, bits)
-        scales = scales.view(np.uint16) if group else scales
-        for n in (5, kernels.BLOCKED_FROM):
-            q = np.full((n, k), a, np.int8)
-            sums = q.reshape(n, groups, -1).sum(2, dtype=np.int32)
-            out = np.empty((n, 16), np.float32)
-            kernels.matmul(q, np.ones((n, 1), np.float32), sums, packed, scales, bits, group, out)
-            assert np.array_equal(out[:, :10], np.broadcast_to(a * w[:, 0].astype(np.float64) * k, (n, 10)))
-
-
-@pytest.mark.parametrize(("bits", "group"), LAYOUTS)
-def test_a_row_is_the_same_in_every_tile_and_for_every_thread_count(variant, bits, group):
-    case = Case(61, 67, 1056, bits, group)
-    whole = case.run()
-    for rows in (slice(0, 1), slice(3, 7), slice(5, 11), slice(12, 17), slice(44, 61), slice(7, 58)):
-        assert np.array_equal(case.run(rows=rows), whole[rows]), f"{variant} {rows}"
-    kernels.set_threads(1)
-    try:
-        assert np.array_equal(case.run(), whole)
-    finally:
-        kernels.set_threads(None)
-
-
-def test_a_slice_of_panels_is_a_matrix(variant):
-    case = Case(3, 80, 128, 4, 32)
-    out = np.empty((3, 24), np.float32)
-    kernels.matmul(case.q, case.a_scale, case.sums, case.packed[2:5], case.scales[2:5], 4, 32, out)
-    assert np.array_equal(out, case.run()[:, 16:40])
-
-
-@pytest.mark.parametrize("per_group", [False, True])
-@pytest.mark.parametrize("group", qformat.GROUPS)
-@pytest.mark.parametrize(("n", "k"), [(1, 1), (3, 33), (5, 100), (1, 1536), (70, 520)])
-def test_quantize_activations_is_the_oracle_bit_for_bit(n, k, group, per_group):
-    x = np.random.default_rng(k).standard_normal((n, k)).astype(np.float32) * 3
-    x[0, : k // 2] = 0
-    x[-1] *= np.float32(1e-33)
-    groups = qformat.group_count(k, group)
-
-    def run(module):
-        q = np.full((n, qformat.padded_k(k)), 99, np.int8)
-        scale, sums = np.empty((n, groups if per_group else 1), np.float32), np.empty((n, groups), np.int32)
-        module.quantize_activations(x, group, q, scale, sums)
-        return q, scale, sums
-
-    for name, got, expected in zip(("q", "scale", "sums"), run(kernels), run(reference), strict=True):
-        assert np.array_equal(got, expected), name
-
-
-def test_quantize_rounds_half_to_even_and_survives_anything():
-    x = np.zeros((4, 32), np.float32)
-    x[0, :5] = 127, 0.5, 1.5, -2.5, -127
-    x[1, 3], x[2, 3] = np.nan, -np.inf
-    q, scale, sums = np.empty((4, 32), np.int8), np.empty((4, 1), np.float32), np.empty((4, 1), np.int32)
-    kernels.quantize_activations(x, 0, q, scale, sums)
-    assert q[0, :5].tolist() == [127, 0, 2, -2, -127]
-    assert not q[1:].any()
-    assert not sums[1:].any()
-    assert np.isnan(scale[1:3]).all()
-    assert scale[3] == 0
-
-
-@pytest.mark.parametrize(("n", "k"), [(1, 1), (3, 33), (5, 100), (70, 520)])
-def test_static_scales_are_the_oracle_bit_for_bit(n, k):
-    """Halves of a step, both ends, infinities, and a row with a NaN."""
-    rng = np.random.default_rng(k)
-    step = np.float32(0.037)
-    x = (rng.integers(-300, 300, (n, k)) * np.float32(0.5) * step).astype(np.float32)
-    x[0, 0] = np.inf
-    x[-1, -1] = -np.inf if n == 1 else np.nan
-
-    def run(module):
-        q = np.full((n, qformat.padded_k(k)), 99, np.int8)
-        scale, sums, rounded = np.empty((n, 1), np.float32), np.empty((n, 1), np.int32), x.copy()
-        module.quantize_static(x, float(step), q, scale, sums)
-        module.round_to_step(rounded, float(step))
-        return q, scale, sums, rounded
-
-    for name, got, expected in zip(("q", "scale", "sums", "rounded"), run(kernels), run(reference), strict=True):
-        assert np.array_equal(got, expected, equal_nan=True), name
-
-
-@pytest.mark.parametrize("bits", qformat.BITS)
-def test_matrices_with_static_scales(variant, bits):
-    """All of x at the lower end and beyond: -128 steps, which bytes take in two parts."""
-    rng = np.random.default_rng(bits)
-    n, rows, k, step, out_step = 3, 19, 300, 0.05, 0.25
-    w = rng.integers(-(1 << (bits - 1)), 1 << (bits - 1), (rows, k)).astype(np.int8)
-    scales = rng.uniform(0.5, 1.5, rows).astype(np.float32) / 8
-    x = rng.standard_normal((n, k)).astype(np.float32) * 4
-    x[1, ::2] = -6.4
-    x[2] = -100
-    packed = qformat.pack_panels(w, bits), qformat.pack_scales(scales, 0)
-    y = np.clip(np.rint(x / np.float32(step)), -128, 127) * step @ (w * scales[:, None]).astype(np.float64).T
-    exact = PanelMatrix(*packed, w.shape, bits, 0, step)(Activations(x))
-    close(exact, y, 1e-6, variant)
-    close(PanelMatrix(*packed, w.shape, bits, 0, step)(Activations(x), 8, 17), y[:, 8:17], 1e-6, variant)
-    rounded = PanelMatrix(*packed, w.shape, bits, 0, step, out_step)(Activations(x))
-    assert np.array_equal(rounded, np.clip(np.rint(exact / np.float32(out_step)), -128, 127) * np.float32(out_step))
 
 
 @pytest.mark.parametrize(("n", "rows", "k"), [(1, 1, 1), (3, 7, 33), (9, 130, 256), (2, 3, 64), (4, 6, 48)])
@@ -369,22 +211,6 @@ def test_half_values_widen_exactly(variant):
 
 
 def test_wrong_arguments_never_reach_native_code():
-    case = Case(2, 16, 64, 4, 32)
-    good = [case.q, case.a_scale, case.sums, case.packed, case.scales, 4, 32, np.empty((2, 16), np.float32)]
-    replacements = [
-        (0, case.q[:1]),
-        (0, case.q[:, ::2]),
-        (1, case.a_scale.astype(np.float64)),
-        (3, case.packed[:1]),
-        (4, case.scales.view(np.float16)),
-        (5, 2),
-        (6, 16),
-        (7, np.empty((2, 15), np.float32)),
-        (7, np.empty((16, 2), np.float32).T),
-    ]
-    for index, wrong in replacements:
-        with pytest.raises(ValueError, match="arguments do not fit"):
-            kernels.matmul(*good[:index], wrong, *good[index + 1 :])
     cache = np.zeros((4, 1, 8), np.float32)
     q = np.zeros((2, 2, 8), np.float32)
     for arguments in [
@@ -399,23 +225,6 @@ def test_wrong_arguments_never_reach_native_code():
         kernels.store_kv(np.zeros((5, 1, 8), np.float32), np.zeros((5, 1, 8), np.float32), cache, cache, 0)
     with pytest.raises(ValueError, match="variant"):
         kernels.set_variant("mmx")
-
-
-@pytest.mark.parametrize(("cpu", "name"), [("cortex-a76", "neon-dotprod"), ("cortex-a72", "neon")])
-@pytest.mark.parametrize(("bits", "group"), LAYOUTS)
-def test_arm_tiles_use_their_instructions(cpu, name, bits, group):
-    """A Pi 5's tile is made of sdot by element, a Pi 4's of smull and smlal; they hardly spill."""
-    spec = TileSpec(name, bits, group, False, isa.SETS[name].tokens(group != 0), 1)
-    text = assembly(spec, ARM_LINUX, cpu)
-    by_element = re.findall(r"\tsdot\tv\d+\.4s, v\d+\.16b, v\d+\.4b\[\d\]", text)
-    assert len(by_element) == (spec.tokens * (group or 32) // 2 if name == "neon-dotprod" else 0)
-    pairs = bits < 8 or group  # bytes times -128 leave no room for a second product in 16 bits
-    assert ("smlal" in text) == (name == "neon" and bool(pairs))
-    assert ("smull" in text) == (name == "neon")
-    assert "\n\tbl\t" not in text  # no library calls
-    if bits < 8 or name == "neon-dotprod":
-        inner = max(re.split(r"\n(?=\.LBB\S+:)", text), key=len)
-        assert len(re.findall(r"\tst[rp]\tq\d+.*\[sp", inner)) <= 2
 
 
 def small_kernel():

@@ -142,7 +142,8 @@ def write_gguf(
     """Write a tiny model of `kind` ("e2b", "e4b", "dense", "gemma3") and return `path`.
 
     `quant`: the type of matrices, for all or by GGUF name; vectors are F32 as the converter leaves them.
-    `metadata`: keys to change, None to leave out. `tensors`: in place of `tiny_tensors(kind)`.
+    `metadata`: keys to change, None to leave out. `tensors`: in place of `tiny_tensors(kind)`; bytes (uint8) are
+    blocks of their type already.
     """
     words = {k: v for k, v in (tiny_metadata(kind) | dict(metadata or {})).items() if v is not None}
     writer = gguf.GGUFWriter(path, words.pop("general.architecture"))
@@ -151,12 +152,62 @@ def write_gguf(
     for name, value in (tiny_tensors(kind) if tensors is None else tensors).items():
         chosen = quant if isinstance(quant, str) else quant(name)
         raw = gguf.GGMLQuantizationType[chosen if value.ndim > 1 else "F32"]
-        writer.add_tensor(name, gguf.quants.quantize(value, raw), raw_dtype=raw)
+        writer.add_tensor(name, value if value.dtype == np.uint8 else gguf.quants.quantize(value, raw), raw_dtype=raw)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+HALVES = {
+    "Q2_K": (80, 82),
+    "Q3_K": (108,),
+    "Q6_K": (208,),
+    "Q4_1": (0, 2),
+    "Q5_1": (0, 2),
+    "Q4_K": (0, 2),
+    "Q5_K": (0, 2),
+}
+"""Where the float16 scales of a block lie; other quantised types have one, at 0."""
+
+
+def random_blocks(kind: str, rows: int, columns: int, rng: np.random.Generator, size: float = 0.1) -> np.ndarray:
+    """Random integers, sub-scales and minima under scales that make weights of about this size: uint8 [rows, bytes]."""
+    elements, nbytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
+    blocks = rng.integers(0, 256, (rows * columns // elements, nbytes), dtype=np.uint8)
+    places = HALVES.get(kind, (0,))
+    for at in places:
+        blocks[:, at : at + 2] = rng.uniform(0.5, 1, (len(blocks), 1)).astype("<f2").view(np.uint8)
+    reach = np.abs(gguf.quants.dequantize(blocks, gguf.GGMLQuantizationType[kind])).max()
+    for at in places:
+        halves = blocks[:, at : at + 2].copy().view("<f2").astype(np.float32) * (size / reach)
+        blocks[:, at : at + 2] = halves.astype("<f2").view(np.uint8)
+    return blocks.reshape(rows, -1)
+
+
+def write_blocks_gguf(path: Path, quant: Callable[[str], str]) -> Path:
+    """A tiny Gemma 3 as wide as blocks of 256 need, its matrices random blocks of the types `quant` names."""
+    d, ff, heads, head_dim, rng = 256, 512, 4, 64, np.random.default_rng(0)
+    depth = tiny_config("gemma3")["num_hidden_layers"]
+    shapes: dict[str, tuple[int, ...]] = {"token_embd": (VOCAB, d), "output_norm": (d,)}
+    for i in range(depth):
+        layer: dict[str, tuple[int, ...]] = dict.fromkeys(
+            ("attn_norm", "post_attention_norm", "ffn_norm", "post_ffw_norm"), (d,)
+        )
+        layer |= {"attn_q_norm": (head_dim,), "attn_k_norm": (head_dim,), "attn_q": (heads * head_dim, d)}
+        layer |= {"attn_k": (head_dim, d), "attn_v": (head_dim, d), "attn_output": (d, heads * head_dim)}
+        layer |= {"ffn_gate": (ff, d), "ffn_up": (ff, d), "ffn_down": (d, ff)}
+        shapes |= {f"blk.{i}.{name}": shape for name, shape in layer.items()}
+    tensors: dict[str, np.ndarray] = {}
+    for name, shape in shapes.items():
+        name = f"{name}.weight"
+        tensors[name] = np.ones(shape, np.float32) if len(shape) == 1 else random_blocks(quant(name), *shape, rng)
+    words = {"embedding_length": d, "feed_forward_length": ff, "attention.key_length": head_dim}
+    words |= {"attention.value_length": head_dim}
+    return write_gguf(
+        path, "gemma3", quant=quant, tensors=tensors, metadata={f"gemma3.{k}": v for k, v in words.items()}
+    )
 
 
 def _add(writer: gguf.GGUFWriter, key: str, value: Any) -> None:

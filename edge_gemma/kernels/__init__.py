@@ -121,16 +121,24 @@ BLOCKED_FROM = 24
 
 
 @functools.cache
-def _matmul(variant_name, bits, group, scale_groups):
+def _matmul(variant_name, bits, group, scale_groups, minimum):
     from edge_gemma.kernels.panels import make
 
     if bits not in (2, 4, 8) or group not in (0, 16, 32):
         raise ValueError(f"weights of {bits} bits in groups of {group}, expected 2, 4 or 8 bits and 0, 16 or 32")
-    return make(variant_name, bits, group, scale_groups)
+    return make(variant_name, bits, group, scale_groups, minimum)
+
+
+_NO_FACTORS = np.empty((0, 0, 2, 8), np.uint16)
+
+
+def minimum_bits(w_scale, factors) -> int:
+    """Bits of the minimum in a word of w_scale; 0 where w_scale are scales alone."""
+    return 0 if factors is None else 4 * w_scale.itemsize
 
 
 @functools.cache
-def _blocked(variant_name, bits, group, scale_groups):
+def _blocked(variant_name, bits, group, scale_groups, minimum):
     """The same for many tokens, as a function of matmul's arrays; None where the instruction set has none."""
     from edge_gemma.kernels.isa import SETS
 
@@ -138,17 +146,18 @@ def _blocked(variant_name, bits, group, scale_groups):
         return None
     from edge_gemma.kernels.blocked import interleaved, make
 
-    def launch(q, a_scale, sums, packed, w_scale, out):
-        activations = interleaved(variant_name, bits, group, q, a_scale, sums)
+    def launch(q, a_scale, sums, packed, w_scale, factors, out):
+        activations = interleaved(variant_name, bits, group, minimum, q, a_scale, sums)
         if activations is None or len(q) != len(out):
             return False
-        return jit.launch(make(variant_name, bits, group, scale_groups), *activations, packed, w_scale, out)
+        function = make(variant_name, bits, group, scale_groups, minimum)
+        return jit.launch(function, *activations, packed, w_scale, factors, out)
 
     return launch
 
 
 @_recorded
-def matmul(q, a_scale, sums, packed, w_scale, bits, group, out) -> None:
+def matmul(q, a_scale, sums, packed, w_scale, bits, group, out, factors=None) -> None:
     """out[n, r] = sum over groups g of a_scale[n, g] * w_scale[g, r] * (sum over k in g of q[n, k] * w[r, k]).
 
     q int8 [n, kpad], a_scale float32 [n, 1 or groups], sums int32 [n, groups] from `quantize_activations`; packed
@@ -156,10 +165,16 @@ def matmul(q, a_scale, sums, packed, w_scale, bits, group, out) -> None:
     float16) for groups of 32 or 16, float32 when group is 0; any run of panels is a matrix of its own. out float32 [n,
     8 panels]. Integer sums are exact; float32 products are added in ascending order of g, so a result is
     the same for every n and every number of threads. q may be -128 where group is 0, else +-127 at most.
+
+    With factors, uint16 (the view of float16) [panels, blocks of 256 columns, 2, 8], w_scale holds words of scale and
+    minimum (qformat.py) and weights are w_scale * field - minimum: the fields as they are stored, unsigned, bytes at
+    most 127. Words of 32 bits need none: [panels, 0, 2, 8].
     """
-    choice = variant(), bits, group, group != 0 and a_scale.shape[1] != 1
+    choice = variant(), bits, group, group != 0 and a_scale.shape[1] != 1, minimum_bits(w_scale, factors)
+    factors = _NO_FACTORS if factors is None else factors
     blocked = _blocked(*choice) if len(q) >= BLOCKED_FROM else None
-    if not (blocked or functools.partial(jit.launch, _matmul(*choice)))(q, a_scale, sums, packed, w_scale, out):
+    launch = blocked or functools.partial(jit.launch, _matmul(*choice))
+    if not launch(q, a_scale, sums, packed, w_scale, factors, out):
         arrays = {"q": q, "a_scale": a_scale, "sums": sums, "packed": packed, "w_scale": w_scale, "out": out}
         _refuse(f"a packed matrix of {bits} bits with groups of {group}", **arrays)
 

@@ -9,27 +9,31 @@ from types import SimpleNamespace
 import llvmlite.binding as llvm
 from llvmlite import ir
 
-from edge_gemma.kernels.isa import F32, I8, I16, I32, I64, at, store
+from edge_gemma.kernels.isa import F32, I8, I16, I64, at, store
 from edge_gemma.kernels.tile import Tile, TileSpec
+from edge_gemma.qformat import FACTOR_COLUMNS
 
 ARM_LINUX = "aarch64-unknown-linux-gnu"
 
 
 def _module(spec: TileSpec, triple: str, cpu: str, features: str) -> ir.Module:
-    """void tile(q, a_scale, correction, packed, w_scale, out, k, groups, bytes of a panel)."""
+    """void tile(q, a_scale, correction, packed, w_scale, factors, out, k, groups, bytes of a panel)."""
     module = ir.Module("tile")
     module.triple = triple
-    w_scalar = I16 if spec.group else F32
-    scalars = {"q": I8, "a_scale": F32, "correction": I32, "packed": I8, "w_scale": w_scalar, "out": F32}
+    scalars = {"q": I8, "a_scale": F32, "correction": spec.correction, "packed": I8, "w_scale": spec.w_scale}
+    scalars |= {"factors": I16, "out": F32}
     kind = ir.FunctionType(ir.VoidType(), [s.as_pointer() for s in scalars.values()] + [I64] * 3)
     function = ir.Function(module, kind, "tile")
     builder = ir.IRBuilder(function.append_basic_block("entry"))
     base = dict(zip(scalars, function.args, strict=False))
-    k, groups, size = function.args[6:]
+    k, groups, size = function.args[7:]
     strides = {"q": k, "a_scale": groups, "correction": groups, "packed": size, "w_scale": builder.mul(groups, I64(8))}
+    strides["factors"] = builder.mul(
+        builder.udiv(builder.add(k, I64(FACTOR_COLUMNS - 1)), I64(FACTOR_COLUMNS)), I64(16)
+    )
     pointers = {}
     for name, stride in strides.items():
-        count = spec.panels if name in ("packed", "w_scale") else spec.tokens
+        count = spec.panels if name in ("packed", "w_scale", "factors") else spec.tokens
         pointers[name] = [at(builder, base[name], scalars[name], builder.mul(stride, I64(i))) for i in range(count)]
     context = SimpleNamespace(codegen=lambda: SimpleNamespace(magic_tuple=lambda: (triple, cpu, features)))
     steps = builder.udiv(k, I64(spec.group or 32))

@@ -141,7 +141,7 @@ class Portable:
 
     def chain(self, bits):
         """Steps whose sum fits 16 bits: |field| * 127 each."""
-        return 32767 // ({2: 3, 4: 15, 8: 128}[bits] * 127)
+        return 32767 // ({2: 3, 4: 15, 7: 127, 8: 128}[bits] * 127)
 
     def activations(self, builder, pointer, count, panels):
         """`count` dwords of activations at `pointer`, each repeated for every row: int8 vectors."""

@@ -20,44 +20,80 @@ import numpy as np
 from edge_gemma.kernels import isa
 from edge_gemma.kernels.jit import array, kernel
 from edge_gemma.kernels.tile import TileSpec, make_tile
+from edge_gemma.qformat import FACTOR_COLUMNS
 
 TOKEN_BLOCK_BYTES = 1 << 18
 """Activations that are kept in a core's cache while all its panels pass by."""
 
 
+def scale_type(group, minimum):
+    """The dtype of w_scale: float16 bits, words of twice the minimum's bits, or float32."""
+    return np.dtype(f"u{2 * minimum // 8 or 2}" if group else "f4")
+
+
+@numba.njit(error_model="numpy")
+def factor_blocks(kpad, minimum):
+    """Pairs of factors a row."""
+    return (kpad + FACTOR_COLUMNS - 1) // FACTOR_COLUMNS if minimum in (4, 8) else 0
+
+
 @functools.cache
-def make_one_token(variant, bits, group, scale_groups):
+def make_one_token(variant, bits, group, scale_groups, minimum):
     """The tile of a single token."""
-    return make_tile(TileSpec(variant, bits, group, scale_groups, 1, isa.SETS[variant].streams))
+    return make_tile(TileSpec(variant, bits, group, scale_groups, 1, isa.SETS[variant].streams, minimum))
 
 
-def make(variant, bits, group, scale_groups):
-    """The matmul kernel of an instruction set, width, group size, and kind of activation scale."""
+@functools.cache
+def make_correction(variant, bits, group, scale_groups, minimum):
+    """correction(sums, a_scale): what a tile adds for the fields' offset (int32), or times the minima (float32)."""
+    zero = np.int32(isa.SETS[variant].zero_point(bits, group))
+
+    @numba.njit(error_model="numpy")
+    def of_zero_point(sums, a_scale):
+        result = np.empty_like(sums)
+        for i in range(sums.shape[0]):
+            for g in range(sums.shape[1]):
+                result[i, g] = -zero * sums[i, g]
+        return result
+
+    @numba.njit(error_model="numpy")
+    def of_minima(sums, a_scale):
+        result = np.empty(sums.shape, np.float32)
+        for i in range(sums.shape[0]):
+            for g in range(sums.shape[1]):
+                result[i, g] = np.float32(-sums[i, g]) * (a_scale[i, g] if scale_groups else np.float32(1))
+        return result
+
+    return of_minima if minimum else of_zero_point
+
+
+def make(variant, bits, group, scale_groups, minimum):
+    """The matmul kernel of an instruction set, width, group size, kind of activation scale, and minimum."""
     chosen = isa.SETS[variant]
-    zero = np.int32(chosen.zero_point(bits, group))
     most, pair, streams = chosen.tokens(group != 0), chosen.panels, chosen.streams
     some = max(most // 2, 2)
     middle = some < most
-    many_tokens = make_tile(TileSpec(variant, bits, group, scale_groups, most, pair))
-    some_tokens = make_tile(TileSpec(variant, bits, group, scale_groups, some, pair))
-    one_token = make_one_token(variant, bits, group, scale_groups)
+    many_tokens = make_tile(TileSpec(variant, bits, group, scale_groups, most, pair, minimum))
+    some_tokens = make_tile(TileSpec(variant, bits, group, scale_groups, some, pair, minimum))
+    one_token = make_one_token(variant, bits, group, scale_groups, minimum)
+    correct = make_correction(variant, bits, group, scale_groups, minimum)
 
     @numba.njit(error_model="numpy")
-    def run(q, a_scale, correction, packed, w_scale, out, n0, n1, first, apart):
+    def run(q, a_scale, correction, packed, w_scale, factors, out, n0, n1, first, apart):
         """Tokens [n0, n1) of a tile's panels."""
         token = n0
         while token < n1:
             tokens = most if n1 - token >= most else some if n1 - n0 >= some else 1
             token = min(token, n1 - tokens)
             if tokens == 1:
-                one_token(q, a_scale, correction, packed, w_scale, out, token, first, apart)
+                one_token(q, a_scale, correction, packed, w_scale, factors, out, token, first, apart)
             elif tokens == most:
-                many_tokens(q, a_scale, correction, packed, w_scale, out, token, first, apart)
+                many_tokens(q, a_scale, correction, packed, w_scale, factors, out, token, first, apart)
             elif middle:
-                some_tokens(q, a_scale, correction, packed, w_scale, out, token, first, apart)
+                some_tokens(q, a_scale, correction, packed, w_scale, factors, out, token, first, apart)
             token += tokens
 
-    def matmul(q, a_scale, sums, packed, w_scale, out):
+    def matmul(q, a_scale, sums, packed, w_scale, factors, out):
         n, kpad = q.shape
         panels = packed.shape[0]
         groups = kpad // group if group else 1
@@ -67,10 +103,9 @@ def make(variant, bits, group, scale_groups):
             return False
         if out.shape != (n, 8 * panels):
             return False
-        correction = np.empty_like(sums)
-        for i in range(n):
-            for g in range(sums.shape[1]):
-                correction[i, g] = -zero * sums[i, g]
+        if factors.shape != (panels if minimum else 0, factor_blocks(kpad, minimum), 2, 8):
+            return False
+        correction = correct(sums, a_scale)
         together = n >= some
         units = (panels + pair - 1) // pair if together else (panels + streams - 1) // streams
         block = most * max(1, TOKEN_BLOCK_BYTES // (q.shape[1] * most))
@@ -79,11 +114,11 @@ def make(variant, bits, group, scale_groups):
             b, u = task // units, task % units
             n0, n1 = b * block, n if b == blocks - 1 else (b + 1) * block
             first, apart = (u * pair, 1) if together else (u, units)
-            run(q, a_scale, correction, packed, w_scale, out, n0, n1, first, apart)
+            run(q, a_scale, correction, packed, w_scale, factors, out, n0, n1, first, apart)
 
         return True
 
-    matmul.__name__ = f"matmul_{variant}_{bits}_{group}_{'groups' if scale_groups else 'tokens'}"
+    matmul.__name__ = f"matmul_{variant}_{bits}_{group}_{'groups' if scale_groups else 'tokens'}_{minimum}"
     signature = array("i1", 2), array("f4", 2), array("i4", 2), array("u1", 4)
-    signature += array("u2" if group else "f4", 3), array("f4", 2, True)
+    signature += array(scale_type(group, minimum), 3), array("u2", 4), array("f4", 2, True)
     return kernel(*signature, parallel=True, key=matmul.__name__)(matmul)

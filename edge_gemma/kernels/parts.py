@@ -14,11 +14,11 @@ import numpy as np
 from numba.core import types
 from numba.extending import intrinsic
 
-from edge_gemma.kernels import elementwise, isa
+from edge_gemma.kernels import elementwise
 from edge_gemma.kernels.attend import BLOCK, finish, make_span, make_store_row, merge, scaled_rows
 from edge_gemma.kernels.dense import make_rows
 from edge_gemma.kernels.jit import part
-from edge_gemma.kernels.panels import make_one_token
+from edge_gemma.kernels.panels import factor_blocks, make_correction, make_one_token, scale_type
 
 FUNCTION, CHUNKS, WINDOW, WAITS, OWN = range(5)
 """Words of an operation. CHUNKS: how many chunks, or, where WINDOW is not -1, how many for each block of visible keys
@@ -158,28 +158,27 @@ def dense(variant, half):
 
 
 @functools.cache
-def matmul(variant, bits, group, scale_groups):
-    """q, a_scale, sums, packed, w_scale, out, kpad, panels, panels apart, units a chunk."""
-    one_token = make_one_token(variant, bits, group, scale_groups)
-    zero = np.int32(isa.SETS[variant].zero_point(bits, group))
-    scale_type = np.uint16 if group else np.float32
+def matmul(variant, bits, group, scale_groups, minimum):
+    """q, a_scale, sums, packed, w_scale, factors, out, kpad, panels, panels apart, units a chunk."""
+    one_token = make_one_token(variant, bits, group, scale_groups, minimum)
+    correct = make_correction(variant, bits, group, scale_groups, minimum)
+    w_scale_type = scale_type(group, minimum)
 
     def matmul(op, position, chunk):
         w, _ = words(op)
-        kpad, panels = w[6], w[7]
+        kpad, panels = w[7], w[8]
         groups = kpad // group if group else 1
         q, a_scale = numba.carray(pointer(w[0]), (1, kpad), np.int8), floats(w[1], (1, groups if scale_groups else 1))
         sums = numba.carray(pointer(w[2]), (1, groups), np.int32)
         packed = numba.carray(pointer(w[3]), (panels, kpad * bits // 32, 8, 4), np.uint8)
-        w_scale = numba.carray(pointer(w[4]), (panels, groups, 8), scale_type)
-        out = floats(w[5], (1, 8 * panels))
-        correction = np.empty_like(sums)
-        for g in range(groups):
-            correction[0, g] = -zero * sums[0, g]
-        for unit in range(chunk * w[9], min(w[8], (chunk + 1) * w[9])):
-            one_token(q, a_scale, correction, packed, w_scale, out, 0, unit, w[8])
+        w_scale = numba.carray(pointer(w[4]), (panels, groups, 8), w_scale_type)
+        factors = numba.carray(pointer(w[5]), (panels, factor_blocks(kpad, minimum), 2, 8), np.uint16)
+        out = floats(w[6], (1, 8 * panels))
+        correction = correct(sums, a_scale)
+        for unit in range(chunk * w[10], min(w[9], (chunk + 1) * w[10])):
+            one_token(q, a_scale, correction, packed, w_scale, factors, out, 0, unit, w[9])
 
-    return part(f"matmul {variant} {bits} {group} {scale_groups}")(matmul)
+    return part(f"matmul {variant} {bits} {group} {scale_groups} {minimum}")(matmul)
 
 
 @functools.cache

@@ -208,15 +208,16 @@ def _dense(_, x, w, out):
     yield Operation(part, (x, w, out, *w.shape, rows), (x,), (out,), -(-len(w) // rows))
 
 
-def _matmul(_, q, a_scale, sums, packed, w_scale, bits, group, out):
+def _matmul(_, q, a_scale, sums, packed, w_scale, bits, group, out, factors=None):
     from edge_gemma import kernels
 
     _one(q)
     variant, panels = kernels.variant(), len(packed)
     apart = -(-panels // SETS[variant].streams)
     units = max(1, min(parts.CHUNK_BYTES * apart // packed.nbytes, apart // (2 * jit.threads())))
-    part = parts.matmul(variant, bits, group, group != 0 and a_scale.shape[1] != 1)
-    words = q, a_scale, sums, packed, w_scale, out, q.shape[1], panels, apart, units
+    minimum = kernels.minimum_bits(w_scale, factors)
+    part = parts.matmul(variant, bits, group, group != 0 and a_scale.shape[1] != 1, minimum)
+    words = q, a_scale, sums, packed, w_scale, factors, out, q.shape[1], panels, apart, units
     yield Operation(part, words, (q, a_scale, sums), (out,), -(-apart // units))
 
 

@@ -6,7 +6,7 @@ are summed the oracle sums in float64, and a kernel may differ from it by float3
 
 import numpy as np
 
-from edge_gemma.qformat import unpack_panels
+from edge_gemma.qformat import scales_and_minima, unpack_panels, unpack_words, zero_point
 
 
 def quantize_activations(x, group, q, scale, sums):
@@ -49,8 +49,15 @@ def integer_dots(q, packed, bits, group):
     return np.einsum("ngk,rgk->ngr", a, w.reshape(len(w), -1, width))
 
 
-def matmul(q, a_scale, sums, packed, w_scale, bits, group, out):
+def matmul(q, a_scale, sums, packed, w_scale, bits, group, out, factors=None):
     """See kernels.matmul; float64 in place of the kernel's float32 accumulation."""
+    if factors is not None:
+        rows = 8 * len(packed)
+        pairs = scales_and_minima(*unpack_words(w_scale, factors.view(np.float16), group, rows), group)
+        scales, minima = pairs.astype(np.float64).transpose(2, 1, 0)
+        dots = integer_dots(q, packed, bits, group) + zero_point(bits) * sums[:, :, None].astype(np.int64)
+        out[...] = ((dots * scales - minima * sums[:, :, None]) * a_scale.astype(np.float64)[:, :, None]).sum(axis=1)
+        return
     scales = w_scale.view(np.float16) if w_scale.dtype == np.uint16 else w_scale
     scales = scales.astype(np.float64).transpose(1, 0, 2).reshape(scales.shape[1], -1)
     y = (integer_dots(q, packed, bits, group) * scales * a_scale.astype(np.float64)[:, :, None]).sum(axis=1)

@@ -6,10 +6,14 @@ One emitter serves every width, layout and instruction set (kernels/isa.py).
 For token t and row r:  out = a_scale * sum_g w_scale[g, r] * (correction[g] + sum_{k in g} q[t, k] * field[r, k]) with
 correction = -zero_point * sums, the start of the integer accumulator. The float sum runs over g upwards with one fused
 multiply-add each, in a lane of its own: no tile shape changes a result. With one scale a row there is one g, all of k.
+
+Weights with a minimum are w_scale * field - minimum, fields unsigned: nothing corrects the integers, and the sum over g
+also takes minimum[g, r] * correction[g] with the float correction = -sums (times the group's activation scale).
 """
 
 from dataclasses import dataclass
 
+from llvmlite import ir
 from numba.core import types
 from numba.extending import intrinsic
 
@@ -32,6 +36,7 @@ from edge_gemma.kernels.isa import (
     store,
     vector,
 )
+from edge_gemma.qformat import FACTOR_COLUMNS
 
 PREFETCH = 4096
 """Bytes ahead of a single token's walk through the weights, all its streams together."""
@@ -47,6 +52,21 @@ class TileSpec:
     scale_groups: bool  # activations have a scale a group too
     tokens: int
     panels: int  # as many as one register holds (isa's panels), half of it, or several registers' worth
+    minimum: int = 0  # bits of a group's minimum, as in qformat.py; 0: none
+
+    @property
+    def w_scale(self) -> ir.Type:
+        """An element of w_scale: float16, a word with a minimum, or float32."""
+        return ir.IntType(2 * self.minimum or 16) if self.group else F32
+
+    @property
+    def correction(self) -> ir.Type:
+        return F32 if self.minimum else I32
+
+
+def field_bits(bits, minimum):
+    """What isa's methods are told: bytes with a minimum are 0 to 127, 7 bits, which no set needs to change."""
+    return 7 if minimum and bits == 8 else bits
 
 
 class Tile:
@@ -96,10 +116,10 @@ class Tile:
         column = b.mul(index, I64(self.step_k))
         rows = [at(b, q, I8, column) for q in self.p["q"]]
         activations = [self.isa.activations(b, q, self.step_k // 4, self.width) for q in rows]
-        result = []
+        result, bits = [], field_bits(spec.bits, spec.minimum)
         for r, sums in enumerate(totals):
             fields = self.fields(packed[r * self.width : (r + 1) * self.width])
-            result.append(self.isa.dots(b, sums, fields, activations, spec.bits, spec.group))
+            result.append(self.isa.dots(b, sums, fields, activations, bits, spec.group))
         return result
 
     def fresh(self):
@@ -118,31 +138,58 @@ class Tile:
         total = totals[0]
         for more in totals[1:]:
             total = b.add(total, more)
-        correction = b.load(at(b, self.p["correction"][token], I32, group), align=4)
-        total = b.add(self.isa.finish(b, total), splat(b, correction, self.lanes))
+        total = self.isa.finish(b, total)
+        if not self.spec.minimum:
+            total = b.add(total, self.correction(token, group))
         return b.sitofp(total, vector(F32, self.lanes))
+
+    def correction(self, token, group):
+        b, scalar = self.builder, self.spec.correction
+        return splat(b, b.load(at(b, self.p["correction"][token], scalar, group), align=4), self.lanes)
+
+    def of_rows(self, name, scalar, offset):
+        """A vector for each register: what an array has for its rows, 8 a panel."""
+        b = self.builder
+        panels = [load(b, at(b, p, scalar, offset), vector(scalar, 8)) for p in self.p[name]]
+        return [join(b, panels[i : i + self.width]) for i in range(0, len(panels), self.width)]
 
     def weight_scales(self, group):
         """A vector of scales for each register."""
-        b, offset = self.builder, self.builder.mul(group, I64(8))
-        scalar = I16 if self.spec.group else F32
-        panels = [load(b, at(b, p, scalar, offset), vector(scalar, 8)) for p in self.p["w_scale"]]
-        scales = [join(b, panels[i : i + self.width]) for i in range(0, len(panels), self.width)]
-        return [widen_half(self.context, b, s) if self.spec.group else s for s in scales]
+        scales = self.of_rows("w_scale", self.spec.w_scale, self.builder.mul(group, I64(8)))
+        return [widen_half(self.context, self.builder, s) if self.spec.group else s for s in scales]
+
+    def scales_and_minima(self, group):
+        """The two halves of the words of each register's rows, as float32 vectors."""
+        b, bits = self.builder, self.spec.minimum
+        words = self.of_rows("w_scale", self.spec.w_scale, b.mul(group, I64(8)))
+        halves = [(w, b.lshr(w, ir.Constant(w.type, [bits] * self.lanes))) for w in words]
+        if bits == 16:
+            return [[widen_half(self.context, b, b.trunc(h, vector(I16, self.lanes))) for h in pair] for pair in halves]
+        block = b.mul(b.udiv(group, I64(FACTOR_COLUMNS // self.spec.group)), I64(16))
+        factors = [self.of_rows("factors", I16, b.add(block, I64(8 * i))) for i in range(2)]
+        mask = splat_constant(I32, self.lanes, (1 << bits) - 1)
+
+        def value(half, factor):
+            integer = b.and_(b.zext(half, vector(I32, self.lanes)), mask)
+            return b.fmul(b.uitofp(integer, vector(F32, self.lanes)), widen_half(self.context, b, factor))
+
+        return [[value(h, f[r]) for h, f in zip(pair, factors, strict=True)] for r, pair in enumerate(halves)]
 
     def a_scale(self, token, group):
         b = self.builder
         return splat(b, b.load(at(b, self.p["a_scale"][token], F32, group), align=4), self.lanes)
 
     def grouped(self, index, sums):
-        """One group: float sums + scale * integer dot."""
-        b = self.builder
+        """One group: float sums + scale * integer dot, + minimum * correction."""
+        b, minimum = self.builder, self.spec.minimum
         totals = self.step(index, self.fresh())
         result = []
-        for r, scales in enumerate(self.weight_scales(index)):
+        pairs = self.scales_and_minima(index) if minimum else [(s, None) for s in self.weight_scales(index)]
+        for r, (scales, minima) in enumerate(pairs):
             for t, total in enumerate(totals[r]):
                 s = b.fmul(scales, self.a_scale(t, index)) if self.spec.scale_groups else scales
-                result.append(multiply_add(b, self.to_float(total, t, index), s, sums[len(result)]))
+                y = multiply_add(b, self.to_float(total, t, index), s, sums[len(result)])
+                result.append(multiply_add(b, minima, self.correction(t, index), y) if minimum else y)
         return result
 
     def ungrouped(self, steps):
@@ -187,17 +234,17 @@ class Tile:
 def make_tile(spec: TileSpec):
     """The numba intrinsic of a tile.
 
-    tile(q, a_scale, correction, packed, w_scale, out, token, first, apart): arrays as in kernels.matmul with
-    correction int32 [n, groups]; `token` is the tile's first; its panels are first, first + apart, ..., the matrix's
-    last one in place of any beyond it.
+    tile(q, a_scale, correction, packed, w_scale, factors, out, token, first, apart): arrays as in kernels.matmul with
+    correction int32 or float32 [n, groups] (panels.make_correction); `token` is the tile's first; its panels are first,
+    first + apart, ..., the matrix's last one in place of any beyond it.
     """
 
     def codegen(context, builder, signature, args):
-        arrays = [context.make_array(t)(context, builder, a) for t, a in zip(signature.args[:6], args[:6], strict=True)]
-        data = dict(zip(("q", "a_scale", "correction", "packed", "w_scale", "out"), arrays, strict=True))
-        token, first, apart = args[6:]
+        arrays = [context.make_array(t)(context, builder, a) for t, a in zip(signature.args[:7], args[:7], strict=True)]
+        data = dict(zip(("q", "a_scale", "correction", "packed", "w_scale", "factors", "out"), arrays, strict=True))
+        token, first, apart = args[7:]
         pointers = {}
-        for name, scalar in {"q": I8, "a_scale": F32, "correction": I32}.items():
+        for name, scalar in {"q": I8, "a_scale": F32, "correction": spec.correction}.items():
             width = builder.extract_value(data[name].shape, 1)
             rows = [builder.add(token, I64(t)) for t in range(spec.tokens)]
             pointers[name] = [at(builder, data[name].data, scalar, builder.mul(row, width)) for row in rows]
@@ -206,7 +253,8 @@ def make_tile(spec: TileSpec):
         panels = [builder.select(builder.icmp_signed("<", p, last), p, last) for p in panels]
         for name, size_axes, scalar in (
             ("packed", (1, 2, 3), I8),
-            ("w_scale", (1, 2), I16 if spec.group else F32),
+            ("w_scale", (1, 2), spec.w_scale),
+            ("factors", (1, 2, 3), I16),
         ):
             size = I64(1)
             for axis in size_axes:
@@ -221,7 +269,7 @@ def make_tile(spec: TileSpec):
         return context.get_dummy_value()
 
     @intrinsic
-    def tile(typingctx, q, a_scale, correction, packed, w_scale, out, token, first, apart):
-        return types.none(q, a_scale, correction, packed, w_scale, out, *[types.int64] * 3), codegen
+    def tile(typingctx, q, a_scale, correction, packed, w_scale, factors, out, token, first, apart):
+        return types.none(q, a_scale, correction, packed, w_scale, factors, out, *[types.int64] * 3), codegen
 
     return tile

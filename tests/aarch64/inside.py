@@ -2,7 +2,7 @@
 
 Owns: choosing tests. Emulation costs twelve times the processor time and a kernel compiles in 11 s, so every width and
 layout is compiled with the activation scales the decoder uses (tests/aarch64/processor.py), and what else
-tests/test_kernels.py asks of matrix kernels is asked of the best instruction set in a few layouts. Does not know: how
+tests/test_matmul.py asks of matrix kernels is asked of the best instruction set in a few layouts. Does not know: how
 AArch64 code comes to run here (tests/aarch64/prepare.py).
 """
 
@@ -26,9 +26,9 @@ BEST = kernels.available_variants()[0]
 STANDARD = (4, 32)  # bits and group of the layout that stands for all where one is enough
 
 
-def _by_token(variant, bits, group):
+def _by_token(variant, bits, group, minimum):
     """Tests with one activation scale a token."""
-    return variant == BEST and (group == 0 or (bits, group) == STANDARD)
+    return variant == BEST and not minimum and (group == 0 or (bits, group) == STANDARD)
 
 
 def _attention(variant, half, heads, kv, hd, n, position, window, capacity):
@@ -46,13 +46,15 @@ def _model(kind, recipe):
 
 CHOICE = {
     "test_qformat": _any,
-    "test_kernels": {
-        "test_matmul_is_the_oracle": lambda variant, bits, group, per_group: _by_token(variant, bits, group),
+    "test_matmul": {
+        "test_matmul_is_the_oracle": lambda variant, per_group, **layout: _by_token(variant, **layout),
         "test_matmul_integers_are_exact_at_the_extremes": _by_token,
         "test_a_row_is_the_same_in_every_tile_and_for_every_thread_count": _by_token,
         "test_a_slice_of_panels_is_a_matrix": lambda variant: variant == BEST,
         "test_quantize_activations_is_the_oracle_bit_for_bit": _any,
         "test_quantize_rounds_half_to_even_and_survives_anything": _any,
+    },
+    "test_kernels": {
         "test_norms": _any,
         "test_rms_norm_rope_in_place_and_out_of_place": _any,
         "test_gelu_and_softcap": _any,

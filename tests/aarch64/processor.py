@@ -11,7 +11,7 @@ import pytest
 
 from edge_gemma import kernels
 from edge_gemma.kernels import reference
-from tests.test_kernels import LAYOUTS, Case, close
+from tests.test_matmul import LAYOUTS, Case, close
 
 # sdot, by vector and by element (Arm Architecture Reference Manual, C7.2 SDOT): (mask, value) of the instruction word
 SDOT = ((0xBFE0FC00, 0x0E809400), (0xBFC0F400, 0x0F80E000))
@@ -54,16 +54,16 @@ def test_the_variant_is_the_boards(board):
             kernels.set_variant("neon-dotprod")
 
 
-OTHERS = [(name, 4, 32) for name in kernels.available_variants()[1:]]
+OTHERS = [(name, 4, 32, minimum) for minimum in (0, 8) for name in kernels.available_variants()[1:]]
 
 
-@pytest.mark.parametrize(("name", "bits", "group"), [(None, *layout) for layout in LAYOUTS] + OTHERS)
-def test_every_layout_with_the_activation_scales_of_the_decoder(name, bits, group):
-    """A scale for each group of weights, so at least two groups: one would be another kernel (test_kernels.py)."""
+@pytest.mark.parametrize(("name", "bits", "group", "minimum"), [(None, *layout) for layout in LAYOUTS] + OTHERS)
+def test_every_layout_with_the_activation_scales_of_the_decoder(name, bits, group, minimum):
+    """A scale for each group of weights, so at least two groups: one would be another kernel (test_matmul.py)."""
     kernels.set_variant(name)
     try:
         for rows, k, n in [(13, 100, 3), (40, 96, 4), (67, 224, 5), (24, 544, 17), (9, 1056, 1)]:
-            case = Case(n, rows, k, bits, group, per_group=True)
+            case = Case(n, rows, k, bits, group, minimum, per_group=True)
             close(case.run(), case.run(reference), 1e-6, f"{kernels.variant()} {bits} bits, groups of {group}, n={n}")
     finally:
         kernels.set_variant(None)
@@ -74,7 +74,7 @@ def test_sdot_is_in_the_code_of_a_pi_5_and_not_in_that_of_a_pi_4(board):
     counts = {path.name: dot_products(path.read_bytes()) for path in kernels.cache_directory().glob("*.bin")}
     print(counts)
     best = {name: n for name, n in counts.items() if name.startswith(f"matmul_{board.variant}_")}
-    assert len(best) >= 9  # every width and layout
+    assert len(best) >= 14  # every width and layout
     if board.name == "pi5":
         assert min(best.values()) >= 16
     else:
