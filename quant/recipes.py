@@ -39,7 +39,7 @@ DENSE = Format(0)
 _MODEL_PROJECTION = Rule("per_layer_model_projection.weight", Format(8, 32))
 
 _FOUR, _TWO = Format(4, 32), Format(2, 16)
-# Of an MLP, down_proj loses most; attention is small and sensitive; the outermost layers are more so.
+# What each protection buys for its bytes is in docs/LOG.md: attention most, then down_proj, then the outermost layers.
 _OUTER_MLP = Rule("layers.*.mlp.*", _FOUR, {"outer": True})
 # What weights can be rounded to; docs/QUANTISATION.md has what each costs in quality.
 RECIPES: dict[str, tuple[Rule, ...]] = {
