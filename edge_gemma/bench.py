@@ -19,7 +19,7 @@ caches is read from those, in both figures.
 import itertools
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -176,13 +176,6 @@ def _result(
 
 def print_table(result: Result) -> None:
     """The result for people, on standard output."""
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
-    def mb(value: float | None) -> str:
-        return "-" if value is None else f"{value:,.0f} MB"
-
     after = f" after {result.depth}" if result.depth else ""
     rows = [
         (f"prefill, {result.prompt} tokens{after}", f"{result.prefill_tok_s:.1f} tok/s", "prefill_tok_s"),
@@ -190,16 +183,30 @@ def print_table(result: Result) -> None:
         (f"first token after {result.prompt}", f"{result.ttft_s:.3f} s", ""),
         (f"first token after {SHORT_PROMPT}", f"{result.ttft_20_s:.3f} s", "ttft_20_s"),
         ("load", f"{result.load_s:.3f} s", ""),
-        ("memory, peak", mb(result.peak_rss_mb), ""),
-        ("memory, steady", mb(result.rss_mb), ""),
-        ("  of it not in files", mb(result.anonymous_rss_mb), ""),
-        ("read for a token", mb(result.bytes_per_token / 1e6), ""),
+        ("memory, peak", megabytes(result.peak_rss_mb), ""),
+        ("memory, steady", megabytes(result.rss_mb), ""),
+        ("  of it not in files", megabytes(result.anonymous_rss_mb), ""),
+        ("read for a token", megabytes(result.bytes_per_token / 1e6), ""),
         ("read while decoding", f"{result.read_gb_s:.1f} GB/s", ""),
         ("read bandwidth", f"{result.bandwidth_gb_s:.1f} GB/s", "bandwidth_gb_s"),
         ("share of the bandwidth", f"{result.share:.0%}", ""),
-        ("disk, loading", mb(result.disk_load_mb), ""),
-        ("disk, running", mb(result.disk_run_mb), ""),
+        ("disk, loading", megabytes(result.disk_load_mb), ""),
+        ("disk, running", megabytes(result.disk_run_mb), ""),
     ]
+    print_rows(result, rows)
+
+
+def megabytes(value: float | None) -> str:
+    """As a table of figures shows it; "-" for what could not be measured."""
+    return "-" if value is None else f"{value:,.0f} MB"
+
+
+def print_rows(result: Any, rows: Iterable[tuple[str, str, str]]) -> None:
+    """rows: what, its median, the name of its runs in `result.runs` or "". Also audio/measure.py's."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
     title = f"{result.model} ({result.recipe}), {result.kernels}, {result.threads} threads"
     table = Table("", "median", "runs", title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     for what, value, runs in rows:

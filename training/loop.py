@@ -7,7 +7,7 @@ import csv
 import io
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -116,7 +116,3 @@ class Run:
 def last_modules(folder: Path) -> dict[str, dict[str, Tensor]]:
     """The weights in a stage's last checkpoint."""
     return torch.load(folder / "state.pt", weights_only=True)["modules"]
-
-
-def parameter_count(modules: Iterable[nn.Module]) -> int:
-    return sum(p.numel() for module in modules for p in module.parameters())

@@ -23,6 +23,7 @@ from edge_gemma import kernels
 from edge_gemma.audio.features import SAMPLE_RATE
 from edge_gemma.audio.prompts import Task, audio_prompt
 from edge_gemma.audio.scribe import STEP_MS, Scribe
+from edge_gemma.bench import megabytes, print_rows
 from edge_gemma.engine import Engine
 from edge_gemma.memory import resident
 
@@ -151,13 +152,6 @@ def _noise(seconds: int) -> np.ndarray:
 
 def print_table(result: SpeechResult) -> None:
     """The result for people, on standard output."""
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
-    def mb(value: float | None) -> str:
-        return "-" if value is None else f"{value:,.0f} MB"
-
     rows = [
         ("encoder, a clip", f"{result.encoder_rtf:.3f} of real time", "encoder_rtf"),
         ("encoder, in steps of 160 ms", f"{result.encoder_stream_rtf:.3f} of real time", "encoder_stream_rtf"),
@@ -172,11 +166,7 @@ def print_table(result: SpeechResult) -> None:
             for s in times
         ),
         ("load, encoder", f"{result.load_s:.3f} s, {result.encoder_load_s:.3f} s", ""),
-        ("memory without the encoder", mb(result.rss_without_encoder_mb), ""),
-        ("memory, peak", mb(result.peak_rss_mb), ""),
+        ("memory without the encoder", megabytes(result.rss_without_encoder_mb), ""),
+        ("memory, peak", megabytes(result.peak_rss_mb), ""),
     ]
-    title = f"{result.model} ({result.recipe}), {result.kernels}, {result.threads} threads"
-    table = Table("", "median", "runs", title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    for what, value, runs in rows:
-        table.add_row(what, value, " ".join(f"{run:.3f}" for run in result.runs[runs]) if runs else "")
-    Console(highlight=False, markup=False).print(table)
+    print_rows(result, rows)
