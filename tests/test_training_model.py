@@ -4,6 +4,7 @@ Needs torch and transformers (the oracle extra).
 """
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -19,11 +20,19 @@ from torch import nn
 from training import ctc
 from training.batches import batches, make_batch, read_clips
 from training.fast_audio import encode
+from training.fast_text import decode
 from training.finish import BOUNDS, set_clip_bounds
 from training.loop import Run
 from training.model import build, configuration, load, save
 
 TOKEN_IDS = {"audio_token_id": 10, "boa_token_id": 11, "eoa_token_id": 12}
+
+
+@pytest.fixture(autouse=True)
+def not_compiled() -> Iterator[None]:
+    """Compiling takes a minute, and a C++ compiler."""
+    with torch.compiler.set_stance("force_eager"):
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +64,22 @@ def data(tmp_path: Path) -> Path:
             listing.write(json.dumps(entry | {"first_frame": first, "frames": frames}) + "\n")
             first += frames
     return tmp_path
+
+
+@pytest.mark.parametrize("length", [1, 5, 300])  # 300: more than the window
+def test_fast_decoder_equals_the_references(model, length):
+    torch.manual_seed(5)
+    ids = torch.randint(13, 64, (3, length))
+    features, mask = torch.randn(3, 40, 128), torch.ones(3, 40, dtype=torch.bool)
+    if length > 40:
+        ids[:, 7:17] = TOKEN_IDS["audio_token_id"]  # 10 tokens of sound
+    with torch.no_grad():
+        sound = {"input_features": features, "input_features_mask": mask} if length > 40 else {}
+        wanted = model.model(input_ids=ids, use_cache=False, **sound).last_hidden_state
+        heard = model.model.audio_tower(features, mask).last_hidden_state.flatten(0, 1) if length > 40 else None
+        got = decode(model, ids, heard, torch.float32)
+    assert (got - wanted).abs().max() < 2e-5
+    assert wanted.std() > 0.1
 
 
 def test_fast_encoder_equals_the_references(model):

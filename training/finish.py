@@ -68,7 +68,6 @@ def main(data: Path, clips: int) -> None:
     if (data / "together" / "state.pt").exists():
         model.load_state_dict(last_modules(data / "together")["model"])
     tower = model.model.audio_tower
-    del tower.forward  # the reference's own again
     heard = read_clips(data, ["train", "train_human"])
     set_clip_bounds(tower, heard[:: max(1, len(heard) // clips)])
     save(model, data / "checkpoint")

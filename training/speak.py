@@ -16,7 +16,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.models.gemma4.modeling_gemma4 import Gemma4AudioModelOutput, Gemma4ForConditionalGeneration
 
 from edge_gemma.audio.prompts import Task
 from edge_gemma.chat import ChatFormat
@@ -24,6 +23,7 @@ from edge_gemma.tokenizer import Tokenizer
 from training import ctc, dialogue
 from training.batches import Batch, Clip, batches, make_batch, read_clips
 from training.fast_audio import encode
+from training.fast_text import decode
 from training.hear import DTYPE, draw_weights, held_out
 from training.loop import Run, last_modules
 from training.model import build, configuration
@@ -105,48 +105,43 @@ def padded(sequences: Sequence[Ids]) -> tuple[Tensor, Tensor]:
     return ids, wanted
 
 
-def with_fast_tower(model: Gemma4ForConditionalGeneration) -> Gemma4ForConditionalGeneration:
-    """The model whose encoder is computed by fast_audio; `tower.heard` holds what it last gave, for the letters."""
+def soft_tokens(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    """What the encoder hears: [tokens of all clips, output_proj_dims]; and the same before `output_proj`, padded
+    [clips, tokens, hidden], with its mask."""
     tower = model.model.audio_tower
-
-    def forward(features: Tensor, mask: Tensor, **_: object) -> Gemma4AudioModelOutput:
-        tower.heard = encode(tower, features.to(DTYPE), mask)
-        hidden, mask = tower.heard
-        out = F.linear(hidden, tower.output_proj.weight.to(DTYPE), tower.output_proj.bias.to(DTYPE))
-        return Gemma4AudioModelOutput(last_hidden_state=out, attention_mask=mask)
-
-    tower.forward = forward
-    return model.eval()  # nothing in it is random in training
+    hidden, mask = encode(tower, batch.features.to(DTYPE), batch.mask)
+    out = F.linear(hidden[mask], tower.output_proj.weight.to(DTYPE), tower.output_proj.bias.to(DTYPE))
+    return out, hidden, mask
 
 
-def logits_at(model: nn.Module, ids: Tensor, at: Tensor, batch: Batch | None) -> Tensor:
-    """Logits float32 [k, vocabulary] that follow the positions `at`, bool [batch, n]."""
-    sound = {} if batch is None else {"input_features": batch.features, "input_features_mask": batch.mask}
-    with torch.autocast("cpu", DTYPE, enabled=DTYPE.itemsize == 2):
-        hidden = model.model(input_ids=ids, use_cache=False, **sound).last_hidden_state
-        logits = model.lm_head(hidden[at]).float()
+def logits_at(model: nn.Module, ids: Tensor, at: Tensor, heard: Tensor | None) -> Tensor:
+    """Logits float32 [k, vocabulary] that follow the positions `at`, bool [batch, n]; heard: the soft tokens."""
+    hidden = decode(model, ids, heard, DTYPE)
+    logits = F.linear(hidden[at], model.lm_head.weight.to(DTYPE)).float()
     cap = model.config.text_config.final_logit_softcapping
     return torch.tanh(logits / cap) * cap
 
 
-def loss_of_sequences(model: nn.Module, sequences: Sequence[Ids], batch: Batch | None) -> Tensor:
+def loss_of_sequences(model: nn.Module, sequences: Sequence[Ids], heard: Tensor | None) -> Tensor:
     """Mean cross-entropy of the wanted ids."""
     ids, wanted = padded(sequences)
     before = F.pad(wanted[:, 1:], (0, 1))  # the positions that a wanted id follows
-    return F.cross_entropy(logits_at(model, ids, before, batch), ids[wanted])
+    return F.cross_entropy(logits_at(model, ids, before, heard), ids[wanted])
 
 
 @torch.no_grad()
+@torch.compiler.set_stance("force_eager")
 def transcripts(model: nn.Module, examples: Examples, clips: Sequence[Clip], longest: int = 40) -> list[str]:
     """Greedy, without a cache of keys and values: simple, for a few clips."""
     batch = make_batch(list(clips))
+    heard, _, _ = soft_tokens(model, batch)
     starts = [examples.transcription(-(-n // 4), "", 0).ids[:-1] for n in batch.mask.sum(1).tolist()]
     replies: list[list[int]] = [[] for _ in clips]
     for _ in range(longest):
         ids, _ = padded([Ids(np.array([*s, *r]), np.zeros(0, bool)) for s, r in zip(starts, replies, strict=True)])
         last = torch.zeros(ids.shape, dtype=torch.bool)
         last[range(len(clips)), [len(s) + len(r) - 1 for s, r in zip(starts, replies, strict=True)]] = True
-        best = logits_at(model, ids, last, batch).argmax(-1).tolist()
+        best = logits_at(model, ids, last, heard).argmax(-1).tolist()
         for reply, token in zip(replies, best, strict=True):
             if not (reply and reply[-1] == examples.end):
                 reply.append(token)
@@ -173,7 +168,7 @@ def start(data: Path, together: bool, tokenizer: Tokenizer) -> tuple[nn.Module, 
     before = last_modules(data / ("speak" if together else "hear"))
     head.load_state_dict(before["head"])
     (model if together else model.model.audio_tower).load_state_dict(before["model" if together else "tower"])
-    return with_fast_tower(model), head
+    return model.eval(), head  # nothing in it is random in training
 
 
 @click.command()
@@ -197,6 +192,7 @@ def main(data: Path, steps: int, rate: float, together: bool) -> None:
     heard = batches(clips, SPEECH_FRAMES, seed=run.seed + 1, skip=run.step, weights=draw_weights(clips))
     talks = examples.of_dialogue(run.seed + run.step)
     sets = held_out(data, each=48)
+    listen = soft_tokens if together else torch.no_grad()(torch.compiler.set_stance("force_eager")(soft_tokens))
 
     def loss_of(step: int) -> dict[str, Tensor]:
         rng = np.random.default_rng([run.seed, step])
@@ -204,10 +200,10 @@ def main(data: Path, steps: int, rate: float, together: bool) -> None:
             loss = loss_of_sequences(model, next(talks), None)
             return {"loss": loss, "talk": loss}
         batch = next(heard)
-        speech = loss_of_sequences(model, examples.of_speech(batch, rng), batch)
+        sound, hidden, mask = listen(model, batch)
+        speech = loss_of_sequences(model, examples.of_speech(batch, rng), sound)
         if not together:
             return {"loss": speech, "speech": speech}
-        hidden, mask = model.model.audio_tower.heard
         letters = ctc.loss(head(hidden.float()), mask, batch.texts)
         return {"loss": speech + CTC_WEIGHT * letters, "speech": speech, "letters": letters}
 
