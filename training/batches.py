@@ -1,7 +1,8 @@
 """Clips of log-mel features in batches of about equal length.
 
-Owns: reading the folder that `training.features` writes (memory-mapped), drawing batches whose clips differ little in
-length, masking of times and frequencies (SpecAugment, Park et al. 2019). Does not know: models, losses.
+Owns: reading the folder that `training.features` writes (into memory, a few GB at most: pages of a mapped file that are
+read at random were gone from the cache when wanted again), drawing batches whose clips differ little in length,
+masking of times and frequencies (SpecAugment, Park et al. 2019). Does not know: models, losses.
 """
 
 import itertools
@@ -20,7 +21,7 @@ _STEP = 48  # frames: batches are padded to whole blocks of the encoder's attent
 
 @dataclass(frozen=True)
 class Clip:
-    """One clip's features, float16 [frames, 128], a view of a mapped file, and what is said in it."""
+    """One clip's features, float16 [frames, 128], a view of its file's, and what is said in it."""
 
     features: np.ndarray
     text: str
@@ -41,7 +42,7 @@ def read_clips(folder: Path, splits: Iterable[str], copies: Iterable[int] = rang
     for listing in sorted((folder / "features").glob("*.jsonl")):
         if listing.stem.split("-")[0] not in wanted or listing.stem.rsplit("-", 1)[1] not in numbers:
             continue
-        frames = np.memmap(listing.with_suffix(".f16"), np.float16, "r").reshape(-1, MELS)
+        frames = np.fromfile(listing.with_suffix(".f16"), np.float16).reshape(-1, MELS)
         for line in listing.read_text().splitlines():
             entry = json.loads(line)
             first = entry["first_frame"]

@@ -26,7 +26,7 @@ PHASES = (  # up to which step, of clips up to how many seconds, by which loss
     (1500, 2.5, ctc.loss),
     (10**9, 10.0, ctc.loss),
 )
-WEIGHT_OF_HUMAN = 6.0  # human recordings are few; they are drawn this many times as often
+WEIGHTS = {"human": 2.5, "kokoro": 2.0, "piper": 1.5}  # the few clips of people and natural voices are drawn more often
 DTYPE = torch.bfloat16 if torch.cpu._is_amx_tile_supported() else torch.float32
 
 
@@ -37,7 +37,8 @@ def letters_of(tower: nn.Module, head: nn.Module, batch: Batch) -> tuple[Tensor,
 
 
 def draw_weights(clips: list[Clip]) -> np.ndarray:
-    return np.array([WEIGHT_OF_HUMAN if clip.split == "train_human" else 1.0 for clip in clips])
+    kinds = ("human" if clip.split == "train_human" else clip.voice.split("_")[0] for clip in clips)
+    return np.array([WEIGHTS.get(kind, 1.0) for kind in kinds])
 
 
 @torch.no_grad()

@@ -35,6 +35,7 @@ SHARE_OF_SPEECH = 0.65  # of the steps
 SHARE_ANSWERED = 0.15  # of the clips that can be answered: the user's turn is the sound, the reply an answer
 LONGEST = 384  # tokens of a dialogue
 CTC_WEIGHT = 0.3
+SHORT = (1000, 2.0)  # the first so many steps of the first stage hear clips up to so many seconds
 
 
 @dataclass(frozen=True)
@@ -189,7 +190,7 @@ def main(data: Path, steps: int, rate: float, together: bool) -> None:
         rate,
         frozen=lambda name: not together and ("audio_tower" in name or name in ("weight", "bias")),
     )
-    heard = batches(clips, SPEECH_FRAMES, seed=run.seed + 1, skip=run.step, weights=draw_weights(clips))
+    heard = _drawn(clips, run, 0 if together else SHORT[0])
     talks = examples.of_dialogue(run.seed + run.step)
     sets = held_out(data, each=48)
     listen = soft_tokens if together else torch.no_grad()(torch.compiler.set_stance("force_eager")(soft_tokens))
@@ -207,7 +208,15 @@ def main(data: Path, steps: int, rate: float, together: bool) -> None:
         letters = ctc.loss(head(hidden.float()), mask, batch.texts)
         return {"loss": speech + CTC_WEIGHT * letters, "speech": speech, "letters": letters}
 
-    run.train(loss_of, lambda: word_errors(model, examples, sets), evaluate_every=1000)
+    run.train(loss_of, lambda: word_errors(model, examples, sets), evaluate_every=500)
+
+
+def _drawn(clips: list[Clip], run: Run, short_until: int) -> Iterator[Batch]:
+    for ends, seconds in ((short_until, SHORT[1]), (10**9, 1e9)):
+        some = [clip for clip in clips if len(clip.features) <= 100 * seconds]
+        drawn = batches(some, SPEECH_FRAMES, seed=run.seed + 1, skip=run.step, weights=draw_weights(some))
+        while run.step < ends:
+            yield next(drawn)
 
 
 if __name__ == "__main__":
