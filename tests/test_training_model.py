@@ -24,6 +24,8 @@ from training.fast_text import decode
 from training.finish import BOUNDS, set_clip_bounds
 from training.loop import Run
 from training.model import build, configuration, load, save
+from training.tokenizer import load_tokenizer
+from training.tokenizer import write as write_tokenizer
 
 TOKEN_IDS = {"audio_token_id": 10, "boa_token_id": 11, "eoa_token_id": 12}
 
@@ -109,17 +111,20 @@ def test_gradients_of_the_fast_encoder_equal_the_references(model):
         assert torch.allclose(mine, reference, rtol=1e-3, atol=1e-3 * reference.abs().max().item())
 
 
-def test_letters_are_read_back_from_sure_logits():
-    text, at = "it's a  test", 0
-    logits = torch.full((1, 40, 29), -9.0)
-    for letter in ctc.encode(text):
-        logits[0, at, letter] = 9.0  # each once, a blank after it
+@pytest.mark.parametrize("name", ["letters", "pieces"])
+def test_texts_are_read_back_from_sure_logits(name, tmp_path):
+    spelling = ctc.LETTERS if name == "letters" else ctc.pieces(load_tokenizer(write_tokenizer(tmp_path)))
+    text, at = "turn off the lamp in the bedroom", 0
+    logits = torch.full((1, 80, 1 + spelling.units), -9.0)
+    for unit in spelling.encode(text):
+        logits[0, at, unit] = 9.0  # each once, a blank after it
         logits[0, at + 1, 0] = 9.0
         at += 2
     logits[0, at:, 0] = 9.0
-    mask = torch.ones(1, 40, dtype=torch.bool)
-    assert ctc.read(logits, mask) == [text]
-    assert ctc.loss(logits, mask, [text]) < 0.01 < ctc.loss(logits, mask, ["something"])
+    mask = torch.ones(1, 80, dtype=torch.bool)
+    assert ctc.read(spelling, logits, mask) == [text]
+    sure, other = (ctc.loss(spelling, logits, mask, [said]) for said in (text, "something"))
+    assert sure < 0.01 < other
 
 
 def test_batches_go_on_where_they_were_cut_off(data):

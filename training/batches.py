@@ -91,14 +91,16 @@ def make_batch(clips: list[Clip], rng: np.random.Generator | None = None) -> Bat
 
 
 def _mask_bands(features: np.ndarray, rng: np.random.Generator) -> None:
-    """Two bands of up to 24 mel bins, and of times up to 30 frames (one for each 2 s), take the clip's own mean:
-    a fill of zeros would be all a frame holds, and the norms without bias have no gradient there."""
+    """In half of the clips two bands of up to 16 mel bins, and of times up to 16 frames (one for each 2 s), take the
+    clip's own mean: a fill of zeros would be all a frame holds, and the norms without bias have no gradient there."""
+    if rng.random() < 0.5:
+        return
     fill = features.mean()
     for _ in range(2):
-        width = rng.integers(0, 25)
+        width = rng.integers(0, 17)
         at = rng.integers(0, MELS - width)
         features[:, at : at + width] = fill
     for _ in range(1 + len(features) // 200):
-        width = rng.integers(0, min(30, max(1, len(features) // 6)) + 1)
+        width = rng.integers(0, min(16, max(1, len(features) // 6)) + 1)
         at = rng.integers(0, len(features) - width)
         features[at : at + width] = fill

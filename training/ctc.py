@@ -1,30 +1,56 @@
-"""Letters for the encoder's own loss (connectionist temporal classification, Graves et al. 2006).
+"""The encoder's own loss: what is said, unit by unit (connectionist temporal classification, Graves et al. 2006).
 
-Owns: the letters, the head that only training has, the loss with its warm-up on an even alignment, greedy reading.
+Owns: two ways of spelling (letters, then the tokenizer's pieces), the heads that only training has, the loss with its
+warm-up on an even alignment, greedy reading.
+
+A soft token lasts 40 ms and English has 14 letters a second but 5 pieces: letters leave CTC little room for blanks, and
+teach an encoder that knows nothing yet; pieces come next.
 """
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-LETTERS = " 'abcdefghijklmnopqrstuvwxyz"  # 1 and up; 0 is the blank
+from edge_gemma.tokenizer import Tokenizer
+
+ALPHABET = " 'abcdefghijklmnopqrstuvwxyz"
 
 
-def head(hidden: int) -> nn.Linear:
-    return nn.Linear(hidden, 1 + len(LETTERS))
+@dataclass(frozen=True)
+class Spelling:
+    """Texts as units, which have numbers from 1 to `units`; 0 is the blank."""
+
+    units: int
+    encode: Callable[[str], list[int]]
+    decode: Callable[[list[int]], str]
+
+    def head(self, hidden: int) -> nn.Linear:
+        return nn.Linear(hidden, 1 + self.units)
 
 
-def encode(text: str) -> list[int]:
-    return [1 + LETTERS.index(letter) for letter in text]
+LETTERS = Spelling(
+    len(ALPHABET),
+    lambda text: [1 + ALPHABET.index(letter) for letter in text],
+    lambda units: "".join(ALPHABET[unit - 1] for unit in units),
+)
 
 
-def loss(logits: Tensor, mask: Tensor, texts: list[str]) -> Tensor:
-    """Mean negative log-likelihood a letter. logits float [clips, tokens, 29], mask bool [clips, tokens]."""
-    targets = [encode(text) for text in texts]
+def pieces(tokenizer: Tokenizer) -> Spelling:
+    """The tokenizer's ids; that of padding is the blank."""
+    return Spelling(tokenizer.vocab_size - 1, cache(tokenizer.encode), lambda units: tokenizer.decode(units).strip())
+
+
+def loss(spelling: Spelling, logits: Tensor, mask: Tensor, texts: list[str]) -> Tensor:
+    """Mean negative log-likelihood a unit. logits float [clips, tokens, 1 + units], mask bool [clips, tokens]."""
+    targets = [spelling.encode(text) for text in texts]
     lengths = torch.tensor([len(t) for t in targets])
     total = F.ctc_loss(
         logits.float().log_softmax(-1).transpose(0, 1),
-        torch.tensor([letter for t in targets for letter in t]),
+        torch.tensor([unit for t in targets for unit in t]),
         mask.sum(1),
         lengths,
         reduction="sum",
@@ -33,25 +59,27 @@ def loss(logits: Tensor, mask: Tensor, texts: list[str]) -> Tensor:
     return total / lengths.sum()
 
 
-def even_loss(logits: Tensor, mask: Tensor, texts: list[str], *, margin: int = 3, delay: int = 2) -> Tensor:
-    """Cross-entropy on letters spread evenly over the clip: wrong in detail, but it starts CTC off its plateau.
+def even_loss(
+    spelling: Spelling, logits: Tensor, mask: Tensor, texts: list[str], *, margin: int = 3, delay: int = 2
+) -> Tensor:
+    """Cross-entropy on units spread evenly over the clip: wrong in detail, but it starts CTC off its plateau.
 
     margin: tokens of silence at either end; delay: tokens (of 40 ms) by which the causal encoder may lag behind.
     """
     wanted = torch.full(mask.shape, -100)
     for row, count, text in zip(wanted, mask.sum(1).tolist(), texts, strict=True):
-        letters = torch.tensor(encode(text))
+        units = torch.tensor(spelling.encode(text))
         spoken = max(1, count - 2 * margin)
-        at = (torch.arange(count) - margin - delay) * len(letters) // spoken
-        inside = (at >= 0) & (at < len(letters))
-        row[:count] = torch.where(inside, letters[at.clamp(0, len(letters) - 1)], 0)
+        at = (torch.arange(count) - margin - delay) * len(units) // spoken
+        inside = (at >= 0) & (at < len(units))
+        row[:count] = torch.where(inside, units[at.clamp(0, len(units) - 1)], 0)
     return F.cross_entropy(logits.float().flatten(0, 1), wanted.flatten())
 
 
-def read(logits: Tensor, mask: Tensor) -> list[str]:
-    """The likeliest letter at each token, repetitions and blanks taken out."""
+def read(spelling: Spelling, logits: Tensor, mask: Tensor) -> list[str]:
+    """The likeliest unit at each token, repetitions and blanks taken out."""
     texts = []
     for best, count in zip(logits.argmax(-1), mask.sum(1).tolist(), strict=True):
         runs = torch.unique_consecutive(best[:count]).tolist()
-        texts.append("".join(LETTERS[letter - 1] for letter in runs if letter))
+        texts.append(spelling.decode([unit for unit in runs if unit]))
     return texts

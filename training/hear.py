@@ -1,7 +1,7 @@
-"""First stage: the encoder alone learns to spell what it hears.
+"""First stage: the encoder alone learns to spell what it hears, in letters, then in the tokenizer's pieces.
 
 `python -m training.hear DATA --steps N`: reads DATA/features, keeps DATA/hear/{state.pt,log.csv}; started again, it
-goes on. Owns: the stage's loss and its figure (word errors of the letters read off the encoder). Does not know: the
+goes on. Owns: the stage's loss and its figure (word errors of what is read off the encoder). Does not know: the
 decoder.
 """
 
@@ -19,19 +19,21 @@ from training.batches import Batch, Clip, batches, make_batch, read_clips
 from training.fast_audio import encode
 from training.loop import Run
 from training.model import build, configuration
+from training.tokenizer import load_tokenizer
 
 FRAMES = 4800  # a batch: 48 s of sound
-PHASES = (  # up to which step, of clips up to how many seconds, by which loss
-    (600, 1.6, ctc.even_loss),  # short clips, whose letters lie about evenly: this starts CTC off its plateau
-    (1500, 2.5, ctc.loss),
-    (10**9, 10.0, ctc.loss),
+PHASES = (  # up to which step, of clips up to how many seconds, spelt how, by which loss
+    (600, 1.6, "letters", ctc.even_loss),  # short clips, whose letters lie about evenly: off CTC's plateau
+    (1500, 2.5, "letters", ctc.loss),
+    (5000, 10.0, "letters", ctc.loss),
+    (10**9, 10.0, "pieces", ctc.loss),
 )
 WEIGHTS = {"human": 2.5, "kokoro": 2.0, "piper": 1.5}  # the few clips of people and natural voices are drawn more often
 DTYPE = torch.bfloat16 if torch.cpu._is_amx_tile_supported() else torch.float32
 
 
-def letters_of(tower: nn.Module, head: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Logits of letters [clips, tokens, 29] and the mask of tokens."""
+def logits_of(tower: nn.Module, head: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Logits of units [clips, tokens, 1 + units] and the mask of tokens."""
     hidden, mask = encode(tower, batch.features.to(DTYPE), batch.mask)
     return nn.functional.linear(hidden, head.weight.to(DTYPE), head.bias.to(DTYPE)), mask
 
@@ -43,13 +45,15 @@ def draw_weights(clips: list[Clip]) -> np.ndarray:
 
 @torch.no_grad()
 @torch.compiler.set_stance("force_eager")
-def word_errors(tower: nn.Module, head: nn.Module, clips: dict[str, list[Clip]]) -> dict[str, float]:
-    """Word error rate of the letters, by name of a set of clips."""
+def word_errors(
+    tower: nn.Module, head: nn.Module, spelling: ctc.Spelling, clips: dict[str, list[Clip]]
+) -> dict[str, float]:
+    """Word error rate of what is spelt, by name of a set of clips."""
     errors = {}
     for name, some in clips.items():
         heard = []
         for at in range(0, len(some), 16):
-            heard += ctc.read(*letters_of(tower, head, make_batch(some[at : at + 16])))
+            heard += ctc.read(spelling, *logits_of(tower, head, make_batch(some[at : at + 16])))
         errors[name] = jiwer.wer([clip.text for clip in some], heard) if some else float("nan")
     return errors
 
@@ -70,30 +74,35 @@ def held_out(data: Path, each: int = 60) -> dict[str, list[Clip]]:
 @click.option("--only", type=int, help="Overfit this many clips (a check of the loop).")
 def main(data: Path, steps: int, rate: float, only: int | None) -> None:
     """Train the encoder on DATA/features."""
-    clips = [clip for clip in read_clips(data, ["train", "train_human"]) if len(ctc.encode(clip.text)) < _tokens(clip)]
+    spellings = {"letters": ctc.LETTERS, "pieces": ctc.pieces(load_tokenizer(data / "tokenizer"))}
+    clips = [clip for clip in read_clips(data, ["train", "train_human"]) if len(clip.text) < _tokens(clip)]
     clips = clips[:only]
     print(f"{len(clips)} clips, {sum(len(c.features) for c in clips) / 360000:.1f} h", flush=True)
     tower = build(configuration(512, {})).model.audio_tower
-    head = ctc.head(tower.config.hidden_size)
-    run = Run(data / ("hear" if only is None else "hear-few"), {"tower": tower, "head": head}, steps, rate)
+    heads = {name: spelling.head(tower.config.hidden_size) for name, spelling in spellings.items()}
+    run = Run(data / ("hear" if only is None else "hear-few"), {"tower": tower, **heads}, steps, rate)
     drawn = _by_phase(clips, run)
     sets = held_out(data) if only is None else {"same": clips}
 
     def loss_of(step: int) -> dict[str, Tensor]:
-        batch, loss = next(drawn)
-        return {"loss": loss(*letters_of(tower, head, batch), batch.texts)}
+        batch, name, loss = next(drawn)
+        return {"loss": loss(spellings[name], *logits_of(tower, heads[name], batch), batch.texts)}
 
-    run.train(loss_of, lambda: word_errors(tower, head, sets))
+    def evaluate() -> dict[str, float]:
+        name = next(name for ends, _, name, _ in PHASES if run.step <= ends)
+        return word_errors(tower, heads[name], spellings[name], sets)
+
+    run.train(loss_of, evaluate)
 
 
-def _by_phase(clips: list[Clip], run: Run) -> Iterator[tuple[Batch, Callable[..., Tensor]]]:
-    """Batches of the phase each step is in, with its loss."""
+def _by_phase(clips: list[Clip], run: Run) -> Iterator[tuple[Batch, str, Callable[..., Tensor]]]:
+    """Batches of the phase each step is in, with its spelling and its loss."""
     begins = 0
-    for ends, seconds, loss in PHASES:
+    for ends, seconds, name, loss in PHASES:
         some = [clip for clip in clips if len(clip.features) <= 100 * seconds]
         drawn = batches(some, FRAMES, seed=run.seed, skip=max(0, run.step - begins), weights=draw_weights(some))
         while run.step < ends:
-            yield next(drawn), loss
+            yield next(drawn), name, loss
         begins = ends
 
 

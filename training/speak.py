@@ -161,13 +161,13 @@ def word_errors(model: nn.Module, examples: Examples, clips: dict[str, list[Clip
 
 
 def start(data: Path, together: bool, tokenizer: Tokenizer) -> tuple[nn.Module, nn.Module]:
-    """The model and the head of letters as the stage before left them."""
+    """The model and the head of pieces as the stage before left them."""
     special = tokenizer.special_tokens
     ids = {"audio_token_id": "<|audio|>", "boa_token_id": "<|audio>", "eoa_token_id": "<audio|>"}
     model = build(configuration(tokenizer.vocab_size, {name: special[token] for name, token in ids.items()}))
-    head = ctc.head(model.config.audio_config.hidden_size)
+    head = ctc.pieces(tokenizer).head(model.config.audio_config.hidden_size)
     before = last_modules(data / ("speak" if together else "hear"))
-    head.load_state_dict(before["head"])
+    head.load_state_dict(before["head" if together else "pieces"])
     (model if together else model.model.audio_tower).load_state_dict(before["model" if together else "tower"])
     return model.eval(), head  # nothing in it is random in training
 
@@ -192,7 +192,7 @@ def main(data: Path, steps: int, rate: float, together: bool) -> None:
     )
     heard = _drawn(clips, run, 0 if together else SHORT[0])
     talks = examples.of_dialogue(run.seed + run.step)
-    sets = held_out(data, each=48)
+    spelling, sets = ctc.pieces(tokenizer), held_out(data, each=32)
     listen = soft_tokens if together else torch.no_grad()(torch.compiler.set_stance("force_eager")(soft_tokens))
 
     def loss_of(step: int) -> dict[str, Tensor]:
@@ -205,10 +205,10 @@ def main(data: Path, steps: int, rate: float, together: bool) -> None:
         speech = loss_of_sequences(model, examples.of_speech(batch, rng), sound)
         if not together:
             return {"loss": speech, "speech": speech}
-        letters = ctc.loss(head(hidden.float()), mask, batch.texts)
-        return {"loss": speech + CTC_WEIGHT * letters, "speech": speech, "letters": letters}
+        spelt = ctc.loss(spelling, head(hidden.float()), mask, batch.texts)
+        return {"loss": speech + CTC_WEIGHT * spelt, "speech": speech, "spelt": spelt}
 
-    run.train(loss_of, lambda: word_errors(model, examples, sets), evaluate_every=500)
+    run.train(loss_of, lambda: word_errors(model, examples, sets), evaluate_every=1000)
 
 
 def _drawn(clips: list[Clip], run: Run, short_until: int) -> Iterator[Batch]:
