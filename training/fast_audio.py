@@ -14,8 +14,13 @@ Source: transformers 5.23 `modeling_gemma4.py` (Gemma4AudioModel).
 import math
 
 import torch
+import torch.fx.experimental._config
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+# Sizes that happen to be equal in the first batch are not taken to be equal in all: that would be compiled again.
+torch.fx.experimental._config.use_duck_shape = False
+torch._logging.set_logs(recompiles=True)  # each costs minutes
 
 LIVE_CHANNELS = 32  # of the first convolution's 128, a number the reference fixes; the rest stay zero
 BLOCK = 12  # queries of a block; a query sees at most the block before its own

@@ -62,13 +62,6 @@ VOICES: tuple[Voice, ...] = (
     _kokoro("alpha_kumo", {"jf_alpha": 0.5, "jm_kumo": 0.5}, 6),
     _kokoro("gongitsune", {"jf_gongitsune": 1}, 6, 14, 4),
     _kokoro("tebukuro", {"jf_tebukuro": 1}, 6, 14, 4),
-    Voice("piper_joe_most", "piper", {}, 60, 0, 0),
-    _kokoro("tebukuro_kumo", {"jf_tebukuro": 0.4, "jm_kumo": 0.6}, 8),
-    _kokoro("alpha_gongitsune", {"jf_alpha": 0.5, "jf_gongitsune": 0.5}, 8),
-    _kokoro("kumo_more", {"jm_kumo": 1}, 10, 0, 0),
-    _kokoro("gongitsune_kumo", {"jf_gongitsune": 0.7, "jm_kumo": 0.3}, 8),
-    _kokoro("alpha_more", {"jf_alpha": 1}, 10, 0, 0),
-    _kokoro("all", {"jf_alpha": 0.3, "jf_gongitsune": 0.3, "jf_tebukuro": 0.2, "jm_kumo": 0.2}, 10),
 )
 
 
