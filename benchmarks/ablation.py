@@ -20,7 +20,7 @@ from edge_gemma.quant.calibrate import bundled_text
 from edge_gemma.quant.recipes import RECIPES, Format, Rule
 from edge_gemma.quant.score import Score, scores
 
-TWO, FOUR, EIGHT = Format(2, 16), Format(4, 32), Format(8, 32)
+TWO, FOUR, EIGHT = Format(2, 16, minimum=4), Format(4, 32), Format(8, 32)
 
 
 def _first(recipe: str, pattern: str, form: Format, **where: object) -> tuple[Rule, ...]:

@@ -279,6 +279,14 @@ def dequantize(w: Array, scales: Array, group: int) -> Array:
     return w * (np.repeat(s, group, axis=1)[:, : w.shape[1]] if group else s.reshape(-1, 1))
 
 
+def dequantize_rounded(w: Array, *scales: Array, bits: int, group: int) -> Array:
+    """float32 [rows, k] of int8 w with scales, or, where groups have minima, with pairs and factors."""
+    if len(scales) == 1:
+        return dequantize(w, scales[0], group)
+    pairs, factors = scales
+    return dequantize_minimum(w, pairs, factors, bits, group)
+
+
 def dequantize_panels(
     packed: Array, scales: Array, bits: int, group: int, row_ids: Array, k: int, factors: Array | None = None
 ) -> Array:

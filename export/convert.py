@@ -132,7 +132,7 @@ def plan_weight(
         keep = len(shape) == 2 and checkpoint.tensors[name].dtype == "BF16"
         dense = plan_tensor(name, shape, "dense", dtype="BF16" if keep else "F32")
         return replace(dense, origin="as in the checkpoint")
-    rounded = plan_tensor(name, shape, layout, bits=fmt.bits, group=fmt.group)
+    rounded = plan_tensor(name, shape, layout, bits=fmt.bits, group=fmt.group, minimum=fmt.minimum)
     return replace(rounded, origin=f"rounded by recipe {recipe}")
 
 

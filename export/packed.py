@@ -44,7 +44,4 @@ class PackedMatrix:
 
     def dequantize(self, packed: Packed) -> NDArray[np.float32]:
         """float32 [n, columns] of what `read` gave."""
-        if self.minimum:
-            values, pairs, factors = packed
-            return qformat.dequantize_minimum(values, pairs, factors, self.bits, self.group)
-        return qformat.dequantize(*packed, self.group)
+        return qformat.dequantize_rounded(*packed, bits=self.bits, group=self.group)

@@ -121,7 +121,7 @@ class TensorStream:
             if name in self._carried:
                 self.carry(name)
             else:
-                self.put(name, lambda weights, _, t=tensor: search_scales(weights, t.bits, t.group))
+                self.put(name, lambda weights, _, t=tensor: search_scales(weights, t.bits, t.group, minimum=t.minimum))
         return hashlib.sha256("".join(self._digests[name] for name in self._plan).encode()).hexdigest()
 
     def _append(self, name: str, block: Future[_Block], content: Any) -> None:

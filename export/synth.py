@@ -132,7 +132,7 @@ def plan_model(config: GemmaConfig, recipe: str) -> dict[str, Tensor]:
             plan[name] = plan_tensor(name, shape, "dense", dtype="BF16" if len(shape) == 2 else "F32")
         else:
             layout = "rows" if config.read_by_row(name) else "panels"
-            plan[name] = plan_tensor(name, shape, layout, bits=fmt.bits, group=fmt.group)
+            plan[name] = plan_tensor(name, shape, layout, bits=fmt.bits, group=fmt.group, minimum=fmt.minimum)
             if recipe in TRAINED_RECIPES and not name.startswith("embed_"):
                 plan[name] = replace(plan[name], input_scale=_STEP, output_scale=_STEP)
     return {name: replace(tensor, origin="random") for name, tensor in plan.items()}

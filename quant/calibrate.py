@@ -31,11 +31,10 @@ from edge_gemma.linear import Activations, Matrix
 from edge_gemma.model_folder import Tensor
 from edge_gemma.ple import DiskRows
 from edge_gemma.quant.feedback import Curvature, compile_kernels, round_with_feedback
-from edge_gemma.quant.search import search_scales
+from edge_gemma.quant.search import Rounded, search_scales
 from edge_gemma.tokenizer import Tokenizer
 from edge_gemma.weights import PerLayerEmbeddings, Weights, bind_layer
 
-Rounded = tuple[np.ndarray, ...]  # values int8 [rows, k], scales [rows, groups]; or as carried (export/packed.py)
 Rounder = Callable[[np.ndarray, int], Rounded]  # (float32 rows, number of the first) -> Rounded; called from threads
 Put = Callable[[str, Rounder], None]  # read a tensor block by block, round and write it
 
@@ -82,8 +81,6 @@ class Carried(Protocol):
 
     @property
     def read(self) -> Callable[[int, int], Rounded]: ...
-
-    def dequantize(self, packed: Rounded) -> np.ndarray: ...
 
 
 @dataclass
@@ -256,11 +253,11 @@ class Calibration:
             if carried is not None:
                 rounded = carried.read(first, first + len(weights))
             elif calibrated:
-                rounded = round_segments(weights, segments, tensor.bits, tensor.group)
+                rounded = round_segments(weights, segments, tensor.bits, tensor.group, tensor.minimum)
             else:
-                rounded = search_scales(weights, tensor.bits, tensor.group)
+                rounded = search_scales(weights, tensor.bits, tensor.group, minimum=tensor.minimum)
             if outs:
-                values = carried.dequantize(rounded) if carried else qformat.dequantize(*rounded, tensor.group)
+                values = qformat.dequantize_rounded(*rounded, bits=tensor.bits, group=tensor.group)
                 outs[0][:, rows] = x.values @ values.T
                 outs[1][:, rows] = exact @ weights.T
             return rounded
@@ -299,12 +296,11 @@ class Calibration:
         return moment
 
 
-def round_segments(weights: np.ndarray, segments: list[Curvature], bits: int, group: int) -> Rounded:
-    """round_with_feedback where H is known only within segments of columns. With one scale a row: the first's."""
+def round_segments(weights: np.ndarray, segments: list[Curvature], bits: int, group: int, minimum: int = 0) -> Rounded:
+    """round_with_feedback where H is known only within segments of columns, each whole groups and blocks of factors."""
     parts, start = [], 0
     for curvature in segments:
         stop = start + len(curvature.hessian)
-        parts.append(round_with_feedback(weights[:, start:stop], curvature, bits, group))
+        parts.append(round_with_feedback(weights[:, start:stop], curvature, bits, group, minimum=minimum))
         start = stop
-    values, scales = zip(*parts, strict=True)
-    return np.concatenate(values, axis=1), np.concatenate(scales, axis=1)
+    return tuple(np.concatenate(arrays, axis=1) for arrays in zip(*parts, strict=True))

@@ -4,10 +4,13 @@ A matrix W that meets inputs x should keep W x, not W: the loss is tr(E H E^T) w
 Columns are rounded in order; with H = M D M^T, M unit upper triangular, column i is rounded not at W_i but at
 W_i + sum_{j<i} E_j M_ji, which is where its own loss is least given the losses before it. This is GPTQ (Frantar et al.,
 2022, arXiv:2210.17323) in the form of QuIP's LDLQ (Chee et al., 2023, arXiv:2307.13304, theorem 6: the same integers,
-and no inverse of H). Then a few sweeps of coordinate descent over groups: each group's scale is set to its best value
-with all else fixed, and each of its integers moved where that lowers the loss.
+and no inverse of H). Then a few sweeps of coordinate descent over groups: each group's scale, and its minimum where it
+has one, is set to the best value that can be stored, with all else fixed, and each of its integers moved where that
+lowers the loss.
 
-Owns: integers and scales of a block of rows. Does not know: where H comes from (calibrate.py), files.
+A group's weights are scale * q - minimum here, whatever the format: without a minimum it is 0 and q has a sign.
+
+Owns: integers, scales and minima of a block of rows. Does not know: where H comes from (calibrate.py), files.
 """
 
 import hashlib
@@ -17,10 +20,11 @@ from pathlib import Path
 import numba
 import numpy as np
 
+from edge_gemma import qformat
 from edge_gemma.kernels import jit
 from edge_gemma.kernels.convert import as_float, to_half
 from edge_gemma.quant.search import KEY as SEARCH_KEY
-from edge_gemma.quant.search import search_scales
+from edge_gemma.quant.search import Rounded, levels, lines_of, search_scales
 
 _DAMPING = 0.01  # of the mean diagonal of H, added to it: directions the text never showed still count a little
 _RIDGE = 0.1  # likewise, where drift is undone: it is known from few tokens
@@ -66,25 +70,27 @@ class Curvature:
 
 
 @jit.kernel(
-    jit.array(np.float32, 2), jit.array(np.float32, 2), jit.array(np.float32, 2), jit.array(np.float32, 2),
-    numba.int64, numba.int64, numba.int64,
+    jit.array(np.float32, 2), jit.array(np.float32, 2), jit.array(np.float32, 2), jit.array(np.float32, 3),
+    numba.int64, numba.int64, numba.int64, numba.int64,
     jit.array(np.int8, 2, written=True), jit.array(np.float32, 2, written=True),
     fastmath={"reassoc", "contract", "nsz"}, key=_KEY,
 )  # fmt: skip
-def _round_block(carried, weights, feedback, scales, start, group, lowest, values, errors):
+def _round_block(carried, weights, feedback, lines, start, group, lowest, highest, values, errors):
     """Columns start, start + 1, ... of every row; carried float32 [rows, width] is what earlier columns ask for.
 
-    Columns are rounded one after another, _LANES rows side by side.
+    lines: float32 [rows, groups, 2], scales and minima. Columns are rounded one after another, _LANES rows side by
+    side.
     """
-    low, highest = np.float32(lowest), np.float32(-lowest - 1)
+    low, high = np.float32(lowest), np.float32(highest)
     rows, width = carried.shape
     w, wanted = np.empty((width, _LANES), np.float32), np.empty((width, _LANES), np.float32)
     q, e = np.empty((width, _LANES), np.float32), np.empty((width, _LANES), np.float32)
     scale, inverse = np.zeros(_LANES, np.float32), np.zeros(_LANES, np.float32)
+    minimum = np.zeros(_LANES, np.float32)
     for first in range(0, rows, _LANES):
         lanes = min(_LANES, rows - first)
         if lanes < _LANES:
-            w[:], wanted[:], scale[:], inverse[:] = 0, 0, 0, 0
+            w[:], wanted[:], scale[:], minimum[:], inverse[:] = 0, 0, 0, 0, 0
         for r in range(lanes):
             for i in range(width):
                 w[i, r] = weights[first + r, start + i]
@@ -92,11 +98,12 @@ def _round_block(carried, weights, feedback, scales, start, group, lowest, value
         for i in range(width):
             if i == 0 or (start + i) % group == 0:
                 for r in range(lanes):
-                    scale[r] = scales[first + r, (start + i) // group]
+                    scale[r] = lines[first + r, (start + i) // group, 0]
+                    minimum[r] = lines[first + r, (start + i) // group, 1]
                     inverse[r] = np.float32(1) / scale[r] if abs(scale[r]) > np.float32(1e-30) else np.float32(0)
             for r in range(_LANES):
-                q[i, r] = min(max(np.rint(wanted[i, r] * inverse[r]), low), highest)
-                e[i, r] = w[i, r] - scale[r] * q[i, r]
+                q[i, r] = min(max(np.rint((wanted[i, r] + minimum[r]) * inverse[r]), low), high)
+                e[i, r] = w[i, r] - scale[r] * q[i, r] + minimum[r]
             for j in range(i + 1, width):
                 coupling = feedback[start + i, start + j]
                 for r in range(_LANES):
@@ -108,55 +115,69 @@ def _round_block(carried, weights, feedback, scales, start, group, lowest, value
     return True
 
 
+@numba.njit(error_model="numpy")
+def _storable(value, unit, top):
+    """The nearest scale or minimum that can be stored: a float16, or units 0 to top where top > 0."""
+    if top == 0:
+        return as_float(to_half(value))
+    return unit * min(max(np.rint(value / unit), np.float32(0)), np.float32(top)) if unit > 0 else np.float32(0)
+
+
 @jit.kernel(
-    jit.array(np.float32, 2), jit.array(np.float32, 2), numba.int64, numba.int64, numba.int64, numba.boolean,
-    jit.array(np.int8, 2, written=True), jit.array(np.float32, 2, written=True), jit.array(np.float32, 2, written=True),
+    jit.array(np.float32, 2), jit.array(np.float32, 2), jit.array(np.float32, 3),
+    numba.int64, numba.int64, numba.int64, numba.int64, numba.int64, numba.int64,
+    jit.array(np.int8, 2, written=True), jit.array(np.float32, 3, written=True), jit.array(np.float32, 2, written=True),
     fastmath={"reassoc", "contract", "nsz"}, key=_KEY,
 )  # fmt: skip
-def _improve_block(slope, hessian, start, group, lowest, rescale, values, scales, errors):
-    """Columns start, start + 1, ... of every row, whole groups: each group's scale, then each of its integers.
+def _improve_block(slope, hessian, units, start, group, lowest, highest, free, top, values, lines, errors):
+    """Columns start, start + 1, ... of every row, whole groups: each group's scale and minimum, then its integers.
 
-    slope: float32 [rows, width], E H of these columns; hessian: [k, k]; scales: float32 [rows, groups]. _LANES rows
-    side by side.
+    slope: float32 [rows, width], E H of these columns; hessian: [k, k]; lines: float32 [rows, groups, 2], scales and
+    minima, of which the first `free` may change, to what _storable gives for units of the same shape. _LANES rows side
+    by side.
     """
-    low, highest = np.float32(lowest), np.float32(-lowest - 1)
+    low, high = np.float32(lowest), np.float32(highest)
     rows, width = slope.shape
     g, q = np.empty((width, _LANES), np.float32), np.empty((width, _LANES), np.float32)
     before, t = np.empty((width, _LANES), np.float32), np.empty((width, _LANES), np.float32)
-    scale, shrunk = np.zeros(_LANES, np.float32), np.zeros(_LANES, np.float32)
+    along, line = np.empty((width, _LANES), np.float32), np.zeros((2, _LANES), np.float32)
+    scale, minimum, shrunk = line[0], line[1], np.zeros(_LANES, np.float32)
     gain, weight, moved = np.empty(_LANES, np.float32), np.empty(_LANES, np.float32), np.empty(_LANES, np.float32)
     for first in range(0, rows, _LANES):
         lanes = min(_LANES, rows - first)
         if lanes < _LANES:
-            g[:], q[:], scale[:] = 0, 0, 0
+            g[:], q[:], line[:], shrunk[:] = 0, 0, 0, 0
         for r in range(lanes):
             for i in range(width):
                 g[i, r] = slope[first + r, i]
                 q[i, r] = np.float32(values[first + r, start + i])
         for begin in range(0, width, group):
             end = min(begin + group, width)
+            at = (start + begin) // group
             for r in range(lanes):
-                scale[r] = scales[first + r, (start + begin) // group]
+                scale[r], minimum[r] = lines[first + r, at, 0], lines[first + r, at, 1]
             for i in range(begin, end):
                 for r in range(_LANES):
-                    before[i, r] = q[i, r] * scale[r]
-            if rescale:
+                    before[i, r] = q[i, r] * scale[r] - minimum[r]
+            for part in range(free):  # a line search along q for the scale, along -1 for the minimum
                 gain[:], weight[:], t[begin:] = 0, 0, 0
                 for i in range(begin, end):
+                    for r in range(_LANES):
+                        along[i, r] = q[i, r] if part == 0 else np.float32(-1)
                     for j in range(begin, width):
                         coupling = hessian[start + i, start + j]
                         for r in range(_LANES):
-                            t[j, r] += q[i, r] * coupling
+                            t[j, r] += along[i, r] * coupling
                 for i in range(begin, end):
                     for r in range(_LANES):
-                        gain[r] += q[i, r] * g[i, r]
-                        weight[r] += q[i, r] * t[i, r]
-                for r in range(_LANES):
-                    better = scale[r]
+                        gain[r] += along[i, r] * g[i, r]
+                        weight[r] += along[i, r] * t[i, r]
+                for r in range(lanes):
+                    better = line[part, r]
                     if weight[r] > np.float32(1e-30):
-                        better = as_float(to_half(better + gain[r] / weight[r]))
-                    shrunk[r] = scale[r] - better
-                    scale[r] = better
+                        better = _storable(better + gain[r] / weight[r], units[first + r, at, part], top)
+                    shrunk[r] = line[part, r] - better
+                    line[part, r] = better
                 for j in range(begin, width):
                     for r in range(_LANES):
                         g[j, r] += shrunk[r] * t[j, r]
@@ -165,7 +186,7 @@ def _improve_block(slope, hessian, start, group, lowest, rescale, values, scales
                 for r in range(_LANES):
                     step = own * scale[r]
                     wished = q[i, r] + (g[i, r] / step if abs(scale[r]) > np.float32(1e-30) else np.float32(0))
-                    best = min(max(np.rint(wished), low), highest)
+                    best = min(max(np.rint(wished), low), high)
                     moved[r] = (q[i, r] - best) * scale[r]
                     q[i, r] = best
                 for j in range(i + 1, width):
@@ -173,10 +194,10 @@ def _improve_block(slope, hessian, start, group, lowest, rescale, values, scales
                     for r in range(_LANES):
                         g[j, r] += moved[r] * coupling
             for r in range(lanes):
-                scales[first + r, (start + begin) // group] = scale[r]
+                lines[first + r, at, 0], lines[first + r, at, 1] = scale[r], minimum[r]
             for i in range(begin, end):
                 for r in range(_LANES):
-                    before[i, r] -= q[i, r] * scale[r]
+                    before[i, r] -= q[i, r] * scale[r] - minimum[r]
         for r in range(lanes):
             for i in range(width):
                 values[first + r, start + i] = np.int8(q[i, r])
@@ -185,28 +206,33 @@ def _improve_block(slope, hessian, start, group, lowest, rescale, values, scales
 
 
 def round_with_feedback(
-    weights: np.ndarray, curvature: Curvature, bits: int, group: int, sweeps: int = _SWEEPS
-) -> tuple[np.ndarray, np.ndarray]:
+    weights: np.ndarray, curvature: Curvature, bits: int, group: int, sweeps: int = _SWEEPS, minimum: int = 0
+) -> Rounded:
     """Quantise rows so that their products with the calibration text's inputs stay what they were.
 
-    weights: float32 [rows, columns], finite. Returns (values int8 [rows, columns], scales float16 [rows, groups], or
-    float32 for one scale a row). The same on any number of threads; callers may run blocks of rows side by side.
+    weights: float32 [rows, columns], finite; minimum: as for search_scales. The same on any number of threads; callers
+    may run blocks of rows side by side.
     """
     weights = np.ascontiguousarray(weights) if curvature.shift is None else weights + weights @ curvature.shift
     columns = weights.shape[1]
-    width, lowest, hessian = group or columns, -(1 << (bits - 1)), curvature.hessian
-    importance = np.ascontiguousarray(np.diagonal(hessian))
-    values, stored = search_scales(weights, bits, group, importance)
-    scales = stored.astype(np.float32)
-    errors = np.zeros_like(weights)
+    width, (lowest, highest), hessian = group or columns, levels(bits, minimum), curvature.hessian
+    values, *stored = search_scales(weights, bits, group, np.ascontiguousarray(np.diagonal(hessian)), minimum)
+    lines, errors = lines_of(stored, group), np.zeros_like(weights)
     blocks = [(start, min(start + _BLOCK, columns)) for start in range(0, columns, _BLOCK)]
     for start, stop in blocks:
         carried = errors[:, :start] @ curvature.feedback[:start, start:stop]
-        _round_block(carried, weights, curvature.feedback, scales, start, width, lowest, values, errors)
+        _round_block(carried, weights, curvature.feedback, lines, start, width, lowest, highest, values, errors)
+    units = np.zeros_like(lines)
+    if minimum:
+        units = qformat.scales_and_minima(np.ones_like(stored[0]), stored[1], group)
+    free, top = (2 if minimum else 1 if group else 0), (1 << minimum) - 1  # one scale a row stays
     for start, stop in blocks * sweeps:
         slope = errors @ hessian[start:stop].T
-        _improve_block(slope, hessian, start, width, lowest, bool(group), values, scales, errors)
-    return values, scales.astype(stored.dtype)
+        _improve_block(slope, hessian, units, start, width, lowest, highest, free, top, values, lines, errors)
+    if not minimum:
+        return values, lines[..., 0].astype(stored[0].dtype)
+    pairs = np.rint(np.divide(lines, units, out=np.zeros_like(lines), where=units > 0)).astype(np.uint8)
+    return values - np.int8(qformat.zero_point(bits)), pairs, stored[1]
 
 
 def compile_kernels() -> None:

@@ -15,10 +15,13 @@ from edge_gemma.errors import UsageError
 
 @dataclass(frozen=True)
 class Format:
-    """How a matrix is stored. bits 0: dense, in the source's own float type. group 0: one scale a row."""
+    """How a matrix is stored. bits 0: dense, in the source's own float type. group 0: one scale a row. minimum: bits of
+    a group's minimum (qformat.py), which tables read by row cannot have; 0: none.
+    """
 
     bits: int
     group: int = 0
+    minimum: int = 0
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,7 @@ DENSE = Format(0)
 # 13.8 M weights that every layer's per-layer input comes from: 7 MB more than at 4 bits.
 _MODEL_PROJECTION = Rule("per_layer_model_projection.weight", Format(8, 32))
 
-_FOUR, _TWO = Format(4, 32), Format(2, 16)
+_FOUR, _TWO = Format(4, 32), Format(2, 16, minimum=4)
 # What each protection buys for its bytes is in docs/LOG.md: attention most, then down_proj, then the outermost layers.
 _OUTER_MLP = Rule("layers.*.mlp.*", _FOUR, {"outer": True})
 # What weights can be rounded to; docs/QUANTISATION.md has what each costs in quality.

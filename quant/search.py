@@ -5,18 +5,27 @@ For each group scales around "the largest weight takes the end of the range" are
 fixed, the error sum m (w - s q)^2 is least at s = sum m w q / sum m q^2 and has then fallen by (sum m w q)^2 /
 sum m q^2, so the try with the largest fall wins. m is how much each column matters (1, or the mean square of the
 inputs it meets). The same idea as llama.cpp's `make_qx_quants`, written anew.
+Groups with a minimum have their scales from minima.py.
 
 Owns: scales and integers of whole rows. Does not know: what other columns' errors do together (feedback.py).
 """
 
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 
 import numba
 import numpy as np
 
+from edge_gemma import qformat
 from edge_gemma.kernels import jit
+from edge_gemma.quant import minima
 from edge_gemma.quant.rtn import round_to_nearest
+
+Rounded = tuple[np.ndarray, ...]
+"""Integers int8 [rows, columns] and scales [rows, groups], float16, or float32 for one a row; or, with a minimum,
+integers, pairs uint8 [rows, groups, 2] and factors float32 [rows, blocks, 2]. qformat.py says what they come to.
+"""
 
 _TRIES = 10  # scales tried on each side of zero
 # Where the largest weight lands, in steps: from well inside the range to cut off beyond its end. The end is among them.
@@ -26,12 +35,11 @@ KEY = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16]  # compiled c
 
 @jit.kernel(
     jit.array(np.float32, 2), jit.array(np.float32, 1), numba.int64, numba.int64, numba.float32, numba.float32,
-    jit.array(np.int8, 2, written=True), jit.array(np.float32, 2, written=True),
-    parallel=True, fastmath={"reassoc", "contract", "nsz"}, key=KEY,
+    jit.array(np.float32, 2, written=True), parallel=True, fastmath={"reassoc", "contract", "nsz"}, key=KEY,
 )  # fmt: skip
-def _search(weights, importance, lowest, group, near, far, values, scales):
+def _search(weights, importance, lowest, group, near, far, scales):
     rows, columns = weights.shape
-    if values.shape != weights.shape or len(importance) != columns or scales.shape[0] != rows:
+    if len(importance) != columns or scales.shape[0] != rows:
         return False
     highest = np.float32(-lowest - 1)
     low = np.float32(lowest)
@@ -60,38 +68,62 @@ def _search(weights, importance, lowest, group, near, far, values, scales):
 
 
 @jit.kernel(
-    jit.array(np.float32, 2), jit.array(np.float32, 2), numba.int64, numba.int64, jit.array(np.int8, 2, written=True),
-    parallel=True, key=KEY,
+    jit.array(np.float32, 2), jit.array(np.float32, 3), numba.int64, numba.int64, numba.int64,
+    jit.array(np.int8, 2, written=True), parallel=True, key=KEY,
 )  # fmt: skip
-def _nearest(weights, scales, lowest, group, values):
-    low, highest = np.float32(lowest), np.float32(-lowest - 1)
+def _nearest(weights, lines, lowest, highest, group, values):
+    low, high = np.float32(lowest), np.float32(highest)
     for row in numba.prange(weights.shape[0]):
-        for g in range(scales.shape[1]):
-            scale = scales[row, g]
+        for g in range(lines.shape[1]):
+            scale, minimum = lines[row, g, 0], lines[row, g, 1]
             inverse = np.float32(0) if abs(scale) < np.float32(1e-30) else np.float32(1) / scale
             for i in range(g * group, min(g * group + group, weights.shape[1])):
-                values[row, i] = np.int8(min(max(np.rint(weights[row, i] * inverse), low), highest))
+                values[row, i] = np.int8(min(max(np.rint((weights[row, i] + minimum) * inverse), low), high))
     return True
 
 
+def lines_of(scales: Sequence[np.ndarray], group: int) -> np.ndarray:
+    """float32 [rows, groups, 2], scale and minimum (0 where there is none), of a Rounded's scales."""
+    if len(scales) == 2:
+        return qformat.scales_and_minima(*scales, group)
+    return np.stack([scales[0].astype(np.float32), np.zeros(scales[0].shape, np.float32)], axis=-1)
+
+
+def levels(bits: int, minimum: int) -> tuple[int, int]:
+    """The least and the largest q of w ~ scale * q - minimum: from 0 where there is a minimum."""
+    lowest = 0 if minimum else -qformat.zero_point(bits)
+    return lowest, lowest + (1 << bits) - 1
+
+
 def search_scales(
-    weights: np.ndarray, bits: int, group: int, importance: np.ndarray | None = None
-) -> tuple[np.ndarray, np.ndarray]:
+    weights: np.ndarray, bits: int, group: int, importance: np.ndarray | None = None, minimum: int = 0
+) -> Rounded:
     """Quantise rows. As `round_to_nearest`, with scales that lose less; 8 bits lose too little to search for more.
 
-    weights: float32 [rows, columns], finite; importance: float32 [columns], not negative; None: all columns alike.
-    Returns (values int8 [rows, columns], scales float16 or float32 [rows, groups]).
+    weights: float32 [rows, columns], finite; importance: float32 [columns], not negative; None: all columns alike;
+    minimum: bits of a group's minimum, 4 or 8; 0: none.
     """
     if bits == 8:
         return round_to_nearest(weights, bits, group)
+    m = np.ones(weights.shape[1], np.float32) if importance is None else importance
+    stored: tuple[np.ndarray, ...]
+    if minimum:
+        stored = minima.search_minima(weights, bits, group, minimum, m)
+    else:
+        stored = (_searched(weights, bits, group, m),)
+    values, (lowest, highest) = np.empty(weights.shape, np.int8), levels(bits, minimum)
+    jit.launch(_nearest, weights, lines_of(stored, group), lowest, highest, group or weights.shape[1], values)
+    if minimum:
+        values -= np.int8(qformat.zero_point(bits))
+    return values, *stored
+
+
+def _searched(weights: np.ndarray, bits: int, group: int, m: np.ndarray) -> np.ndarray:
+    """Scales of groups without a minimum, as they are stored."""
     rows, columns = weights.shape
     width = group or columns
     scales = np.empty((rows, -(-columns // width)), np.float32)
-    values = np.empty(weights.shape, np.int8)
-    m = np.ones(columns, np.float32) if importance is None else importance
     near, far = (np.float32(r) for r in _REACH[bits])
-    if not jit.launch(_search, weights, m, -(1 << (bits - 1)), width, near, far, values, scales):
+    if not jit.launch(_search, weights, m, -(1 << (bits - 1)), width, near, far, scales):
         raise ValueError(f"weights {weights.dtype}{weights.shape} and importance {m.dtype}{m.shape} do not fit")
-    stored = scales.astype(np.float16 if group else np.float32)
-    jit.launch(_nearest, weights, stored.astype(np.float32), -(1 << (bits - 1)), width, values)
-    return values, stored
+    return scales.astype(np.float16 if group else np.float32)

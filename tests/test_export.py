@@ -86,15 +86,22 @@ def test_a_folder_holds_the_checkpoint_rounded(tmp_path: Path, kind: str, recipe
         if tensor.layout == "dense":
             assert np.array_equal(parts["values"], weights[name]), name
             continue
-        expected, scales = search_scales(weights[name], tensor.bits, tensor.group)
+        expected, *given = search_scales(weights[name], tensor.bits, tensor.group, minimum=tensor.minimum)
+        scales = given[0]
         rows, columns = tensor.shape
         if tensor.layout == "panels":
             assert np.array_equal(qformat.unpack_panels(parts["packed"], tensor.bits, rows, columns), expected), name
-            stored = qformat.unpack_scales(parts["scales"].view(np.float16), rows)[:, : scales.shape[1]]
+            if tensor.minimum:
+                words = parts["scales"], parts["factors"].view(np.float16)
+                stored, factors = qformat.unpack_words(*words, tensor.group, rows)
+                assert np.array_equal(factors, given[1]), name
+            else:
+                stored = qformat.unpack_scales(parts["scales"].view(np.float16), rows)
+            stored = stored[:, : scales.shape[1]]
         else:
             got, stored = qformat.unpack_rows(parts["records"], columns, tensor.bits, tensor.group)
             assert np.array_equal(got, expected), name
-        assert np.array_equal(stored, scales.astype(np.float32)), name
+        assert np.array_equal(stored, scales.astype(stored.dtype)), name
 
 
 def test_bfloat16_is_kept_bit_for_bit(tmp_path: Path) -> None:

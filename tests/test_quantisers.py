@@ -19,16 +19,17 @@ from edge_gemma.quant import calibrate, feedback
 from edge_gemma.quant.calibrate import bundled_text, calibration_ids, most_tokens, round_segments
 from edge_gemma.quant.feedback import Curvature, round_with_feedback
 from edge_gemma.quant.rtn import round_to_nearest
-from edge_gemma.quant.search import search_scales
+from edge_gemma.quant.search import Rounded, levels, lines_of, search_scales
 from tests.tiny import KINDS, write_checkpoint
 
 WEIGHTS = arrays(np.float32, st.tuples(st.integers(1, 4), st.integers(1, 80)), elements=st.floats(-9, 9, width=32))
 FORMATS = [(bits, group) for bits in (2, 4) for group in (0, 16, 32)]
+MINIMA = [(2, 16, 4), (4, 32, 8)]  # bits, group, bits of a minimum
 
 
-def loss(weights: np.ndarray, rounded: tuple[np.ndarray, np.ndarray], group: int, hessian: np.ndarray) -> float:
-    """tr(E H E^T)."""
-    errors = (weights - qformat.dequantize(*rounded, group)).astype(np.float64)
+def loss(weights: np.ndarray, rounded: Rounded, group: int, hessian: np.ndarray, bits: int = 0) -> float:
+    """tr(E H E^T). bits: needed where there are minima."""
+    errors = (weights - qformat.dequantize_rounded(*rounded, bits=bits, group=group)).astype(np.float64)
     return float(np.einsum("rk,kj,rj->", errors, hessian.astype(np.float64), errors))
 
 
@@ -76,11 +77,76 @@ def test_searched_scales_are_as_good_as_a_fine_grid(bits: int, group: int) -> No
 
 
 def test_rows_of_zeros_and_of_one_weight() -> None:
-    weights = np.zeros((2, 32), np.float32)
-    weights[1, 5] = 0.25
-    for bits, group in FORMATS:
-        rounded = search_scales(weights, bits, group)
-        np.testing.assert_allclose(qformat.dequantize(*rounded, group), weights, rtol=1e-3)
+    weights = np.zeros((3, 32), np.float32)
+    weights[1, 5], weights[2, 5] = 0.25, -0.25
+    for bits, group, minimum in [(*fmt, 0) for fmt in FORMATS] + MINIMA:
+        rounded = search_scales(weights, bits, group, minimum=minimum)
+        values = qformat.dequantize_rounded(*rounded, bits=bits, group=group)
+        np.testing.assert_allclose(values, weights, rtol=1e-3, atol=2.5e-4 if minimum else 0)  # no exact zero
+
+
+def groups_with_minima(rounded: Rounded, bits: int, group: int) -> np.ndarray:
+    """The float values of integers, scales, minima and factors, one weight at a time."""
+    values, pairs, factors = rounded
+    result = np.empty(values.shape, np.float64)
+    for row, column in np.ndindex(*values.shape):
+        (s, m), (d, e) = pairs[row, column // group].tolist(), factors[row, column // 256].tolist()
+        result[row, column] = d * s * (int(values[row, column]) + (1 << (bits - 1))) - e * m
+    return result
+
+
+@settings(deadline=None, max_examples=60)
+@given(WEIGHTS, st.sampled_from(MINIMA))
+def test_searched_minima_fit_their_format(weights: np.ndarray, fmt: tuple[int, int, int]) -> None:
+    bits, group, minimum = fmt
+    values, pairs, factors = rounded = search_scales(weights, bits, group, minimum=minimum)
+    assert (values.dtype, pairs.dtype, factors.dtype) == (np.int8, np.uint8, np.float32)
+    assert pairs.shape == (len(weights), -(-weights.shape[1] // group), 2)
+    assert np.array_equal(factors, factors.astype(np.float16).astype(np.float32))
+    packed = qformat.pack_panels(values, bits), qformat.pack_words(pairs, group, minimum), qformat.pack_factors(factors)
+    back = qformat.unpack_words(*packed[1:], group, len(weights))
+    assert np.array_equal(back[0][:, : pairs.shape[1]], pairs)
+    assert np.array_equal(back[1], factors)
+    restored = qformat.dequantize_panels(
+        packed[0], packed[1], bits, group, np.arange(len(weights)), weights.shape[1], packed[2]
+    )
+    np.testing.assert_allclose(restored, groups_with_minima(rounded, bits, group), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("bits", "group", "minimum"), MINIMA)
+@pytest.mark.parametrize("columns", [256, 320])
+def test_searched_minima_are_as_good_as_a_fine_grid(bits: int, group: int, minimum: int, columns: int) -> None:
+    """Of steps and lowest levels in float64, for each group; integers of 4 bits for those cost more than of 8."""
+    weights = np.random.default_rng(1).standard_normal((2, columns)).astype(np.float32)
+    importance = np.exp(np.random.default_rng(2).standard_normal(columns)).astype(np.float32)
+    rounded = search_scales(weights, bits, group, importance, minimum)
+    top, best = (1 << bits) - 1, 0.0
+    for row in weights:
+        for start in range(0, columns, group):
+            w, m = row[start : start + group].astype(np.float64), importance[start : start + group]
+            span = w.max() - w.min()
+            steps, lowest = np.meshgrid(
+                span / top * np.linspace(0.4, 1.05, 60), w.min() + span * np.linspace(-0.1, 0.6, 80)
+            )
+            steps, lowest = steps.reshape(-1, 1), np.minimum(lowest, 0).reshape(-1, 1)
+            errors = m * (w - lowest - steps * np.clip(np.rint((w - lowest) / steps), 0, top)) ** 2
+            best += errors.sum(axis=1).min()
+    found = loss(weights, rounded, group, np.diag(importance), bits)
+    print(f"{bits} bits, minima of {minimum}: {found:.4f}, a grid of 4,800 pairs {best:.4f}")
+    assert best * 0.97 <= found <= best * (1.1 if minimum == 4 else 1.05)
+
+
+def test_groups_all_above_or_below_zero() -> None:
+    """A minimum has no sign: weights all above zero are rounded from zero up."""
+    weights = np.random.default_rng(3).uniform(2, 3, (2, 64)).astype(np.float32)
+    weights[1] *= -1
+    for bits, group, minimum in MINIMA:
+        values, pairs, factors = search_scales(weights, bits, group, minimum=minimum)
+        assert not pairs[0, :, 1].any()
+        assert pairs[1, :, 1].all()
+        errors = weights - groups_with_minima((values, pairs, factors), bits, group)
+        assert np.abs(errors[0]).max() < 0.6
+        assert np.abs(errors[1]).max() < 0.3
 
 
 def test_eight_bits_are_rounded_to_nearest() -> None:
@@ -89,7 +155,7 @@ def test_eight_bits_are_rounded_to_nearest() -> None:
         assert np.array_equal(mine, plain)
 
 
-def feedback_one_by_one(weights: np.ndarray, hessian: np.ndarray, scales: np.ndarray, bits: int, group: int):
+def feedback_one_by_one(weights: np.ndarray, hessian: np.ndarray, lines: np.ndarray, ends: tuple[int, int], group: int):
     """Columns in order; each time the rest of the quadratic is solved exactly for what the column should be.
 
     With E fixed for the columns before i and free after, the loss is least in column i at
@@ -103,36 +169,38 @@ def feedback_one_by_one(weights: np.ndarray, hessian: np.ndarray, scales: np.nda
         if i + 1 < columns:
             s -= hessian[: i + 1, rest] @ np.linalg.solve(hessian[rest, rest], hessian[rest, : i + 1])
         wanted = weights[:, i] + errors[:, :i] @ s[:i, i] / s[i, i]
-        scale = scales[:, i // group]
-        q = np.clip(np.rint(wanted / scale), -(1 << (bits - 1)), (1 << (bits - 1)) - 1)
-        values[:, i], errors[:, i] = q, weights[:, i] - q * scale
+        scale, minimum = lines[:, i // group, 0], lines[:, i // group, 1]
+        q = np.clip(np.rint((wanted + minimum) / scale), *ends)
+        values[:, i], errors[:, i] = q, weights[:, i] - q * scale + minimum
     return values
 
 
-@pytest.mark.parametrize("bits", [2, 4])
+@pytest.mark.parametrize(("bits", "minimum"), [(2, 0), (4, 0), (2, 4)])
 @pytest.mark.parametrize("columns", [64, 80])
-def test_feedback_is_the_exact_greedy_choice(bits: int, columns: int) -> None:
+def test_feedback_is_the_exact_greedy_choice(bits: int, minimum: int, columns: int) -> None:
     x, rng = inputs(columns), np.random.default_rng(3)
     weights = rng.standard_normal((8, columns)).astype(np.float32)
     curvature = Curvature.of(x.T @ x)
-    values, scales = round_with_feedback(weights, curvature, bits, 16, sweeps=0)
-    expected = feedback_one_by_one(weights, curvature.hessian.astype(np.float64), scales.astype(np.float64), bits, 16)
-    same = (values == expected).mean(axis=1)
+    values, *scales = round_with_feedback(weights, curvature, bits, 16, sweeps=0, minimum=minimum)
+    lines, ends = lines_of(scales, 16).astype(np.float64), levels(bits, minimum)
+    expected = feedback_one_by_one(weights, curvature.hessian.astype(np.float64), lines, ends, 16)
+    same = (values + (2 if minimum else 0) == expected).mean(axis=1)
     print(f"{bits} bits: rows that agree {np.count_nonzero(same == 1)} of 8")
     assert np.count_nonzero(same == 1) >= 7  # float32 may tip a tie, and all of the row after it
 
 
-@pytest.mark.parametrize(("bits", "group"), FORMATS)
-def test_feedback_loses_less_and_sweeps_never_more(bits: int, group: int) -> None:
+@pytest.mark.parametrize(("bits", "group", "minimum"), [(*fmt, 0) for fmt in FORMATS] + MINIMA)
+def test_feedback_loses_less_and_sweeps_never_more(bits: int, group: int, minimum: int) -> None:
     x = inputs(96)
     hessian = x.T @ x
     weights = np.random.default_rng(4).standard_normal((16, 96)).astype(np.float32)
     curvature = Curvature.of(hessian)
-    plain = loss(weights, search_scales(weights, bits, group), group, curvature.hessian)
-    losses = [
-        loss(weights, round_with_feedback(weights, curvature, bits, group, sweeps), group, curvature.hessian)
-        for sweeps in (0, 1, 2, 5)
-    ]
+
+    def lost(rounded: Rounded) -> float:
+        return loss(weights, rounded, group, curvature.hessian, bits)
+
+    plain = lost(search_scales(weights, bits, group, minimum=minimum))
+    losses = [lost(round_with_feedback(weights, curvature, bits, group, sweeps, minimum)) for sweeps in (0, 1, 2, 5)]
     print(f"{bits} bits, groups of {group}: searched {plain:.3f}, feedback and sweeps {np.round(losses, 3)}")
     assert losses[0] < 0.8 * plain
     assert all(after <= before * 1.001 for before, after in itertools.pairwise(losses))
@@ -154,17 +222,20 @@ def test_the_shift_brings_products_back_to_what_they_were() -> None:
     np.testing.assert_allclose(found, best, rtol=1e-3, atol=1e-3)
 
 
-def test_inputs_beyond_a_segment_are_rounded_by_themselves() -> None:
-    x, weights = inputs(96), np.random.default_rng(5).standard_normal((8, 96)).astype(np.float32)
-    curvatures = [Curvature.of(part.T @ part) for part in (x[:, :64], x[:, 64:])]
-    values, scales = round_segments(weights, curvatures, 4, 32)
-    for columns, groups, curvature in (
-        (slice(64), slice(2), curvatures[0]),
-        (slice(64, 96), slice(2, 3), curvatures[1]),
-    ):
-        alone = round_with_feedback(weights[:, columns], curvature, 4, 32)
-        assert np.array_equal(values[:, columns], alone[0])
-        assert np.array_equal(scales[:, groups], alone[1])
+@pytest.mark.parametrize(("bits", "group", "minimum"), [(4, 32, 0), (2, 16, 4)])
+def test_inputs_beyond_a_segment_are_rounded_by_themselves(bits: int, group: int, minimum: int) -> None:
+    x, weights = inputs(352), np.random.default_rng(5).standard_normal((8, 352)).astype(np.float32)
+    segments = slice(256), slice(256, 352)
+    curvatures = [Curvature.of(x[:, columns].T @ x[:, columns]) for columns in segments]
+    rounded = round_segments(weights, curvatures, bits, group, minimum)
+    alone = [
+        round_with_feedback(weights[:, columns], curvature, bits, group, minimum=minimum)
+        for columns, curvature in zip(segments, curvatures, strict=True)
+    ]
+    for whole, *parts in zip(rounded, *alone, strict=True):
+        assert np.array_equal(whole, np.concatenate(parts, axis=1))
+    both = [qformat.dequantize_rounded(*part, bits=bits, group=group) for part in alone]
+    assert np.array_equal(qformat.dequantize_rounded(*rounded, bits=bits, group=group), np.concatenate(both, axis=1))
 
 
 def test_inputs_that_were_never_seen_round_as_without_a_text() -> None:
