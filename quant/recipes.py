@@ -64,7 +64,7 @@ RECIPES: dict[str, tuple[Rule, ...]] = {
     ),
     "q2mix": (_MODEL_PROJECTION, _OUTER_MLP, Rule("layers.*.mlp.*", _TWO), Rule("*", _FOUR)),
 }
-_OUTER = 2  # layers at either end
+_OUTER = 3  # layers at either end
 
 # What only training towards it makes usable: the bit widths of the official QAT checkpoints, one scale a row.
 _E2B: Mapping[str, object] = {"use_double_wide_mlp": True}

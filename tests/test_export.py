@@ -242,7 +242,7 @@ def test_recipes() -> None:
     assert bits("q8", "norm.weight", (8,)) == 0
     assert bits("float", "layers.0.mlp.up_proj.weight") == 0
     assert bits("q5mix", "embed_tokens.weight") == 8
-    assert [bits("q2mix", f"layers.{i}.mlp.up_proj.weight") for i in range(10)] == [4, 4, 2, 2, 2, 2, 2, 2, 4, 4]
+    assert [bits("q2mix", f"layers.{i}.mlp.up_proj.weight") for i in range(10)] == [4, 4, 4, 2, 2, 2, 2, 4, 4, 4]
     assert bits("q2mix", "layers.4.self_attn.k_proj.weight") == 4
     assert bits("q3mix", "layers.4.mlp.down_proj.weight") == 4
     with pytest.raises(UsageError, match="unknown recipe 'q5'"):

@@ -185,7 +185,7 @@ def test_integers_and_scales_are_carried_over(made, recipe):
     opened = ModelFolder.open(model)
     files = opened.map()
     both = {name: initializers(folder / "onnx" / f"{name}.onnx") for name in ("embed_tokens", "decoder_model_merged")}
-    seen = 0
+    seen, values = 0, dequantised(model)
     for name, tensor in opened.tensors.items():
         if tensor.layout == "dense":
             continue
@@ -194,15 +194,20 @@ def test_integers_and_scales_are_carried_over(made, recipe):
             w, scales = qformat.unpack_rows(parts["records"], tensor.shape[1], tensor.bits, tensor.group)
         else:
             w = qformat.unpack_panels(parts["packed"], tensor.bits, *tensor.shape)
-            scales = qformat.unpack_scales(parts["scales"].view(np.float16), len(w))
+            scales = None if tensor.minimum else qformat.unpack_scales(parts["scales"].view(np.float16), len(w))
         for graph, arrays in both.items():
-            pieces = [key for key in arrays if key.split("[")[0] == name and not key.endswith(".scales")]
+            pieces = [k for k in arrays if k.split("[")[0] == name and not k.endswith((".scales", ".rest"))]
             if pieces:
                 seen += 1
                 np.testing.assert_array_equal(np.concatenate([unpacked(arrays[key], tensor.bits) for key in pieces]), w)
                 stored = np.concatenate([arrays[f"{key}.scales"] for key in pieces])
-                np.testing.assert_array_equal(stored, scales[:, : stored.shape[1]])
                 assert stored.dtype == np.float32, graph
+                if scales is not None:
+                    np.testing.assert_array_equal(stored, scales[:, : stored.shape[1]])
+                    continue
+                rest = np.concatenate([arrays[f"{key}.rest"] for key in pieces])
+                wide = [np.repeat(a, tensor.group, axis=1)[:, : tensor.shape[1]] for a in (stored, rest)]
+                np.testing.assert_allclose(wide[0] * w - wide[1], values[name], atol=2e-7 * np.abs(values[name]).max())
     assert seen == 1 + sum(tensor.layout != "dense" for tensor in opened.tensors.values())  # the tied table twice
 
 
