@@ -123,6 +123,53 @@ def _storable(value, unit, top):
     return unit * min(max(np.rint(value / unit), np.float32(0)), np.float32(top)) if unit > 0 else np.float32(0)
 
 
+@numba.njit(error_model="numpy", fastmath={"reassoc", "contract", "nsz"})
+def _search_line(hessian, start, begin, end, part, q, g, along, t, line, units, top):
+    """The scale (part 0, along q) or minimum (part 1, along -1) that loses least, one for each lane with units; the
+    slope g follows."""
+    width = len(g)
+    gain, weight, shrunk = np.zeros(_LANES, np.float32), np.zeros(_LANES, np.float32), np.zeros(_LANES, np.float32)
+    t[begin:] = 0
+    for i in range(begin, end):
+        for r in range(_LANES):
+            along[i, r] = q[i, r] if part == 0 else np.float32(-1)
+        for j in range(begin, width):
+            coupling = hessian[start + i, start + j]
+            for r in range(_LANES):
+                t[j, r] += along[i, r] * coupling
+    for i in range(begin, end):
+        for r in range(_LANES):
+            gain[r] += along[i, r] * g[i, r]
+            weight[r] += along[i, r] * t[i, r]
+    for r in range(len(units)):
+        better = line[r]
+        if weight[r] > np.float32(1e-30):
+            better = _storable(better + gain[r] / weight[r], units[r], top)
+        shrunk[r] = line[r] - better
+        line[r] = better
+    for j in range(begin, width):
+        for r in range(_LANES):
+            g[j, r] += shrunk[r] * t[j, r]
+
+
+@numba.njit(error_model="numpy", fastmath={"reassoc", "contract", "nsz"})
+def _move_integers(hessian, start, begin, end, low, high, scale, q, g):
+    """Each integer in turn to where it loses least; the slope g follows."""
+    width, moved = len(g), np.empty(_LANES, np.float32)
+    for i in range(begin, end):
+        own = hessian[start + i, start + i]
+        for r in range(_LANES):
+            step = own * scale[r]
+            wished = q[i, r] + (g[i, r] / step if abs(scale[r]) > np.float32(1e-30) else np.float32(0))
+            best = min(max(np.rint(wished), low), high)
+            moved[r] = (q[i, r] - best) * scale[r]
+            q[i, r] = best
+        for j in range(i + 1, width):
+            coupling = hessian[start + i, start + j]
+            for r in range(_LANES):
+                g[j, r] += moved[r] * coupling
+
+
 @jit.kernel(
     jit.array(np.float32, 2), jit.array(np.float32, 2), jit.array(np.float32, 3),
     numba.int64, numba.int64, numba.int64, numba.int64, numba.int64, numba.int64,
@@ -141,12 +188,11 @@ def _improve_block(slope, hessian, units, start, group, lowest, highest, free, t
     g, q = np.empty((width, _LANES), np.float32), np.empty((width, _LANES), np.float32)
     before, t = np.empty((width, _LANES), np.float32), np.empty((width, _LANES), np.float32)
     along, line = np.empty((width, _LANES), np.float32), np.zeros((2, _LANES), np.float32)
-    scale, minimum, shrunk = line[0], line[1], np.zeros(_LANES, np.float32)
-    gain, weight, moved = np.empty(_LANES, np.float32), np.empty(_LANES, np.float32), np.empty(_LANES, np.float32)
+    scale, minimum = line[0], line[1]
     for first in range(0, rows, _LANES):
         lanes = min(_LANES, rows - first)
         if lanes < _LANES:
-            g[:], q[:], line[:], shrunk[:] = 0, 0, 0, 0
+            g[:], q[:], line[:] = 0, 0, 0
         for r in range(lanes):
             for i in range(width):
                 g[i, r] = slope[first + r, i]
@@ -160,39 +206,21 @@ def _improve_block(slope, hessian, units, start, group, lowest, highest, free, t
                 for r in range(_LANES):
                     before[i, r] = q[i, r] * scale[r] - minimum[r]
             for part in range(free):  # a line search along q for the scale, along -1 for the minimum
-                gain[:], weight[:], t[begin:] = 0, 0, 0
-                for i in range(begin, end):
-                    for r in range(_LANES):
-                        along[i, r] = q[i, r] if part == 0 else np.float32(-1)
-                    for j in range(begin, width):
-                        coupling = hessian[start + i, start + j]
-                        for r in range(_LANES):
-                            t[j, r] += along[i, r] * coupling
-                for i in range(begin, end):
-                    for r in range(_LANES):
-                        gain[r] += along[i, r] * g[i, r]
-                        weight[r] += along[i, r] * t[i, r]
-                for r in range(lanes):
-                    better = line[part, r]
-                    if weight[r] > np.float32(1e-30):
-                        better = _storable(better + gain[r] / weight[r], units[first + r, at, part], top)
-                    shrunk[r] = line[part, r] - better
-                    line[part, r] = better
-                for j in range(begin, width):
-                    for r in range(_LANES):
-                        g[j, r] += shrunk[r] * t[j, r]
-            for i in range(begin, end):
-                own = hessian[start + i, start + i]
-                for r in range(_LANES):
-                    step = own * scale[r]
-                    wished = q[i, r] + (g[i, r] / step if abs(scale[r]) > np.float32(1e-30) else np.float32(0))
-                    best = min(max(np.rint(wished), low), high)
-                    moved[r] = (q[i, r] - best) * scale[r]
-                    q[i, r] = best
-                for j in range(i + 1, width):
-                    coupling = hessian[start + i, start + j]
-                    for r in range(_LANES):
-                        g[j, r] += moved[r] * coupling
+                _search_line(
+                    hessian,
+                    start,
+                    begin,
+                    end,
+                    part,
+                    q,
+                    g,
+                    along,
+                    t,
+                    line[part],
+                    units[first : first + lanes, at, part],
+                    top,
+                )
+            _move_integers(hessian, start, begin, end, low, high, scale, q, g)
             for r in range(lanes):
                 lines[first + r, at, 0], lines[first + r, at, 1] = scale[r], minimum[r]
             for i in range(begin, end):

@@ -5,7 +5,7 @@ goes on. Owns: the stage's loss and its figure (word errors of what is read off 
 decoder.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import click
@@ -81,11 +81,12 @@ def main(data: Path, steps: int, rate: float, only: int | None) -> None:
     tower = build(configuration(512, {})).model.audio_tower
     heads = {name: spelling.head(tower.config.hidden_size) for name, spelling in spellings.items()}
     run = Run(data / ("hear" if only is None else "hear-few"), {"tower": tower, **heads}, steps, rate)
-    drawn = _by_phase(clips, run)
+    drawn = drawn_in_phases(clips, run, [phase[:2] for phase in PHASES], FRAMES, run.seed)
     sets = held_out(data) if only is None else {"same": clips}
 
     def loss_of(step: int) -> dict[str, Tensor]:
-        batch, name, loss = next(drawn)
+        batch = next(drawn)
+        name, loss = next((name, loss) for ends, _, name, loss in PHASES if step < ends)
         return {"loss": loss(spellings[name], *logits_of(tower, heads[name], batch), batch.texts)}
 
     def evaluate() -> dict[str, float]:
@@ -95,14 +96,16 @@ def main(data: Path, steps: int, rate: float, only: int | None) -> None:
     run.train(loss_of, evaluate)
 
 
-def _by_phase(clips: list[Clip], run: Run) -> Iterator[tuple[Batch, str, Callable[..., Tensor]]]:
-    """Batches of the phase each step is in, with its spelling and its loss."""
+def drawn_in_phases(
+    clips: list[Clip], run: Run, phases: Iterable[tuple[int, float]], frames: int, seed: int
+) -> Iterator[Batch]:
+    """Batches of the phase that each step is in. phases: up to which step, of clips up to how many seconds."""
     begins = 0
-    for ends, seconds, name, loss in PHASES:
+    for ends, seconds in phases:
         some = [clip for clip in clips if len(clip.features) <= 100 * seconds]
-        drawn = batches(some, FRAMES, seed=run.seed, skip=max(0, run.step - begins), weights=draw_weights(some))
+        drawn = batches(some, frames, seed=seed, skip=max(0, run.step - begins), weights=draw_weights(some))
         while run.step < ends:
-            yield next(drawn), name, loss
+            yield next(drawn)
         begins = ends
 
 

@@ -21,10 +21,10 @@ from edge_gemma.audio.prompts import Task
 from edge_gemma.chat import ChatFormat
 from edge_gemma.tokenizer import Tokenizer
 from training import ctc, dialogue
-from training.batches import Batch, Clip, batches, make_batch, read_clips
+from training.batches import Batch, Clip, make_batch, read_clips
 from training.fast_audio import encode
 from training.fast_text import decode
-from training.hear import DTYPE, draw_weights, held_out
+from training.hear import DTYPE, drawn_in_phases, held_out
 from training.loop import Run, last_modules
 from training.model import build, configuration
 from training.tokenizer import load_tokenizer
@@ -190,7 +190,8 @@ def main(data: Path, steps: int, rate: float, together: bool) -> None:
         rate,
         frozen=lambda name: not together and ("audio_tower" in name or name in ("weight", "bias")),
     )
-    heard = _drawn(clips, run, 0 if together else SHORT[0])
+    phases = [*([] if together else [SHORT]), (10**9, 1e9)]
+    heard = drawn_in_phases(clips, run, phases, SPEECH_FRAMES, run.seed + 1)
     talks = examples.of_dialogue(run.seed + run.step)
     spelling, sets = ctc.pieces(tokenizer), held_out(data, each=32)
     listen = soft_tokens if together else torch.no_grad()(torch.compiler.set_stance("force_eager")(soft_tokens))
@@ -209,14 +210,6 @@ def main(data: Path, steps: int, rate: float, together: bool) -> None:
         return {"loss": speech + CTC_WEIGHT * spelt, "speech": speech, "spelt": spelt}
 
     run.train(loss_of, lambda: word_errors(model, examples, sets), evaluate_every=1000)
-
-
-def _drawn(clips: list[Clip], run: Run, short_until: int) -> Iterator[Batch]:
-    for ends, seconds in ((short_until, SHORT[1]), (10**9, 1e9)):
-        some = [clip for clip in clips if len(clip.features) <= 100 * seconds]
-        drawn = batches(some, SPEECH_FRAMES, seed=run.seed + 1, skip=run.step, weights=draw_weights(some))
-        while run.step < ends:
-            yield next(drawn)
 
 
 if __name__ == "__main__":
