@@ -18,7 +18,7 @@ import torch.fx.experimental._config
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# Sizes that happen to be equal in the first batch are not taken to be equal in all: that would be compiled again.
+# Sizes that happen to be equal in the first batch are not taken to be equal in all. Other guards remain: docs/LOG.md.
 torch.fx.experimental._config.use_duck_shape = False
 torch._logging.set_logs(recompiles=True)  # each costs minutes
 
