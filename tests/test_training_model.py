@@ -18,8 +18,8 @@ import torch
 from torch import nn
 
 from training import ctc
-from training.batches import batches, make_batch, read_clips
-from training.fast_audio import encode
+from training.batches import Batch, Clip, batches, make_batch, read_clips
+from training.fast_audio import encode, span
 from training.fast_text import decode
 from training.finish import BOUNDS, set_clip_bounds
 from training.loop import Run
@@ -84,46 +84,54 @@ def test_fast_decoder_equals_the_references(model, length):
     assert wanted.std() > 0.1
 
 
+def on_a_tape(lengths: tuple[int, ...], frames: int | None = None) -> tuple[Batch, torch.Tensor, torch.Tensor]:
+    """Clips of noise: as a batch of ours, and padded, with a mask, as the reference takes them."""
+    clips = [Clip(np.random.default_rng(n).normal(0, 1, (n, 128)), "", "", "") for n in lengths]
+    padded = torch.zeros(len(lengths), max(lengths), 128)
+    for row, clip in zip(padded, clips, strict=True):
+        row[: len(clip.features)] = torch.from_numpy(clip.features)
+    return make_batch(clips, frames), padded, torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+
+
 def test_fast_encoder_equals_the_references(model):
-    lengths, tower = (397, 300, 111, 1), model.model.audio_tower
-    features = torch.randn(len(lengths), max(lengths), 128)
-    mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+    lengths, tower = (397, 300, 94, 95, 96, 46, 47, 48, 1, 300), model.model.audio_tower  # 46, 94: spans just filled
+    batch, features, mask = on_a_tape(lengths, 2400)
+    batch.features[batch.features == 0] = 3.0  # what lies between clips is not heard
     with torch.no_grad():
         wanted = tower(features, mask)
-        hidden, tokens = encode(tower, features, mask)
-        got = tower.output_proj(hidden)
-    assert torch.equal(tokens, wanted.attention_mask)
-    assert (got - wanted.last_hidden_state)[tokens].abs().max() < 2e-5
-    assert wanted.last_hidden_state[tokens].std() > 0.1
+        got = tower.output_proj(encode(tower, batch.features, batch.lengths))
+    assert (got - wanted.last_hidden_state[wanted.attention_mask]).abs().max() < 2e-5
+    assert got.std() > 0.1
 
 
 def test_gradients_of_the_fast_encoder_equal_the_references(model):
     tower = model.model.audio_tower
-    features, mask = torch.randn(2, 96, 128), torch.ones(2, 96, dtype=torch.bool)
+    batch, features, mask = on_a_tape((96, 131))
 
     def gradients(hidden: torch.Tensor) -> list[torch.Tensor]:
         trained = [p for n, p in tower.named_parameters() if "layer0" not in n and "layer1" not in n]
         return torch.autograd.grad(hidden.square().sum(), trained, allow_unused=True)
 
-    ours = gradients(tower.output_proj(encode(tower, features, mask)[0]))
-    theirs = gradients(tower(features, mask).last_hidden_state)
-    for mine, reference in zip(ours, theirs, strict=True):
-        assert torch.allclose(mine, reference, rtol=1e-3, atol=1e-3 * reference.abs().max().item())
+    ours = gradients(tower.output_proj(encode(tower, batch.features, batch.lengths)))
+    reference = tower(features, mask)
+    theirs = gradients(reference.last_hidden_state[reference.attention_mask])
+    for mine, wanted in zip(ours, theirs, strict=True):
+        assert torch.allclose(mine, wanted, rtol=1e-3, atol=1e-3 * wanted.abs().max().item())
 
 
 @pytest.mark.parametrize("name", ["letters", "pieces"])
 def test_texts_are_read_back_from_sure_logits(name, tmp_path):
     spelling = ctc.LETTERS if name == "letters" else ctc.pieces(load_tokenizer(write_tokenizer(tmp_path)))
     text, at = "turn off the lamp in the bedroom", 0
-    logits = torch.full((1, 80, 1 + spelling.units), -9.0)
+    logits = torch.full((80, 1 + spelling.units), -9.0)
     for unit in spelling.encode(text):
-        logits[0, at, unit] = 9.0  # each once, a blank after it
-        logits[0, at + 1, 0] = 9.0
+        logits[at, unit] = 9.0  # each once, a blank after it
+        logits[at + 1, 0] = 9.0
         at += 2
-    logits[0, at:, 0] = 9.0
-    mask = torch.ones(1, 80, dtype=torch.bool)
-    assert ctc.read(spelling, logits, mask) == [text]
-    sure, other = (ctc.loss(spelling, logits, mask, [said]) for said in (text, "something"))
+    logits[at:, 0] = 9.0
+    both = torch.cat([logits[:at], logits])  # two clips, of different lengths
+    assert ctc.read(spelling, both, [at, 80]) == [text, text]
+    sure, other = (ctc.loss(spelling, both, [at, 80], [text, said]) for said in (text, "something"))
     assert sure < 0.01 < other
 
 
@@ -138,6 +146,8 @@ def test_batches_go_on_where_they_were_cut_off(data):
         again = next(rest)
         assert again.texts == batch.texts
         assert torch.equal(again.features, batch.features)
+        assert batch.features.shape == (600, 128)
+        assert sum(span(n) for n in batch.lengths) <= 600
 
 
 def test_a_run_goes_on_as_if_it_had_not_been_cut_off(tmp_path):
@@ -173,8 +183,8 @@ def test_checkpoint_round_trip_keeps_bfloat16_weights(model, tmp_path):
 
 def test_clip_bounds_clip_nothing_that_was_heard_and_no_less(data, model):
     tower, clips = model.model.audio_tower, read_clips(data, ["train"])
-    made = make_batch(clips[:1])
-    features, mask = made.features[:, : len(clips[0].features)], made.mask[:, : len(clips[0].features)]
+    features = torch.from_numpy(clips[0].features[None].astype(np.float32))
+    mask = torch.ones(features.shape[:2], dtype=torch.bool)
     with torch.no_grad():
         before = tower(features, mask).last_hidden_state
         set_clip_bounds(tower, clips, batch=1)

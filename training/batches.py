@@ -1,7 +1,7 @@
-"""Clips of log-mel features in batches of about equal length.
+"""Clips of log-mel features, one after the other on tapes of a fixed length.
 
 Owns: reading the folder that `training.features` writes (into memory, a few GB at most: pages of a mapped file that are
-read at random were gone from the cache when wanted again), drawing batches whose clips differ little in length,
+read at random were gone from the cache when wanted again), drawing batches,
 masking of times and frequencies (SpecAugment, Park et al. 2019). Does not know: models, losses.
 """
 
@@ -15,8 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from training.fast_audio import FRAMES_A_BLOCK, span
+
 MELS = 128
-_STEP = 48  # frames: batches are padded to whole blocks of the encoder's attention (12 tokens of 4 frames)
 
 
 @dataclass(frozen=True)
@@ -31,8 +32,8 @@ class Clip:
 
 @dataclass(frozen=True)
 class Batch:
-    features: Tensor  # float32 [clips, frames, 128]
-    mask: Tensor  # bool [clips, frames]
+    features: Tensor  # float32 [frames, 128]: the clips one after the other, each in its `span`
+    lengths: list[int]  # frames of each clip
     texts: list[str]
 
 
@@ -54,40 +55,28 @@ def read_clips(folder: Path, splits: Iterable[str], copies: Iterable[int] = rang
 def batches(
     clips: list[Clip], frames: int, *, seed: int, skip: int = 0, weights: np.ndarray | None = None
 ) -> Iterator[Batch]:
-    """Endless batches of about `frames` frames in all, drawn by `weights`; clips of a batch are of like length.
+    """Endless batches of as many clips as find room in `frames`, drawn by `weights`.
 
-    A draw takes 50 batches' worth of clips, sorts them by length and cuts them: random enough, little padding.
     skip: batches to leave out at the start, so that a run that goes on sees what it would have seen.
     """
-    chances = None if weights is None else weights / weights.sum()
-    mean = np.mean([len(c.features) for c in clips])
-    for draw in itertools.count():
-        rng = np.random.default_rng([seed, draw])
-        drawn = rng.choice(len(clips), int(50 * frames / mean) + 1, p=chances)
-        drawn = sorted(drawn, key=lambda i: len(clips[i].features))
-        groups: list[list[int]] = [[]]
-        for i in drawn:
-            if (len(groups[-1]) + 1) * len(clips[i].features) > frames and groups[-1]:
-                groups.append([])
-            groups[-1].append(i)
-        order = rng.permutation(len(groups))
-        for g in order[skip:]:
-            yield make_batch([clips[i] for i in groups[g]], np.random.default_rng([seed, draw, g]))
-        skip = max(0, skip - len(order))
+    shares = np.cumsum(np.ones(len(clips)) if weights is None else weights)
+    for number in itertools.count(skip):
+        rng = np.random.default_rng([seed, number])
+        drawn = np.searchsorted(shares, rng.random(frames // FRAMES_A_BLOCK) * shares[-1], side="right")
+        ends = np.cumsum([span(len(clips[i].features)) for i in drawn])
+        yield make_batch([clips[i] for i in drawn[ends <= frames]], frames, rng)
 
 
-def make_batch(clips: list[Clip], rng: np.random.Generator | None = None) -> Batch:
-    """rng: masks times and frequencies; None leaves the features as they are."""
-    longest = -(-max(len(c.features) for c in clips) // _STEP) * _STEP
-    features = np.zeros((len(clips), longest, MELS), np.float32)
-    mask = np.zeros((len(clips), longest), bool)
-    for row, valid, clip in zip(features, mask, clips, strict=True):
-        count = len(clip.features)
-        row[:count] = clip.features
-        valid[:count] = True
+def make_batch(clips: list[Clip], frames: int | None = None, rng: np.random.Generator | None = None) -> Batch:
+    """frames: the tape's length, if longer than needed; rng: masks times and frequencies (None does not)."""
+    starts = np.cumsum([0, *(span(len(c.features)) for c in clips)])
+    tape = np.zeros((frames or starts[-1], MELS), np.float32)
+    for start, clip in zip(starts, clips, strict=False):
+        part = tape[start : start + len(clip.features)]
+        part[:] = clip.features
         if rng is not None:
-            _mask_bands(row[:count], rng)
-    return Batch(torch.from_numpy(features), torch.from_numpy(mask), [c.text for c in clips])
+            _mask_bands(part, rng)
+    return Batch(torch.from_numpy(tape), [len(c.features) for c in clips], [c.text for c in clips])
 
 
 def _mask_bands(features: np.ndarray, rng: np.random.Generator) -> None:

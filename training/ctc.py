@@ -44,14 +44,14 @@ def pieces(tokenizer: Tokenizer) -> Spelling:
     return Spelling(tokenizer.vocab_size - 1, cache(tokenizer.encode), lambda units: tokenizer.decode(units).strip())
 
 
-def loss(spelling: Spelling, logits: Tensor, mask: Tensor, texts: list[str]) -> Tensor:
-    """Mean negative log-likelihood a unit. logits float [clips, tokens, 1 + units], mask bool [clips, tokens]."""
+def loss(spelling: Spelling, logits: Tensor, counts: list[int], texts: list[str]) -> Tensor:
+    """Mean negative log-likelihood a unit. logits float [tokens, 1 + units] of clips of `counts` tokens."""
     targets = [spelling.encode(text) for text in texts]
     lengths = torch.tensor([len(t) for t in targets])
     total = F.ctc_loss(
-        logits.float().log_softmax(-1).transpose(0, 1),
+        nn.utils.rnn.pad_sequence(logits.float().log_softmax(-1).split(counts)),
         torch.tensor([unit for t in targets for unit in t]),
-        mask.sum(1),
+        torch.tensor(counts),
         lengths,
         reduction="sum",
         zero_infinity=True,
@@ -60,26 +60,26 @@ def loss(spelling: Spelling, logits: Tensor, mask: Tensor, texts: list[str]) -> 
 
 
 def even_loss(
-    spelling: Spelling, logits: Tensor, mask: Tensor, texts: list[str], *, margin: int = 3, delay: int = 2
+    spelling: Spelling, logits: Tensor, counts: list[int], texts: list[str], *, margin: int = 3, delay: int = 2
 ) -> Tensor:
     """Cross-entropy on units spread evenly over the clip: wrong in detail, but it starts CTC off its plateau.
 
     margin: tokens of silence at either end; delay: tokens (of 40 ms) by which the causal encoder may lag behind.
     """
-    wanted = torch.full(mask.shape, -100)
-    for row, count, text in zip(wanted, mask.sum(1).tolist(), texts, strict=True):
+    wanted = []
+    for count, text in zip(counts, texts, strict=True):
         units = torch.tensor(spelling.encode(text))
         spoken = max(1, count - 2 * margin)
         at = (torch.arange(count) - margin - delay) * len(units) // spoken
         inside = (at >= 0) & (at < len(units))
-        row[:count] = torch.where(inside, units[at.clamp(0, len(units) - 1)], 0)
-    return F.cross_entropy(logits.float().flatten(0, 1), wanted.flatten())
+        wanted.append(torch.where(inside, units[at.clamp(0, len(units) - 1)], 0))
+    return F.cross_entropy(logits.float(), torch.cat(wanted))
 
 
-def read(spelling: Spelling, logits: Tensor, mask: Tensor) -> list[str]:
+def read(spelling: Spelling, logits: Tensor, counts: list[int]) -> list[str]:
     """The likeliest unit at each token, repetitions and blanks taken out."""
     texts = []
-    for best, count in zip(logits.argmax(-1), mask.sum(1).tolist(), strict=True):
-        runs = torch.unique_consecutive(best[:count]).tolist()
+    for best in logits.argmax(-1).split(counts):
+        runs = torch.unique_consecutive(best).tolist()
         texts.append(spelling.decode([unit for unit in runs if unit]))
     return texts

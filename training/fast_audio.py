@@ -1,61 +1,71 @@
-"""The audio tower's forward pass, arranged for training on a CPU: the same arithmetic, a quarter of the time.
+"""The audio tower's forward pass, arranged for training on a CPU: the same arithmetic, a fifth of the time.
 
-Owns: `encode(tower, features, mask)`, which reads the parameters of a transformers `Gemma4AudioModel` and computes what
-its own `forward` computes, without clip bounds. What is arranged otherwise: the convolutions keep their channels last
-(the reference transposes 400,000 numbers a second of sound twice), the attention sees a block and the block before it,
-and everything runs in the type of the features (bfloat16 where the machine multiplies it fast). The parts with many
-small operations are compiled by torch at first use (about two minutes and a C++ compiler; TORCHDYNAMO_DISABLE=1 goes
-without, at two thirds of the speed).
+Owns: `encode(tower, features, lengths)`, which reads the parameters of a transformers `Gemma4AudioModel` and computes
+what its own `forward` computes, without clip bounds; `span`, the room a clip takes. What is arranged otherwise: the
+clips of a batch lie one after the other on a tape of a fixed length, each on the start of a block of the attention, so
+that torch compiles the pass once, for one shape (at first use: a minute and a C++ compiler; TORCHDYNAMO_DISABLE=1 goes
+without); the convolutions keep their channels last (the reference transposes 400,000 numbers a second of sound twice);
+everything runs in the type of the features (bfloat16 where the machine multiplies it fast).
 Does not know: losses, batches.
 
 Source: transformers 5.23 `modeling_gemma4.py` (Gemma4AudioModel).
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
-import torch.fx.experimental._config
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# Sizes that happen to be equal in the first batch are not taken to be equal in all. Other guards remain: docs/LOG.md.
-torch.fx.experimental._config.use_duck_shape = False
-torch._logging.set_logs(recompiles=True)  # each costs minutes
+torch._logging.set_logs(recompiles=True)  # each costs a minute
 
 LIVE_CHANNELS = 32  # of the first convolution's 128, a number the reference fixes; the rest stay zero
 BLOCK = 12  # queries of a block; a query sees at most the block before its own
+FRAMES_A_TOKEN = 4
+FRAMES_A_BLOCK = BLOCK * FRAMES_A_TOKEN
 
 
-def encode(tower: nn.Module, features: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """features [batch, frames, 128], mask bool [batch, frames] (True: sound) -> (soft tokens before `output_proj`
-    [batch, tokens, hidden], their mask [batch, tokens]); 4 frames a token, rounded up."""
-    x, mask = _subsample(tower.subsample_conv_projection, features, mask)
-    batch, tokens, _ = x.shape
-    blocks = max(2, -(-tokens // BLOCK))
-    x = F.pad(x, (0, 0, 0, blocks * BLOCK - tokens))
-    heard = F.pad(mask, (0, blocks * BLOCK - tokens)).view(batch, blocks, BLOCK)
-    allowed = _with_block_before(heard)[:, None, :, None, :] & _band(tower.config).to(x.device)
-    for tensor, sizes in ((x, (0, 1)), (allowed, (0, 2))):
-        torch._dynamo.maybe_mark_dynamic(tensor, sizes)  # one compilation for all batches
-    return _layers(tower, x, allowed)[:, :tokens], mask
+def span(frames: int) -> int:
+    """Frames that a clip takes on a tape: whole blocks, the last 2 or more silent, as far as the convolutions look."""
+    return -(-(frames + 2) // FRAMES_A_BLOCK) * FRAMES_A_BLOCK
 
 
-@torch.compile(dynamic=True)
-def _layers(tower: nn.Module, x: Tensor, allowed: Tensor) -> Tensor:
+def tokens_of(frames: int) -> int:
+    return -(-frames // FRAMES_A_TOKEN)
+
+
+def encode(tower: nn.Module, features: Tensor, lengths: Sequence[int]) -> Tensor:
+    """features [frames, 128]: clips of `lengths` frames, each in its `span` -> the soft tokens of all clips, one clip
+    after the other, [tokens, hidden], before `output_proj`; 4 frames a token, rounded up."""
+    heard = torch.zeros(len(features), dtype=torch.bool)
+    first = torch.zeros(len(features) // FRAMES_A_BLOCK, dtype=torch.bool)  # blocks with which a clip begins
+    at = 0
+    for frames in lengths:
+        heard[at : at + frames] = True
+        first[at // FRAMES_A_BLOCK] = True
+        at += span(frames)
+    return _encode(tower, features, heard, first).flatten(0, 1)[heard[::FRAMES_A_TOKEN]]
+
+
+@torch.compile(dynamic=False)
+def _encode(tower: nn.Module, features: Tensor, heard: Tensor, first: Tensor) -> Tensor:
+    """heard bool [frames], first bool [blocks] -> [blocks, 12, hidden]."""
+    x = _subsample(tower.subsample_conv_projection, features, heard).unflatten(0, (-1, BLOCK))
+    in_block = heard[::FRAMES_A_TOKEN].unflatten(0, (-1, BLOCK))
+    allowed = _with_before(in_block, first, BLOCK)[:, None, None, :] & _band(tower.config)  # [blocks, 1, 12, 24]
     positions = _positions(tower, x)
     for layer in tower.layers:
-        x = _layer(layer, x, positions, allowed)
+        x = _layer(layer, x, positions, allowed, first)
     return x
 
 
-def _subsample(convs: nn.Module, features: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    x = (features * mask[..., None].to(features.dtype))[..., None]
-    for layer in (convs.layer0, convs.layer1):
-        x = _conv_norm_relu(layer, x)
-        mask = mask[:, ::2]
-        if layer is convs.layer0:
-            x = x * mask[:, :, None, None].to(x.dtype)
-    return linear(convs.input_proj_linear, x.flatten(2)), mask
+def _subsample(convs: nn.Module, features: Tensor, heard: Tensor) -> Tensor:
+    """[frames, 128] -> [frames / 4, hidden]."""
+    x = (features * heard[:, None].to(features.dtype))[None, ..., None]
+    x = _conv_norm_relu(convs.layer0, x) * heard[::2, None, None].to(features.dtype)
+    x = _conv_norm_relu(convs.layer1, x)
+    return linear(convs.input_proj_linear, x[0].flatten(1))
 
 
 def _conv_norm_relu(layer: nn.Module, x: Tensor) -> Tensor:
@@ -81,7 +91,6 @@ def _second_conv(weight: Tensor, x: Tensor) -> Tensor:
     return F.conv2d(x.permute(0, 3, 1, 2), weight, stride=2, padding=1).permute(0, 2, 3, 1)
 
 
-@torch.compile(dynamic=True)
 def _norm_relu(x: Tensor, norm: nn.Module, channels: int) -> Tensor:
     """Layer norm over `channels`, of which those not in x are zero, then ReLU."""
     mean = x.sum(-1, keepdim=True, dtype=torch.float32) / channels
@@ -90,10 +99,11 @@ def _norm_relu(x: Tensor, norm: nn.Module, channels: int) -> Tensor:
     return F.relu((x - mean.to(x.dtype)) * scale.to(x.dtype) * norm.weight[: x.shape[-1]].to(x.dtype))
 
 
-def _layer(layer: nn.Module, x: Tensor, positions: Tensor, allowed: Tensor) -> Tensor:
+def _layer(layer: nn.Module, x: Tensor, positions: Tensor, allowed: Tensor, first: Tensor) -> Tensor:
     x = _feed_forward(layer.feed_forward1, x)
-    x = x + norm(layer.norm_post_attn, _attention(layer.self_attn, norm(layer.norm_pre_attn, x), positions, allowed))
-    x = x + _light_conv(layer.lconv1d, x)
+    mixed = _attention(layer.self_attn, norm(layer.norm_pre_attn, x), positions, allowed, first)
+    x = x + norm(layer.norm_post_attn, mixed)
+    x = x + _light_conv(layer.lconv1d, x, first)
     x = _feed_forward(layer.feed_forward2, x)
     return norm(layer.norm_out, x)
 
@@ -103,29 +113,30 @@ def _feed_forward(ff: nn.Module, x: Tensor) -> Tensor:
     return x + ff.post_layer_scale * norm(ff.post_layer_norm, linear(ff.ffw_layer_2.linear, inner))
 
 
-def _attention(attn: nn.Module, x: Tensor, positions: Tensor, allowed: Tensor) -> Tensor:
-    batch, length, hidden = x.shape
-    heads, dim, blocks = attn.num_heads, attn.head_dim, length // BLOCK
+def _attention(attn: nn.Module, x: Tensor, positions: Tensor, allowed: Tensor, first: Tensor) -> Tensor:
+    blocks, _, hidden = x.shape
+    heads, dim = attn.num_heads, attn.head_dim
     scale = (F.softplus(attn.per_dim_scale) * attn.q_scale * attn.k_scale).to(x.dtype)
     weight = torch.cat([p.linear.weight for p in (attn.q_proj, attn.k_proj, attn.v_proj)]).to(x.dtype)
-    q, k, v = F.linear(x, weight).view(batch, blocks, BLOCK, 3, heads, dim).unbind(3)
-    q = (q * scale).permute(0, 3, 1, 2, 4)  # [batch, heads, blocks, 12, dim]
-    k, v = (_with_block_before(t).permute(0, 3, 1, 2, 4) for t in (k, v))  # [batch, heads, blocks, 24, dim]
+    q, k, v = F.linear(x, weight).view(blocks, BLOCK, 3, heads, dim).unbind(2)
+    q = (q * scale).transpose(1, 2)  # [blocks, heads, 12, dim]
+    k, v = (_with_before(t, first, BLOCK).transpose(1, 2) for t in (k, v))  # [blocks, heads, 24, dim]
     relative = linear(attn.relative_k_proj, positions).view(-1, heads, dim) / attn.k_scale
-    by_distance = q.flatten(2, 3) @ relative.permute(1, 2, 0)  # [batch, heads, length, 13], distances 12 to 0
-    logits = q @ k.transpose(-1, -2) + _shift(by_distance.view(batch, heads, blocks, BLOCK, -1))
+    by_distance = q.transpose(0, 1).flatten(1, 2) @ relative.permute(1, 2, 0)  # [heads, tokens, 13], distances 12 to 0
+    shifted = _shift(by_distance.view(heads, blocks, BLOCK, -1)).transpose(0, 1)
+    logits = q @ k.transpose(-1, -2) + shifted  # [blocks, heads, 12, 24]
     logits = attn.softcap * torch.tanh(logits.float() / attn.softcap)
     weights = torch.softmax(logits.masked_fill(~allowed, -1e9), -1).to(x.dtype)
-    mixed = (weights @ v).permute(0, 2, 3, 1, 4).reshape(batch, length, hidden)
+    mixed = (weights @ v).transpose(1, 2).reshape(blocks, BLOCK, hidden)
     return linear(attn.post.linear, mixed)
 
 
-def _light_conv(conv: nn.Module, x: Tensor) -> Tensor:
+def _light_conv(conv: nn.Module, x: Tensor, first: Tensor) -> Tensor:
     inner = F.glu(linear(conv.linear_start.linear, norm(conv.pre_layer_norm, x)), dim=-1)
     taps = conv.depthwise_conv1d.weight.to(x.dtype)  # [hidden, 1, taps]
-    count, length = taps.shape[-1], x.shape[1]
-    padded = F.pad(inner, (0, 0, count - 1, 0))
-    inner = sum(padded[:, i : i + length] * taps[:, 0, i] for i in range(count))
+    count = taps.shape[-1]
+    padded = _with_before(inner, first, count - 1)
+    inner = sum(padded[:, i : i + BLOCK] * taps[:, 0, i] for i in range(count))
     return linear(conv.linear_end.linear, F.silu(norm(conv.conv_norm, inner)))
 
 
@@ -139,10 +150,10 @@ def norm(module: nn.Module, x: Tensor) -> Tensor:
     return F.rms_norm(x, x.shape[-1:], weight, module.eps)
 
 
-def _with_block_before(x: Tensor) -> Tensor:
-    """[batch, blocks, 12, ...] -> [batch, blocks, 24, ...]; zeros before the first block."""
-    before = torch.cat([torch.zeros_like(x[:, :1]), x[:, :-1]], 1)
-    return torch.cat([before, x], 2)
+def _with_before(x: Tensor, first: Tensor, count: int) -> Tensor:
+    """[blocks, 12, ...] -> [blocks, count + 12, ...]: the last of the block before too; zeros where a clip begins."""
+    before = torch.cat([x[-1:], x[:-1]])[:, -count:]
+    return torch.cat([before.masked_fill(first.view(-1, *[1] * (x.dim() - 1)), 0), x], 1)
 
 
 def _shift(x: Tensor) -> Tensor:

@@ -10,15 +10,15 @@ the smallest and largest value seen in clips, which clips nothing that was heard
 import math
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import click
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers.models.gemma4.modeling_gemma4 import Gemma4ClippableLinear
 
-from training.batches import Clip, make_batch, read_clips
+from training.batches import Clip, read_clips
 from training.loop import last_modules
 from training.model import save
 from training.speak import start
@@ -40,8 +40,8 @@ def set_clip_bounds(tower: nn.Module, clips: list[Clip], batch: int = 16) -> Non
     clips = sorted(clips, key=lambda clip: len(clip.features))
     for at in range(0, len(clips), batch):
         shortest = len(clips[at].features)  # no padding
-        made = make_batch([replace(clip, features=clip.features[:shortest]) for clip in clips[at : at + batch]])
-        tower(made.features[:, :shortest], made.mask[:, :shortest])
+        features = torch.from_numpy(np.stack([clip.features[:shortest] for clip in clips[at : at + batch]]))
+        tower(features.float(), torch.ones(features.shape[:2], dtype=torch.bool))
     for hook in hooks:
         hook.remove()
     for linear, bounds in zip(linears, seen, strict=True):

@@ -12,16 +12,17 @@ import click
 import jiwer
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from training import ctc
 from training.batches import Batch, Clip, batches, make_batch, read_clips
-from training.fast_audio import encode
+from training.fast_audio import encode, tokens_of
 from training.loop import Run
 from training.model import build, configuration
 from training.tokenizer import load_tokenizer
 
-FRAMES = 4800  # a batch: 48 s of sound
+FRAMES = 4992  # a batch: 50 s of sound, the silence between clips included
 PHASES = (  # up to which step, of clips up to how many seconds, spelt how, by which loss
     (600, 1.6, "letters", ctc.even_loss),  # short clips, whose letters lie about evenly: off CTC's plateau
     (1500, 2.5, "letters", ctc.loss),
@@ -32,10 +33,10 @@ WEIGHTS = {"human": 2.5, "kokoro": 2.0, "piper": 1.5}  # the few clips of people
 DTYPE = torch.bfloat16 if torch.cpu._is_amx_tile_supported() else torch.float32
 
 
-def logits_of(tower: nn.Module, head: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Logits of units [clips, tokens, 1 + units] and the mask of tokens."""
-    hidden, mask = encode(tower, batch.features.to(DTYPE), batch.mask)
-    return nn.functional.linear(hidden, head.weight.to(DTYPE), head.bias.to(DTYPE)), mask
+def logits_of(tower: nn.Module, head: nn.Module, batch: Batch) -> tuple[Tensor, list[int]]:
+    """Logits of units [tokens of all clips, 1 + units] and how many tokens each clip has."""
+    hidden = encode(tower, batch.features.to(DTYPE), batch.lengths)
+    return F.linear(hidden, head.weight.to(DTYPE), head.bias.to(DTYPE)), [tokens_of(n) for n in batch.lengths]
 
 
 def draw_weights(clips: list[Clip]) -> np.ndarray:
@@ -75,7 +76,7 @@ def held_out(data: Path, each: int = 60) -> dict[str, list[Clip]]:
 def main(data: Path, steps: int, rate: float, only: int | None) -> None:
     """Train the encoder on DATA/features."""
     spellings = {"letters": ctc.LETTERS, "pieces": ctc.pieces(load_tokenizer(data / "tokenizer"))}
-    clips = [clip for clip in read_clips(data, ["train", "train_human"]) if len(clip.text) < _tokens(clip)]
+    clips = [clip for clip in read_clips(data, ["train", "train_human"]) if len(clip.text) < tokens_of(len(clip.features))]
     clips = clips[:only]
     print(f"{len(clips)} clips, {sum(len(c.features) for c in clips) / 360000:.1f} h", flush=True)
     tower = build(configuration(512, {})).model.audio_tower
@@ -107,10 +108,6 @@ def drawn_in_phases(
         while run.step < ends:
             yield next(drawn)
         begins = ends
-
-
-def _tokens(clip: Clip) -> int:
-    return -(-len(clip.features) // 4)
 
 
 if __name__ == "__main__":
