@@ -24,6 +24,7 @@ from training.fast_text import decode
 from training.finish import BOUNDS, set_clip_bounds
 from training.loop import Run
 from training.model import build, configuration, load, save
+from training.speak import Ids, packed
 from training.tokenizer import load_tokenizer
 from training.tokenizer import write as write_tokenizer
 
@@ -79,9 +80,25 @@ def test_fast_decoder_equals_the_references(model, length):
         sound = {"input_features": features, "input_features_mask": mask} if length > 40 else {}
         wanted = model.model(input_ids=ids, use_cache=False, **sound).last_hidden_state
         heard = model.model.audio_tower(features, mask).last_hidden_state.flatten(0, 1) if length > 40 else None
-        got = decode(model, ids, heard, torch.float32)
+        got = decode(model, ids, torch.zeros_like(ids), heard, torch.float32)
     assert (got - wanted).abs().max() < 2e-5
     assert wanted.std() > 0.1
+
+
+def test_sequences_that_share_a_row_do_not_see_each_other(model):
+    rng, lengths = np.random.default_rng(6), (150, 20, 1, 60, 200, 31)
+    sequences = [Ids(ids, ids > 40) for ids in (rng.integers(13, 64, n) for n in lengths)]
+    rows = packed(iter([*sequences, *sequences]), 3, 231)  # rows of 150 + 20 + 1 + 60, of 200 + 31, of 150 + 20 + 1
+    assert len(rows.ends) == 10
+    with torch.no_grad():
+        got = decode(model, rows.ids, rows.which, None, torch.float32)
+        for number in range(10):
+            alone = torch.from_numpy(sequences[number % 6].ids)[None]
+            wanted = model.model(input_ids=alone, use_cache=False).last_hidden_state[0]
+            mine = rows.which == number
+            assert (got[mine] - wanted).abs().max() < 1e-3  # float32 angles of later positions are less exact
+            assert torch.equal(rows.wanted[mine], alone[0] > 40)
+            assert mine.nonzero()[-1].tolist() == list(rows.ends[number])
 
 
 def on_a_tape(lengths: tuple[int, ...], frames: int | None = None) -> tuple[Batch, torch.Tensor, torch.Tensor]:

@@ -1,7 +1,9 @@
 """The decoder's forward pass, arranged for training on a CPU: the same arithmetic, compiled, in half the time.
 
-Owns: `decode(model, ids, soft_tokens)`, which reads the parameters of a transformers `Gemma4ForConditionalGeneration`
-and computes what its own `forward` computes for whole sequences, padded behind if at all: no cache, no images.
+Owns: `decode(model, ids, which, soft_tokens)`, which reads the parameters of a transformers
+`Gemma4ForConditionalGeneration` and computes what its own `forward` computes for whole sequences: no cache, no images.
+A row may hold several sequences, one after the other: their rotations differ from those of a sequence alone by where it
+begins, which the products of queries and keys do not see.
 Does not know: the encoder (fast_audio.py), losses.
 
 Source: transformers 5.23 `modeling_gemma4.py` (Gemma4Model, Gemma4TextModel).
@@ -13,11 +15,13 @@ from torch import Tensor, nn
 
 from training.fast_audio import linear, norm
 
-Rotation = tuple[Tensor, Tensor, Tensor]  # cosine and sine [n, head_dim], mask bool [n, n]; of a kind of layer
+Rotation = tuple[Tensor, Tensor, Tensor]  # cosine and sine [n, head_dim], mask bool [rows, 1, n, n]; of a kind of layer
+KINDS = ("sliding_attention", "full_attention")
 
 
-def decode(model: nn.Module, ids: Tensor, soft_tokens: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """ids int64 [batch, n], soft_tokens [all tokens of sound, output_proj_dims] in order -> hidden [batch, n, hidden].
+def decode(model: nn.Module, ids: Tensor, which: Tensor, soft_tokens: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """ids int64 [rows, n], which int64 [rows, n]: the sequence that an id belongs to, soft_tokens [all tokens of sound,
+    output_proj_dims] in order -> hidden [rows, n, hidden].
 
     dtype: what is computed in. The positions of sound are those whose id is the configuration's `audio_token_id`.
     """
@@ -29,24 +33,20 @@ def decode(model: nn.Module, ids: Tensor, soft_tokens: Tensor | None, dtype: tor
         soft_tokens = norm(embedder.embedding_pre_projection_norm, soft_tokens.to(dtype))
         x = x.masked_scatter(of_sound[..., None], linear(embedder.embedding_projection, soft_tokens))
     own = text.embed_tokens_per_layer(ids.masked_fill(of_sound, text.config.pad_token_id)).to(dtype)
-    kinds = {kind: _kind(text, kind, ids.shape[1], dtype) for kind in ("sliding_attention", "full_attention")}
-    for tensor in (x, own):
-        torch._dynamo.maybe_mark_dynamic(tensor, (0, 1))  # one compilation for all batches
-    return _layers(text, x, own, kinds)
+    return _layers(text, x, own, {kind: _kind(text, kind, which, dtype) for kind in KINDS})
 
 
-def _kind(text: nn.Module, kind: str, length: int, dtype: torch.dtype) -> Rotation:
+def _kind(text: nn.Module, kind: str, which: Tensor, dtype: torch.dtype) -> Rotation:
+    length = which.shape[1]
     positions = torch.arange(length)
     cos, sin = text.rotary_emb(torch.empty(0, dtype=dtype), positions[None], kind)
     distance = positions[:, None] - positions
-    seen = (distance >= 0) & (distance < (text.config.sliding_window if kind == "sliding_attention" else length))
-    made = cos[0], sin[0], seen
-    for tensor, sizes in zip(made, (0, 0, (0, 1)), strict=True):
-        torch._dynamo.maybe_mark_dynamic(tensor, sizes)
-    return made
+    window = text.config.sliding_window if kind == "sliding_attention" else length
+    seen = (distance >= 0) & (distance < window) & (which[:, :, None] == which[:, None])
+    return cos[0], sin[0], seen[:, None]
 
 
-@torch.compile(dynamic=True)
+@torch.compile(dynamic=False)
 def _layers(text: nn.Module, x: Tensor, own: Tensor, kinds: dict[str, Rotation]) -> Tensor:
     layers, width = len(text.layers), text.hidden_size_per_layer_input
     context = linear(text.per_layer_model_projection, x) * text.per_layer_model_projection_scale

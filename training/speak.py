@@ -2,12 +2,13 @@
 
 `python -m training.speak DATA --steps N` starts from DATA/hear with the encoder fixed and keeps DATA/speak;
 `--together` starts from DATA/speak, trains encoder and decoder as one and keeps DATA/together. Both go on where they
-were cut off. Owns: examples of speech and of dialogue as ids with a mask, the loss, greedy transcripts of held-out
-clips. Does not know: how dialogue is made (dialogue.py), how the encoder was trained (hear.py).
+were cut off. Owns: examples of speech and of dialogue as ids with a mask, rows of them, the loss, greedy
+transcripts of held-out clips. Does not know: how dialogue is made (dialogue.py), how the encoder was trained (hear.py).
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import click
@@ -22,20 +23,20 @@ from edge_gemma.chat import ChatFormat
 from edge_gemma.tokenizer import Tokenizer
 from training import ctc, dialogue
 from training.batches import Batch, Clip, make_batch, read_clips
-from training.fast_audio import encode
+from training.fast_audio import encode, tokens_of
 from training.fast_text import decode
-from training.hear import DTYPE, drawn_in_phases, held_out
+from training.hear import DTYPE, FRAMES, drawn_in_phases, held_out
 from training.loop import Run, last_modules
 from training.model import build, configuration
 from training.tokenizer import load_tokenizer
 
-SPEECH_FRAMES = 4800  # a batch of speech: 48 s of sound
-DIALOGUE_TOKENS = 3000  # a batch of dialogue
-SHARE_OF_SPEECH = 0.65  # of the steps
+ROWS = 8  # of ids in a batch: its speech first, dialogue in what room is left
+LONGEST = 384  # ids in a row
+TALK_WEIGHT = 0.5
 SHARE_ANSWERED = 0.15  # of the clips that can be answered: the user's turn is the sound, the reply an answer
-LONGEST = 384  # tokens of a dialogue
 CTC_WEIGHT = 0.3
 SHORT = (1000, 2.0)  # the first so many steps of the first stage hear clips up to so many seconds
+LONG = (10**9, 10.0)
 
 
 @dataclass(frozen=True)
@@ -71,8 +72,8 @@ class Examples:
     def of_speech(self, batch: Batch, rng: np.random.Generator) -> list[Ids]:
         """A sequence for each clip: most are to be written down, some answered."""
         sequences = []
-        for frames, text in zip(batch.mask.sum(1).tolist(), batch.texts, strict=True):
-            tokens = -(-frames // 4)
+        for frames, text in zip(batch.lengths, batch.texts, strict=True):
+            tokens = tokens_of(frames)
             answer = dialogue.spoken_example(text, rng) if rng.random() < SHARE_ANSWERED else None
             if answer is not None:
                 sequences.append(self.answered(tokens, answer))
@@ -80,54 +81,63 @@ class Examples:
                 sequences.append(self.transcription(tokens, text, int(rng.random() < 0.3)))
         return sequences
 
-    def of_dialogue(self, seed: int) -> Iterator[list[Ids]]:
-        """Batches of conversations; a batch's are of like length."""
-        endless = dialogue.examples(seed)
-        while True:
-            drawn = [dialogue.render(next(endless), self.form, self.tokenizer) for _ in range(400)]
-            drawn = sorted((d for d in drawn if len(d[0]) <= LONGEST), key=lambda d: len(d[0]))
-            groups: list[list[Ids]] = [[]]
-            for ids, mask in drawn:
-                if (len(groups[-1]) + 1) * len(ids) > DIALOGUE_TOKENS and groups[-1]:
-                    groups.append([])
-                groups[-1].append(Ids(ids, mask))
-            for g in np.random.default_rng([seed, len(groups)]).permutation(len(groups)):
-                yield groups[g]
+    def of_dialogue(self, seed: int) -> Iterator[Ids]:
+        """Endless conversations that fit a row."""
+        for example in dialogue.examples(seed):
+            ids, wanted = dialogue.render(example, self.form, self.tokenizer)
+            if len(ids) <= LONGEST:
+                yield Ids(ids, wanted)
 
 
-def padded(sequences: Sequence[Ids]) -> tuple[Tensor, Tensor]:
-    """ids int64 [batch, longest] with zeros behind, wanted bool like them."""
-    longest = max(len(s.ids) for s in sequences)
-    ids = torch.zeros(len(sequences), longest, dtype=torch.int64)
-    wanted = torch.zeros(len(sequences), longest, dtype=torch.bool)
-    for i, s in enumerate(sequences):
-        ids[i, : len(s.ids)] = torch.from_numpy(s.ids)
-        wanted[i, : len(s.wanted)] = torch.from_numpy(s.wanted)
-    return ids, wanted
+@dataclass(frozen=True)
+class Rows:
+    """Sequences one after the other, each whole in a row. All int64 or bool [rows, length]; behind: zeros, which -1."""
+
+    ids: Tensor
+    wanted: Tensor
+    which: Tensor  # the number of the sequence an id belongs to
+    ends: list[tuple[int, int]]  # row and column of each sequence's last id
 
 
-def soft_tokens(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-    """What the encoder hears: [tokens of all clips, output_proj_dims]; and the same before `output_proj`, padded
-    [clips, tokens, hidden], with its mask."""
+def packed(sequences: Iterable[Ids], rows: int, length: int) -> Rows:
+    """As many of the sequences as find room, in their order."""
+    ids, wanted = torch.zeros(rows, length, dtype=torch.int64), torch.zeros(rows, length, dtype=torch.bool)
+    which, ends = torch.full((rows, length), -1), []
+    row = at = 0
+    for number, sequence in enumerate(sequences):
+        if at + len(sequence.ids) > length:
+            row, at = row + 1, 0
+        if row == rows:
+            break
+        place = row, slice(at, at + len(sequence.ids))
+        ids[place], wanted[place] = torch.from_numpy(sequence.ids), torch.from_numpy(sequence.wanted)
+        which[place] = number
+        at += len(sequence.ids)
+        ends.append((row, at - 1))
+    return Rows(ids, wanted, which, ends)
+
+
+def soft_tokens(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+    """What the encoder hears, for the tokens of all clips: [tokens, output_proj_dims], and before `output_proj`."""
     tower = model.model.audio_tower
-    hidden, mask = encode(tower, batch.features.to(DTYPE), batch.mask)
-    out = F.linear(hidden[mask], tower.output_proj.weight.to(DTYPE), tower.output_proj.bias.to(DTYPE))
-    return out, hidden, mask
+    hidden = encode(tower, batch.features.to(DTYPE), batch.lengths)
+    return F.linear(hidden, tower.output_proj.weight.to(DTYPE), tower.output_proj.bias.to(DTYPE)), hidden
 
 
-def logits_at(model: nn.Module, ids: Tensor, at: Tensor, heard: Tensor | None) -> Tensor:
-    """Logits float32 [k, vocabulary] that follow the positions `at`, bool [batch, n]; heard: the soft tokens."""
-    hidden = decode(model, ids, heard, DTYPE)
+def logits_at(model: nn.Module, rows: Rows, at: Tensor, heard: Tensor) -> Tensor:
+    """Logits float32 [k, vocabulary] that follow the positions `at`, bool [rows, n]; heard: the soft tokens."""
+    hidden = decode(model, rows.ids, rows.which, heard, DTYPE)
     logits = F.linear(hidden[at], model.lm_head.weight.to(DTYPE)).float()
     cap = model.config.text_config.final_logit_softcapping
     return torch.tanh(logits / cap) * cap
 
 
-def loss_of_sequences(model: nn.Module, sequences: Sequence[Ids], heard: Tensor | None) -> Tensor:
-    """Mean cross-entropy of the wanted ids."""
-    ids, wanted = padded(sequences)
-    before = F.pad(wanted[:, 1:], (0, 1))  # the positions that a wanted id follows
-    return F.cross_entropy(logits_at(model, ids, before, heard), ids[wanted])
+def losses_of(model: nn.Module, rows: Rows, speech: int, heard: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean cross-entropy of the wanted ids, of the first `speech` sequences and of the rest."""
+    before = F.pad(rows.wanted[:, 1:], (0, 1))  # the positions that a wanted id follows
+    each = F.cross_entropy(logits_at(model, rows, before, heard), rows.ids[rows.wanted], reduction="none")
+    of_speech = rows.which[rows.wanted] < speech
+    return each[of_speech].mean(), each[~of_speech].mean()
 
 
 @torch.no_grad()
@@ -135,14 +145,15 @@ def loss_of_sequences(model: nn.Module, sequences: Sequence[Ids], heard: Tensor 
 def transcripts(model: nn.Module, examples: Examples, clips: Sequence[Clip], longest: int = 40) -> list[str]:
     """Greedy, without a cache of keys and values: simple, for a few clips."""
     batch = make_batch(list(clips))
-    heard, _, _ = soft_tokens(model, batch)
-    starts = [examples.transcription(-(-n // 4), "", 0).ids[:-1] for n in batch.mask.sum(1).tolist()]
+    heard, _ = soft_tokens(model, batch)
+    starts = [examples.transcription(tokens_of(n), "", 0).ids[:-1] for n in batch.lengths]
     replies: list[list[int]] = [[] for _ in clips]
     for _ in range(longest):
-        ids, _ = padded([Ids(np.array([*s, *r]), np.zeros(0, bool)) for s, r in zip(starts, replies, strict=True)])
-        last = torch.zeros(ids.shape, dtype=torch.bool)
-        last[range(len(clips)), [len(s) + len(r) - 1 for s, r in zip(starts, replies, strict=True)]] = True
-        best = logits_at(model, ids, last, heard).argmax(-1).tolist()
+        so_far = [np.array([*start, *reply]) for start, reply in zip(starts, replies, strict=True)]
+        rows = packed([Ids(ids, np.zeros(len(ids), bool)) for ids in so_far], len(clips), max(map(len, so_far)))
+        last = torch.zeros(rows.ids.shape, dtype=torch.bool)
+        last[tuple(zip(*rows.ends, strict=True))] = True
+        best = logits_at(model, rows, last, heard).argmax(-1).tolist()
         for reply, token in zip(replies, best, strict=True):
             if not (reply and reply[-1] == examples.end):
                 reply.append(token)
@@ -190,24 +201,24 @@ def main(data: Path, steps: int, rate: float, together: bool) -> None:
         rate,
         frozen=lambda name: not together and ("audio_tower" in name or name in ("weight", "bias")),
     )
-    phases = [*([] if together else [SHORT]), (10**9, 1e9)]
-    heard = drawn_in_phases(clips, run, phases, SPEECH_FRAMES, run.seed + 1)
+    phases = [LONG] if together else [SHORT, LONG]
+    tapes = drawn_in_phases(clips, run, phases, FRAMES, run.seed + 1)
     talks = examples.of_dialogue(run.seed + run.step)
     spelling, sets = ctc.pieces(tokenizer), held_out(data, each=32)
-    listen = soft_tokens if together else torch.no_grad()(torch.compiler.set_stance("force_eager")(soft_tokens))
+    listen = soft_tokens if together else torch.no_grad()(soft_tokens)
 
     def loss_of(step: int) -> dict[str, Tensor]:
-        rng = np.random.default_rng([run.seed, step])
-        if rng.random() >= SHARE_OF_SPEECH:
-            loss = loss_of_sequences(model, next(talks), None)
-            return {"loss": loss, "talk": loss}
-        batch = next(heard)
-        sound, hidden, mask = listen(model, batch)
-        speech = loss_of_sequences(model, examples.of_speech(batch, rng), sound)
-        if not together:
-            return {"loss": speech, "speech": speech}
-        spelt = ctc.loss(spelling, head(hidden.float()), mask, batch.texts)
-        return {"loss": speech + CTC_WEIGHT * spelt, "speech": speech, "spelt": spelt}
+        batch = next(tapes)
+        heard, hidden = listen(model, batch)
+        speech = examples.of_speech(batch, np.random.default_rng([run.seed, step]))
+        rows = packed(chain(speech, talks), ROWS, LONGEST)
+        written, talk = losses_of(model, rows, len(speech), heard)
+        losses = {"loss": written + TALK_WEIGHT * talk, "speech": written, "talk": talk}
+        if together:
+            counts = [tokens_of(n) for n in batch.lengths]
+            losses["spelt"] = ctc.loss(spelling, head(hidden.float()), counts, batch.texts)
+            losses["loss"] = losses["loss"] + CTC_WEIGHT * losses["spelt"]
+        return losses
 
     run.train(loss_of, lambda: word_errors(model, examples, sets), evaluate_every=1000)
 
