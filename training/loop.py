@@ -1,6 +1,7 @@
 """One loop for all stages of training: steps, learning rate, log, checkpoints that a killed run goes on from.
 
-Owns: AdamW with a warm-up and a cosine, the CSV log, `state.pt`. Does not know: what a step computes.
+Owns: Muon (Jordan et al. 2024) for the matrices of the layers and AdamW for the rest, a warm-up and a cosine, the CSV
+log, `state.pt`. Does not know: what a step computes.
 """
 
 import csv
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from edge_gemma.atomic import write_file
+from training.muon import Muon
 
 _SAVE_EVERY = 120.0  # seconds
 
@@ -39,15 +41,18 @@ class Run:
 
     def __post_init__(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        matrices, others = [], []
-        for module in self.modules.values():
-            for name, parameter in module.named_parameters():
-                parameter.requires_grad_(not self.frozen(name))
-                if parameter.requires_grad:
-                    (matrices if parameter.dim() > 1 else others).append(parameter)
-        groups = [{"params": matrices, "weight_decay": 0.02}, {"params": others, "weight_decay": 0.0}]
-        self.optimizer = torch.optim.AdamW(groups, lr=self.rate, betas=(0.9, 0.98), fused=True)
-        self.parameters = matrices + others
+        named = [item for module in self.modules.values() for item in module.named_parameters()]
+        for name, parameter in named:
+            parameter.requires_grad_(not self.frozen(name))
+        named = [(name, parameter) for name, parameter in named if parameter.requires_grad]
+        inner = [p for name, p in named if p.dim() == 2 and "layers." in name]
+        outer = [p for name, p in named if p.dim() >= 2 and not (p.dim() == 2 and "layers." in name)]
+        vectors = [p for _, p in named if p.dim() < 2]
+        groups = [{"params": outer, "weight_decay": 0.02}, {"params": vectors, "weight_decay": 0.0}]
+        self.optimizers = [torch.optim.AdamW(groups, lr=self.rate, betas=(0.9, 0.98), fused=True)]
+        if inner:
+            self.optimizers.append(Muon(inner, lr=self.rate, weight_decay=0.02))
+        self.parameters = [p for _, p in named]
         if (state := self.folder / "state.pt").exists():
             self._restore(torch.load(state, weights_only=True))
 
@@ -67,14 +72,16 @@ class Run:
         """Steps until `steps`, with a log line every 50 steps and figures of `evaluate` every `evaluate_every`."""
         saved = time.monotonic()
         while self.step < self.steps:
-            for group in self.optimizer.param_groups:
+            for group in (group for optimizer in self.optimizers for group in optimizer.param_groups):
                 group["lr"] = self.rate_now
             losses = loss_of(self.step)
-            self.optimizer.zero_grad(set_to_none=True)
+            for optimizer in self.optimizers:
+                optimizer.zero_grad(set_to_none=True)
             losses["loss"].backward()
             norm = nn.utils.clip_grad_norm_(self.parameters, 1.0)
             if torch.isfinite(norm):  # a batch with no finite gradient is left out, and counted
-                self.optimizer.step()
+                for optimizer in self.optimizers:
+                    optimizer.step()
             self._count(losses | {"norm": norm, "skipped": ~torch.isfinite(norm)})
             self.step += 1
             if self.step % 50 == 0 or self.step == self.steps:
@@ -86,7 +93,7 @@ class Run:
     def save(self) -> None:
         state = {
             "step": self.step,
-            "optimizer": self.optimizer.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "modules": {name: module.state_dict() for name, module in self.modules.items()},
         }
         torch.save(state, buffer := io.BytesIO())
@@ -94,7 +101,8 @@ class Run:
 
     def _restore(self, state: dict) -> None:
         self.step = state["step"]
-        self.optimizer.load_state_dict(state["optimizer"])
+        for optimizer, kept in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(kept)
         for name, module in self.modules.items():
             module.load_state_dict(state["modules"][name])
 
