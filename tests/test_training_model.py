@@ -17,8 +17,9 @@ pytestmark = pytest.mark.oracle
 import torch
 from torch import nn
 
+from edge_gemma.audio.features import log_mel
 from training import ctc
-from training.batches import Batch, Clip, batches, make_batch, read_clips
+from training.batches import Batch, Clip, batches, make_batch, read_clips, warped
 from training.fast_audio import encode, span
 from training.fast_text import decode
 from training.finish import BOUNDS, set_clip_bounds
@@ -166,6 +167,18 @@ def test_batches_go_on_where_they_were_cut_off(data):
         assert torch.equal(again.features, batch.features)
         assert batch.features.shape == (600, 128)
         assert sum(span(n) for n in batch.lengths) <= 600
+
+
+def test_a_warped_clip_is_that_of_a_warped_tone():
+    rate, seconds = 16000, 1.0
+    tone = np.sin(2 * np.pi * 700 * np.arange(int(rate * seconds)) / rate).astype(np.float32)
+    higher = np.sin(2 * np.pi * 805 * np.arange(int(rate * seconds * 1.1)) / rate).astype(np.float32)
+    features = log_mel(tone)
+    assert np.array_equal(warped(features, 1.0, 1.0), features)
+    got, wanted = warped(features, 1.1, 1.15), log_mel(higher)
+    assert abs(len(got) - len(wanted)) <= 1
+    assert got[20:90].mean(0).argmax() == wanted[20:90].mean(0).argmax() != features[20:80].mean(0).argmax()
+    assert warped(features[:1], 1.1, 0.9).shape == (1, 128)
 
 
 def test_a_run_goes_on_as_if_it_had_not_been_cut_off(tmp_path):

@@ -7,8 +7,9 @@ masking of times and frequencies (SpecAugment, Park et al. 2019). Does not know:
 
 import itertools
 import json
+import math
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from torch import Tensor
 from training.fast_audio import FRAMES_A_BLOCK, span
 
 MELS = 128
+_HIGHEST_MEL = 2595 * math.log10(1 + 8000 / 700)
 
 
 @dataclass(frozen=True)
@@ -63,30 +65,58 @@ def batches(
     for number in itertools.count(skip):
         rng = np.random.default_rng([seed, number])
         drawn = np.searchsorted(shares, rng.random(frames // FRAMES_A_BLOCK) * shares[-1], side="right")
-        ends = np.cumsum([span(len(clips[i].features)) for i in drawn])
-        yield make_batch([clips[i] for i in drawn[ends <= frames]], frames, rng)
+        yield make_batch(list(_that_fit((_changed(clips[i], rng) for i in drawn), frames)), frames)
 
 
-def make_batch(clips: list[Clip], frames: int | None = None, rng: np.random.Generator | None = None) -> Batch:
-    """frames: the tape's length, if longer than needed; rng: masks times and frequencies (None does not)."""
+def _that_fit(clips: Iterable[Clip], frames: int) -> Iterator[Clip]:
+    for clip in clips:
+        frames -= span(len(clip.features))
+        if frames < 0:
+            return
+        yield clip
+
+
+def make_batch(clips: list[Clip], frames: int | None = None) -> Batch:
+    """frames: the tape's length, if longer than needed."""
     starts = np.cumsum([0, *(span(len(c.features)) for c in clips)])
     tape = np.zeros((frames or starts[-1], MELS), np.float32)
     for start, clip in zip(starts, clips, strict=False):
-        part = tape[start : start + len(clip.features)]
-        part[:] = clip.features
-        if rng is not None:
-            _mask_bands(part, rng)
+        tape[start : start + len(clip.features)] = clip.features
     return Batch(torch.from_numpy(tape), [len(c.features) for c in clips], [c.text for c in clips])
 
 
+def _changed(clip: Clip, rng: np.random.Generator) -> Clip:
+    """Three quarters of the clips by another speaker, a quarter as they are; masked in three of four too."""
+    features = clip.features.astype(np.float32)
+    if rng.random() < 0.75:
+        features = warped(features, rng.uniform(0.9, 1.15), rng.uniform(0.86, 1.16))
+    if rng.random() < 0.75:
+        _mask_bands(features, rng)
+    return replace(clip, features=features)
+
+
+def warped(features: np.ndarray, tempo: float, pitch: float) -> np.ndarray:
+    """The clip `tempo` times as long, its frequencies times `pitch` (vocal tract length perturbation, Jaitly and Hinton
+    2013): float32 [frames, 128] -> [round(frames * tempo), 128], by straight lines between what is there."""
+    times = np.linspace(0, len(features) - 1, round(len(features) * tempo))
+    centres = 700 * (10 ** (np.linspace(0, _HIGHEST_MEL, MELS + 2)[1:-1] / 2595) - 1)  # Hz
+    bins = 2595 * np.log10(1 + centres / pitch / 700) / _HIGHEST_MEL * (MELS + 1) - 1
+    return _between(_between(features, times).T, bins.clip(0, MELS - 1)).T
+
+
+def _between(rows: np.ndarray, at: np.ndarray) -> np.ndarray:
+    """rows [n, k] at places between 0 and n - 1."""
+    low = np.minimum(at.astype(int), max(len(rows) - 2, 0))
+    share = (at - low).astype(np.float32)[:, None]
+    return rows[low] * (1 - share) + rows[np.minimum(low + 1, len(rows) - 1)] * share
+
+
 def _mask_bands(features: np.ndarray, rng: np.random.Generator) -> None:
-    """In half of the clips two bands of up to 16 mel bins, and of times up to 16 frames (one for each 2 s), take the
-    clip's own mean: a fill of zeros would be all a frame holds, and the norms without bias have no gradient there."""
-    if rng.random() < 0.5:
-        return
+    """Two bands of up to 20 mel bins, and of times up to 16 frames (one for each 2 s), take the clip's own mean: a fill
+    of zeros would be all a frame holds, and the norms without bias have no gradient there."""
     fill = features.mean()
     for _ in range(2):
-        width = rng.integers(0, 17)
+        width = rng.integers(0, 21)
         at = rng.integers(0, MELS - width)
         features[:, at : at + width] = fill
     for _ in range(1 + len(features) // 200):
