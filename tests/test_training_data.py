@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edge_gemma.audio.features import frame_count, log_mel
-from training import augment, clips, corpus, features, prepare, recordings, splits, texts
+from training import augment, clips, corpus, curves, features, prepare, recordings, splits, texts
 from training.synthesise import written
 from training.voices import VOICES, seen
 
@@ -421,3 +421,20 @@ def test_joined_recordings_say_what_their_text_says() -> None:
 def test_recorded_speech_may_have_more_copies() -> None:
     assert [features._copies(split, 2, 6) for split in ("train", "train_human", "test_human", "dev")] == [2, 6, 1, 1]
     assert features._copies("train_human", 3, 0) == 3
+
+
+# ---- the curves of a training
+
+
+def test_of_a_step_logged_twice_the_last_line_counts(tmp_path: Path) -> None:
+    (tmp_path / "hear").mkdir()
+    lines = ["step=50,rate=1e-03,loss=2.5", "step=150,loss=9,dev=1", "step=100,loss=2.0", "step=150,loss=1.5,dev=0.5"]
+    (tmp_path / "hear" / "log.csv").write_text("".join(f"{line}\n" for line in lines))
+    steps = curves.read_log(tmp_path / "hear" / "log.csv")
+    assert list(steps) == [50, 100, 150]
+    assert curves.as_csv({"hear": steps}).splitlines() == [
+        "stage,step,rate,loss,speech,talk,spelt,dev,test_unseen,test_human",
+        "hear,50,0.001,2.5,,,,,,",
+        "hear,100,,2.0,,,,,,",
+        "hear,150,,1.5,,,,0.5,,",
+    ]

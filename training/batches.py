@@ -1,8 +1,8 @@
 """Clips of log-mel features, one after the other on tapes of a fixed length.
 
-Owns: reading the folder that `training.features` writes (into memory, a few GB at most: pages of a mapped file that are
-read at random were gone from the cache when wanted again), drawing batches,
-masking of times and frequencies (SpecAugment, Park et al. 2019). Does not know: models, losses.
+Owns: reading the folder that `training.features` writes (into memory, a few GB: pages of a mapped file that are read at
+random were gone from the cache when wanted again), drawing batches, other speakers by warping, masking of times and
+frequencies (SpecAugment, Park et al. 2019). Does not know: models, losses.
 """
 
 import itertools
