@@ -30,7 +30,7 @@ from training.loop import Run, last_modules
 from training.model import build, configuration
 from training.tokenizer import load_tokenizer
 
-ROWS = 8  # of ids in a batch: its speech first, dialogue in what room is left
+ROWS = 6  # of ids in a batch: its speech first (rarely a clip too many), dialogue in what room is left
 LONGEST = 384  # ids in a row
 TALK_WEIGHT = 0.5
 SHARE_ANSWERED = 0.15  # of the clips that can be answered: the user's turn is the sound, the reply an answer
@@ -137,7 +137,7 @@ def losses_of(model: nn.Module, rows: Rows, speech: int, heard: Tensor) -> tuple
     before = F.pad(rows.wanted[:, 1:], (0, 1))  # the positions that a wanted id follows
     each = F.cross_entropy(logits_at(model, rows, before, heard), rows.ids[rows.wanted], reduction="none")
     of_speech = rows.which[rows.wanted] < speech
-    return each[of_speech].mean(), each[~of_speech].mean()
+    return each[of_speech].mean(), each[~of_speech].sum() / (~of_speech).sum().clamp(min=1)
 
 
 @torch.no_grad()
