@@ -23,7 +23,7 @@ from training.batches import Batch, Clip, batches, make_batch, read_clips, warpe
 from training.fast_audio import encode, span
 from training.fast_text import decode
 from training.finish import BOUNDS, set_clip_bounds
-from training.loop import Run
+from training.loop import Run, ahead
 from training.model import build, configuration, load, save
 from training.muon import Muon
 from training.speak import Ids, packed
@@ -204,6 +204,19 @@ def test_a_run_goes_on_as_if_it_had_not_been_cut_off(tmp_path):
     whole = run("whole", 10, 10)
     run("cut", 10, 6)
     assert torch.equal(run("cut", 10, 10).weight, whole.weight)
+
+
+def test_items_made_ahead_are_the_same_and_so_is_what_goes_wrong():
+    assert list(ahead(iter(range(7)))) == list(range(7))
+
+    def failing() -> Iterator[int]:
+        yield 1
+        raise KeyError("gone")
+
+    items = ahead(failing())
+    assert next(items) == 1
+    with pytest.raises(KeyError, match="gone"):
+        next(items)
 
 
 def test_muon_equals_torchs():

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from training import ctc
 from training.batches import Batch, Clip, batches, make_batch, read_clips
 from training.fast_audio import encode, tokens_of
-from training.loop import Run
+from training.loop import Run, ahead
 from training.model import build, configuration
 from training.tokenizer import load_tokenizer
 
@@ -84,7 +84,7 @@ def main(data: Path, steps: int, rate: float, only: int | None) -> None:
     tower = build(configuration(512, {})).model.audio_tower
     heads = {name: spelling.head(tower.config.hidden_size) for name, spelling in spellings.items()}
     run = Run(data / ("hear" if only is None else "hear-few"), {"tower": tower, **heads}, steps, rate)
-    drawn = drawn_in_phases(clips, run, [phase[:2] for phase in PHASES], FRAMES, run.seed)
+    drawn = ahead(drawn_in_phases(clips, run, [phase[:2] for phase in PHASES], FRAMES, run.seed))
     sets = held_out(data) if only is None else {"same": clips}
 
     def loss_of(step: int) -> dict[str, Tensor]:

@@ -7,10 +7,13 @@ log, `state.pt`. Does not know: what a step computes.
 import csv
 import io
 import math
+import queue
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +21,7 @@ from torch import Tensor, nn
 from edge_gemma.atomic import write_file
 from training.muon import Muon
 
+T = TypeVar("T")
 _SAVE_EVERY = 120.0  # seconds
 
 
@@ -119,6 +123,29 @@ class Run:
         print(" ".join(f"{name} {value}" for name, value in row.items()), flush=True)
         with open(self.folder / "log.csv", "a", newline="") as file:
             csv.writer(file).writerow(f"{name}={value}" for name, value in row.items())
+
+
+def ahead(items: Iterator[T], count: int = 2) -> Iterator[T]:
+    """The same items, made by another thread while those before are in use. What it raises is raised here."""
+    made: queue.Queue[tuple[T | None, BaseException | None]] = queue.Queue(count)
+
+    def make() -> None:
+        try:
+            for item in items:
+                made.put((item, None))
+        except BaseException as error:
+            made.put((None, error))
+        else:
+            made.put((None, StopIteration()))
+
+    threading.Thread(target=make, daemon=True).start()
+    while True:
+        item, error = made.get()
+        if isinstance(error, StopIteration):
+            return
+        if error is not None:
+            raise error
+        yield item
 
 
 def last_modules(folder: Path) -> dict[str, dict[str, Tensor]]:

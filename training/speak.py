@@ -26,7 +26,7 @@ from training.batches import Batch, Clip, make_batch, read_clips
 from training.fast_audio import encode, tokens_of
 from training.fast_text import decode
 from training.hear import DTYPE, FRAMES, drawn_in_phases, held_out
-from training.loop import Run, last_modules
+from training.loop import Run, ahead, last_modules
 from training.model import build, configuration
 from training.tokenizer import load_tokenizer
 
@@ -207,12 +207,17 @@ def main(data: Path, steps: int, rate: float, together: bool) -> None:
     spelling, sets = ctc.pieces(tokenizer), held_out(data, each=32)
     listen = soft_tokens if together else torch.no_grad()(soft_tokens)
 
+    def drawn() -> Iterator[tuple[Batch, int, Rows]]:
+        for step, batch in enumerate(tapes, run.step):
+            speech = examples.of_speech(batch, np.random.default_rng([run.seed, step]))
+            yield batch, len(speech), packed(chain(speech, talks), ROWS, LONGEST)
+
+    made = ahead(drawn())
+
     def loss_of(step: int) -> dict[str, Tensor]:
-        batch = next(tapes)
+        batch, speech, rows = next(made)
         heard, hidden = listen(model, batch)
-        speech = examples.of_speech(batch, np.random.default_rng([run.seed, step]))
-        rows = packed(chain(speech, talks), ROWS, LONGEST)
-        written, talk = losses_of(model, rows, len(speech), heard)
+        written, talk = losses_of(model, rows, speech, heard)
         losses = {"loss": written + TALK_WEIGHT * talk, "speech": written, "talk": talk}
         if together:
             counts = [tokens_of(n) for n in batch.lengths]
