@@ -202,7 +202,7 @@ def main(data: Path, steps: int, rate: float, together: bool) -> None:
         frozen=lambda name: not together and ("audio_tower" in name or name in ("weight", "bias")),
     )
     phases = [LONG] if together else [SHORT, LONG]
-    tapes = drawn_in_phases(clips, run, phases, FRAMES, run.seed + 1)
+    tapes = drawn_in_phases(clips, run, phases, FRAMES, run.seed + 1 + together)
     talks = examples.of_dialogue(run.seed + run.step)
     spelling, sets = ctc.pieces(tokenizer), held_out(data, each=32)
     listen = soft_tokens if together else torch.no_grad()(soft_tokens)
