@@ -30,7 +30,7 @@ from training.speak import Ids, packed
 from training.tokenizer import load_tokenizer
 from training.tokenizer import write as write_tokenizer
 
-TOKEN_IDS = {"audio_token_id": 10, "boa_token_id": 11, "eoa_token_id": 12}
+TOKEN_IDS = {"audio_token_id": 10, "boa_token_id": 11, "eoa_token_index": 12}
 
 
 @pytest.fixture(autouse=True)

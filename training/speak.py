@@ -174,7 +174,7 @@ def word_errors(model: nn.Module, examples: Examples, clips: dict[str, list[Clip
 def start(data: Path, together: bool, tokenizer: Tokenizer) -> tuple[nn.Module, nn.Module]:
     """The model and the head of pieces as the stage before left them."""
     special = tokenizer.special_tokens
-    ids = {"audio_token_id": "<|audio|>", "boa_token_id": "<|audio>", "eoa_token_id": "<audio|>"}
+    ids = {"audio_token_id": "<|audio|>", "boa_token_id": "<|audio>", "eoa_token_index": "<audio|>"}
     model = build(configuration(tokenizer.vocab_size, {name: special[token] for name, token in ids.items()}))
     head = ctc.pieces(tokenizer).head(model.config.audio_config.hidden_size)
     before = last_modules(data / ("speak" if together else "hear"))
