@@ -1,4 +1,4 @@
-"""The audio tower's forward pass, arranged for training on a CPU: the same arithmetic, a fifth of the time.
+"""The audio tower's forward pass, arranged for training on a CPU: the same arithmetic, compiled for one shape.
 
 Owns: `encode(tower, features, lengths)`, which reads the parameters of a transformers `Gemma4AudioModel` and computes
 what its own `forward` computes, without clip bounds; `span`, the room a clip takes. What is arranged otherwise: the

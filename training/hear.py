@@ -76,9 +76,8 @@ def held_out(data: Path, each: int = 60) -> dict[str, list[Clip]]:
 def main(data: Path, steps: int, rate: float, only: int | None) -> None:
     """Train the encoder on DATA/features."""
     spellings = {"letters": ctc.LETTERS, "pieces": ctc.pieces(load_tokenizer(data / "tokenizer"))}
-    clips = [
-        clip for clip in read_clips(data, ["train", "train_human"]) if len(clip.text) < tokens_of(len(clip.features))
-    ]
+    clips = read_clips(data, ["train", "train_human"])
+    clips = [clip for clip in clips if len(clip.text) < tokens_of(len(clip.features))]
     clips = clips[:only]
     print(f"{len(clips)} clips, {sum(len(c.features) for c in clips) / 360000:.1f} h", flush=True)
     tower = build(configuration(512, {})).model.audio_tower

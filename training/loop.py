@@ -49,9 +49,11 @@ class Run:
         for name, parameter in named:
             parameter.requires_grad_(not self.frozen(name))
         named = [(name, parameter) for name, parameter in named if parameter.requires_grad]
-        inner = [p for name, p in named if p.dim() == 2 and "layers." in name]
-        outer = [p for name, p in named if p.dim() >= 2 and not (p.dim() == 2 and "layers." in name)]
         vectors = [p for _, p in named if p.dim() < 2]
+        inner, outer = [], []  # matrices of the layers; embeddings, heads, convolutions
+        for name, p in named:
+            if p.dim() >= 2:
+                (inner if p.dim() == 2 and "layers." in name else outer).append(p)
         groups = [{"params": outer, "weight_decay": 0.02}, {"params": vectors, "weight_decay": 0.0}]
         self.optimizers = [torch.optim.AdamW(groups, lr=self.rate, betas=(0.9, 0.98), fused=True)]
         if inner:

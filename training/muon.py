@@ -1,7 +1,7 @@
 """Muon, an optimizer for matrices: momentum, made orthogonal (Jordan et al. 2024, kellerjordan.github.io/posts/muon).
 
 Owns: torch.optim.Muon's arithmetic with matrices of one shape handled as one: 66 small matrices took the library's
-2,000 products one after the other, a third of a training step. Does not know: which parameters are matrices of layers.
+1,000 products one after the other, a third of a training step. Does not know: which parameters are matrices of layers.
 """
 
 import math
