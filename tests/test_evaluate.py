@@ -16,7 +16,8 @@ def write_clips(folder: Path, name: str, texts: list[str], **fields: str) -> Non
     (folder / "clips").mkdir(exist_ok=True)
     first, lines, sound = 0, [], []
     for i, text in enumerate(texts):
-        lines.append(json.dumps({"text": text, "first": first, "samples": 100 + i, **fields}))
+        kind = "prompt" if text.endswith(("one", "two")) else "rule"
+        lines.append(json.dumps({"text": text, "kind": kind, "first": first, "samples": 100 + i, **fields}))
         sound.append(np.full(100 + i, i, "<i2"))
         first += 100 + i
     (folder / "clips" / f"{name}.jsonl").write_text("\n".join(lines))
@@ -57,24 +58,20 @@ def test_samples_of_a_clip(data: Path) -> None:
 def test_rows_by_source_and_by_split(data: Path, tmp_path: Path) -> None:
     clips = evaluate.read_clips(data, ["test_seen"], 9)
     answers = [{"text": "Press 3!", "seconds": len(clip.text), "cpu_s": 1.0} for clip in clips]
-    a, whole, b = _by_voice(evaluate.rows("s", "m", clips, answers, 12.3, 2))
+    a, whole, prompts, rule, b = table = evaluate.rows("s", "m", clips, answers, 12.3, 2)
     for found, count in ((a, 6), (b, 6), (whole, 12)):
         assert (found.clips, found.words, found.substitutions, found.wer) == (count, 2 * count, count * 5 // 6, 0.4167)
         assert found.peak_mb == 12
-    assert (a.engine, b.engine, whole.engine) == ("x", "y", "")
+    assert (prompts.clips, prompts.wer, rule.clips, rule.wer) == (4, 0.5, 8, 0.375)
+    names = [(row.voice, row.engine, row.kind) for row in table]
+    assert names == [("a", "x", ""), ("all", "", ""), ("all", "", "prompt"), ("all", "", "rule"), ("b", "y", "")]
     assert a.rtf == pytest.approx(np.median([len(c.text) / (c.samples / 16000) for c in clips[:6]]), rel=1e-4)
-    evaluate.write_csv(tmp_path / "new" / "x.csv", [a, whole, b])
-    assert evaluate.read_csv(tmp_path / "new" / "x.csv") == [a, whole, b]
+    evaluate.write_csv(tmp_path / "new" / "x.csv", table)
+    assert evaluate.read_csv(tmp_path / "new" / "x.csv") == table
 
 
-def _by_voice(rows: list[evaluate.Row]) -> list[evaluate.Row]:
-    found = {row.voice: row for row in rows}
-    assert len(found) == len(rows) == 3
-    return [found["a"], found["all"], found["b"]]
-
-
-def row(system: str, model: str, split: str, voice: str, wer: float) -> evaluate.Row:
-    return evaluate.Row(system, model, split, voice, "e", 4, 8, wer, 1, 2, 3, 9.0, 0.5, 0.25, 100.0, 2, "cpu")
+def row(system: str, model: str, split: str, voice: str, wer: float, kind: str = "") -> evaluate.Row:
+    return evaluate.Row(system, model, split, voice, "e", kind, 4, 8, wer, 1, 2, 3, 9.0, 0.5, 0.25, 100.0, 2, "cpu")
 
 
 def test_new_rows_replace_those_of_the_same_system_model_and_split() -> None:
@@ -88,6 +85,7 @@ def test_new_rows_replace_those_of_the_same_system_model_and_split() -> None:
 def test_tables() -> None:
     table = [
         row("s", "m", "test_seen", "all", 0.1), row("s", "m", "test_seen", "v", 0.125),
+        row("s", "m", "test_seen", "all", 0.05, "rule"),
         row("t", "", "test_human", "all", 1.2), row("t", "", "test_human", "w", 0.0),
     ]  # fmt: skip
     assert evaluate.tables(table) == (
@@ -95,9 +93,10 @@ def test_tables() -> None:
         "of processor time | peak memory |\n|---|---|---|---|---|---|\n"
         "| s m | 10.0% | - | 0.500 | 0.250 | 100 MB |\n"
         "| t | - | 120.0% | 0.500 | 0.250 | 100 MB |\n\n"
-        "| source | clips | words | s m | t |\n|---|---|---|---|---|\n"
+        "| texts or voice | clips | words | s m | t |\n|---|---|---|---|---|\n"
         "| test_human, w (e) | 4 | 8 | - | 0.0% |\n"
         "| test_seen, v (e) | 4 | 8 | 12.5% | - |\n"
+        "| test_seen, texts: rule | 4 | 8 | 5.0% | - |\n"
     )
 
 
@@ -131,7 +130,7 @@ def test_a_recogniser_in_its_own_process(data: Path, tmp_path: Path, monkeypatch
     write_clips(data, "test_seen-b", ["press one"], voice="b", engine="y", split="test_seen")
     command = ["", str(data), "--systems", "pocketsphinx", "--splits", "test_seen", "--out", str(tmp_path / "x.csv")]
     evaluate.main([*command, "--texts", str(tmp_path / "x.jsonl")])
-    rows = {row.voice: row for row in evaluate.read_csv(tmp_path / "x.csv")}
+    rows = {row.voice: row for row in evaluate.read_csv(tmp_path / "x.csv") if not row.kind}
     assert {voice: (r.clips, r.substitutions, r.wer) for voice, r in rows.items()} == {
         "a": (6, 1, 0.0833), "b": (1, 0, 0.0), "all": (7, 1, 0.0714)
     }  # fmt: skip

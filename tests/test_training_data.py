@@ -196,6 +196,12 @@ def test_new_orders_of_prompts_never_hold_a_whole_held_out_one() -> None:
     assert not any(text.endswith(f" {prompt}") or text == prompt for text in said for prompt in held)
 
 
+def test_kinds_of_texts() -> None:
+    made = _Corpus(Path("none"), Path("none"))
+    known = made.prompts[0], made.brown_sentences[0], f"{made.prompts[0]} {made.prompts[1]}"
+    assert [made.kind(text) for text in known] == ["prompt", "Brown", "rule"]
+
+
 def test_a_stream_that_ends_in_repeats_ends() -> None:
     assert list(corpus.distinct(itertools.cycle("abc"))) == ["a", "b", "c"]
 
@@ -255,15 +261,15 @@ def test_what_is_no_usable_clip_is_left_out(samples: np.ndarray) -> None:
 def data(tmp_path: Path) -> Path:
     """Three files of clips: two clips of training, one of a test, one empty."""
     pairs = [(text, (tone(0.5, 300 + 100 * i) * 32767).astype("<i2")) for i, text in enumerate(["one", "two"])]
-    clips.write_clips(tmp_path / "clips", "train", "a_b", "espeak", pairs)
-    clips.write_clips(tmp_path / "clips", "test_seen", "a_b", "espeak", pairs[:1])
-    clips.write_clips(tmp_path / "clips", "dev", "a_b", "espeak", [])
+    clips.write_clips(tmp_path / "clips", "train", "a_b", "espeak", pairs, str.upper)
+    clips.write_clips(tmp_path / "clips", "test_seen", "a_b", "espeak", pairs[:1], str.upper)
+    clips.write_clips(tmp_path / "clips", "dev", "a_b", "espeak", [], str.upper)
     return tmp_path
 
 
 def test_clips_come_back(data: Path) -> None:
     found = list(clips.read_clips(data / "clips" / "train-a_b.jsonl"))
-    assert [line["text"] for line, _ in found] == ["one", "two"]
+    assert [(line["text"], line["kind"]) for line, _ in found] == [("one", "ONE"), ("two", "TWO")]
     assert [(line["first"], line["samples"]) for line, _ in found] == [(0, 8000), (8000, 8000)]
     np.testing.assert_array_equal(found[1][1], (tone(0.5, 400) * 32767).astype("<i2"))
     assert list(clips.read_clips(data / "clips" / "dev-a_b.jsonl")) == []

@@ -4,12 +4,12 @@ Owns: the format, trimming and levelling of a clip, what each voice says in each
 (synthesise.py), features, how sources are fetched.
 
 A clip is mono int16 at 16 kHz, clips lie one after the other; each line of the .jsonl has its text (spoken form),
-voice, engine, split, first sample and count of samples.
+kind (corpus.kind), voice, engine, split, first sample and count of samples.
 """
 
 import json
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -53,12 +53,19 @@ def finished(samples: np.ndarray, rng: np.random.Generator) -> np.ndarray | None
     return np.rint(clip.clip(-1, 1) * 32767).astype("<i2")
 
 
-def write_clips(folder: Path, split: str, voice: str, engine: str, clips: Iterable[tuple[str, np.ndarray]]) -> float:
-    """Write (text, int16 samples) pairs as one file of clips. Returns its seconds."""
+def write_clips(
+    folder: Path,
+    split: str,
+    voice: str,
+    engine: str,
+    clips: Iterable[tuple[str, np.ndarray]],
+    kind: Callable[[str], str],
+) -> float:
+    """Write (text, int16 samples) pairs as one file of clips. kind: of a text. Returns its seconds."""
     sound, lines, first = [], [], 0
     for text, samples in clips:
-        line = {"text": text, "voice": voice, "engine": engine, "split": split, "first": first, "samples": len(samples)}
-        lines.append(json.dumps(line))
+        line = {"text": text, "kind": kind(text), "voice": voice, "engine": engine, "split": split}
+        lines.append(json.dumps({**line, "first": first, "samples": len(samples)}))
         sound.append(samples.tobytes())
         first += len(samples)
     folder.mkdir(parents=True, exist_ok=True)
@@ -97,11 +104,11 @@ def make(data: Path, split: str, name: str, corpus: Corpus) -> float:
         return index.with_suffix(".i16").stat().st_size / 2 / RATE
     if name == recordings.JOINED:
         make(data, split, recordings.VOICE, corpus)
-        return write_clips(folder, split, name, HUMAN, _joined(folder))
+        return write_clips(folder, split, name, HUMAN, _joined(folder), corpus.kind)
     if name == recordings.VOICE:
-        return write_clips(folder, split, name, HUMAN, _recorded(split, corpus))
+        return write_clips(folder, split, name, HUMAN, _recorded(split, corpus), corpus.kind)
     voice = next(voice for voice in VOICES if voice.name == name)
-    return write_clips(folder, split, name, voice.engine, _synthetic(split, voice, data, corpus))
+    return write_clips(folder, split, name, voice.engine, _synthetic(split, voice, data, corpus), corpus.kind)
 
 
 def _recorded(split: str, corpus: Corpus) -> Iterator[tuple[str, np.ndarray]]:

@@ -58,6 +58,14 @@ class Corpus:
         running = brown(self.brown_archive)
         return texts.short_sentences(running, self.grammar_words | texts.frequent_words(running, FREQUENT))
 
+    @cached_property
+    def _kinds(self) -> dict[str, str]:
+        return dict.fromkeys(self.prompts, "prompt") | dict.fromkeys(self.brown_sentences, "Brown")
+
+    def kind(self, text: str) -> str:
+        """Where a text comes from: "prompt", "Brown", or "rule" (the grammar, prompts in new orders)."""
+        return self._kinds.get(text, "rule")
+
     def stream(self, seed: int, *, held: bool = False) -> Iterator[str]:
         """Texts without end, by SHARES; only held-out ones with `held`, otherwise none of them.
 

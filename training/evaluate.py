@@ -7,10 +7,10 @@ Owns: which clips are used, the rows, the tables. Does not know: how a recognise
 counted (edge_gemma.audio.wer).
 
 DATA holds clips/SPLIT-VOICE.i16, raw little-endian int16 of 16 kHz mono, and clips/SPLIT-VOICE.jsonl, a line for each
-clip: {"text", "voice", "engine", "split", "first", "samples"}. Of each file the same clips are taken every time: those
-whose text and voice have the smallest sha256. Every recogniser runs in a process of its own, one after another, on
-the same samples; texts are compared in the same spelling. Real-time factors are medians over the clips of seconds
-(by the clock, and of processor time) for a second of sound. A MODEL of "" is the embedded one.
+clip: {"text", "kind", "voice", "engine", "split", "first", "samples"}. Of each file the same clips are taken every
+time: those whose text and voice have the smallest sha256. Every recogniser runs in a process of its own, one after
+another, on the same samples; texts are compared in the same spelling. Real-time factors are medians over the clips of
+seconds (by the clock, and of processor time) for a second of sound. A MODEL of "" is the embedded one.
 """
 
 import argparse
@@ -50,6 +50,7 @@ class Clip:
     first: int  # sample of `file`
     samples: int
     text: str  # lower case, numbers in words
+    kind: str  # where the text comes from (corpus.kind)
     voice: str
     engine: str  # what made the speech; "recording" or the like for a person
     split: str
@@ -57,13 +58,14 @@ class Clip:
 
 @dataclass(frozen=True)
 class Row:
-    """One recogniser on one source. voice "all": the split as a whole."""
+    """One recogniser on one source. voice "all": all voices of the split, with texts of one kind or of all ("")."""
 
     system: str
     model: str  # folder name and recipe of ours
     split: str
     voice: str
     engine: str
+    kind: str
     clips: int
     words: int
     wer: float  # 0.05: 5%
@@ -116,14 +118,14 @@ def run(system: str, model: str, clips: Sequence[Clip], threads: int) -> tuple[l
 def rows(
     system: str, model: str, clips: Sequence[Clip], answers: Sequence[dict[str, Any]], peak_mb: float, threads: int
 ) -> list[Row]:
-    """A row for each source, then one for each split with several."""
+    """A row for each source, each kind of text and each split."""
     results = list(zip(clips, answers, strict=True))
-    groups: dict[tuple[str, str, str], list[tuple[Clip, dict[str, Any]]]] = {}
+    groups: dict[tuple[str, str, str, str], list[tuple[Clip, dict[str, Any]]]] = {}
     for clip, answer in results:
-        for key in ((clip.split, clip.voice, clip.engine), (clip.split, "all", "")):
-            groups.setdefault(key, []).append((clip, answer))
+        for source in ((clip.voice, clip.engine, ""), ("all", "", clip.kind), ("all", "", "")):
+            groups.setdefault((clip.split, *source), []).append((clip, answer))
     found = []
-    for (split, voice, engine), members in sorted(groups.items()):
+    for (split, voice, engine, kind), members in sorted(groups.items()):
         score = Score.of([(clip.text, answer["text"]) for clip, answer in members])
         seconds = [clip.samples / RATE for clip, _ in members]
         work, busy = (
@@ -136,6 +138,7 @@ def rows(
                 split=split,
                 voice=voice,
                 engine=engine,
+                kind=kind,
                 clips=len(members),
                 words=score.words,
                 wer=round(score.wer or 0.0, 4),
@@ -181,26 +184,25 @@ def merged(old: Sequence[Row], new: Sequence[Row]) -> list[Row]:
 
 
 def tables(table: Sequence[Row]) -> str:
-    """Markdown: a line for each recogniser and a column for each split, then a line for each source."""
+    """Markdown: a line for each recogniser and a column for each split, then a line for each kind of text and voice."""
     by_system: dict[str, list[Row]] = {}
     for row in table:
         by_system.setdefault(f"{row.system} {row.model}".strip(), []).append(row)
     splits = [split for split in _TITLES if any(row.split == split for row in table)]
     lines = [["", *(_TITLES[split] for split in splits), "real-time factor", "of processor time", "peak memory"]]
     for name, rows_of in by_system.items():
-        wholes = {row.split: row for row in rows_of if row.voice == "all"}
+        wholes = {row.split: row for row in rows_of if (row.voice, row.kind) == ("all", "")}
         rates = [f"{wholes[split].wer:.1%}" if split in wholes else "-" for split in splits]
         work, busy = (statistics.median(getattr(row, f) for row in wholes.values()) for f in ("rtf", "cpu_rtf"))
         peak = max(row.peak_mb for row in rows_of)
         lines.append([name, *rates, f"{work:.3f}", f"{busy:.3f}", f"{peak:.0f} MB"])
-    sources = {(row.split, row.voice): row for row in table if row.voice != "all"}
-    by_source = [["source", "clips", "words", *by_system]]
+    sources = {(row.split, row.kind, row.voice): row for row in table if (row.voice, row.kind) != ("all", "")}
+    by_source = [["texts or voice", "clips", "words", *by_system]]
     for key, source in sorted(sources.items()):
-        found = [[row.wer for row in rows_of if (row.split, row.voice) == key] for rows_of in by_system.values()]
+        found = [[r.wer for r in rows_of if (r.split, r.kind, r.voice) == key] for rows_of in by_system.values()]
         rates = [f"{wer[0]:.1%}" if wer else "-" for wer in found]
-        by_source.append(
-            [f"{source.split}, {source.voice} ({source.engine})", str(source.clips), str(source.words), *rates]
-        )
+        name = f"texts: {source.kind}" if source.kind else f"{source.voice} ({source.engine})"
+        by_source.append([f"{source.split}, {name}", str(source.clips), str(source.words), *rates])
     return _markdown(lines) + "\n" + _markdown(by_source)
 
 

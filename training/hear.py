@@ -29,7 +29,9 @@ PHASES = (  # up to which step, of clips up to how many seconds, spelt how, by w
     (5000, 10.0, "letters", ctc.loss),
     (10**9, 10.0, "pieces", ctc.loss),
 )
-WEIGHTS = {"human": 2.5, "kokoro": 2.0, "piper": 1.5}  # the few clips of people and natural voices are drawn more often
+WEIGHTS = {  # the few clips of people and of natural voices are drawn more often, the many of espeak less
+    "human": 3.0, "kokoro": 5.0, "piper": 3.0, "festival": 1.5, "flite": 0.8, "espeak": 0.6,
+}  # fmt: skip
 DTYPE = torch.bfloat16 if torch.cpu._is_amx_tile_supported() else torch.float32
 
 
@@ -41,7 +43,7 @@ def logits_of(tower: nn.Module, head: nn.Module, batch: Batch) -> tuple[Tensor, 
 
 def draw_weights(clips: list[Clip]) -> np.ndarray:
     kinds = ("human" if clip.split == "train_human" else clip.voice.split("_")[0] for clip in clips)
-    return np.array([WEIGHTS.get(kind, 1.0) for kind in kinds])
+    return np.array([WEIGHTS[kind] for kind in kinds])
 
 
 @torch.no_grad()

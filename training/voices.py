@@ -78,6 +78,11 @@ VOICES: tuple[Voice, ...] = (
     _kokoro("alpha_kumo", {"jf_alpha": 0.5, "jm_kumo": 0.5}, 6),
     _kokoro("gongitsune", {"jf_gongitsune": 1}, 6, 14, 4),
     _kokoro("tebukuro", {"jf_tebukuro": 1}, 6, 14, 4),
+    Voice("piper_joe_again", "piper", {}, 20, 0, 0),
+    _kokoro("tebukuro_more", {"jf_tebukuro": 1}, 6, 0, 0),
+    _kokoro("gongitsune_more", {"jf_gongitsune": 1}, 6, 0, 0),
+    _kokoro("kumo_more", {"jm_kumo": 1}, 6, 0, 0),
+    _kokoro("alpha_more", {"jf_alpha": 1}, 6, 0, 0),
 )
 
 
