@@ -81,8 +81,6 @@ VOICES: tuple[Voice, ...] = (
     Voice("piper_joe_again", "piper", {}, 20, 0, 0),
     _kokoro("tebukuro_more", {"jf_tebukuro": 1}, 6, 0, 0),
     _kokoro("gongitsune_more", {"jf_gongitsune": 1}, 6, 0, 0),
-    _kokoro("kumo_more", {"jm_kumo": 1}, 6, 0, 0),
-    _kokoro("alpha_more", {"jf_alpha": 1}, 6, 0, 0),
 )
 
 
