@@ -6,6 +6,7 @@ Owns: how the curves look. Does not know: how they were measured.
 from collections.abc import Sequence
 from pathlib import Path
 
+from benchmarks.figures import figure
 from benchmarks.measure import Machine, Row
 from benchmarks.report import OURS, curve
 
@@ -15,12 +16,6 @@ AXES = {"prefill": ("tokens in the prompt", "prefill, tokens a second"),
 
 def draw(about: Machine, rows: Sequence[Row], results: Path, stem: str) -> list[Path]:
     """Write results/STEM-prefill.svg and -decode.svg, where at least one curve has two points; return them."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    matplotlib.rcParams["svg.hashsalt"] = stem  # the same numbers make the same file
-    from matplotlib import pyplot
-
     written = []
     models = [r for r in rows if not r.model.startswith("matmul")]
     names = list(dict.fromkeys((r.model, r.engine, r.form) for r in models))
@@ -30,17 +25,15 @@ def draw(about: Machine, rows: Sequence[Row], results: Path, stem: str) -> list[
         curves = {name: points for name, points in curves.items() if len(points) > 1}
         if not curves:
             continue
-        figure, axes = pyplot.subplots(figsize=(8, 4.5))
-        for (model, engine, form), points in curves.items():
-            style = "-o" if engine == OURS else "--s"
-            label = f"{model}: {engine} {form}"
-            axes.plot(list(points), list(points.values()), style, color=colours[model], label=label, markersize=4)
-        axes.set(xlabel=x_label, ylabel=y_label, title=f"{about.cpu}, {about.threads} threads, {about.date}")
-        axes.set_ylim(bottom=0)
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize="small")
         path = results / f"{stem}-{test}.svg"
-        figure.savefig(path, bbox_inches="tight", metadata={"Date": None})
-        pyplot.close(figure)
+        with figure(path, figsize=(8, 4.5)) as axes:
+            for (model, engine, form), points in curves.items():
+                style = "-o" if engine == OURS else "--s"
+                label = f"{model}: {engine} {form}"
+                axes.plot(list(points), list(points.values()), style, color=colours[model], label=label, markersize=4)
+            axes.set(xlabel=x_label, ylabel=y_label, title=f"{about.cpu}, {about.threads} threads, {about.date}")
+            axes.set_ylim(bottom=0)
+            axes.grid(alpha=0.3)
+            axes.legend(fontsize="small")
         written.append(path)
     return written

@@ -1,7 +1,7 @@
 """A table and a plot of quality against size, from what `edge-gemma score --json` printed.
 
     edge-gemma score -m q4 --reference float text.txt --json > q4.json
-    python benchmarks/quality.py ours:q4=q4.json llama.cpp:Q4_0@234.9=Q4_0.json --plot docs/quality.svg
+    python -m benchmarks.quality ours:q4=q4.json llama.cpp:Q4_0@234.9=Q4_0.json --plot docs/quality.svg
 
 Each argument is SERIES:NAME[@MB]=FILE; MB is the size of the tensors where the scored folder held them as floats
 (llama_quantise.py prints it). The table goes to standard output. The plot needs matplotlib.
@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import click
+
+from benchmarks.figures import figure
 
 
 @dataclass(frozen=True)
@@ -49,23 +51,15 @@ def table(entries: list[Entry]) -> str:
 
 
 def draw(entries: list[Entry], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    matplotlib.rcParams["svg.hashsalt"] = path.stem  # the same numbers make the same file
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(8, 4.5))
-    for series, marker in zip(dict.fromkeys(e.series for e in entries), "osD^v", strict=False):
-        points = sorted((e for e in entries if e.series == series), key=lambda e: e.megabytes)
-        axes.plot([e.megabytes for e in points], [e.kl for e in points], marker, label=series)
-        for e in points:
-            axes.annotate(e.name, (e.megabytes, e.kl), textcoords="offset points", xytext=(6, 4), fontsize="small")
-    axes.set(xlabel="tensors, MB", ylabel="KL divergence from the float model, nats", yscale="log")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(path, bbox_inches="tight", metadata={"Date": None})
-    pyplot.close(figure)
+    with figure(path, figsize=(8, 4.5)) as axes:
+        for series, marker in zip(dict.fromkeys(e.series for e in entries), "osD^v", strict=False):
+            points = sorted((e for e in entries if e.series == series), key=lambda e: e.megabytes)
+            axes.plot([e.megabytes for e in points], [e.kl for e in points], marker, label=series)
+            for e in points:
+                axes.annotate(e.name, (e.megabytes, e.kl), textcoords="offset points", xytext=(6, 4), fontsize="small")
+        axes.set(xlabel="tensors, MB", ylabel="KL divergence from the float model, nats", yscale="log")
+        axes.grid(alpha=0.3)
+        axes.legend()
 
 
 @click.command()

@@ -7,7 +7,6 @@ frequencies (SpecAugment, Park et al. 2019). Does not know: models, losses.
 
 import itertools
 import json
-import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,10 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from edge_gemma.audio.features import MEL_BINS, mel_edges, to_mel
 from training.fast_audio import FRAMES_A_BLOCK, span
-
-MELS = 128
-_HIGHEST_MEL = 2595 * math.log10(1 + 8000 / 700)
 
 
 @dataclass(frozen=True)
@@ -45,7 +42,7 @@ def read_clips(folder: Path, splits: Iterable[str], copies: Iterable[int] = rang
     for listing in sorted((folder / "features").glob("*.jsonl")):
         if listing.stem.split("-")[0] not in wanted or listing.stem.rsplit("-", 1)[1] not in numbers:
             continue
-        frames = np.fromfile(listing.with_suffix(".f16"), np.float16).reshape(-1, MELS)
+        frames = np.fromfile(listing.with_suffix(".f16"), np.float16).reshape(-1, MEL_BINS)
         for line in listing.read_text().splitlines():
             entry = json.loads(line)
             first = entry["first_frame"]
@@ -79,7 +76,7 @@ def _that_fit(clips: Iterable[Clip], frames: int) -> Iterator[Clip]:
 def make_batch(clips: list[Clip], frames: int | None = None) -> Batch:
     """frames: the tape's length, if longer than needed."""
     starts = np.cumsum([0, *(span(len(c.features)) for c in clips)])
-    tape = np.zeros((frames or starts[-1], MELS), np.float32)
+    tape = np.zeros((frames or starts[-1], MEL_BINS), np.float32)
     for start, clip in zip(starts, clips, strict=False):
         tape[start : start + len(clip.features)] = clip.features
     return Batch(torch.from_numpy(tape), [len(c.features) for c in clips], [c.text for c in clips])
@@ -99,9 +96,9 @@ def warped(features: np.ndarray, tempo: float, pitch: float) -> np.ndarray:
     """The clip `tempo` times as long, its frequencies times `pitch` (vocal tract length perturbation, Jaitly and Hinton
     2013): float32 [frames, 128] -> [round(frames * tempo), 128], by straight lines between what is there."""
     times = np.linspace(0, len(features) - 1, round(len(features) * tempo))
-    centres = 700 * (10 ** (np.linspace(0, _HIGHEST_MEL, MELS + 2)[1:-1] / 2595) - 1)  # Hz
-    bins = 2595 * np.log10(1 + centres / pitch / 700) / _HIGHEST_MEL * (MELS + 1) - 1
-    return _between(_between(features, times).T, bins.clip(0, MELS - 1)).T
+    edges = mel_edges()
+    bins = to_mel(edges[1:-1] / pitch) / to_mel(edges[-1]) * (MEL_BINS + 1) - 1
+    return _between(_between(features, times).T, bins.clip(0, MEL_BINS - 1)).T
 
 
 def _between(rows: np.ndarray, at: np.ndarray) -> np.ndarray:
@@ -117,7 +114,7 @@ def _mask_bands(features: np.ndarray, rng: np.random.Generator) -> None:
     fill = features.mean()
     for _ in range(2):
         width = rng.integers(0, 21)
-        at = rng.integers(0, MELS - width)
+        at = rng.integers(0, MEL_BINS - width)
         features[:, at : at + width] = fill
     for _ in range(1 + len(features) // 200):
         width = rng.integers(0, min(16, max(1, len(features) // 6)) + 1)

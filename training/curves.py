@@ -12,6 +12,7 @@ from pathlib import Path
 
 import click
 
+from benchmarks.figures import figure
 from edge_gemma.atomic import write_file
 
 STAGES = ("hear", "speak", "together")
@@ -44,25 +45,17 @@ def as_csv(stages: dict[str, Steps]) -> str:
 
 def draw(stages: dict[str, Steps], path: Path) -> None:
     """Losses above, word errors below, a column for each stage."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    matplotlib.rcParams["svg.hashsalt"] = path.stem  # the same numbers make the same file
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(2, len(stages), figsize=(4 * len(stages), 6), squeeze=False, sharex="col")
-    for (above, below), (stage, steps) in zip(axes.T, stages.items(), strict=True):
-        for panel, labels in ((above, {name: name for name in LOSSES}), (below, ERRORS)):
-            for name, label in labels.items():
-                points = {step: values[name] for step, values in steps.items() if name in values}
-                if points:
-                    panel.plot(list(points), list(points.values()), label=label, linewidth=1)
-            panel.grid(alpha=0.3)
-            panel.legend(fontsize="small")
-        above.set(title=stage, ylabel="loss", yscale="log")
-        below.set(xlabel="step", ylabel="word error rate", ylim=(0, 1.1))
-    figure.savefig(path, bbox_inches="tight", metadata={"Date": None})
-    pyplot.close(figure)
+    with figure(path, nrows=2, ncols=len(stages), figsize=(4 * len(stages), 6), squeeze=False, sharex="col") as axes:
+        for (above, below), (stage, steps) in zip(axes.T, stages.items(), strict=True):
+            for panel, labels in ((above, {name: name for name in LOSSES}), (below, ERRORS)):
+                for name, label in labels.items():
+                    points = {step: values[name] for step, values in steps.items() if name in values}
+                    if points:
+                        panel.plot(list(points), list(points.values()), label=label, linewidth=1)
+                panel.grid(alpha=0.3)
+                panel.legend(fontsize="small")
+            above.set(title=stage, ylabel="loss", yscale="log")
+            below.set(xlabel="step", ylabel="word error rate", ylim=(0, 1.1))
 
 
 @click.command()

@@ -43,14 +43,24 @@ def window() -> np.ndarray:
     return (0.5 - 0.5 * np.cos(2 * np.pi * np.arange(FRAME) / FRAME)).astype(np.float32)
 
 
+def to_mel(hz: np.ndarray | float) -> np.ndarray:
+    """HTK's: 2595 log10(1 + Hz / 700)."""
+    return 2595 * np.log10(1 + np.asarray(hz) / 700)
+
+
+@cache
+def mel_edges() -> np.ndarray:
+    """float64 [MEL_BINS + 2], Hz: equally spaced in mel; a filter lies between the edges on both sides of its own."""
+    return 700 * (10 ** (np.linspace(0, to_mel(SAMPLE_RATE / 2), MEL_BINS + 2) / 2595) - 1)
+
+
 @cache
 def mel_filters() -> np.ndarray:
-    """float64 [FFT / 2 + 1, MEL_BINS]: triangles between 130 edges equally spaced in mel, 2595 log10(1 + Hz / 700).
+    """float64 [FFT / 2 + 1, MEL_BINS]: triangles between the edges.
 
     The first triangle lies between two bins of the spectrum and is empty: feature 0 is always ln(MEL_FLOOR).
     """
-    top = 2595 * np.log10(1 + SAMPLE_RATE / 2 / 700)
-    edges = 700 * (10 ** (np.linspace(0, top, MEL_BINS + 2) / 2595) - 1)  # Hz
+    edges = mel_edges()
     bins = np.linspace(0, SAMPLE_RATE / 2, FFT // 2 + 1)[:, None]  # Hz
     low, centre, high = edges[:-2], edges[1:-1], edges[2:]
     return np.maximum(0, np.minimum((bins - low) / (centre - low), (high - bins) / (high - centre)))
