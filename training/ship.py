@@ -24,6 +24,7 @@ from edge_gemma.export.convert import export_checkpoint
 from edge_gemma.model_folder import MANIFEST, ModelFolder, manifest_digest
 
 MOST_BYTES = 12_000_000
+NAME = "demonstration model"
 _CODE = (".py", ".txt", ".jinja", ".json", ".toml")
 
 
@@ -51,10 +52,12 @@ def made_from(checkpoint: Path, data: Path, code: Path) -> dict[str, Any]:
 
 
 def add_section(folder: Path, section: dict[str, Any]) -> None:
-    """Write `training` into the manifest, whose digest covers it."""
+    """Write `training` and the name that is shown into the manifest, whose digest covers them."""
     manifest = json.loads((folder / MANIFEST).read_bytes()) | {"training": section}
+    manifest["source"]["name"] = NAME
     manifest["digest"] = manifest_digest(manifest)
     write_file(folder / MANIFEST, json.dumps(manifest, indent=1).encode())
+    (folder / MANIFEST).chmod(0o644)  # all users of an installation read it
 
 
 def ship(checkpoint: Path, data: Path, dest: Path, recipe: str | None, *, audio: bool = True) -> int:
