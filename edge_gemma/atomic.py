@@ -43,33 +43,47 @@ def write_file(path: Path, data: bytes) -> None:
 
 
 @contextlib.contextmanager
-def scratch_folder(dest: Path) -> Iterator[Path]:
+def scratch_folder(dest: Path, key: str | None = None) -> Iterator[Path]:
     """A folder beside `dest` that is gone afterwards.
 
     Scratch folders that earlier, killed runs left for the same `dest` are removed first: they are told from those of
-    live runs by the lock a live run holds.
+    live runs by the lock a live run holds. With a `key`, Ctrl-C leaves the folder too, and who comes with the same key
+    is given what an interrupted run had in it. Raises UsageError while another has that folder.
     """
     dest.parent.mkdir(parents=True, exist_ok=True)
-    _clear_leftovers(dest)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{dest.name}.", suffix=_ASIDE, dir=dest.parent))
+    kept = dest.with_name(f".{dest.name}.{key}{_ASIDE}") if key else None
+    _clear_leftovers(dest, kept)
+    if kept:
+        kept.mkdir(0o700, exist_ok=True)
+    scratch = kept or Path(tempfile.mkdtemp(prefix=f".{dest.name}.", suffix=_ASIDE, dir=dest.parent))
     lock = os.open(scratch, os.O_RDONLY | os.O_DIRECTORY)
+    keep = False
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            keep = True
+            raise UsageError(f"{dest} is being written by another run: wait for it, or choose another name") from None
         yield scratch
+    except KeyboardInterrupt:
+        keep = kept is not None
+        raise
     finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        if not keep:
+            shutil.rmtree(scratch, ignore_errors=True)
         os.close(lock)
 
 
 @contextlib.contextmanager
-def new_folder(dest: Path, *, force: bool = False) -> Iterator[Path]:
+def new_folder(dest: Path, *, force: bool = False, key: str | None = None) -> Iterator[Path]:
     """Fill a folder aside; on a normal exit it takes `dest`'s name, on any other it is gone.
 
-    With `force`, an existing folder at `dest` is replaced after the new one is whole.
-    Raises UsageError if `dest` exists without `force`, or is not a folder.
+    With `force`, an existing folder at `dest` is replaced after the new one is whole. key: of what the folder is made;
+    the folder that an interrupted run with this key left aside is gone on with.
+    Raises UsageError if `dest` exists without `force`, is not a folder, or is being written with this key.
     """
     dest = dest.absolute()
-    with scratch_folder(dest) as aside:
+    with scratch_folder(dest, key) as aside:
         if dest.exists() and (not force or not dest.is_dir()):
             raise UsageError(f"{dest} exists already: choose another name, or --force to replace a model folder")
         yield aside
@@ -85,6 +99,11 @@ def new_folder(dest: Path, *, force: bool = False) -> Iterator[Path]:
         for folder in reversed(folders):
             sync_folder(folder)
         _rename(aside, dest)
+
+
+def left_aside(dest: Path) -> list[Path]:
+    """What interrupted runs have left for the next one that writes `dest`."""
+    return [path for path in dest.absolute().parent.glob(f".{dest.name}.*{_ASIDE}") if path.is_dir()]
 
 
 def _rename(aside: Path, dest: Path) -> None:
@@ -106,13 +125,13 @@ def _exchange(a: Path, b: Path) -> bool:
     return renameat2 is not None and renameat2(at_cwd, os.fsencode(a), at_cwd, os.fsencode(b), exchange) == 0
 
 
-def _clear_leftovers(dest: Path) -> None:
-    """Remove what killed runs left aside; give a folder its name back where one died between the two renames."""
+def _clear_leftovers(dest: Path, kept: Path | None = None) -> None:
+    """Remove what killed runs left, not `kept`; give a folder its name back where one died between two renames."""
     old = dest.with_name(f".{dest.name}{_REPLACED}")
     if old.exists() and not dest.exists():
         os.rename(old, dest)
     for left in [*dest.parent.glob(f".{dest.name}.*{_ASIDE}"), old]:
-        if not left.is_dir():
+        if left == kept or not left.is_dir():
             continue
         fd = os.open(left, os.O_RDONLY | os.O_DIRECTORY)
         try:

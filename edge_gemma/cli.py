@@ -211,6 +211,7 @@ def export(
     edge-gemma export ~/gemma-4-E2B-it ./mine --recipe q3mix --calibration letters.txt
     edge-gemma export ./model ./model-onnx --onnx
     """
+    from edge_gemma.atomic import left_aside
     from edge_gemma.export.convert import export_checkpoint
     from edge_gemma.export.onnx_folder import FLOAT16, export_onnx
     from edge_gemma.quant.calibrate import bundled_text
@@ -226,12 +227,14 @@ def export(
     if calibration and no_calibration:
         raise click.UsageError("--calibration and --no-calibration exclude each other.")
     text = None if no_calibration else _read_text(calibration) if calibration else bundled_text()
-    with progress_bar("exporting") as progress:
-        options: dict[str, Any] = {"calibration": text, "audio": not no_audio, "force": force, "progress": progress}
-        if as_onnx:
-            folder = export_onnx(source, dest, recipe, **options)
-        else:
-            folder = export_checkpoint(source, dest, recipe, **options)
+    write = export_onnx if as_onnx else export_checkpoint
+    try:
+        with progress_bar("exporting") as progress:
+            folder = write(source, dest, recipe, calibration=text, audio=not no_audio, force=force, progress=progress)
+    except KeyboardInterrupt:
+        for left in left_aside(dest):
+            click.echo(f"the same command goes on from here: {left} holds what is done", err=True)
+        raise
     _say_written(folder)
 
 

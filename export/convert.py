@@ -21,6 +21,7 @@ from edge_gemma.export.checkpoint import Checkpoint, open_checkpoint
 from edge_gemma.export.folder_writer import FolderWriter
 from edge_gemma.export.on_grid import grid_matrix
 from edge_gemma.export.packed import PackedMatrix
+from edge_gemma.export.resume import Journal, export_key
 from edge_gemma.export.stream import TensorStream
 from edge_gemma.model_folder import GENERATION, TEMPLATE, TOKENIZER, Progress, Tensor, plan_tensor
 from edge_gemma.quant.calibrate import CALIBRATED_BITS, Calibration, calibration_ids
@@ -45,7 +46,8 @@ def export_checkpoint(
     calibration: a text that says what weights of 2 and 4 bits are used for; None: scales are searched without one.
     audio: with its audio tower, where it has one.
 
-    The folder appears whole or not at all; an interrupted run leaves nothing behind that the next one does not remove.
+    The folder appears whole or not at all. An interrupted run leaves nothing behind that the next one does not remove;
+    one that calibrated is gone on with by the next of the same source, recipe and text.
     Raises CheckpointError, ConfigError, UsageError: one line each.
     """
     checkpoint = open_checkpoint(source)
@@ -57,7 +59,13 @@ def export_checkpoint(
         tokenizer = checkpoint.tokenizer_model()
         tower = checkpoint.audio_tower() if audio else None
         beside = encoder_bytes(tower, recipe) if tower else 0
-        with new_folder(dest, force=force) as folder, FolderWriter(folder, plan, beside=beside) as writer:
+        if not any(tensor.bits in CALIBRATED_BITS for name, tensor in plan.items() if name not in carried):
+            calibration = None
+        key = None if calibration is None else export_key(checkpoint.digest(), recipe, calibration, audio)
+        with (
+            new_folder(dest, force=force, key=key) as folder,
+            FolderWriter(folder, plan, beside=beside) as writer,
+        ):
             section = write_tower(writer, tower, recipe, progress) if tower else None
             writer.add_file(TOKENIZER, tokenizer)
             if checkpoint.chat_template is not None:
@@ -161,9 +169,12 @@ def _write_tensors(
 ) -> str:
     """Stream every tensor through, what a text calibrates first. Returns the digest of all values read."""
     with ThreadPoolExecutor() as pool:
-        stream = TensorStream(checkpoint, plan, carried, writer, pool, progress)
-        rounded = [tensor for name, tensor in plan.items() if name not in carried]
-        if calibration is not None and any(tensor.bits in CALIBRATED_BITS for tensor in rounded):
-            ids = calibration_ids(Tokenizer.load(writer.folder / TOKENIZER), calibration, config)
-            Calibration(checkpoint, config, plan, stream.put, pool, carried).run(ids)
-        return stream.put_rest()
+        if calibration is None:
+            return TensorStream(checkpoint, plan, carried, writer, pool, progress).put_rest()
+        ids = calibration_ids(Tokenizer.load(writer.folder / TOKENIZER), calibration, config)
+        journal = Journal(writer, plan)
+        stream = TensorStream(checkpoint, plan, carried, writer, pool, progress, journal)
+        Calibration(checkpoint, config, plan, stream.put, pool, {**journal.finished, **carried}).run(ids)
+        content = stream.put_rest()
+        journal.end()
+        return content

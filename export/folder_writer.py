@@ -31,6 +31,8 @@ from edge_gemma.model_folder import (
     version_of,
 )
 
+_READ = 1 << 24  # bytes
+
 
 @dataclass
 class _Growing:
@@ -59,7 +61,10 @@ class FolderWriter:
     """Fill `folder` with the planned tensors. Parts are appended in any interleaving, each from its first row on."""
 
     def __init__(self, folder: Path, plan: dict[str, Tensor], *, beside: int = 0) -> None:
-        """Lays out and sizes the containers. Raises UsageError if the disk has no room for them and `beside` bytes."""
+        """Lays out and sizes the containers, or takes over those of an interrupted run.
+
+        Raises UsageError if the disk has no room for them and `beside` bytes.
+        """
         self.folder = folder
         self._plan = plan
         self._files: dict[str, dict[str, Any]] = {}
@@ -70,7 +75,7 @@ class FolderWriter:
             for key, part in tensor.parts.items():
                 by_file.setdefault(part.file, []).append((name, key, part))
         needed = beside + sum(part.nbytes for parts in by_file.values() for _, _, part in parts)
-        free = shutil.disk_usage(folder).free
+        free = shutil.disk_usage(folder).free + sum(512 * path.stat().st_blocks for path in folder.iterdir())
         if needed > free:
             raise UsageError(
                 f"the model needs {needed / 1e9:.2f} GB, {folder.parent} has {free / 1e9:.2f} GB free: "
@@ -93,7 +98,7 @@ class FolderWriter:
         header = json.dumps(entries, separators=(",", ":")).encode()
         header += b" " * (-(len(header) + 8) % ALIGNMENT)
         start = 8 + len(header)
-        fd = os.open(self.folder / file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+        fd = os.open(self.folder / file, os.O_RDWR | os.O_CREAT, 0o644)
         self._fds[file] = fd
         os.ftruncate(fd, start + offset)
         os.pwrite(fd, len(header).to_bytes(8, "little") + header, 0)
@@ -113,6 +118,28 @@ class FolderWriter:
         growing.digest.update(data)
         growing.written += len(data)
 
+    def read(self, name: str, key: str, start: int, stop: int) -> np.ndarray:
+        """Rows (or panels) start to stop - 1 of a part, as they lie in the file."""
+        part = self._growing[name, key].part
+        row = part.nbytes // part.shape[0] if part.nbytes else 0
+        data = os.pread(self._fds[part.file], (stop - start) * row, part.offset + start * row)
+        return np.frombuffer(data, part.numpy_dtype).reshape(stop - start, *part.shape[1:])
+
+    def digests(self, name: str) -> dict[str, str]:
+        """sha256 of each of a tensor's parts as far as they have been appended."""
+        return {key: self._growing[name, key].digest.hexdigest() for key in self._plan[name].parts}
+
+    def stored_digests(self, name: str) -> dict[str, str]:
+        """sha256 of each of a tensor's parts as they lie in the file, whoever wrote them."""
+        found = {}
+        for key, part in self._plan[name].parts.items():
+            digest, rows = hashlib.sha256(), part.shape[0]
+            step = max(1, _READ * rows // max(1, part.nbytes))
+            for start in range(0, rows, step):
+                digest.update(self.read(name, key, start, min(start + step, rows)).data)
+            found[key] = digest.hexdigest()
+        return found
+
     def add_file(self, name: str, data: bytes) -> None:
         (self.folder / name).write_bytes(data)
         self._files[name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
@@ -120,7 +147,7 @@ class FolderWriter:
     @contextlib.contextmanager
     def new_file(self, name: str) -> Iterator["DigestedFile"]:
         """A file of the folder that is written piece by piece."""
-        with (self.folder / name).open("xb") as raw:
+        with (self.folder / name).open("wb") as raw:
             file = DigestedFile(raw)
             yield file
         self._files[name] = {"bytes": file.bytes, "sha256": file.digest.hexdigest()}

@@ -1,6 +1,7 @@
 """Matrices whose integers and scales a source has already: they are carried over, never rounded again.
 
-Owns: `PackedMatrix`, what a reader offers of such a matrix. Does not know: containers, schemas, recipes.
+Owns: `PackedMatrix`, what a reader offers of such a matrix; a block of it as the bytes of a folder's parts, and back.
+Does not know: containers, schemas, recipes.
 """
 
 from collections.abc import Callable
@@ -11,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_gemma import qformat
+from edge_gemma.model_folder import Tensor
 
 Integers = NDArray[np.int8]
 Scales = NDArray[np.float32]
@@ -45,3 +47,31 @@ class PackedMatrix:
     def dequantize(self, packed: Packed) -> NDArray[np.float32]:
         """float32 [n, columns] of what `read` gave."""
         return qformat.dequantize_rounded(*packed, bits=self.bits, group=self.group)
+
+
+def decode_packed(tensor: Tensor, parts: dict[str, np.ndarray], rows: int) -> Packed:
+    """The inverse of encode_packed for a block of `rows` rows; parts as model_folder.Part.numpy_dtype has them."""
+    if tensor.layout == "rows":
+        return qformat.unpack_rows(parts["records"], tensor.shape[1], tensor.bits, tensor.group)
+    values = qformat.unpack_panels(parts["packed"], tensor.bits, rows, tensor.shape[1])
+    if not tensor.minimum:
+        return values, qformat.unpack_scales(parts["scales"].view(qformat.scales_dtype(tensor.group)), rows)
+    panels = len(parts["packed"])
+    factors = parts["factors"].view(np.float16) if "factors" in parts else np.empty((panels, 0, 2, 8), np.float16)
+    return values, *qformat.unpack_words(parts["scales"], factors, tensor.group, rows)
+
+
+def encode_packed(tensor: Tensor, values: np.ndarray, *scales: np.ndarray) -> dict[str, np.ndarray]:
+    """A block of whole rows, integers and scales as export/packed.py has them, as the bytes of each part."""
+    if tensor.layout == "rows":
+        return {"records": qformat.pack_rows(values, *scales, tensor.bits, tensor.group)}
+    packed = qformat.pack_panels(values, tensor.bits)
+    if not tensor.minimum:
+        return {"packed": packed, "scales": qformat.pack_scales(*scales, tensor.group)}
+    pairs, factors = scales
+    parts = {
+        "packed": packed,
+        "scales": qformat.pack_words(pairs, tensor.group, tensor.minimum),
+        "factors": qformat.pack_factors(factors),
+    }
+    return {key: parts[key] for key in tensor.parts}

@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from edge_gemma import qformat
 from edge_gemma.errors import CheckpointError
 from edge_gemma.export.checkpoint import Checkpoint
 from edge_gemma.export.folder_writer import FolderWriter
-from edge_gemma.export.packed import PackedMatrix
+from edge_gemma.export.packed import PackedMatrix, encode_packed
+from edge_gemma.export.resume import Journal
 from edge_gemma.model_folder import Progress, Tensor
 from edge_gemma.quant.calibrate import Rounder
 from edge_gemma.quant.search import search_scales
@@ -40,22 +40,6 @@ def encode_block(tensor: Tensor, weights: np.ndarray, rounder: Rounder, first: i
     return encode_packed(tensor, *rounder(weights, first))
 
 
-def encode_packed(tensor: Tensor, values: np.ndarray, *scales: np.ndarray) -> dict[str, np.ndarray]:
-    """A block of whole rows, integers and scales as export/packed.py has them, as the bytes of each part."""
-    if tensor.layout == "rows":
-        return {"records": qformat.pack_rows(values, *scales, tensor.bits, tensor.group)}
-    packed = qformat.pack_panels(values, tensor.bits)
-    if not tensor.minimum:
-        return {"packed": packed, "scales": qformat.pack_scales(*scales, tensor.group)}
-    pairs, factors = scales
-    parts = {
-        "packed": packed,
-        "scales": qformat.pack_words(pairs, tensor.group, tensor.minimum),
-        "factors": qformat.pack_factors(factors),
-    }
-    return {key: parts[key] for key in tensor.parts}
-
-
 class TensorStream:
     """Tensors from the checkpoint to the folder, each read once, in any order."""
 
@@ -67,10 +51,13 @@ class TensorStream:
         writer: FolderWriter,
         pool: ThreadPoolExecutor,
         progress: Progress | None,
+        journal: Journal | None = None,
     ) -> None:
+        """journal: told of every tensor that is whole; what it says is finished is not rounded by `put_rest` again."""
         self._checkpoint, self._plan, self._writer, self._pool = checkpoint, plan, writer, pool
         self._carried = carried
         self._progress = progress
+        self._journal = journal
         self._total = sum(4 * int(np.prod(tensor.shape)) for tensor in plan.values())
         self._done = 0
         self._digests: dict[str, str] = {}
@@ -108,6 +95,8 @@ class TensorStream:
         for block in pending:
             self._append(name, block, content)
         self._digests[name] = content.hexdigest()
+        if self._journal:
+            self._journal.note(name, self._digests[name])
 
     def put_rest(self) -> str:
         """Every tensor not yet put, carried over or by searched scales. Returns the sha256 over the sha256 of every
@@ -115,11 +104,14 @@ class TensorStream:
 
         Values are float32, or integers and scales where those are carried; tensors are in the plan's order.
         """
+        finished = self._journal.finished if self._journal else {}
         for name, tensor in self._plan.items():
             if name in self._digests:
                 continue
             if name in self._carried:
                 self.carry(name)
+            elif name in finished:
+                self.put(name, lambda weights, first, f=finished[name]: f.read(first, first + len(weights)))
             else:
                 self.put(name, lambda weights, _, t=tensor: search_scales(weights, t.bits, t.group, minimum=t.minimum))
         return hashlib.sha256("".join(self._digests[name] for name in self._plan).encode()).hexdigest()
