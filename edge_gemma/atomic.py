@@ -130,7 +130,7 @@ def _clear_leftovers(dest: Path, kept: Path | None = None) -> None:
     old = dest.with_name(f".{dest.name}{_REPLACED}")
     if old.exists() and not dest.exists():
         os.rename(old, dest)
-    for left in [*dest.parent.glob(f".{dest.name}.*{_ASIDE}"), old]:
+    for left in [*left_aside(dest), old]:
         if left == kept or not left.is_dir():
             continue
         fd = os.open(left, os.O_RDONLY | os.O_DIRECTORY)

@@ -62,7 +62,7 @@ def decode_packed(tensor: Tensor, parts: dict[str, np.ndarray], rows: int) -> Pa
 
 
 def encode_packed(tensor: Tensor, values: np.ndarray, *scales: np.ndarray) -> dict[str, np.ndarray]:
-    """A block of whole rows, integers and scales as export/packed.py has them, as the bytes of each part."""
+    """A block of whole rows, integers and scales as `Packed` has them, as the bytes of each part."""
     if tensor.layout == "rows":
         return {"records": qformat.pack_rows(values, *scales, tensor.bits, tensor.group)}
     packed = qformat.pack_panels(values, tensor.bits)

@@ -96,7 +96,7 @@ def test_a_checkpoint_that_changed_in_between_is_refused_once(tmp_path: Path) ->
     assert contents(export_checkpoint(tmp_path / "in", dest, "q4", calibration=TEXT)) == expected
 
 
-def test_another_recipe_starts_anew_and_clears_away(tmp_path: Path, rounded) -> None:
+def test_another_recipe_starts_anew_and_clears_away(tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "in", "e2b")
     dest = tmp_path / "out" / "model"
     with pytest.raises(KeyboardInterrupt):
