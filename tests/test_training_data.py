@@ -125,6 +125,17 @@ def test_short_sentences_of_running_text() -> None:
     assert texts.short_sentences(running, {"he", "was", "here", "the", "times"}) == ["he was here"]
 
 
+def test_phrases_are_runs_of_known_words_from_other_sentences() -> None:
+    running = "He was here .\nHe was here with the committee when it was late at noon .\nIt was 9 when he was late .\n"
+    words = {"he", "was", "here", "with", "the", "when", "it", "late", "at", "noon"}
+    runs = texts.phrases(running, words, apart_from={"he was here"})
+    assert runs == ["he was here with the", "when it was late at noon"]
+    cut = list(itertools.islice(texts.cut(runs, np.random.default_rng(0)), 300))
+    assert all(any(f" {text} " in f" {run} " for run in runs) for text in cut)
+    assert {len(text.split()) for text in cut} == {3, 4, 5, 6}
+    assert {word for text in cut for word in text.split()} == words
+
+
 def test_engines_read_abbreviations_as_letters() -> None:
     assert written("wake me at seven a m") == "wake me at seven A.M.."[:-1]
     assert written("what am i") == "what am I?"
@@ -171,12 +182,13 @@ class _Corpus(corpus.Corpus):
 
     prompts = [f"press {texts.cardinal(i)} to repeat the message" for i in range(200)]  # noqa: RUF012
     brown_sentences = [f"he said that {texts.cardinal(i)} of them came" for i in range(300)]  # noqa: RUF012
+    brown_phrases = [f"{texts.cardinal(i)} more of these have come to town" for i in range(300)]  # noqa: RUF012
 
 
 @pytest.fixture(scope="module")
 def texts_of_both() -> tuple[set[str], set[str]]:
     made = _Corpus(Path("none"), Path("none"))
-    train = set(itertools.islice(made.stream(1), 2000)) | set(itertools.islice(made.stream(2), 2000))
+    train = set(itertools.islice(made.stream(1), 2000)) | set(itertools.islice(made.stream(2, wide=True), 2000))
     return train, set(itertools.islice(corpus.distinct(made.stream(3, held=True)), 60))
 
 
@@ -194,6 +206,16 @@ def test_new_orders_of_prompts_never_hold_a_whole_held_out_one() -> None:
     assert held
     said = itertools.islice(made.stream(5), 3000)
     assert not any(text.endswith(f" {prompt}") or text == prompt for text in said for prompt in held)
+
+
+def test_only_wide_voices_say_phrases() -> None:
+    made = _Corpus(Path("none"), Path("none"))
+    shares = [
+        np.mean(["of these" in text or "more" in text for text in itertools.islice(made.stream(6, wide=wide), 1500)])
+        for wide in (False, True)
+    ]
+    assert shares[0] < 0.05
+    assert 0.25 < shares[1] < 0.4
 
 
 def test_kinds_of_texts() -> None:
@@ -228,6 +250,17 @@ def test_names_are_unique_and_fit_file_names() -> None:
     assert not any(split.startswith("train") for split, name in clips.jobs() if not seen_name(name))
 
 
+def test_wide_voices_are_seen_ones_and_train_only() -> None:
+    wide = [voice for voice in VOICES if voice.wide]
+    first = {voice.name: voice for voice in VOICES if not voice.wide}
+    assert len(wide) == 41
+    for voice in wide:
+        same = first[voice.name.removesuffix("_wide")]
+        assert (voice.engine, voice.settings) == (same.engine, same.settings)
+        assert seen(same)
+        assert [split for split, name in clips.jobs() if name == voice.name] == ["train"]
+
+
 def seen_name(name: str) -> bool:
     return all(seen(voice) for voice in VOICES if voice.name == name)
 
@@ -250,6 +283,14 @@ def test_a_clip_is_trimmed_and_levelled() -> None:
     assert 1590 <= loud[0] <= 3210
     middle = clip[len(clip) // 3 : len(clip) // 2].astype(np.float64) / 32768
     assert np.sqrt((middle**2).mean()) == pytest.approx(clips.LEVEL, rel=0.02)
+
+
+def test_wide_voices_lie_in_silence_of_different_lengths() -> None:
+    found = [clips.finished(tone(1), np.random.default_rng(chance), wide=True) for chance in range(300)]
+    lengths = [len(clip) / RATE - 1 for clip in found if clip is not None]
+    assert len(lengths) == 300
+    assert 0.19 < min(lengths) < 0.25
+    assert 1.0 < max(lengths) <= 1.6
 
 
 @pytest.mark.parametrize("samples", [tone(0.05), tone(11), np.zeros(RATE, np.float32), np.zeros(3, np.float32)])

@@ -22,7 +22,7 @@ from training import ctc
 from training.batches import Batch, Clip, batches, make_batch, read_clips, warped
 from training.fast_audio import encode, span
 from training.fast_text import decode
-from training.finish import BOUNDS, set_clip_bounds
+from training.finish import BOUNDS, Seen, least_error, set_clip_bounds
 from training.loop import Run, ahead
 from training.model import build, configuration, load, save
 from training.muon import Muon
@@ -242,17 +242,44 @@ def test_checkpoint_round_trip_keeps_bfloat16_weights(model, tmp_path):
         assert torch.equal(wanted.bfloat16().float(), got.float()), name
 
 
-def test_clip_bounds_clip_nothing_that_was_heard_and_no_less(data, model):
+def test_clip_bounds_hold_what_was_heard(data, model):
     tower, clips = model.model.audio_tower, read_clips(data, ["train"])
     features = torch.from_numpy(clips[0].features[None].astype(np.float32))
     mask = torch.ones(features.shape[:2], dtype=torch.bool)
+    linear = tower.layers[0].feed_forward1.ffw_layer_1
+    heard = []
+    hook = linear.linear.register_forward_hook(lambda _, inputs, output: heard.extend((inputs[0], output)))
     with torch.no_grad():
-        before = tower(features, mask).last_hidden_state
-        set_clip_bounds(tower, clips, batch=1)
-        assert torch.equal(tower(features, mask).last_hidden_state, before)
+        tower(features, mask)
+        hook.remove()
+        set_clip_bounds(tower, clips[:1], batch=1)
+        bounds = {name: float(getattr(linear, name)) for name in BOUNDS}
         loud = tower(features * 40, mask).last_hidden_state
-        linear = tower.layers[0].feed_forward1.ffw_layer_1
-        assert all(torch.isfinite(getattr(linear, name)) for name in BOUNDS)
-        linear.input_max.fill_(linear.input_max * 0.5)
-        assert not torch.equal(tower(features, mask).last_hidden_state, before)
+    x, y = heard
+    assert (bounds["output_min"], bounds["output_max"]) == (y.min(), y.max())
+    limit = max(-bounds["input_min"], bounds["input_max"])
+    assert 0.3 * x.abs().max() < limit <= x.abs().max()
     assert torch.isfinite(loud).all()
+
+    def error(limit):
+        step = limit / 127
+        return float(((x / step).round().clamp(-127, 127) * step - x).square().mean())
+
+    assert error(limit) <= 1.05 * min(error(x.abs().max() * share) for share in torch.linspace(0.2, 1, 81))
+
+
+@pytest.mark.parametrize("outliers", [0, 3])
+def test_the_limit_of_least_error_leaves_outliers_out(outliers):
+    """Against trying limits on the values themselves; a few far out are not worth wider steps for all."""
+    values = torch.cat([torch.randn(200_000), torch.full((outliers,), 60.0)])
+    seen = Seen()
+    seen.add(nn.Identity(), (values,), values)
+    found = least_error(seen.magnitudes)
+
+    def error(limit):
+        step = limit / 127
+        return float(((values / step).round().clamp(-127, 127) * step - values).double().square().mean())
+
+    assert error(found) <= 1.03 * min(error(float(limit)) for limit in np.geomspace(1, 60, 200))
+    assert 3 < found < (8 if outliers == 0 else 60)
+    assert seen.bounds[1] == values.max()

@@ -33,8 +33,11 @@ def seed(*names: str) -> int:
     return zlib.crc32("/".join(names).encode())
 
 
-def finished(samples: np.ndarray, rng: np.random.Generator) -> np.ndarray | None:
-    """Speech between 100 to 200 ms of near silence, at LEVEL: int16. None if it is too short or too long, or silent."""
+def finished(samples: np.ndarray, rng: np.random.Generator, wide: bool = False) -> np.ndarray | None:
+    """Speech between 100 to 200 ms of near silence (wide: to 800), at LEVEL: int16.
+
+    None if it is too short or too long, or silent.
+    """
     hop = RATE // 100
     count = len(samples) // hop
     if count < 10:
@@ -45,7 +48,8 @@ def finished(samples: np.ndarray, rng: np.random.Generator) -> np.ndarray | None
         return None
     speech = samples[loud[0] * hop : (loud[-1] + 1) * hop]
     speech = speech * min(LEVEL / np.sqrt((speech**2).mean()), 0.97 / np.abs(speech).max())
-    ends = [np.zeros(int(rng.uniform(0.1, 0.2) * RATE), np.float32) for _ in range(2)]
+    seconds = 0.1 + 0.7 * rng.random(2) ** 3 if wide else rng.uniform(0.1, 0.2, 2)
+    ends = [np.zeros(int(end * RATE), np.float32) for end in seconds]
     clip = np.concatenate([ends[0], speech, ends[1]])
     if not SHORTEST <= len(clip) / RATE <= LONGEST:
         return None
@@ -148,10 +152,10 @@ def _synthetic(split: str, voice: Voice, data: Path, corpus: Corpus) -> Iterator
     most = {"dev": voice.devs}.get(split, voice.tests) if split in TESTS else 10**9
     limit = 10**9 if split in TESTS else voice.minutes * 60 * RATE
     samples = count = 0
-    for text in distinct(corpus.stream(chance, held=split in TESTS)):
+    for text in distinct(corpus.stream(chance, held=split in TESTS, wide=voice.wide)):
         if samples >= limit or count >= most:
             return
-        clip = finished(speak(text, rng), rng)
+        clip = finished(speak(text, rng), rng, voice.wide)
         if clip is not None:
             yield text, clip
             samples, count = samples + len(clip), count + 1

@@ -17,6 +17,7 @@ from training import recordings, texts
 from training.splits import held_out
 
 SHARES = {"grammar": 0.72, "prompts": 0.05, "recombined": 0.05, "brown": 0.18}
+WIDE = {**SHARES, "phrases": 0.5}  # of a wide voice
 FREQUENT = 1500  # words of the Brown corpus whose sentences are used, besides those the grammar says
 GRAMMAR_SAMPLE = 60_000  # sentences from which the grammar's own words are counted
 
@@ -54,20 +55,30 @@ class Corpus:
         return sorted({text for _, text, _ in recordings.prompts(self.root)})
 
     @cached_property
-    def brown_sentences(self) -> list[str]:
+    def _running(self) -> tuple[str, set[str]]:
+        """The Brown corpus, and the words of which sentences of it are made."""
         running = brown(self.brown_archive)
-        return texts.short_sentences(running, self.grammar_words | texts.frequent_words(running, FREQUENT))
+        return running, self.grammar_words | texts.frequent_words(running, FREQUENT)
+
+    @cached_property
+    def brown_sentences(self) -> list[str]:
+        return texts.short_sentences(*self._running)
+
+    @cached_property
+    def brown_phrases(self) -> list[str]:
+        """Runs of words from all other sentences, the longest that are made of these words."""
+        return texts.phrases(*self._running, apart_from=set(self.brown_sentences))
 
     @cached_property
     def _kinds(self) -> dict[str, str]:
         return dict.fromkeys(self.prompts, "prompt") | dict.fromkeys(self.brown_sentences, "Brown")
 
     def kind(self, text: str) -> str:
-        """Where a text comes from: "prompt", "Brown", or "rule" (the grammar, prompts in new orders)."""
+        """Where a text comes from: "prompt", "Brown", or "rule" (the grammar, prompts in new orders, runs of words)."""
         return self._kinds.get(text, "rule")
 
-    def stream(self, seed: int, *, held: bool = False) -> Iterator[str]:
-        """Texts without end, by SHARES; only held-out ones with `held`, otherwise none of them.
+    def stream(self, seed: int, *, held: bool = False, wide: bool = False) -> Iterator[str]:
+        """Texts without end, by SHARES (or WIDE); only held-out ones with `held`, otherwise none of them.
 
         For language models as well as for voices: what it yields without `held` is safe to train on.
         """
@@ -80,8 +91,10 @@ class Corpus:
             "recombined": texts.recombined([text for text in self.prompts if not held_out(text)], seed),
             "brown": _endless(running, rng),
         }
-        shares = np.array(list(SHARES.values()))
-        names = list(SHARES)
+        if wide:
+            sources["phrases"] = texts.cut(self.brown_phrases, rng)
+        mixture = WIDE if wide else SHARES
+        shares, names = np.array(list(mixture.values())), list(mixture)
         while True:
             source = sources[names[rng.choice(len(names), p=shares / shares.sum())]]
             yield next(text for text in source if held_out(text) == held)

@@ -3,13 +3,14 @@
 `python -m training.finish DATA` takes DATA/together (or, without it, DATA/speak) and writes DATA/checkpoint: weights in
 bfloat16, configuration, tokenizer. Owns: the bounds. Does not know: how the model was trained.
 
-A Gemma 4 encoder's linears clip what goes in and what comes out. Training leaves the bounds open; here they are set to
-the smallest and largest value seen in clips, which clips nothing that was heard and tells int8 kernels their ranges.
+A Gemma 4 encoder's linears clip what goes in and what comes out. Training leaves the bounds open; here those of the
+output are set to the smallest and largest value seen in clips. Those of the input are the range that is rounded to 8
+bits: they are set where rounding and clipping together lose least.
 """
 
 import math
 import shutil
-from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import click
@@ -26,17 +27,51 @@ from training.tokenizer import load_tokenizer
 
 BOUNDS = ("input_min", "input_max", "output_min", "output_max")
 _NOTHING_SEEN = (math.inf, -math.inf, math.inf, -math.inf)
+_LOWEST, _OCTAVES, _BINS = -14, 32, 1024  # of the histograms of magnitudes: from 2**-14 on, bins 2.2% wide
+
+
+@dataclass
+class Seen:
+    """What passed through a linear: smallest and largest input and output, and how often which magnitude went in."""
+
+    bounds: list[float] = field(default_factory=lambda: list(_NOTHING_SEEN))
+    magnitudes: Tensor = field(default_factory=lambda: torch.zeros(_BINS))
+
+    def add(self, _: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
+        """A forward hook."""
+        values = (inputs[0].min(), inputs[0].max(), output.min(), output.max())
+        wider = zip((min, max) * 2, self.bounds, values, strict=True)
+        self.bounds = [choose(old, float(new)) for choose, old, new in wider]
+        octaves = inputs[0].abs().clamp(2.0**_LOWEST).log2()
+        self.magnitudes += torch.histc(octaves, _BINS, _LOWEST, _LOWEST + _OCTAVES)
+
+    def best_bounds(self) -> list[float]:
+        """Smallest and largest input and output, the input within the limit of least mean square error in 8 bits."""
+        limit = least_error(self.magnitudes)
+        low, high, *output = self.bounds
+        return [max(low, -limit), min(high, limit), *output]
+
+
+def least_error(magnitudes: Tensor) -> float:
+    """The limit at which values of these magnitudes, clipped to it and rounded to 127 steps below it, lose least.
+
+    A step's error is step^2 / 12 on average; beyond the limit a value loses what exceeds it.
+    """
+    middles = 2.0 ** (_LOWEST + (torch.arange(_BINS, dtype=torch.float64) + 0.5) * _OCTAVES / _BINS)
+    beyond = (middles - middles[:, None]).clamp(0)  # [limit, magnitude]
+    error = (magnitudes * torch.where(beyond > 0, beyond**2, (middles[:, None] / 127) ** 2 / 12)).sum(1)
+    return float(middles[error.argmin()])
 
 
 @torch.no_grad()
 def set_clip_bounds(tower: nn.Module, clips: list[Clip], batch: int = 16) -> None:
-    """From the smallest and largest values of each linear's input and output; frames of padding are not counted."""
+    """From each linear's inputs and outputs; frames of padding are not counted."""
     linears = [module for module in tower.modules() if isinstance(module, Gemma4ClippableLinear)]
     for linear in linears:
         for name, bound in zip(BOUNDS, _NOTHING_SEEN, strict=True):
             getattr(linear, name).fill_(-bound)  # open
-    seen = [list(_NOTHING_SEEN) for _ in linears]
-    hooks = [linear.linear.register_forward_hook(_widen(some)) for linear, some in zip(linears, seen, strict=True)]
+    seen = [Seen() for _ in linears]
+    hooks = [linear.linear.register_forward_hook(some.add) for linear, some in zip(linears, seen, strict=True)]
     clips = sorted(clips, key=lambda clip: len(clip.features))
     for at in range(0, len(clips), batch):
         shortest = len(clips[at].features)  # no padding
@@ -44,19 +79,9 @@ def set_clip_bounds(tower: nn.Module, clips: list[Clip], batch: int = 16) -> Non
         tower(features.float(), torch.ones(features.shape[:2], dtype=torch.bool))
     for hook in hooks:
         hook.remove()
-    for linear, bounds in zip(linears, seen, strict=True):
-        for name, bound in zip(BOUNDS, bounds, strict=True):
+    for linear, some in zip(linears, seen, strict=True):
+        for name, bound in zip(BOUNDS, some.best_bounds(), strict=True):
             getattr(linear, name).fill_(bound)
-
-
-def _widen(seen: list[float]) -> Callable[[nn.Module, tuple[Tensor], Tensor], None]:
-    """A hook of a linear that widens (lowest and highest input, lowest and highest output) to what passes through."""
-
-    def hook(_: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
-        values = (inputs[0].min(), inputs[0].max(), output.min(), output.max())
-        seen[:] = [choose(old, float(new)) for choose, old, new in zip((min, max) * 2, seen, values, strict=True)]
-
-    return hook
 
 
 @click.command()

@@ -4,6 +4,7 @@ Owns: `spoken`, the spelling of numbers, the reader of grammar.txt, and short se
 voices, sound, which texts are held out (splits.py).
 """
 
+import itertools
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -263,6 +264,35 @@ def short_sentences(running_text: str, words: set[str], fewest: int = 3, most: i
         if fewest <= len(said) <= most and len(text) <= LONGEST and words.issuperset(said):
             found[text] = None
     return list(found)
+
+
+def phrases(running_text: str, words: set[str], *, apart_from: set[str], fewest: int = 3) -> list[str]:
+    """Distinct runs of at least so many words, all of them in `words`, as long as can be, one sentence a line.
+
+    Of sentences in `apart_from`, which may be held out, none.
+    """
+    found: dict[str, None] = {}
+    for line in running_text.splitlines():
+        if re.search(r"[\d$*#/]", line) or (text := spoken(line)) in apart_from:
+            continue
+        for known, run in itertools.groupby(text.split(), words.__contains__):
+            if known and len(said := list(run)) >= fewest:
+                found[" ".join(said)] = None
+    return list(found)
+
+
+def cut(runs: list[str], rng: np.random.Generator, fewest: int = 3, most: int = 9) -> Iterator[str]:
+    """Without end: some consecutive words of a run, every word of all runs about as likely to be among them."""
+    split = [run.split() for run in runs]
+    likely = np.array([len(run) for run in split], np.float64)
+    likely = np.cumsum(likely / likely.sum())
+    while True:
+        run = split[min(int(np.searchsorted(likely, rng.random())), len(split) - 1)]
+        count = min(int(rng.integers(fewest, most + 1)), len(run))
+        start = int(rng.integers(len(run) - count + 1))
+        text = " ".join(run[start : start + count])
+        if len(text) <= LONGEST:
+            yield text
 
 
 def vocabulary(texts: Iterable[str]) -> Counter[str]:
