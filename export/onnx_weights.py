@@ -8,9 +8,10 @@ format needs, reading in blocks of rows. Does not know: where a tensor stands in
     float               Gemm with transB (float16: Cast first)         Gather (float16: Cast after)
 
 Both quantised operators hold a row's fields low bits first, k ascending, unsigned with 2^(bits-1) for zero, and a
-float32 scale for each block of columns. One scale a row is repeated over blocks. Neither has minima: with w the field
-less 2^(bits-1), a value is scale * w - rest, rest = minimum - 2^(bits-1) scale, and what `rest` takes from a product
-is the sums of x over blocks of columns, times rest: a second, small product in float32.
+float32 scale for each block of columns. One scale a row is repeated over blocks. Some 2-bit matrices are multiplied
+from fields of 4 bits (`_Rows.product_bits`). Neither operator has minima: with w the field less 2^(bits-1), a value is
+scale * w - rest, rest = minimum - 2^(bits-1) scale, and what `rest` takes from a product is the sums of x over blocks
+of columns, times rest: a second, small product in float32.
 """
 
 import math
@@ -55,6 +56,21 @@ class _Rows:
         """Columns that share a scale in the ONNX operators."""
         columns = self.tensor.shape[1]
         return self.tensor.group or next((b for b in _ROW_SCALE_BLOCKS if columns % b == 0), 32)
+
+    @property
+    def product_bits(self) -> int:
+        """Bits of a field in MatMulNBits.
+
+        onnxruntime 1.31 has no fast way through for 2 bits in blocks below 32, nor in float32: 12,288 x 1,536 times one
+        token takes 245 and 210 ms there, from fields of 4 bits 1.7 and 3.9 ms.
+        """
+        slow = self.tensor.bits == 2 and (self.block < 32 or self.accuracy_level == FLOAT_PRODUCTS)
+        return 4 if slow else self.tensor.bits
+
+    @property
+    def accuracy_level(self) -> int:
+        """Of MatMulNBits: inputs in static steps are int8 already, and would not survive other steps."""
+        return FLOAT_PRODUCTS if self.tensor.input_scale else ACCURACY_LEVEL
 
     @property
     def grouped(self) -> tuple[int, int]:
@@ -102,13 +118,12 @@ class OnnxWeights:
             if self._float != "float32":
                 w = g.node("Cast", w, to=FLOAT)
             return g.node("Gemm", x, w, transB=1)
-        n, k = r.shape
-        packed = (n, -(-k // r.block), r.block * r.tensor.bits // 8)
-        w = g.stream(r.initializer, np.uint8, packed, self._fields(r, packed[1] * packed[2]))
+        (n, k), bits = r.shape, r.product_bits
+        packed = (n, -(-k // r.block), r.block * bits // 8)
+        w = g.stream(r.initializer, np.uint8, packed, self._fields(r, bits, packed[1] * packed[2]))
         scales = g.stream(f"{r.initializer}.scales", np.float32, packed[:2], self._scales(r))
-        level = FLOAT_PRODUCTS if r.tensor.input_scale else ACCURACY_LEVEL  # static steps are int8 already
         y = g.node("MatMulNBits", g.in_steps(x, r.tensor.input_scale), w, scales, domain=MICROSOFT, K=k, N=n,
-                 bits=r.tensor.bits, block_size=r.block, accuracy_level=level)  # fmt: skip
+                 bits=bits, block_size=r.block, accuracy_level=r.accuracy_level)  # fmt: skip
         if r.tensor.minimum:
             sums = g.node("ReduceSum", g.reshape(x, 0, *r.grouped), g.constant([2], np.int64), keepdims=0)
             y = g.node("Sub", y, g.node("Gemm", sums, self._rest(g, r), transB=1))
@@ -125,7 +140,7 @@ class OnnxWeights:
         row_bytes = -(-k * r.tensor.bits // 8)
         if row_bytes * 8 != k * r.tensor.bits:
             raise ModelFolderError(f"{name} has rows of {k} columns, which do not fill bytes at {r.tensor.bits} bits")
-        w = g.stream(r.initializer, np.uint8, (n, row_bytes), self._fields(r, row_bytes))
+        w = g.stream(r.initializer, np.uint8, (n, row_bytes), self._fields(r, r.tensor.bits, row_bytes))
         scales = g.stream(f"{r.initializer}.scales", np.float32, (n, -(-k // r.block)), self._scales(r))
         values = g.node("GatherBlockQuantized", w, ids, scales, domain=MICROSOFT, bits=r.tensor.bits,
                     block_size=r.block, gather_axis=0, quantize_axis=1)  # fmt: skip
@@ -154,7 +169,7 @@ class OnnxWeights:
                     raise CheckpointError(f"{r.name} has a value beyond float16's range: use --recipe float")
             yield values
 
-    def _fields(self, r: _Rows, row_bytes: int) -> Iterator[np.ndarray]:
+    def _fields(self, r: _Rows, field_bits: int, row_bytes: int) -> Iterator[np.ndarray]:
         """uint8 [n, row_bytes] of a block of rows; columns past the last hold zero."""
         bits, columns = r.tensor.bits, r.tensor.shape[1]
         for start, stop in r.blocks():
@@ -164,7 +179,7 @@ class OnnxWeights:
             else:
                 packed = self._read(r.name, r.tensor.parts["packed"], start // 8, -(-stop // 8))
                 w = qformat.unpack_panels(packed, bits, stop - start, columns)
-            yield pack_fields(w, bits, row_bytes)
+            yield pack_fields(w, field_bits, row_bytes)
 
     def _scales(self, r: _Rows, rest: bool = False) -> Iterator[np.ndarray]:
         """float32 [n, blocks] of a block of rows: scales, or the rest that minima leave."""
@@ -211,7 +226,8 @@ def _onnx_bytes(tensor: Tensor, float_type: str) -> int:
     count = math.prod(tensor.shape)
     if tensor.layout == "dense":
         return count * (2 if float_type == "float16" and len(tensor.shape) == 2 else 4)
-    return count * tensor.bits // 8 + count // (tensor.group or _ROW_SCALE_BLOCKS[0]) * (8 if tensor.minimum else 4)
+    scales = count // (tensor.group or _ROW_SCALE_BLOCKS[0]) * (8 if tensor.minimum else 4)
+    return count * _Rows("", tensor, 0, 0).product_bits // 8 + scales
 
 
 def _reads(tensor: Tensor, part: str) -> int:
