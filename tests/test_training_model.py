@@ -26,7 +26,7 @@ from training.finish import BOUNDS, Seen, least_error, set_clip_bounds
 from training.loop import Run, ahead
 from training.model import build, configuration, load, save
 from training.muon import Muon
-from training.speak import Ids, packed
+from training.speak import SHARE_WRONG, Ids, misremembered, packed
 from training.tokenizer import load_tokenizer
 from training.tokenizer import write as write_tokenizer
 
@@ -101,6 +101,19 @@ def test_sequences_that_share_a_row_do_not_see_each_other(model):
             assert (got[mine] - wanted).abs().max() < 1e-3  # float32 angles of later positions are less exact
             assert torch.equal(rows.wanted[mine], alone[0] > 40)
             assert mine.nonzero()[-1].tolist() == list(rows.ends[number])
+
+
+def test_only_what_was_written_of_speech_is_misremembered():
+    rng = np.random.default_rng(8)
+    sequences = [Ids(ids, ids > 40) for ids in rng.integers(13, 64, (8, 100))]
+    rows = packed(iter(sequences), 4, 200)
+    given = misremembered(rows, 5, rng)
+    changed = given.ids != rows.ids
+    may = rows.wanted & (rows.which < 5)
+    assert not changed[~may].any()
+    assert 0.5 * SHARE_WRONG < changed[may].float().mean() < 1.5 * SHARE_WRONG
+    assert (given.ids[changed] > 40).all()
+    assert torch.equal(given.wanted, rows.wanted)
 
 
 def on_a_tape(lengths: tuple[int, ...], frames: int | None = None) -> tuple[Batch, torch.Tensor, torch.Tensor]:

@@ -32,6 +32,7 @@ PHASES = (  # up to which step, of clips up to how many seconds, spelt how, by w
 WEIGHTS = {  # the few clips of people and of natural voices are drawn more often, the many of espeak less
     "human": 3.0, "kokoro": 5.0, "piper": 3.0, "festival": 1.5, "flite": 0.8, "espeak": 0.6,
 }  # fmt: skip
+WIDE_WEIGHT = 2.0  # the clips that came last, which earlier steps have not heard
 DTYPE = torch.bfloat16 if torch.cpu._is_amx_tile_supported() else torch.float32
 
 
@@ -43,7 +44,8 @@ def logits_of(tower: nn.Module, head: nn.Module, batch: Batch) -> tuple[Tensor, 
 
 def draw_weights(clips: list[Clip]) -> np.ndarray:
     kinds = ("human" if clip.split == "train_human" else clip.voice.split("_")[0] for clip in clips)
-    return np.array([WEIGHTS[kind] for kind in kinds])
+    wide = np.array([clip.voice.endswith("_wide") for clip in clips])
+    return np.array([WEIGHTS[kind] for kind in kinds]) * np.where(wide, WIDE_WEIGHT, 1)
 
 
 @torch.no_grad()

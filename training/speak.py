@@ -7,7 +7,7 @@ transcripts of held-out clips. Does not know: how dialogue is made (dialogue.py)
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 
@@ -35,6 +35,7 @@ LONGEST = 384  # ids in a row
 TALK_WEIGHT = 0.5
 SHARE_ANSWERED = 0.15  # of the clips that can be answered: the user's turn is the sound, the reply an answer
 CTC_WEIGHT = 0.3
+SHARE_WRONG = 0.1  # of the ids before the one to write
 SHORT = (1000, 2.0)  # the first so many steps of the first stage hear clips up to so many seconds
 LONG = (10**9, 10.0)
 
@@ -117,6 +118,20 @@ def packed(sequences: Iterable[Ids], rows: int, length: int) -> Rows:
     return Rows(ids, wanted, which, ends)
 
 
+def misremembered(rows: Rows, speech: int, rng: np.random.Generator) -> Rows:
+    """The rows with SHARE_WRONG of what is written of the first `speech` sequences replaced by other such ids.
+
+    What is heard then has to count for more than what usually follows what has been written (word dropout, Bowman et
+    al. 2016): sentences are otherwise learnt by heart.
+    """
+    written = rows.wanted & (rows.which < speech)
+    others = rows.ids[written]
+    wrong = written & torch.from_numpy(rng.random(rows.ids.shape) < SHARE_WRONG)
+    ids = rows.ids.clone()
+    ids[wrong] = others[torch.from_numpy(rng.integers(0, len(others), int(wrong.sum())))]
+    return replace(rows, ids=ids)
+
+
 def soft_tokens(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     """What the encoder hears, for the tokens of all clips: [tokens, output_proj_dims], and before `output_proj`."""
     tower = model.model.audio_tower
@@ -132,10 +147,13 @@ def logits_at(model: nn.Module, rows: Rows, at: Tensor, heard: Tensor) -> Tensor
     return torch.tanh(logits / cap) * cap
 
 
-def losses_of(model: nn.Module, rows: Rows, speech: int, heard: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean cross-entropy of the wanted ids, of the first `speech` sequences and of the rest."""
+def losses_of(model: nn.Module, rows: Rows, given: Rows, speech: int, heard: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean cross-entropy of the wanted ids, of the first `speech` sequences and of the rest.
+
+    given: the same rows with the ids that the model sees.
+    """
     before = F.pad(rows.wanted[:, 1:], (0, 1))  # the positions that a wanted id follows
-    each = F.cross_entropy(logits_at(model, rows, before, heard), rows.ids[rows.wanted], reduction="none")
+    each = F.cross_entropy(logits_at(model, given, before, heard), rows.ids[rows.wanted], reduction="none")
     of_speech = rows.which[rows.wanted] < speech
     return each[of_speech].mean(), each[~of_speech].sum() / (~of_speech).sum().clamp(min=1)
 
@@ -207,17 +225,19 @@ def main(data: Path, steps: int, rate: float, together: bool) -> None:
     spelling, sets = ctc.pieces(tokenizer), held_out(data, each=32)
     listen = soft_tokens if together else torch.no_grad()(soft_tokens)
 
-    def drawn() -> Iterator[tuple[Batch, int, Rows]]:
+    def drawn() -> Iterator[tuple[Batch, int, Rows, Rows]]:
         for step, batch in enumerate(tapes, run.step):
-            speech = examples.of_speech(batch, np.random.default_rng([run.seed, step]))
-            yield batch, len(speech), packed(chain(speech, talks), ROWS, LONGEST)
+            rng = np.random.default_rng([run.seed, step])
+            speech = examples.of_speech(batch, rng)
+            rows = packed(chain(speech, talks), ROWS, LONGEST)
+            yield batch, len(speech), rows, misremembered(rows, len(speech), rng)
 
     made = ahead(drawn())
 
     def loss_of(step: int) -> dict[str, Tensor]:
-        batch, speech, rows = next(made)
+        batch, speech, rows, given = next(made)
         heard, hidden = listen(model, batch)
-        written, talk = losses_of(model, rows, speech, heard)
+        written, talk = losses_of(model, rows, given, speech, heard)
         losses = {"loss": written + TALK_WEIGHT * talk, "speech": written, "talk": talk}
         if together:
             counts = [tokens_of(n) for n in batch.lengths]
