@@ -6,6 +6,7 @@ running a model does not.
 Source: ONNX specification, "External Data" (location, offset, length of each tensor).
 """
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
@@ -24,7 +25,8 @@ except ImportError:
 # What onnxruntime 1.20 runs.
 OPSET, IR_VERSION, MICROSOFT = 21, 10, "com.microsoft"
 FLOAT, BOOL = TensorProto.FLOAT, TensorProto.BOOL  # what Cast casts to
-_ALIGNMENT = 4096  # bytes: a runtime maps each tensor on its own
+_PAGE, _CACHE_LINE = 4096, 64  # bytes: a runtime maps each tensor on its own, large ones best from a page's start on
+_LARGE = 1 << 16  # bytes
 _INT64_MAX = (1 << 63) - 1
 
 
@@ -50,7 +52,8 @@ class ExternalData:
 
     def stream(self, name: str, dtype: Any, shape: Sequence[int], blocks: Iterable[np.ndarray]) -> TensorProto:
         """A tensor written as its blocks come, one after another; for what should not be in memory whole."""
-        self._write(bytes(-self._end % _ALIGNMENT))
+        nbytes = math.prod(shape) * np.dtype(dtype).itemsize
+        self._write(bytes(-self._end % (_PAGE if nbytes >= _LARGE else _CACHE_LINE)))
         start = self._end
         for block in blocks:
             self._write(np.ascontiguousarray(block).reshape(-1).view(np.uint8).data)
