@@ -27,6 +27,7 @@ def quantised(seed: int, bits: int, rows: int, columns: int, group: int) -> tupl
 
 @settings(deadline=None, max_examples=60)
 @example(3, 8, 3, 5, 32, "BF16")  # 127 steps are rounded to 126.5
+@example(1, 8, 7, 7, 32, "F16")  # the smallest weight of a group is above 8 steps
 @given(
     st.integers(0, 1 << 30), st.sampled_from([2, 4, 8]), st.integers(1, 9), st.integers(2, 7),
     st.sampled_from([0, 32, 256]), st.sampled_from(["BF16", "F16", "F32"]),

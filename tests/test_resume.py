@@ -64,12 +64,18 @@ def test_an_interrupted_export_goes_on_to_the_same_bytes(tmp_path: Path, recipe:
     assert 0 < len(rounded) - before < whole / 2
 
 
-def test_what_is_damaged_in_between_is_rounded_again(tmp_path: Path) -> None:
-    write_checkpoint(tmp_path / "in", "e2b")
-    expected = contents(export_checkpoint(tmp_path / "in", tmp_path / "whole", "q4", calibration=TEXT))
-    dest = tmp_path / "out" / "model"
+def interrupted(folder: Path) -> Path:
+    """Write a checkpoint to folder/in; where an export of it to q4 was interrupted late."""
+    write_checkpoint(folder / "in", "e2b")
+    dest = folder / "out" / "model"
     with pytest.raises(KeyboardInterrupt):
-        export_checkpoint(tmp_path / "in", dest, "q4", calibration=TEXT, progress=interrupt_at(LATE))
+        export_checkpoint(folder / "in", dest, "q4", calibration=TEXT, progress=interrupt_at(LATE))
+    return dest
+
+
+def test_what_is_damaged_in_between_is_rounded_again(tmp_path: Path) -> None:
+    dest = interrupted(tmp_path)
+    expected = contents(export_checkpoint(tmp_path / "in", tmp_path / "whole", "q4", calibration=TEXT))
     (left,) = dest.parent.iterdir()
     weights = left / "weights.safetensors"
     data = bytearray(weights.read_bytes())
@@ -81,10 +87,7 @@ def test_what_is_damaged_in_between_is_rounded_again(tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_that_changed_in_between_is_refused_once(tmp_path: Path) -> None:
-    write_checkpoint(tmp_path / "in", "e2b")
-    dest = tmp_path / "out" / "model"
-    with pytest.raises(KeyboardInterrupt):
-        export_checkpoint(tmp_path / "in", dest, "q4", calibration=TEXT, progress=interrupt_at(LATE))
+    dest = interrupted(tmp_path)
     (shard,) = (tmp_path / "in").glob("*.safetensors")
     data = bytearray(shard.read_bytes())
     start = 8 + int.from_bytes(data[:8], "little")
@@ -97,10 +100,7 @@ def test_a_checkpoint_that_changed_in_between_is_refused_once(tmp_path: Path) ->
 
 
 def test_another_recipe_starts_anew_and_clears_away(tmp_path: Path) -> None:
-    write_checkpoint(tmp_path / "in", "e2b")
-    dest = tmp_path / "out" / "model"
-    with pytest.raises(KeyboardInterrupt):
-        export_checkpoint(tmp_path / "in", dest, "q4", calibration=TEXT, progress=interrupt_at(LATE))
+    dest = interrupted(tmp_path)
     export_checkpoint(tmp_path / "in", dest, "q8", calibration=TEXT)
     assert os.listdir(dest.parent) == ["model"]
 
