@@ -12,8 +12,9 @@ import numpy as np
 _SPACING = {"F32": 1, "F16": 1 << 13, "BF16": 1 << 16}  # of a float type, in float32's own spacings
 _FIRST = 2  # rows looked at first
 _PART_WEIGHTS = 1 << 16  # looked at together: they stay in the cache
+_COMMON = 8  # it is hardly ever larger than this
 _PLACES = (0.5, 0.0, 1.0)  # tried in this order
-_SMALLEST = 16  # largest integer that the smallest weight of a block is taken for: of 32, in 8 bits, at times above 8
+_SMALLEST = 32  # largest integer that the smallest weight of a block is taken for: of 32, in 8 bits, at times above 8
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,8 @@ def _rows_on_grid(weights: np.ndarray, bits: int, dtype: str, group: int) -> tup
     for place, count in product(_PLACES if bits == 8 else _PLACES[:1], range(1, min(_SMALLEST, 1 << (bits - 1)) + 1)):
         if not len(left):
             break
+        if (place, count) == (_PLACES[0], _COMMON + 1) and len(left) > max(1, len(blocks) // 8):
+            return None  # of a grid hardly any are left: weights that lie on none are not searched on
         guess = (smallest[left] / np.float32(count))[:, None]
         q, s, fits = _fit(blocks[left], guess, bits, dtype, scale_type, place)
         integers[left[fits]], scales[left[fits]] = q[fits], s[fits]
@@ -89,7 +92,7 @@ def _fit(
     low = magnitude - np.where(np.frexp(magnitude)[0] == 0.5, spread / 2, spread)  # below a power of 2 it is narrower
     high = magnitude + spread
     s = guess
-    for most in (16, 64, half) if bits == 8 else (half,):
+    for most in (_SMALLEST, 64, half) if bits == 8 else (half,):
         q = np.rint(magnitude / s)
         s = _scale(low, high, np.where(q <= most, q, 0), place if most == 64 else 0.5)
     q *= np.sign(blocks)
