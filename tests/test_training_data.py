@@ -5,6 +5,7 @@ import io
 import itertools
 import json
 import tarfile
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 from edge_gemma.audio.features import frame_count, log_mel
 from training import augment, clips, corpus, curves, features, prepare, recordings, splits, texts
 from training.synthesise import written
-from training.voices import VOICES, seen
+from training.voices import FIRST, VOICES, WIDE, WORDS, seen
 
 RATE = 16_000
 
@@ -183,12 +184,13 @@ class _Corpus(corpus.Corpus):
     prompts = [f"press {texts.cardinal(i)} to repeat the message" for i in range(200)]  # noqa: RUF012
     brown_sentences = [f"he said that {texts.cardinal(i)} of them came" for i in range(300)]  # noqa: RUF012
     brown_phrases = [f"{texts.cardinal(i)} more of these have come to town" for i in range(300)]  # noqa: RUF012
+    word_runs = ["the rare aardvark", *(f"the {texts.cardinal(i)} of them" for i in range(300))]  # noqa: RUF012
 
 
 @pytest.fixture(scope="module")
 def texts_of_both() -> tuple[set[str], set[str]]:
     made = _Corpus(Path("none"), Path("none"))
-    train = set(itertools.islice(made.stream(1), 2000)) | set(itertools.islice(made.stream(2, wide=True), 2000))
+    train = set().union(*(itertools.islice(made.stream(1, mixture=some), 2000) for some in corpus.MIXTURES))
     return train, set(itertools.islice(corpus.distinct(made.stream(3, held=True)), 60))
 
 
@@ -211,11 +213,33 @@ def test_new_orders_of_prompts_never_hold_a_whole_held_out_one() -> None:
 def test_only_wide_voices_say_phrases() -> None:
     made = _Corpus(Path("none"), Path("none"))
     shares = [
-        np.mean(["of these" in text or "more" in text for text in itertools.islice(made.stream(6, wide=wide), 1500)])
-        for wide in (False, True)
+        np.mean(["of these" in text or "more" in text for text in itertools.islice(made.stream(6, mixture=some), 1500)])
+        for some in (FIRST, WIDE)
     ]
     assert shares[0] < 0.05
     assert 0.25 < shares[1] < 0.4
+
+
+def test_rare_words_are_said_as_often_as_others() -> None:
+    runs = ["one rare aardvark was seen", *(f"one of the {i} was said to be here again and again" for i in "abcdefgh")]
+    said = list(itertools.islice(texts.around(runs, np.random.default_rng(0)), 2000))
+    assert all(any(f" {text} " in f" {run} " for run in runs) for text in said)
+    assert {len(text.split()) for text in said} == set(range(2, 9))
+    count = texts.vocabulary(said)
+    words = len(texts.vocabulary(runs))
+    assert all(count[word] > 2000 / words / 1.5 for word in ("rare", "aardvark", "a", "h"))
+
+
+def test_strung_words_are_all_of_the_words_in_any_order() -> None:
+    said = list(itertools.islice(texts.strung(["a", "b", "c"], np.random.default_rng(0)), 3000))
+    assert {len(text.split()) for text in said} == {1, 2, 3, 4, 5}
+    assert sum(text == "c a" for text in said) == pytest.approx(3000 / 5 / 9, rel=0.4)
+
+
+def test_the_third_mixture_says_rare_words() -> None:
+    made = _Corpus(Path("none"), Path("none"))
+    count = texts.vocabulary(itertools.islice(made.stream(7, mixture=WORDS), 3000))
+    assert count["aardvark"] > 20
 
 
 def test_kinds_of_texts() -> None:
@@ -250,13 +274,14 @@ def test_names_are_unique_and_fit_file_names() -> None:
     assert not any(split.startswith("train") for split, name in clips.jobs() if not seen_name(name))
 
 
-def test_wide_voices_are_seen_ones_and_train_only() -> None:
-    wide = [voice for voice in VOICES if voice.wide]
-    first = {voice.name: voice for voice in VOICES if not voice.wide}
-    assert len(wide) == 41
-    for voice in wide:
-        same = first[voice.name.removesuffix("_wide")]
+def test_later_mixtures_are_said_by_seen_voices_in_training_only() -> None:
+    later = [voice for voice in VOICES if voice.mixture != FIRST]
+    first = {voice.name: voice for voice in VOICES if voice.mixture == FIRST}
+    assert Counter(voice.mixture for voice in later) == {WIDE: 41, WORDS: 77}
+    for voice in later:
+        same = first.get(voice.name.removesuffix(f"_{voice.mixture}"), voice)
         assert (voice.engine, voice.settings) == (same.engine, same.settings)
+        assert same is not voice or voice.mixture == WORDS
         assert seen(same)
         assert [split for split, name in clips.jobs() if name == voice.name] == ["train"]
 
@@ -285,8 +310,8 @@ def test_a_clip_is_trimmed_and_levelled() -> None:
     assert np.sqrt((middle**2).mean()) == pytest.approx(clips.LEVEL, rel=0.02)
 
 
-def test_wide_voices_lie_in_silence_of_different_lengths() -> None:
-    found = [clips.finished(tone(1), np.random.default_rng(chance), wide=True) for chance in range(300)]
+def test_later_voices_lie_in_silence_of_different_lengths() -> None:
+    found = [clips.finished(tone(1), np.random.default_rng(chance), varied=True) for chance in range(300)]
     lengths = [len(clip) / RATE - 1 for clip in found if clip is not None]
     assert len(lengths) == 300
     assert 0.19 < min(lengths) < 0.25

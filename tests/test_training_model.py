@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from edge_gemma.audio.features import log_mel
+from edge_gemma.quant.rtn import round_to_nearest
 from training import ctc
 from training.batches import Batch, Clip, batches, make_batch, read_clips, warped
 from training.fast_audio import encode, span
@@ -26,6 +27,7 @@ from training.finish import BOUNDS, Seen, least_error, set_clip_bounds
 from training.loop import Run, ahead
 from training.model import build, configuration, load, save
 from training.muon import Muon
+from training.rounding import matrices, rounded, rounded_to_4_bits
 from training.speak import SHARE_WRONG, Ids, misremembered, packed
 from training.tokenizer import load_tokenizer
 from training.tokenizer import write as write_tokenizer
@@ -296,3 +298,26 @@ def test_the_limit_of_least_error_leaves_outliers_out(outliers):
     assert error(found) <= 1.03 * min(error(float(limit)) for limit in np.geomspace(1, 60, 200))
     assert 3 < found < (8 if outliers == 0 else 60)
     assert seen.bounds[1] == values.max()
+
+
+def test_rounding_is_that_of_the_baseline_quantiser():
+    weights = np.random.default_rng(2).standard_normal((5, 96)).astype(np.float32)
+    weights[0, :32] = 0
+    weights[1, 40] = -9
+    values, scales = round_to_nearest(weights, 4, 32)
+    wanted = values * np.repeat(scales.astype(np.float32), 32, axis=1)
+    assert np.array_equal(rounded_to_4_bits(torch.from_numpy(weights)).numpy(), wanted)
+
+
+def test_gradients_are_of_the_rounded_weights_and_the_float_ones_stay(model):
+    some = matrices(model)
+    names = {id(p): name for name, p in model.model.language_model.named_parameters()}
+    assert not any("per_layer_model_projection" in names[id(p)] or "norm" in names[id(p)] for p in some)
+    matrix, before = some[1], some[1].detach().clone()
+    with rounded(some):
+        assert torch.equal(matrix, rounded_to_4_bits(before))
+        assert not torch.equal(matrix, before)
+        matrix.square().sum().backward()
+    assert torch.equal(matrix, before)
+    assert torch.equal(matrix.grad, 2 * rounded_to_4_bits(before))
+    matrix.grad = None

@@ -20,7 +20,7 @@ from training.corpus import Corpus, distinct
 from training.splits import held_out
 from training.synthesise import RATE, engine
 from training.texts import LONGEST as LONGEST_TEXT
-from training.voices import VOICES, Voice, seen
+from training.voices import FIRST, VOICES, Voice, seen
 
 SHORTEST, LONGEST = 0.4, 10.0  # seconds of a clip
 LEVEL = 0.07  # root mean square of a clip's speech, full scale 1
@@ -33,8 +33,8 @@ def seed(*names: str) -> int:
     return zlib.crc32("/".join(names).encode())
 
 
-def finished(samples: np.ndarray, rng: np.random.Generator, wide: bool = False) -> np.ndarray | None:
-    """Speech between 100 to 200 ms of near silence (wide: to 800), at LEVEL: int16.
+def finished(samples: np.ndarray, rng: np.random.Generator, varied: bool = False) -> np.ndarray | None:
+    """Speech between 100 to 200 ms of near silence (varied: to 800), at LEVEL: int16.
 
     None if it is too short or too long, or silent.
     """
@@ -48,7 +48,7 @@ def finished(samples: np.ndarray, rng: np.random.Generator, wide: bool = False) 
         return None
     speech = samples[loud[0] * hop : (loud[-1] + 1) * hop]
     speech = speech * min(LEVEL / np.sqrt((speech**2).mean()), 0.97 / np.abs(speech).max())
-    seconds = 0.1 + 0.7 * rng.random(2) ** 3 if wide else rng.uniform(0.1, 0.2, 2)
+    seconds = 0.1 + 0.7 * rng.random(2) ** 3 if varied else rng.uniform(0.1, 0.2, 2)
     ends = [np.zeros(int(end * RATE), np.float32) for end in seconds]
     clip = np.concatenate([ends[0], speech, ends[1]])
     if not SHORTEST <= len(clip) / RATE <= LONGEST:
@@ -152,10 +152,10 @@ def _synthetic(split: str, voice: Voice, data: Path, corpus: Corpus) -> Iterator
     most = {"dev": voice.devs}.get(split, voice.tests) if split in TESTS else 10**9
     limit = 10**9 if split in TESTS else voice.minutes * 60 * RATE
     samples = count = 0
-    for text in distinct(corpus.stream(chance, held=split in TESTS, wide=voice.wide)):
+    for text in distinct(corpus.stream(chance, held=split in TESTS, mixture=voice.mixture)):
         if samples >= limit or count >= most:
             return
-        clip = finished(speak(text, rng), rng, voice.wide)
+        clip = finished(speak(text, rng), rng, varied=voice.mixture != FIRST)
         if clip is not None:
             yield text, clip
             samples, count = samples + len(clip), count + 1

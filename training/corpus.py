@@ -15,9 +15,14 @@ import numpy as np
 
 from training import recordings, texts
 from training.splits import held_out
+from training.voices import FIRST, WIDE, WORDS
 
 SHARES = {"grammar": 0.72, "prompts": 0.05, "recombined": 0.05, "brown": 0.18}
-WIDE = {**SHARES, "phrases": 0.5}  # of a wide voice
+MIXTURES = {  # shares of sources, of which a voice has one mixture
+    FIRST: SHARES,
+    WIDE: {**SHARES, "phrases": 0.5},
+    WORDS: {"around": 0.4, "words": 0.2, "grammar": 0.2, "recombined": 0.1, "prompts": 0.05, "brown": 0.05},
+}
 FREQUENT = 1500  # words of the Brown corpus whose sentences are used, besides those the grammar says
 GRAMMAR_SAMPLE = 60_000  # sentences from which the grammar's own words are counted
 
@@ -70,6 +75,14 @@ class Corpus:
         return texts.phrases(*self._running, apart_from=set(self.brown_sentences))
 
     @cached_property
+    def word_runs(self) -> list[str]:
+        """The same runs, of these words and those of the prompts that are trained on, and these prompts."""
+        prompts = [text for text in self.prompts if not held_out(text)]
+        running, words = self._running
+        known = words.union(*(text.split() for text in prompts))
+        return texts.phrases(running, known, apart_from=set(self.brown_sentences)) + prompts
+
+    @cached_property
     def _kinds(self) -> dict[str, str]:
         return dict.fromkeys(self.prompts, "prompt") | dict.fromkeys(self.brown_sentences, "Brown")
 
@@ -77,8 +90,8 @@ class Corpus:
         """Where a text comes from: "prompt", "Brown", or "rule" (the grammar, prompts in new orders, runs of words)."""
         return self._kinds.get(text, "rule")
 
-    def stream(self, seed: int, *, held: bool = False, wide: bool = False) -> Iterator[str]:
-        """Texts without end, by SHARES (or WIDE); only held-out ones with `held`, otherwise none of them.
+    def stream(self, seed: int, *, held: bool = False, mixture: str = FIRST) -> Iterator[str]:
+        """Texts without end, by a mixture's shares; only held-out ones with `held`, otherwise none of them.
 
         For language models as well as for voices: what it yields without `held` is safe to train on.
         """
@@ -91,10 +104,12 @@ class Corpus:
             "recombined": texts.recombined([text for text in self.prompts if not held_out(text)], seed),
             "brown": _endless(running, rng),
         }
-        if wide:
+        if mixture == WIDE:
             sources["phrases"] = texts.cut(self.brown_phrases, rng)
-        mixture = WIDE if wide else SHARES
-        shares, names = np.array(list(mixture.values())), list(mixture)
+        elif mixture == WORDS:
+            sources["around"] = texts.around(self.word_runs, rng)
+            sources["words"] = texts.strung(sorted(texts.vocabulary(self.word_runs)), rng)
+        shares, names = np.array(list(MIXTURES[mixture].values())), list(MIXTURES[mixture])
         while True:
             source = sources[names[rng.choice(len(names), p=shares / shares.sum())]]
             yield next(text for text in source if held_out(text) == held)

@@ -21,6 +21,7 @@ from training.fast_audio import encode, tokens_of
 from training.loop import Run, ahead
 from training.model import build, configuration
 from training.tokenizer import load_tokenizer
+from training.voices import WIDE, WORDS
 
 FRAMES = 4992  # a batch: 50 s of sound, the silence between clips included
 PHASES = (  # up to which step, of clips up to how many seconds, spelt how, by which loss
@@ -30,9 +31,9 @@ PHASES = (  # up to which step, of clips up to how many seconds, spelt how, by w
     (10**9, 10.0, "pieces", ctc.loss),
 )
 WEIGHTS = {  # the few clips of people and of natural voices are drawn more often, the many of espeak less
-    "human": 3.0, "kokoro": 5.0, "piper": 3.0, "festival": 1.5, "flite": 0.8, "espeak": 0.6,
+    "human": 3.0, "kokoro": 5.0, "piper": 3.0, "festival": 1.5, "pico": 1.0, "flite": 0.8, "espeak": 0.6,
 }  # fmt: skip
-WIDE_WEIGHT = 2.0  # the clips that came last, which earlier steps have not heard
+LATER_WEIGHT = {WIDE: 1.2, WORDS: 2.0}  # the clips that came later, which earlier steps have not heard
 DTYPE = torch.bfloat16 if torch.cpu._is_amx_tile_supported() else torch.float32
 
 
@@ -44,8 +45,8 @@ def logits_of(tower: nn.Module, head: nn.Module, batch: Batch) -> tuple[Tensor, 
 
 def draw_weights(clips: list[Clip]) -> np.ndarray:
     kinds = ("human" if clip.split == "train_human" else clip.voice.split("_")[0] for clip in clips)
-    wide = np.array([clip.voice.endswith("_wide") for clip in clips])
-    return np.array([WEIGHTS[kind] for kind in kinds]) * np.where(wide, WIDE_WEIGHT, 1)
+    later = (LATER_WEIGHT.get(clip.voice.rpartition("_")[2], 1) for clip in clips)
+    return np.array([WEIGHTS[kind] * weight for kind, weight in zip(kinds, later, strict=True)])
 
 
 @torch.no_grad()

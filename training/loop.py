@@ -11,6 +11,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
@@ -29,7 +30,8 @@ _SAVE_EVERY = 120.0  # seconds
 class Run:
     """A stage under way: `modules` are what is trained and what a checkpoint holds.
 
-    loss_of(step) -> the losses by name, of which "loss" is minimised. Learning rate: `warmup` steps up to `rate`, then
+    loss_of(step) -> the losses by name, of which "loss" is minimised; it and its gradient are computed within
+    `around(step)`. Learning rate: `warmup` steps up to `rate`, then
     a cosine down to a fiftieth at `steps`.
     """
 
@@ -38,6 +40,7 @@ class Run:
     steps: int
     rate: float
     frozen: Callable[[str], bool] = lambda name: False
+    around: Callable[[int], AbstractContextManager[None]] = lambda step: nullcontext()
     warmup: int = 200
     seed: int = 0
     step: int = 0
@@ -80,10 +83,11 @@ class Run:
         while self.step < self.steps:
             for group in (group for optimizer in self.optimizers for group in optimizer.param_groups):
                 group["lr"] = self.rate_now
-            losses = loss_of(self.step)
             for optimizer in self.optimizers:
                 optimizer.zero_grad(set_to_none=True)
-            losses["loss"].backward()
+            with self.around(self.step):
+                losses = loss_of(self.step)
+                losses["loss"].backward()
             norm = nn.utils.clip_grad_norm_(self.parameters, 1.0)
             if torch.isfinite(norm):  # a batch with no finite gradient is left out, and counted
                 for optimizer in self.optimizers:

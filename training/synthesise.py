@@ -1,4 +1,4 @@
-"""Text to 16 kHz clips by the engines fetched into a data folder: espeak-ng, flite, festival, Piper, Kokoro.
+"""Text to 16 kHz clips by the engines fetched into a data folder: espeak-ng, flite, festival, Pico, Piper, Kokoro.
 
     from training.synthesise import engine
     samples = engine(voice, sources)("set a timer", rng)     # float32 [n] at 16 kHz
@@ -16,6 +16,7 @@ import unicodedata
 import wave
 from collections.abc import Callable
 from functools import cache
+from importlib.util import module_from_spec, spec_from_file_location
 from io import BytesIO
 from pathlib import Path
 
@@ -41,7 +42,9 @@ def written(text: str) -> str:
 
 def engine(voice: Voice, sources: Path) -> Speak:
     """A function that speaks with that voice; `sources` is the folder that prepare.py fetched into."""
-    makers = {"espeak": _espeak, "flite": _flite, "festival": _festival, "piper": _piper, "kokoro": _kokoro}
+    makers = {
+        "espeak": _espeak, "flite": _flite, "festival": _festival, "pico": _pico, "piper": _piper, "kokoro": _kokoro,
+    }  # fmt: skip
     return makers[voice.engine](voice.settings, sources)
 
 
@@ -125,6 +128,24 @@ def _festival(settings: dict, sources: Path) -> Speak:
             subprocess.run(command, check=True, capture_output=True, env=_environment(root))
             samples, rate = _wav((Path(folder) / "clip.wav").read_bytes())
         return resampled(samples, rate * shift)
+
+    return speak
+
+
+def _pico(settings: dict, sources: Path) -> Speak:
+    """SVOX Pico, as a module of the package ttspico: rate and pitch are tags in the text, in percent. 16 kHz."""
+    spec = spec_from_file_location("ctts", next((sources / "ttspico").glob("ctts.*")))
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    languages = next((sources / "ttspico").glob("*.data")) / "data" / "languages"
+    made = module.engine_create(language_dir=f"{languages}/", language=settings["language"])
+
+    def speak(text: str, rng: np.random.Generator) -> np.ndarray:
+        shift = _shift(rng)
+        speed, pitch, parts = shift * rng.uniform(85, 115), rng.uniform(85, 120), []
+        said = f"<volume level='60'><speed level='{speed:.0f}'><pitch level='{pitch:.0f}'>{written(text)}"
+        module.engine_speak(made, f"{said}</pitch></speed></volume>", lambda form, part, last: parts.append(part))
+        return resampled(np.frombuffer(b"".join(parts), "<i2").astype(np.float32) / 32768, RATE * shift)
 
     return speak
 

@@ -295,5 +295,30 @@ def cut(runs: list[str], rng: np.random.Generator, fewest: int = 3, most: int = 
             yield text
 
 
+def around(runs: list[str], rng: np.random.Generator, fewest: int = 2, most: int = 8) -> Iterator[str]:
+    """Without end: any word of all runs, as likely as any other, with some of the words beside it in some run."""
+    split = [run.split() for run in runs]
+    places: dict[str, list[tuple[int, int]]] = {}
+    for number, run in enumerate(split):
+        for place, word in enumerate(run):
+            places.setdefault(word, []).append((number, place))
+    words = sorted(places)
+    while True:
+        found = places[_pick(words, rng)]
+        number, place = found[int(rng.integers(len(found)))]
+        run = split[number]
+        count = min(int(rng.integers(fewest, most + 1)), len(run))
+        start = min(max(0, place - int(rng.integers(count))), len(run) - count)
+        text = " ".join(run[start : start + count])
+        if len(text) <= LONGEST:
+            yield text
+
+
+def strung(words: list[str], rng: np.random.Generator, most: int = 5) -> Iterator[str]:
+    """Without end: one to `most` words that nothing but chance put together, so that they have to be heard."""
+    while True:
+        yield " ".join(_pick(words, rng) for _ in range(int(rng.integers(1, most + 1))))
+
+
 def vocabulary(texts: Iterable[str]) -> Counter[str]:
     return Counter(word for text in texts for word in text.split())
