@@ -31,7 +31,7 @@ PHASES = (  # up to which step, of clips up to how many seconds, spelt how, by w
     (10**9, 10.0, "pieces", ctc.loss),
 )
 WEIGHTS = {  # the few clips of people and of natural voices are drawn more often, the many of espeak less
-    "human": 3.0, "kokoro": 5.0, "piper": 3.0, "festival": 1.5, "pico": 1.0, "flite": 0.8, "espeak": 0.6,
+    "human": 3.0, "kokoro": 5.0, "piper": 3.0, "festival": 2.0, "pico": 0.8, "flite": 0.8, "espeak": 0.5,
 }  # fmt: skip
 LATER_WEIGHT = {WIDE: 1.2, WORDS: 2.0}  # the clips that came later, which earlier steps have not heard
 DTYPE = torch.bfloat16 if torch.cpu._is_amx_tile_supported() else torch.float32

@@ -29,7 +29,9 @@ _corpus: dict[Path, Corpus] = {}
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m training.prepare", description=__doc__.split("\n")[0])
     parser.add_argument("data", type=Path, help="folder for sources and clips, a few GB")
-    parser.add_argument("--engines", default="human,espeak,flite,festival,piper,kokoro", help="only these")
+    engines = {voice.name: voice.engine for voice in VOICES}
+    engines |= dict.fromkeys((recordings.VOICE, recordings.JOINED), clips.HUMAN)
+    parser.add_argument("--engines", default=",".join(sorted({*engines.values()})), help="only these [%(default)s]")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--table", action="store_true", help="only print what is there, and renew the manifest")
     options = parser.parse_args()
@@ -42,8 +44,6 @@ def main() -> None:
     except UsageError as error:
         sys.exit(f"error: {error}")
     wanted = set(options.engines.split(","))
-    engines = {voice.name: voice.engine for voice in VOICES}
-    engines |= dict.fromkeys((recordings.VOICE, recordings.JOINED), clips.HUMAN)
     jobs = [job for job in clips.jobs() if engines[job[1]] in wanted]
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with ProcessPoolExecutor(options.processes) as pool, Progress(*columns) as progress:
