@@ -109,6 +109,7 @@ _AGAIN = {
 _RARE = {
     **{voice.name: 12 for voice in _FIRST if voice.engine == "espeak" and seen(voice)},
     "flite_slt": 100, "flite_rms": 100, "flite_kal16": 100, "festival_kal": 15, "festival_slt": 25, "piper_joe": 45,
+    "kokoro_kumo": 6, "kokoro_alpha": 7, "kokoro_gongitsune": 7, "kokoro_tebukuro": 6, "kokoro_alpha_kumo": 3,
 }  # fmt: skip
 _NEW = (
     Voice("pico_us", "pico", {"language": "en-US"}, 180, 0, 0),
