@@ -16,6 +16,7 @@ from edge_gemma.errors import CheckpointError, EdgeGemmaError
 from edge_gemma.export.checkpoint import open_checkpoint
 from edge_gemma.export.gguf_container import GgufFile
 from edge_gemma.export.gguf_reader import GgufCheckpoint
+from tests.open_files import open_below
 from tests.tiny import tiny_config, write_checkpoint
 
 quick = settings(
@@ -25,7 +26,6 @@ quick = settings(
 
 def survives(source: Path) -> str:
     """Opens, reads everything and closes; the error's text, "" where there was none. Other exceptions go through."""
-    before = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0
     text = ""
     try:
         checkpoint = open_checkpoint(source)
@@ -49,9 +49,15 @@ def survives(source: Path) -> str:
         assert len(text.splitlines()) == 1
         assert len(text) < 1500
         text.encode()
-    if before:
-        assert len(os.listdir("/proc/self/fd")) == before
+    assert not open_below(source)
     return text
+
+
+def test_what_is_open_is_seen(tmp_path: Path) -> None:
+    (tmp_path / "x").write_bytes(b"")
+    assert not open_below(tmp_path)
+    with open(tmp_path / "x"):
+        assert len(open_below(tmp_path)) == len(open_below(tmp_path / "x")) == os.path.isdir("/proc/self/fd")
 
 
 # --- GGUF: a file small enough to mutate everywhere -------------------------------------------------------------------

@@ -16,6 +16,7 @@ from edge_gemma.config import GemmaConfig
 from edge_gemma.errors import CheckpointError, ConfigError, EdgeGemmaError
 from edge_gemma.export.checkpoint import open_checkpoint
 from edge_gemma.export.source_file import SourceFile
+from tests.open_files import open_below
 from tests.tiny import KINDS, VOCAB, tiny_config, tiny_shapes, tiny_weights, write_checkpoint, write_safetensors
 
 LAYOUTS = [
@@ -211,13 +212,11 @@ def test_a_huge_tensor_costs_its_blocks(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def refused(folder: Path, text: str, error: type[EdgeGemmaError] = CheckpointError) -> None:
-    before = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0
     with pytest.raises(error) as caught:
         open_checkpoint(folder)
     assert text in str(caught.value)
     assert "\n" not in str(caught.value)
-    if before:
-        assert len(os.listdir("/proc/self/fd")) == before  # nothing stays open
+    assert not open_below(folder)
 
 
 @pytest.mark.parametrize(
