@@ -31,8 +31,7 @@ class Run:
     """A stage under way: `modules` are what is trained and what a checkpoint holds.
 
     loss_of(step) -> the losses by name, of which "loss" is minimised; it and its gradient are computed within
-    `around(step)`. Learning rate: `warmup` steps up to `rate`, then
-    a cosine down to a fiftieth at `steps`.
+    `around(step)`. Learning rate: `warmup` steps up to `rate`, then a cosine down to a fiftieth at `steps`.
     """
 
     folder: Path
