@@ -67,7 +67,7 @@ def cli(debug: bool) -> None:
 def _sampling_of(engine: "Engine", options: dict[str, Any]) -> "Sampling":
     from edge_gemma.sampler import Sampling
 
-    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
+    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "num_beams")
     return Sampling.from_generation_config(engine.generation_config, **{name: options[name] for name in names})
 
 

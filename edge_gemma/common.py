@@ -32,6 +32,10 @@ def options(*decorators: Callable[[Any], Any]) -> Callable[[Any], Any]:
 
 model = click.option("-m", "--model", metavar="MODEL", help="Model folder, GGUF file or name.")
 as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output.")
+beams = click.option(
+    "--beams", "num_beams", type=click.IntRange(1, 64), metavar="N",
+    help="Keep N hypotheses side by side: slower, fewer mistakes [default: the model's own number, or 1].",
+)  # fmt: skip
 threads = click.option("--threads", type=click.IntRange(1, 1024), metavar="N", help="CPU threads [default: all cores].")
 context = click.option(
     "--context", type=click.IntRange(1), metavar="N", help="Tokens the model can look back on [default: 4096]."
@@ -53,6 +57,7 @@ sampling = options(
         "--repetition-penalty", type=click.FloatRange(0, min_open=True), metavar="R", help="Above 1: repeat less."
     ),
     click.option("--seed", type=click.IntRange(0), metavar="S", help="The same seed gives the same answer."),
+    beams,
     click.option("--stop", multiple=True, metavar="TEXT", help="End the answer before TEXT; may be repeated."),
 )
 thinking = options(

@@ -9,8 +9,9 @@ from typing import Any, Protocol
 
 from edge_gemma.chat import ChatFormat, Message, Piece
 from edge_gemma.errors import ContextFullError, UsageError
-from edge_gemma.generate import Generation, Progress, Result, StreamTokenizer, Timeline, stop_ids_of
+from edge_gemma.generate import Generation, Progress, Result, StreamTokenizer, stop_ids_of
 from edge_gemma.sampler import Sampler, Sampling
+from edge_gemma.timeline import Timeline
 
 CONTINUATION_TOKENS = 128  # a base model seldom stops by itself
 _LEAST_ROOM = 16  # tokens an answer must have, or the message counts as too long

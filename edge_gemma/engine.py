@@ -114,20 +114,22 @@ class Engine:
         rate: int = 16_000,
         language: str | None = None,
         translate_to: str | None = None,
+        num_beams: int | None = None,
         progress: "Progress | None" = None,
         note: Callable[[str], None] = lambda text: None,
     ) -> "Transcription":
         """Speech to text. source: a sound file or video, or samples: [n] or [n, channels], floats in [-1, 1] or signed
         integers, `rate` of them a second. Any length: memory does not grow with it, but for an array's own.
 
-        language: a name or a code ("German", "de"), None leaves it to the model. progress is told (seconds done,
-        seconds in all or None), note what the user should know. Raises UsageError for a model without audio tower,
-        AudioError for a source that cannot be read.
+        language: a name or a code ("German", "de"), None leaves it to the model. num_beams: hypotheses of a text kept
+        side by side, more find a likelier one and take longer; None: the checkpoint's own number, or 1. progress is
+        told (seconds done, seconds in all or None), note what the user should know. Raises UsageError for a model
+        without audio tower, AudioError for a source that cannot be read.
         """
         from edge_gemma.audio.prompts import Task
         from edge_gemma.audio.transcribe import Transcriber
 
-        transcriber = Transcriber(self, Task(language, translate_to), note=note)
+        transcriber = Transcriber(self, Task(language, translate_to), num_beams=num_beams, note=note)
         return transcriber.transcribe(source, rate=rate, progress=progress)
 
     def listen(
@@ -139,6 +141,7 @@ class Engine:
         translate_to: str | None = None,
         ask: bool = False,
         system: str | None = None,
+        num_beams: int | None = None,
     ) -> "Iterator[Event]":
         """Live speech to events (audio/listen.py), as it is said. blocks: float32 [n] of 16 kHz mono as they arrive;
         None: a microphone, `device` its number, a part of its name or the system's default. Close the iterator to stop.
@@ -148,7 +151,8 @@ class Engine:
         from edge_gemma.audio.listen import listen
         from edge_gemma.audio.prompts import Task
 
-        return listen(self, blocks, Task(language, translate_to), device=device, ask=ask, system=system)
+        task = Task(language, translate_to)
+        return listen(self, blocks, task, device=device, ask=ask, system=system, num_beams=num_beams)
 
     def _checked_context(self, context: int) -> int:
         most = self.config.max_position_embeddings

@@ -11,9 +11,11 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
+from edge_gemma.beams import search
 from edge_gemma.chat import ChatTokenizer, Piece, ReplyParser
 from edge_gemma.errors import ContextFullError, UsageError
 from edge_gemma.sampler import Sampler
+from edge_gemma.timeline import Timeline, common_prefix
 from edge_gemma.tool_call import ToolCall
 
 PREFILL_PIECE = 512  # tokens prefilled between two reports of progress
@@ -21,20 +23,6 @@ _END_PIECES = ("<turn|>", "<end_of_turn>", "<|tool_response>")  # end a reply in
 
 FinishReason = Literal["stop", "length", "context", "interrupted"]
 Progress = Callable[[int, int], None]  # (prompt tokens done, in all)
-
-
-class Timeline(Protocol):
-    """What of `edge_gemma.session.Session` is used here."""
-
-    ids: list[int]
-    context: int
-
-    @property
-    def position(self) -> int: ...
-    def prefill(self, ids: list[int]) -> np.ndarray: ...
-    def step(self, token: int) -> np.ndarray: ...
-    def rewind(self, position: int) -> None: ...
-    def mark(self) -> None: ...
 
 
 class Detokenizer(Protocol):
@@ -57,7 +45,7 @@ class Timings:
     prefill_tokens: int = 0  # run now; `reused_tokens` of the prompt were in the session already
     reused_tokens: int = 0
     decode_s: float = 0.0
-    decode_tokens: int = 0  # tokens run through the model after the prompt
+    decode_tokens: int = 0  # tokens after the first, the one that stopped it too
     ttft_s: float = 0.0  # from the call to the first token chosen
 
 
@@ -109,7 +97,9 @@ class Generation:
             )
         self.result = Result("interrupted")
         self._session, self._prompt = session, list(prompt_ids)
-        self._sampler, self._max_tokens, self._stop_ids = sampler, max_tokens, frozenset(stop_ids)
+        self._sampler, self._stop_ids = sampler, frozenset(stop_ids)
+        room = session.context - len(prompt_ids) + 1  # the last token is not run
+        self._max_tokens, self._limit = max_tokens, min(room, max_tokens or room)
         self._detokenizer = tokenizer.detokenizer()
         self._parser = ReplyParser(tokenizer, self._prompt)
         self._stops = StopStrings(stop_strings)
@@ -124,18 +114,18 @@ class Generation:
         self._pieces.close()
 
     def _run(self) -> Generator[Piece, None, None]:
-        result, timings, session = self.result, self.result.timings, self._session
+        result, timings = self.result, self.result.timings
         reason: FinishReason = "interrupted"
         try:
             clock = time.perf_counter()
             logits = self._prefill()
             timings.prefill_s = time.perf_counter() - clock
-            while True:
-                token = self._sampler.sample(logits, session.ids)
+            for token in self._tokens(logits):
                 if not result.tokens:
                     timings.ttft_s = time.perf_counter() - clock
                 else:
                     timings.decode_s += time.perf_counter() - clock
+                    timings.decode_tokens += 1
                 if token in self._stop_ids:
                     reason = "stop"
                     break
@@ -144,15 +134,10 @@ class Generation:
                 if self._stops.found:
                     reason = "stop"
                     break
-                if len(result.tokens) == self._max_tokens:
-                    reason = "length"
-                    break
-                if session.position >= session.context:
-                    reason = "context"
+                if len(result.tokens) == self._limit:
+                    reason = "length" if self._limit == self._max_tokens else "context"
                     break
                 clock = time.perf_counter()
-                logits = session.step(token)
-                timings.decode_tokens += 1
             yield from self._finish()
         finally:
             if reason == "interrupted":
@@ -175,6 +160,17 @@ class Generation:
         if self._mark:
             session.mark()
         return logits
+
+    def _tokens(self, logits: np.ndarray) -> Iterator[int]:
+        """One token after another, a stop token too; endless where nothing is searched."""
+        session, sampler = self._session, self._sampler
+        if sampler.sampling.searches:
+            yield from search(session, logits, sampler=sampler, limit=self._limit, stop_ids=self._stop_ids)
+            return
+        while True:
+            token = sampler.sample(logits, session.ids)
+            yield token
+            logits = session.step(token)
 
     def _finish(self) -> list[Piece]:
         """The pieces still held back."""
@@ -234,11 +230,6 @@ def _overlap(text: str, stop: str) -> int:
     """Characters at the end of `text` that begin `stop`."""
     longest = min(len(text), len(stop) - 1)
     return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)
-
-
-def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
-    """How many leading ids two timelines share."""
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 def stop_ids_of(generation_config: Mapping[str, Any], tokenizer: ChatTokenizer) -> frozenset[int]:

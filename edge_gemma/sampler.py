@@ -1,7 +1,7 @@
 """From logits to a token.
 
-Owns: greedy choice, repetition penalty, temperature, top-k, top-p, min-p, the random stream. Does not know: models,
-tokens' texts, when to stop.
+Owns: greedy choice, repetition penalty, temperature, top-k, top-p, min-p, the random stream, log probabilities. Does
+not know: models, tokens' texts, when to stop, which hypotheses live (beams.py).
 
 The order is that of transformers' logits processors: penalty, temperature, top-k, top-p, min-p. A Gemma vocabulary has
 262,144 entries, so nothing here looks at all of them but for one pass that leaves the maximum of every 128.
@@ -18,6 +18,7 @@ from edge_gemma import kernels
 from edge_gemma.errors import EdgeGemmaError, UsageError
 from edge_gemma.kernels import LOGITS_BLOCK
 
+_MOST_BEAMS = 64
 _NUCLEUS_START = 512  # candidates looked at first for top-p without top-k
 
 
@@ -31,6 +32,7 @@ class Sampling:
     min_p: float = 0.0  # share of the likeliest token's probability; 0: off
     repetition_penalty: float = 1.0  # logits of tokens seen before: divided where positive, multiplied where negative
     seed: int | None = None  # None: another stream each time
+    num_beams: int = 1  # hypotheses kept side by side; only where the temperature is 0
 
     def __post_init__(self) -> None:
         """Raises UsageError for a value out of range."""
@@ -39,12 +41,14 @@ class Sampling:
         _check("top_p", self.top_p, 0 < self.top_p <= 1, "above 0, at most 1")
         _check("min_p", self.min_p, 0 <= self.min_p <= 1, "0 to 1")
         _check("repetition_penalty", self.repetition_penalty, 0 < self.repetition_penalty < 1e6, "above 0")
+        beams = self.num_beams
+        _check("num_beams", beams, type(beams) is int and 1 <= beams <= _MOST_BEAMS, f"1 to {_MOST_BEAMS}")
         _check("seed", self.seed, self.seed is None or (isinstance(self.seed, int) and self.seed >= 0), "0 or more")
 
     @classmethod
     def from_generation_config(cls, config: Mapping[str, Any], **overrides: Any) -> "Sampling":
         """The checkpoint's own settings, `overrides` that are not None before them, Gemma 4's where neither says."""
-        names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+        names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "num_beams")
         values = {name: config[name] for name in names if config.get(name) is not None}
         for name, value in values.items():
             if isinstance(value, bool) or not isinstance(value, int | float):
@@ -52,6 +56,11 @@ class Sampling:
         if config.get("do_sample") is False:
             values["temperature"] = 0.0
         return cls(**{**values, **{name: value for name, value in overrides.items() if value is not None}})
+
+    @property
+    def searches(self) -> bool:
+        """Whether replies are searched for (beams.py) instead of chosen token by token."""
+        return self.num_beams > 1 and self.temperature == 0
 
 
 class Sampler:
@@ -67,15 +76,29 @@ class Sampler:
         Ties go to the lowest id. Raises EdgeGemmaError if the logits hold a NaN or an infinity above the rest.
         """
         s = self.sampling
-        if s.repetition_penalty != 1 and len(recent_ids):
-            logits = penalised(logits, recent_ids, s.repetition_penalty)
-        best = int(np.argmax(logits))
-        if not math.isfinite(logits[best]):
-            raise EdgeGemmaError(f"the model's logits hold {logits[best]}, expected numbers: verify the model's files")
+        logits, best = self._judged(logits, recent_ids)
         if s.temperature == 0 or s.top_k == 1:
             return best
         ids, probabilities = candidates(logits, s)
         return int(ids[_draw(probabilities, self._random.random())])
+
+    def likeliest(self, logits: np.ndarray, n: int, recent_ids: Sequence[int] = ()) -> list[tuple[int, float]]:
+        """The n likeliest tokens, likeliest first, with their log probabilities in nats. Otherwise as `sample`."""
+        logits, best = self._judged(np.ascontiguousarray(logits), recent_ids)
+        maxima = block_maxima(logits)
+        ids = _largest(logits, min(n, len(logits)), maxima)
+        log_sum = float(logits[best]) + math.log(_exp_sum(logits, maxima, 1.0))
+        return [(int(i), float(logits[i]) - log_sum) for i in ids]
+
+    def _judged(self, logits: np.ndarray, recent_ids: Sequence[int]) -> tuple[np.ndarray, int]:
+        """The logits with the penalty on them, and the likeliest token."""
+        penalty = self.sampling.repetition_penalty
+        if penalty != 1 and len(recent_ids):
+            logits = penalised(logits, recent_ids, penalty)
+        best = int(np.argmax(logits))
+        if not math.isfinite(logits[best]):
+            raise EdgeGemmaError(f"the model's logits hold {logits[best]}, expected numbers: verify the model's files")
+        return logits, best
 
 
 def penalised(logits: np.ndarray, ids: Sequence[int], penalty: float) -> np.ndarray:
@@ -104,9 +127,7 @@ def candidates(logits: np.ndarray, sampling: Sampling) -> tuple[np.ndarray, np.n
             ids, weights = _nucleus(ids, weights, sampling.top_p * weights.sum())
     elif sampling.top_p < 1:
         # The sum needs every logit, the nucleus only the largest: look at more until they hold top_p of it.
-        sums = np.empty_like(maxima)
-        kernels.exp_sums(logits, maxima.max(), 1 / max(sampling.temperature, 1e-6), sums)
-        goal = sampling.top_p * sums.sum(dtype=np.float64)
+        goal = sampling.top_p * _exp_sum(logits, maxima, max(sampling.temperature, 1e-6))
         count = _NUCLEUS_START
         while True:
             ids = _largest(logits, min(count, n), maxima)
@@ -122,6 +143,13 @@ def candidates(logits: np.ndarray, sampling: Sampling) -> tuple[np.ndarray, np.n
         keep = weights >= sampling.min_p  # the largest weight is 1
         ids, weights = ids[keep], weights[keep]
     return ids, weights / weights.sum()
+
+
+def _exp_sum(logits: np.ndarray, maxima: np.ndarray, temperature: float) -> float:
+    """The sum of exp((logit - largest) / temperature) over all logits. maxima: from `block_maxima`."""
+    sums = np.empty_like(maxima)
+    kernels.exp_sums(logits, maxima.max(), 1 / temperature, sums)
+    return float(sums.sum(dtype=np.float64))
 
 
 def _weights(logits: np.ndarray, largest: float, temperature: float) -> np.ndarray:

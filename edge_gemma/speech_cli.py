@@ -33,13 +33,14 @@ def _tell(text: str) -> None:
 @common.model
 @click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="FILE...")
 @_languages
+@common.beams
 @click.option("--srt", is_flag=True, help="Print subtitles; of several FILEs, write each FILE's to FILE.srt.")
 @common.context
 @common.threads
 @common.as_json
 def transcribe(
     model: str | None, files: tuple[Path, ...], srt: bool, as_json: bool, context: int | None, threads: int | None,
-    language: str | None, translate_to: str | None,
+    language: str | None, translate_to: str | None, num_beams: int | None,
 ) -> None:  # fmt: skip
     """Write down the speech in sound files (or videos) of any length.
 
@@ -56,7 +57,7 @@ def transcribe(
         raise click.UsageError("--srt and --json exclude each other.")
     task = Task(language, translate_to)
     engine = common.load_engine(model, context=context, threads=threads)
-    transcriber = Transcriber(engine, task, note=_tell)
+    transcriber = Transcriber(engine, task, num_beams=num_beams, note=_tell)
     failed = 0
     for path in files:
         try:
@@ -106,6 +107,7 @@ def _transcribe_file(transcriber: Any, path: Path, *, several: bool, srt: bool, 
 @click.option("--ask", is_flag=True, help="Answer what is said, each utterance by itself, instead of writing it down.")
 @click.option("--system", metavar="TEXT", help="System prompt for --ask.")
 @_languages
+@common.beams
 @click.option("--pause", type=click.FloatRange(0.2, 5), default=0.6, show_default=True, metavar="S",
               help="Seconds of silence that end an utterance.")  # fmt: skip
 @common.context
@@ -114,6 +116,7 @@ def _transcribe_file(transcriber: Any, path: Path, *, several: bool, srt: bool, 
 def listen(
     model: str | None, device: str | None, list_devices: bool, ask: bool, system: str | None, pause: float,
     as_json: bool, context: int | None, threads: int | None, language: str | None, translate_to: str | None,
+    num_beams: int | None,
 ) -> None:  # fmt: skip
     """Write down what a microphone hears as it is said, or answer it. Ctrl-C ends; what was said last still comes.
 
@@ -136,7 +139,8 @@ def listen(
     task = Task(language, translate_to)
     screen = Screen()
     engine = common.load_engine(model, context=context, threads=threads)
-    listener = Listener(engine, task, ask=ask, system=system, rules=live_rules(pause), note=screen.note)
+    rules = live_rules(pause)
+    listener = Listener(engine, task, ask=ask, system=system, num_beams=num_beams, rules=rules, note=screen.note)
     number = int(device) if device is not None and device.isdecimal() else device
     with mic.Microphone(number, screen.note) as microphone, _first_interrupt(microphone.close):
         screen.note(f"listening to {microphone.name}; Ctrl-C ends")
@@ -200,13 +204,14 @@ class _first_interrupt:
 @common.model
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option("--language", metavar="L", help="The language spoken, name or code [default: the model hears it].")
+@common.beams
 @click.option("--limit", type=click.IntRange(1), metavar="N", help="Only the first N recordings.")
 @common.context
 @common.threads
 @common.as_json
 def wer(
     model: str | None, folder: Path, language: str | None, limit: int | None, context: int | None,
-    threads: int | None, as_json: bool,
+    threads: int | None, num_beams: int | None, as_json: bool,
 ) -> None:  # fmt: skip
     """How many words a model gets wrong, over the recordings in FOLDER: lower is better.
 
@@ -232,7 +237,8 @@ def wer(
             click.echo("\n".join(map(common.printable, lines)))
 
     measure.transcripts(folder)  # before the model is loaded
-    transcriber = Transcriber(common.load_engine(model, context=context, threads=threads), Task(language), note=_tell)
+    engine = common.load_engine(model, context=context, threads=threads)
+    transcriber = Transcriber(engine, Task(language), num_beams=num_beams, note=_tell)
     with progress_bar("transcribing", unit="files") as progress:
         score = measure.score(transcriber, folder, limit=limit, report=report, progress=progress, note=_tell)
     if as_json:

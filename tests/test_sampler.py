@@ -119,6 +119,22 @@ def test_repetition_penalty_pushes_each_seen_token_down_once():
     assert (sampler.sample(logits, [0]), sampler.sample(logits, [0, 2]), sampler.sample(logits)) == (2, 0, 0)
 
 
+@settings(deadline=None, max_examples=50)
+@given(
+    n=st.integers(1, 3000), seed=st.integers(0, 1 << 30), spread=st.sampled_from([0.01, 3.0, 40.0]),
+    k=st.integers(1, 70),
+)  # fmt: skip
+def test_the_likeliest_with_their_log_probabilities(n, seed, spread, k):
+    logits = random_logits(n, seed, spread)
+    likeliest = Sampler(Sampling(temperature=0)).likeliest(logits, k)
+    expected = oracle(logits, Sampling(1.0, 0, 1.0))
+    assert [i for i, _ in likeliest] == sorted(expected, key=lambda i: (-float(logits[i]), i))[:k]
+    top = max(map(float, logits))
+    log_sum = top + math.log(sum(math.exp(x - top) for x in map(float, logits)))
+    for i, nats in likeliest:
+        assert nats == pytest.approx(float(logits[i]) - log_sum, abs=1e-5)
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_logits_that_are_no_numbers_are_an_error(bad):
     logits = random_logits(100, 0)
@@ -152,7 +168,7 @@ def test_a_whole_vocabulary_takes_about_a_millisecond():
     [
         {"temperature": -0.1}, {"temperature": math.nan}, {"temperature": math.inf}, {"top_k": -1}, {"top_k": 1.5},
         {"top_p": 0}, {"top_p": 1.01}, {"top_p": math.nan}, {"min_p": -0.1}, {"min_p": 2}, {"repetition_penalty": 0},
-        {"seed": -1},
+        {"seed": -1}, {"num_beams": 0}, {"num_beams": 65}, {"num_beams": True}, {"num_beams": 2.0},
     ],
 )  # fmt: skip
 def test_values_out_of_range_are_named(values):

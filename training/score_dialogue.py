@@ -42,8 +42,9 @@ def judge(example: Example, index: int, result: Result) -> Verdict:
 
 
 def replies(engine: ChatEngine, conversations: Iterable[Example]) -> Iterable[tuple[Example, int, Result]]:
-    """Each reply of each conversation as the model gives it."""
-    chat = Chat(engine, sampling=Sampling(temperature=0), max_tokens=LONGEST)
+    """Each reply of each conversation as the model gives it, at a temperature of 0."""
+    sampling = Sampling.from_generation_config(engine.generation_config, temperature=0)
+    chat = Chat(engine, sampling=sampling, max_tokens=LONGEST)
     for example in conversations:
         for index, message in enumerate(example.messages):
             if message.role == "assistant":

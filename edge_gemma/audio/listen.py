@@ -60,7 +60,7 @@ class Listener:
         *,
         ask: bool = False,
         system: str | None = None,
-        sampling: Sampling | None = None,
+        num_beams: int | None = None,
         max_tokens: int | None = None,
         rules: cut.Rules = cut.LIVE_RULES,
         detector: Callable[[], Detector] | None = None,
@@ -68,20 +68,21 @@ class Listener:
     ) -> None:
         """ask: the model answers, each utterance by itself, after `system`, sampled as its generation_config says.
 
+        num_beams: hypotheses of a text kept side by side, None for the checkpoint's own number.
         Raises UsageError for a model that was not made for speech.
         """
         self.task, self._rules = task or Task(), rules
         self._detector = detector or (lambda: open_detector(note))
         self._encoder = engine.audio
         self._transcriber: Transcriber | None = None
-        self._sampling, self._max_tokens = sampling, max_tokens
+        self._max_tokens = max_tokens
         if ask:
             earlier = [Message("system", system)] if system else []
             prompt = audio_prompt(engine.chat_template, engine.tokenizer, "", earlier=earlier)
-            self._scribe = Scribe(engine, prompt, context=engine.context)
-            self._sampling = sampling or Sampling.from_generation_config(engine.generation_config)
+            sampling = Sampling.from_generation_config(engine.generation_config, num_beams=num_beams)
+            self._scribe = Scribe(engine, prompt, sampling=sampling, context=engine.context)
         else:
-            self._transcriber = Transcriber(engine, self.task, note=note)
+            self._transcriber = Transcriber(engine, self.task, num_beams=num_beams, note=note)
             self._scribe = self._transcriber.scribe
         self._last, self._held = "", ""  # of a segment cut in speech: its text, and the last word, not told yet
 
@@ -111,7 +112,7 @@ class Listener:
             return
         if self._transcriber is not None:
             limit = min(limit or 10**9, reply_limit(scribe.heard, self.task))
-        for piece in scribe.write(limit, self._sampling, since=start):
+        for piece in scribe.write(limit, since=start):
             yield Event("text", piece)
         assert scribe.last is not None
         first, text, translation = scribe.last.first_token_s, scribe.last.text, None
@@ -140,10 +141,11 @@ def listen(
     device: int | str | None = None,
     ask: bool = False,
     system: str | None = None,
+    num_beams: int | None = None,
 ) -> Iterator[Event]:
     """See `Engine.listen`."""
     notes: deque[str] = deque()
-    listener = Listener(engine, task, ask=ask, system=system, note=notes.append)
+    listener = Listener(engine, task, ask=ask, system=system, num_beams=num_beams, note=notes.append)
     with Microphone(device, notes.append) if blocks is None else nullcontext(blocks) as source:
         for event in listener.events(source):
             while notes:

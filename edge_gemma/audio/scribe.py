@@ -5,9 +5,9 @@ instruction, the guard against endless repetition. Does not know: samples, files
 """
 
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -15,8 +15,9 @@ from edge_gemma.audio.prompts import AudioPrompt
 from edge_gemma.audio.texts import loop
 from edge_gemma.conversation import ChatEngine
 from edge_gemma.errors import UsageError
-from edge_gemma.generate import FinishReason, Generation, Timeline, stop_ids_of
+from edge_gemma.generate import FinishReason, Generation, stop_ids_of
 from edge_gemma.sampler import Sampler, Sampling
+from edge_gemma.timeline import Timeline
 
 SEGMENT_TOKENS = 750  # soft tokens of 30 s
 STEP_MS = 640  # sound encoded at a time while listening; a shorter step reads all weights as well
@@ -65,11 +66,23 @@ class Reply:
     tokens: int
 
 
+def verbatim(config: Mapping[str, Any], num_beams: int | None = None) -> Sampling:
+    """How speech is written down: the likeliest text, repetitions and all. num_beams: None for the checkpoint's own."""
+    return replace(Sampling.from_generation_config(config, num_beams=num_beams), temperature=0, repetition_penalty=1)
+
+
 class Scribe:
     """Hears one segment after another and writes a reply to each. `begin`, `hear` any number of times, `write`."""
 
-    def __init__(self, engine: SpeechEngine, prompt: AudioPrompt, *, context: int | None = None) -> None:
-        """context: tokens, None for what a segment of 30 s with a reply as long needs.
+    def __init__(
+        self,
+        engine: SpeechEngine,
+        prompt: AudioPrompt,
+        *,
+        sampling: Sampling | None = None,
+        context: int | None = None,
+    ) -> None:
+        """sampling: `verbatim` by default; context: tokens, None for what a segment of 30 s with a reply as long needs.
 
         Raises UsageError if the engine's context is too small for that.
         """
@@ -80,6 +93,7 @@ class Scribe:
                 f"the context is {context} tokens, expected at least {fixed + _LEAST_REPLY} for 30 s of speech"
             )
         self._prompt, self._tokenizer = prompt, engine.tokenizer
+        self._sampling = sampling or verbatim(engine.generation_config)
         self._stop_ids = stop_ids_of(engine.generation_config, engine.tokenizer)
         self.session = engine.session(context)
         self.session.prefill(list(prompt.before))
@@ -106,10 +120,8 @@ class Scribe:
             tokens, self._pending = np.concatenate(self._pending), []
             self.session.prefill_soft(tokens, logits=False)
 
-    def write(
-        self, max_tokens: int | None = None, sampling: Sampling | None = None, *, since: float | None = None
-    ) -> Iterator[str]:
-        """The sound is over: the reply's text in pieces, greedy by default. `last` is the whole afterwards.
+    def write(self, max_tokens: int | None = None, *, since: float | None = None) -> Iterator[str]:
+        """The sound is over: the reply's text in pieces. `last` is the whole afterwards.
 
         since: when the sound ended, by time.perf_counter; None: now.
         """
@@ -119,7 +131,7 @@ class Scribe:
             self.session,
             [*self.session.ids, *self._prompt.after],
             tokenizer=self._tokenizer,
-            sampler=Sampler(sampling or Sampling(temperature=0)),
+            sampler=Sampler(self._sampling),
             max_tokens=max_tokens,
             stop_ids=self._stop_ids,
         )

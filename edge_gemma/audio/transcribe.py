@@ -16,7 +16,7 @@ from edge_gemma.audio import segments as cut
 from edge_gemma.audio.features import SAMPLE_RATE
 from edge_gemma.audio.files import AudioFile, Note, array_blocks, silent
 from edge_gemma.audio.prompts import Task, audio_prompt
-from edge_gemma.audio.scribe import Scribe, SpeechEngine
+from edge_gemma.audio.scribe import Scribe, SpeechEngine, verbatim
 from edge_gemma.audio.texts import glue, glued, seam
 from edge_gemma.audio.vad import WINDOW, Detector, open_detector
 
@@ -71,14 +71,19 @@ class Transcriber:
         *,
         rules: cut.Rules = cut.FILE_RULES,
         detector: Callable[[], Detector] | None = None,
+        num_beams: int | None = None,
         note: Note = silent,
     ) -> None:
-        """Raises UsageError for a model that was not made for speech."""
+        """num_beams: hypotheses of a text kept side by side, None for the checkpoint's own number.
+
+        Raises UsageError for a model that was not made for speech.
+        """
         self.task = task or Task()
         self._rules, self._note = rules, note
         self._detector = detector or (lambda: open_detector(note))
         self._encoder = engine.audio
-        self.scribe = Scribe(engine, audio_prompt(engine.chat_template, engine.tokenizer, self.task.instruction))
+        prompt = audio_prompt(engine.chat_template, engine.tokenizer, self.task.instruction)
+        self.scribe = Scribe(engine, prompt, sampling=verbatim(engine.generation_config, num_beams))
 
     def transcribe(
         self,
