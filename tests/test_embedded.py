@@ -141,6 +141,25 @@ def test_it_hears_commands_live(engine: Engine) -> None:
     assert score.wer <= WORST_WER
 
 
+def log_probability(engine: Engine, sound: np.ndarray, text: str) -> float:
+    """Of a transcript with its stop token, in nats."""
+    tokens = [*engine.tokenizer.encode(text), engine.tokenizer.special_tokens["<turn|>"]]
+    return float(_log_softmax(reply_logits(engine, sound, text))[range(len(tokens)), tokens].sum())
+
+
+def test_beams_write_what_the_model_finds_likelier(engine: Engine) -> None:
+    """Of sound in noise, where the first guess is often not the best."""
+    draw, gains = np.random.default_rng(5), []
+    greedy, wide = (Transcriber(engine, Task("en"), num_beams=n) for n in (1, 8))
+    for sound, _ in clips()[:8]:
+        noisy = sound + (draw.standard_normal(len(sound)) * 0.3 * sound.std()).astype(np.float32)
+        before, after = greedy.text(noisy)[0], wide.text(noisy)[0]
+        gains.append(log_probability(engine, noisy, after) - log_probability(engine, noisy, before))
+    print(f"nats gained: {np.round(gains, 2)}")
+    assert min(gains) >= -0.01
+    assert max(gains) > 0.1
+
+
 def test_soft_tokens_of_a_stream_are_those_of_the_clip(engine: Engine) -> None:
     sound = samples(TIMER)
     whole = engine.audio.encode(sound)
