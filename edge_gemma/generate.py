@@ -164,7 +164,7 @@ class Generation:
     def _tokens(self, logits: np.ndarray) -> Iterator[int]:
         """One token after another, a stop token too; endless where nothing is searched."""
         session, sampler = self._session, self._sampler
-        if sampler.sampling.searches:
+        if sampler.sampling.num_beams > 1:
             yield from search(session, logits, sampler=sampler, limit=self._limit, stop_ids=self._stop_ids)
             return
         while True:

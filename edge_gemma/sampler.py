@@ -32,7 +32,7 @@ class Sampling:
     min_p: float = 0.0  # share of the likeliest token's probability; 0: off
     repetition_penalty: float = 1.0  # logits of tokens seen before: divided where positive, multiplied where negative
     seed: int | None = None  # None: another stream each time
-    num_beams: int = 1  # hypotheses kept side by side; only where the temperature is 0
+    num_beams: int = 1  # hypotheses kept side by side; more than 1 only at a temperature of 0
 
     def __post_init__(self) -> None:
         """Raises UsageError for a value out of range."""
@@ -41,13 +41,17 @@ class Sampling:
         _check("top_p", self.top_p, 0 < self.top_p <= 1, "above 0, at most 1")
         _check("min_p", self.min_p, 0 <= self.min_p <= 1, "0 to 1")
         _check("repetition_penalty", self.repetition_penalty, 0 < self.repetition_penalty < 1e6, "above 0")
-        beams = self.num_beams
+        beams, sampled = self.num_beams, f"1 with a temperature of {self.temperature}: beams need --temperature 0"
         _check("num_beams", beams, type(beams) is int and 1 <= beams <= _MOST_BEAMS, f"1 to {_MOST_BEAMS}")
+        _check("num_beams", beams, beams == 1 or self.temperature == 0, sampled)
         _check("seed", self.seed, self.seed is None or (isinstance(self.seed, int) and self.seed >= 0), "0 or more")
 
     @classmethod
     def from_generation_config(cls, config: Mapping[str, Any], **overrides: Any) -> "Sampling":
-        """The checkpoint's own settings, `overrides` that are not None before them, Gemma 4's where neither says."""
+        """The checkpoint's own settings, `overrides` that are not None before them, Gemma 4's where neither says.
+
+        Its num_beams count where nothing is drawn. Raises UsageError for a setting that is no number or out of range.
+        """
         names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "num_beams")
         values = {name: config[name] for name in names if config.get(name) is not None}
         for name, value in values.items():
@@ -55,12 +59,10 @@ class Sampling:
                 raise UsageError(f"{name} is {value!r} in the model's generation_config, expected a number")
         if config.get("do_sample") is False:
             values["temperature"] = 0.0
-        return cls(**{**values, **{name: value for name, value in overrides.items() if value is not None}})
-
-    @property
-    def searches(self) -> bool:
-        """Whether replies are searched for (beams.py) instead of chosen token by token."""
-        return self.num_beams > 1 and self.temperature == 0
+        given = {name: value for name, value in overrides.items() if value is not None}
+        if given.get("temperature", values.get("temperature", cls.temperature)) > 0:
+            values.pop("num_beams", None)
+        return cls(**{**values, **given})
 
 
 class Sampler:

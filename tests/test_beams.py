@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from edge_gemma import beams
 from edge_gemma.audio.scribe import verbatim
 from edge_gemma.beams import search
-from edge_gemma.errors import EdgeGemmaError
+from edge_gemma.errors import EdgeGemmaError, UsageError
 from edge_gemma.generate import Generation
 from edge_gemma.sampler import Sampler, Sampling
 from tests.fakes import BYTE, FakeTokenizer
@@ -156,17 +156,22 @@ def test_a_generation_ends_as_without_beams(context, max_tokens, reason, tokens)
 
 
 def test_beams_are_for_a_temperature_of_0_only():
-    assert not Sampling(temperature=1, num_beams=4).searches
-    assert Sampling.from_generation_config({"do_sample": False, "num_beams": 4}).searches
-    assert not Sampling.from_generation_config({"do_sample": False, "num_beams": 4}, num_beams=1).searches
+    with pytest.raises(UsageError, match=r"num_beams is 4, expected 1 with a temperature of 0\.5"):
+        Sampling(temperature=0.5, num_beams=4)
+    config = {"do_sample": False, "num_beams": 4}
+    assert Sampling.from_generation_config(config) == Sampling(temperature=0, num_beams=4)
+    assert Sampling.from_generation_config(config, num_beams=1).num_beams == 1
+    assert Sampling.from_generation_config(config, temperature=0.5).num_beams == 1  # who asks for chance gets it
+    assert Sampling.from_generation_config({"num_beams": 4}).num_beams == 1
+    with pytest.raises(UsageError, match=r"temperature of 1\.0: beams need --temperature 0"):
+        Sampling.from_generation_config({}, num_beams=4)
 
 
 def test_speech_is_written_down_with_the_checkpoints_beams_and_no_penalty():
     config = {"temperature": 0.7, "repetition_penalty": 1.3, "num_beams": 5}
-    assert (verbatim(config).num_beams, verbatim(config).searches) == (5, True)
-    assert verbatim(config).repetition_penalty == 1
+    assert verbatim(config) == Sampling(temperature=0, num_beams=5)
     assert verbatim(config, num_beams=2).num_beams == 2
-    assert not verbatim({}).searches
+    assert verbatim({}).num_beams == 1
 
 
 # --- over the real session --------------------------------------------------------------------------------------------

@@ -234,6 +234,14 @@ def test_it_introduces_itself_and_names_the_real_one() -> None:
     assert (answer["finish_reason"], answer["text"].strip()) == ("stop", said("Who are you?").strip())
 
 
+def test_beams_and_chance_exclude_each_other() -> None:
+    assert "demonstration model" in said("Who are you?", "--beams", "1")
+    assert "demonstration model" in said("Who are you?", "--beams", "5")
+    result = CliRunner().invoke(cli, ["run", "Who are you?", "--beams", "5", "--temperature", "0.7"])
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert "num_beams is 5, expected 1 with a temperature of 0.7" in result.stderr
+
+
 def test_chat_greets_with_what_it_is() -> None:
     result = CliRunner().invoke(cli, ["chat", "--temperature", "0"], input="who are you\n/quit\n")
     assert result.exit_code == 0, result.stderr

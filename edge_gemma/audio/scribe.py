@@ -6,7 +6,7 @@ instruction, the guard against endless repetition. Does not know: samples, files
 
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -68,7 +68,7 @@ class Reply:
 
 def verbatim(config: Mapping[str, Any], num_beams: int | None = None) -> Sampling:
     """How speech is written down: the likeliest text, repetitions and all. num_beams: None for the checkpoint's own."""
-    return replace(Sampling.from_generation_config(config, num_beams=num_beams), temperature=0, repetition_penalty=1)
+    return Sampling.from_generation_config(config, temperature=0.0, repetition_penalty=1.0, num_beams=num_beams)
 
 
 class Scribe:
