@@ -34,7 +34,7 @@ model = click.option("-m", "--model", metavar="MODEL", help="Model folder, GGUF 
 as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output.")
 beams = click.option(
     "--beams", "num_beams", type=click.IntRange(1, 64), metavar="N",
-    help="Keep N hypotheses side by side: slower, fewer mistakes [default: the model's own number, or 1].",
+    help="Keep N hypotheses of a reply side by side and take the likeliest: slower [default: the model's, or 1].",
 )  # fmt: skip
 threads = click.option("--threads", type=click.IntRange(1, 1024), metavar="N", help="CPU threads [default: all cores].")
 context = click.option(
@@ -49,7 +49,7 @@ memory_limit = click.option(
 )
 sampling = options(
     click.option("--max-tokens", type=click.IntRange(1), metavar="N", help="Longest answer [default: what fits]."),
-    click.option("--temperature", type=click.FloatRange(0), metavar="T", help="0 takes the likeliest token always."),
+    click.option("--temperature", type=click.FloatRange(0), metavar="T", help="0: the likeliest, nothing is drawn."),
     click.option("--top-k", type=click.IntRange(0), metavar="K", help="Choose among the K likeliest tokens; 0: all."),
     click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), metavar="P", help="... that hold P together."),
     click.option("--min-p", type=click.FloatRange(0, 1), metavar="P", help="... with P of the likeliest's chance."),

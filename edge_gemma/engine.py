@@ -146,7 +146,8 @@ class Engine:
         """Live speech to events (audio/listen.py), as it is said. blocks: float32 [n] of 16 kHz mono as they arrive;
         None: a microphone, `device` its number, a part of its name or the system's default. Close the iterator to stop.
 
-        ask: the model answers each utterance, after `system`, instead of writing it down. Raises as `transcribe`.
+        ask: the model answers each utterance, after `system`, instead of writing it down. num_beams, and what it
+        raises, as in `transcribe`.
         """
         from edge_gemma.audio.listen import listen
         from edge_gemma.audio.prompts import Task

@@ -45,7 +45,7 @@ class Timings:
     prefill_tokens: int = 0  # run now; `reused_tokens` of the prompt were in the session already
     reused_tokens: int = 0
     decode_s: float = 0.0
-    decode_tokens: int = 0  # tokens after the first, the one that stopped it too
+    decode_tokens: int = 0  # tokens it took to find: with beams all, else those after the first; the last one too
     ttft_s: float = 0.0  # from the call to the first token chosen
 
 
@@ -98,6 +98,7 @@ class Generation:
         self.result = Result("interrupted")
         self._session, self._prompt = session, list(prompt_ids)
         self._sampler, self._stop_ids = sampler, frozenset(stop_ids)
+        self._searches = sampler.sampling.num_beams > 1
         room = session.context - len(prompt_ids) + 1  # the last token is not run
         self._max_tokens, self._limit = max_tokens, min(room, max_tokens or room)
         self._detokenizer = tokenizer.detokenizer()
@@ -117,14 +118,16 @@ class Generation:
         result, timings = self.result, self.result.timings
         reason: FinishReason = "interrupted"
         try:
-            clock = time.perf_counter()
+            start = time.perf_counter()
             logits = self._prefill()
-            timings.prefill_s = time.perf_counter() - clock
+            clock = time.perf_counter()
+            timings.prefill_s = clock - start
             for token in self._tokens(logits):
+                now = time.perf_counter()
                 if not result.tokens:
-                    timings.ttft_s = time.perf_counter() - clock
-                else:
-                    timings.decode_s += time.perf_counter() - clock
+                    timings.ttft_s = now - start
+                if result.tokens or self._searches:
+                    timings.decode_s += now - clock
                     timings.decode_tokens += 1
                 if token in self._stop_ids:
                     reason = "stop"
@@ -164,7 +167,7 @@ class Generation:
     def _tokens(self, logits: np.ndarray) -> Iterator[int]:
         """One token after another, a stop token too; endless where nothing is searched."""
         session, sampler = self._session, self._sampler
-        if sampler.sampling.num_beams > 1:
+        if self._searches:
             yield from search(session, logits, sampler=sampler, limit=self._limit, stop_ids=self._stop_ids)
             return
         while True:

@@ -7,6 +7,7 @@ of a chunk of up to `slack` tokens still finds the whole window before it, and t
 Rows are stored after k_norm and RoPE (K) and after v_norm (V), as float16 bits or float32.
 """
 
+import sys
 from dataclasses import dataclass
 
 import numpy as np
@@ -82,6 +83,7 @@ class KVCache:
         return Snapshot(self.position, self.floor, rings)
 
     def restore(self, snapshot: Snapshot) -> None:
+        self.floor = sys.maxsize  # until all of it is back, nothing is held
         for i, (k, v) in snapshot.rings.items():
             self.layers[i].k[...], self.layers[i].v[...] = k, v
         self.position, self.floor = snapshot.position, snapshot.floor

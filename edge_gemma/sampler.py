@@ -26,7 +26,7 @@ _NUCLEUS_START = 512  # candidates looked at first for top-p without top-k
 class Sampling:
     """How to choose a token. The defaults are Gemma 4's own (its generation_config)."""
 
-    temperature: float = 1.0  # 0: greedy
+    temperature: float = 1.0  # 0: nothing is drawn
     top_k: int = 64  # 0: off
     top_p: float = 0.95  # 1: off
     min_p: float = 0.0  # share of the likeliest token's probability; 0: off
@@ -41,7 +41,7 @@ class Sampling:
         _check("top_p", self.top_p, 0 < self.top_p <= 1, "above 0, at most 1")
         _check("min_p", self.min_p, 0 <= self.min_p <= 1, "0 to 1")
         _check("repetition_penalty", self.repetition_penalty, 0 < self.repetition_penalty < 1e6, "above 0")
-        beams, sampled = self.num_beams, f"1 with a temperature of {self.temperature}: beams need --temperature 0"
+        beams, sampled = self.num_beams, f"1 with a temperature of {self.temperature}, or a temperature of 0"
         _check("num_beams", beams, type(beams) is int and 1 <= beams <= _MOST_BEAMS, f"1 to {_MOST_BEAMS}")
         _check("num_beams", beams, beams == 1 or self.temperature == 0, sampled)
         _check("seed", self.seed, self.seed is None or (isinstance(self.seed, int) and self.seed >= 0), "0 or more")
@@ -50,7 +50,8 @@ class Sampling:
     def from_generation_config(cls, config: Mapping[str, Any], **overrides: Any) -> "Sampling":
         """The checkpoint's own settings, `overrides` that are not None before them, Gemma 4's where neither says.
 
-        Its num_beams count where nothing is drawn. Raises UsageError for a setting that is no number or out of range.
+        Who asks for beams gets a temperature of 0 unless one is given; the checkpoint's beams count at 0 only. Raises
+        UsageError for a setting that is no number or out of range.
         """
         names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "num_beams")
         values = {name: config[name] for name in names if config.get(name) is not None}
@@ -60,7 +61,9 @@ class Sampling:
         if config.get("do_sample") is False:
             values["temperature"] = 0.0
         given = {name: value for name, value in overrides.items() if value is not None}
-        if given.get("temperature", values.get("temperature", cls.temperature)) > 0:
+        if given.get("num_beams", 1) > 1:
+            given.setdefault("temperature", 0.0)
+        elif given.get("temperature", values.get("temperature", cls.temperature)) > 0:
             values.pop("num_beams", None)
         return cls(**{**values, **given})
 
@@ -85,7 +88,10 @@ class Sampler:
         return int(ids[_draw(probabilities, self._random.random())])
 
     def likeliest(self, logits: np.ndarray, n: int, recent_ids: Sequence[int] = ()) -> list[tuple[int, float]]:
-        """The n likeliest tokens, likeliest first, with their log probabilities in nats. Otherwise as `sample`."""
+        """The n likeliest tokens, likeliest first, with their log probabilities in nats, after the penalty.
+
+        Ties and errors as in `sample`.
+        """
         logits, best = self._judged(np.ascontiguousarray(logits), recent_ids)
         maxima = block_maxima(logits)
         ids = _largest(logits, min(n, len(logits)), maxima)

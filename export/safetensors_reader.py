@@ -308,14 +308,21 @@ class SafetensorsCheckpoint:
         return line[1] if line else None
 
 
+_NUMBER = (int, float)
+_SAMPLING: dict[str, tuple[type, ...]] = {
+    "temperature": _NUMBER, "top_k": _NUMBER, "top_p": _NUMBER, "min_p": _NUMBER, "repetition_penalty": _NUMBER,
+    "do_sample": (bool,), "num_beams": (int,),
+}  # fmt: skip
+
+
 def sampling(given: Mapping[str, Any], source: str) -> dict[str, Any]:
     """The sampler settings of a generation configuration that we know, checked to be numbers."""
     result = {}
-    for key in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "do_sample"):
+    for key, kinds in _SAMPLING.items():
         value = given.get(key)
         if value is None:
             continue
-        if not isinstance(value, int | float) or (isinstance(value, bool) != (key == "do_sample")) or not value >= 0:
+        if type(value) not in kinds or not value >= 0:
             raise CheckpointError(f"{source}: {key} is {show(repr(value))}, expected a number of at least 0")
         result[key] = value
     return result

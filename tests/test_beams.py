@@ -42,10 +42,13 @@ class Tree:
     def prefill(self, ids: list[int]) -> np.ndarray:
         assert ids
         assert len(self.ids) + len(ids) <= self.context
+        if self.interrupt_at in ids:
+            raise KeyboardInterrupt
         self.ids += ids
         self.runs.append(len(ids))
         return self.after(tuple(self.ids[len(PROMPT) :]))
 
+    interrupt_at = None  # a token
     step = None  # never used: a hypothesis is a prompt
 
     def rewind(self, position: int) -> None:
@@ -126,6 +129,51 @@ def test_tokens_come_as_soon_as_all_agree():
     assert tree.position > len(PROMPT) + 2  # it took more than the token after to tell
 
 
+def test_ties_go_to_the_lowest_ids_as_in_greedy_decoding():
+    same = {tokens: dict.fromkeys(range(4), 0.25) for n in range(3) for tokens in itertools.product(range(4), repeat=n)}
+    for num_beams in (1, 2, 8):
+        assert found(Tree(4, scripted=same), num_beams, 3, stop_ids=()) == [0, 0, 0]
+
+
+FORK = {(): {3: 0.6, 4: 0.4}} | {(first, *[5] * n): {5: 1.0} for first in (3, 4) for n in range(300)}
+
+
+def test_hypotheses_that_differ_at_the_beginning_only_do_not_live_forever():
+    """And an endless repetition after them is told while it goes on."""
+    tree, sampler = Tree(10, scripted=FORK), Sampler(Sampling(temperature=0, num_beams=8))
+    tokens = search(tree, tree.after(()), sampler=sampler, limit=300, stop_ids={0})
+    assert next(tokens) == 3
+    assert len(tree.runs) < 3 * beams.LOOK_BACK
+    assert list(tokens) == [5] * 299
+    assert sum(tree.runs) < 300 + beams.LOOK_BACK * beams.LOOK_BACK
+
+
+def test_each_step_begins_where_the_last_one_ended():
+    tree = Tree(10, scripted=FORK)
+    found(tree, 2, 9)
+    assert tree.runs == [run for n in range(1, 9) for run in (1, n)]
+
+
+def test_ctrl_c_keeps_what_is_certain():
+    script = {(): {BYTE + 65: 1.0}, (BYTE + 65,): {BYTE + 66: 0.5, BYTE + 67: 0.5}}
+    tree, sampler = Tree(BYTE + 256, scripted=script), Sampler(Sampling(temperature=0, num_beams=3))
+    generation = Generation(tree, PROMPT, tokenizer=FakeTokenizer(), sampler=sampler)
+    tree.interrupt_at = BYTE + 67
+    with pytest.raises(KeyboardInterrupt):
+        list(generation)
+    assert (generation.result.finish_reason, generation.result.text) == ("interrupted", "A")
+
+
+def test_the_rate_is_that_of_the_search():
+    tree = Tree(BYTE + 256, scripted={(BYTE + 70,): {0: 1.0}, (): {BYTE + 70: 1.0}})
+    sampler = Sampler(Sampling(temperature=0, num_beams=3))
+    generation = Generation(tree, PROMPT, tokenizer=FakeTokenizer(), sampler=sampler, stop_ids={0})
+    list(generation)
+    t = generation.result.timings
+    assert t.decode_tokens == 2
+    assert t.ttft_s <= t.prefill_s + t.decode_s
+
+
 def test_the_repetition_penalty_counts_each_hypothesis_own_tokens():
     again = {(): {3: 0.9, 4: 0.1}, (3,): {3: 0.55, 4: 0.45}, (3, 3): {0: 1.0}, (3, 4): {0: 1.0}, (4,): {0: 1.0}}
     assert found(Tree(10, scripted=again), 4, 9) == [3, 3, 0]
@@ -163,8 +211,9 @@ def test_beams_are_for_a_temperature_of_0_only():
     assert Sampling.from_generation_config(config, num_beams=1).num_beams == 1
     assert Sampling.from_generation_config(config, temperature=0.5).num_beams == 1  # who asks for chance gets it
     assert Sampling.from_generation_config({"num_beams": 4}).num_beams == 1
-    with pytest.raises(UsageError, match=r"temperature of 1\.0: beams need --temperature 0"):
-        Sampling.from_generation_config({}, num_beams=4)
+    assert Sampling.from_generation_config({"top_k": 5}, num_beams=4) == Sampling(0, 5, num_beams=4)
+    with pytest.raises(UsageError, match=r"with a temperature of 0\.7"):
+        Sampling.from_generation_config({}, num_beams=4, temperature=0.7)
 
 
 def test_speech_is_written_down_with_the_checkpoints_beams_and_no_penalty():
@@ -175,6 +224,46 @@ def test_speech_is_written_down_with_the_checkpoints_beams_and_no_penalty():
 
 
 # --- over the real session --------------------------------------------------------------------------------------------
+
+
+class Afresh:
+    """A timeline that runs all of its tokens in a new session each time."""
+
+    def __init__(self, engine, ids: list[int]) -> None:
+        self.ids, self._engine, self.context = list(ids), engine, engine.context
+
+    position = Tree.position
+
+    def prefill(self, ids: list[int]) -> np.ndarray:
+        self.ids += ids
+        return self._engine.session().prefill(self.ids)
+
+    def rewind(self, position: int) -> None:
+        del self.ids[position:]
+
+
+@pytest.mark.parametrize("slack", [5, 128])
+def test_going_back_changes_nothing(tmp_path, monkeypatch, slack):
+    """Sliding windows of 7 tokens, and rings that hold fewer rows than a hypothesis goes back."""
+    from edge_gemma import Engine
+    from edge_gemma.export.convert import export_checkpoint
+    from tests.tiny import VOCAB, write_checkpoint
+
+    monkeypatch.setattr("edge_gemma.session.CHUNK", slack)
+    export_checkpoint(write_checkpoint(tmp_path / "source", "e2b"), tmp_path / "model", "float")
+    sampler, stops = Sampler(Sampling(temperature=0, num_beams=4)), {*range(0, VOCAB, 97)}
+    with Engine.load(tmp_path / "model", context=200, kv_dtype="float32") as engine:
+        for seed in range(3):
+            prompt = [2, *np.random.default_rng(seed).integers(6, VOCAB, 11).tolist()]
+            session, afresh = engine.session(), Afresh(engine, prompt)
+            logits = session.prefill(prompt)
+            ours = list(search(session, logits, sampler=sampler, limit=40, stop_ids=stops))
+            logits = engine.session().prefill(prompt)
+            assert ours == list(search(afresh, logits, sampler=sampler, limit=40, stop_ids=stops))
+            again = session.ids
+            session.rewind(len(prompt))
+            expected = engine.session().prefill(again)
+            np.testing.assert_allclose(session.prefill(again[len(prompt) :]), expected, atol=1e-5)
 
 
 @pytest.mark.oracle
@@ -188,6 +277,7 @@ def test_transformers_finds_the_same(tmp_path, monkeypatch, kind):
     from tests.tiny import VOCAB, write_checkpoint
 
     monkeypatch.setattr(beams, "MARGIN", math.inf)  # transformers has none
+    assert beams.LOOK_BACK > 14  # nor that
     source = write_checkpoint(tmp_path / "source", kind)
     model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype="float32", attn_implementation="eager")
     stops, longest = list(range(5, VOCAB, 23)), 0

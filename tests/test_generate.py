@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -452,3 +453,24 @@ def test_the_next_turn_runs_only_what_is_new(tiny_engine):
     first = conversation.last.timings.prefill_tokens
     list(conversation.send("and then?"))
     assert conversation.last.timings.reused_tokens >= first
+
+
+def test_ctrl_c_while_rings_are_put_back_is_noticed(tiny_engine, monkeypatch):
+    class Interrupted(dict):
+        def items(self):
+            yield next(iter(super().items()))
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("edge_gemma.session.CHUNK", 8)
+    ids = [2, *range(5, 70)]
+    session = tiny_engine.session()
+    session.prefill(ids[:20])
+    session.mark()
+    session.prefill(ids[20:])
+    (mark,), whole = session._marks, session._marks[0].rings
+    object.__setattr__(mark, "rings", Interrupted(whole))
+    with pytest.raises(KeyboardInterrupt):
+        session.rewind(30)
+    object.__setattr__(mark, "rings", whole)
+    session.rewind(64)  # which the rings held before
+    np.testing.assert_allclose(session.prefill([9]), tiny_engine.session().prefill([*ids[:64], 9]), atol=1e-5)

@@ -123,6 +123,7 @@ def test_side_files(tmp_path: Path) -> None:
     folder = write_checkpoint(tmp_path / "m", "e2b")
     (folder / "README.md").write_text("---\nlanguage: en\nlicense: apache-2.0\n---\nlicense: not this\n")
     (folder / "tokenizer.model").write_bytes(b"the proto")
+    edit_json(folder / "generation_config.json", num_beams=5, do_sample=False)
     checkpoint = open_checkpoint(folder)
     assert checkpoint.license == "apache-2.0"
     assert checkpoint.tokenizer_model() == b"the proto"
@@ -131,6 +132,7 @@ def test_side_files(tmp_path: Path) -> None:
     assert settings["eos_token_id"][0] == 1
     assert len(settings["eos_token_id"]) == 3
     assert (settings["temperature"], settings["top_k"], settings["top_p"]) == (1.0, 64, 0.95)
+    assert (settings["num_beams"], settings["do_sample"]) == (5, False)
     checkpoint.close()
 
 

@@ -15,6 +15,7 @@ from edge_gemma.engine import Engine
 from edge_gemma.export.convert import export_checkpoint
 from edge_gemma.export.sentencepiece_model import from_tokenizer_json
 from edge_gemma.generate import Result
+from edge_gemma.sampler import Sampling
 from edge_gemma.tokenizer import Tokenizer
 from edge_gemma.tool_call import ToolCall
 from tests.tiny import VOCAB, write_checkpoint
@@ -340,6 +341,7 @@ def test_an_exported_checkpoint_has_the_same_ids(exported) -> None:
         assert engine.tokenizer.encode(text) == reference.encode(text, add_special_tokens=False).ids
     assert engine.chat_template == template()
     assert engine.generation_config["eos_token_id"] == [1, 16, 9]
+    assert Sampling.from_generation_config(engine.generation_config).num_beams == 8
 
 
 def test_replies_are_scored_through_the_engine(exported, capsys) -> None:

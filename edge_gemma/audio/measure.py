@@ -156,7 +156,7 @@ def print_table(result: SpeechResult) -> None:
         ("encoder, a clip", f"{result.encoder_rtf:.3f} of real time", "encoder_rtf"),
         ("encoder, in steps of 160 ms", f"{result.encoder_stream_rtf:.3f} of real time", "encoder_stream_rtf"),
         ("listening: encoder and prefill", f"{result.listening_rtf:.3f} of real time", "listening_rtf"),
-        (f"a clip with {REPLY_TOKENS} tokens a second", f"{result.pipeline_rtf:.3f} of real time", "pipeline_rtf"),
+        (f"a clip, {REPLY_TOKENS} tokens a second, greedy", f"{result.pipeline_rtf:.3f} of real time", "pipeline_rtf"),
         *(
             (f"first token after {s} s, {how}", f"{times[s]:.3f} s", f"{name}_{s}")
             for name, how, times in (
