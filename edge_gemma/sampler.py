@@ -41,9 +41,10 @@ class Sampling:
         _check("top_p", self.top_p, 0 < self.top_p <= 1, "above 0, at most 1")
         _check("min_p", self.min_p, 0 <= self.min_p <= 1, "0 to 1")
         _check("repetition_penalty", self.repetition_penalty, 0 < self.repetition_penalty < 1e6, "above 0")
-        beams, sampled = self.num_beams, f"1 with a temperature of {self.temperature}, or a temperature of 0"
+        beams = self.num_beams
         _check("num_beams", beams, type(beams) is int and 1 <= beams <= _MOST_BEAMS, f"1 to {_MOST_BEAMS}")
-        _check("num_beams", beams, beams == 1 or self.temperature == 0, sampled)
+        or_zero = f"1 with a temperature of {self.temperature}, or a temperature of 0"
+        _check("num_beams", beams, beams == 1 or self.temperature == 0, or_zero)
         _check("seed", self.seed, self.seed is None or (isinstance(self.seed, int) and self.seed >= 0), "0 or more")
 
     @classmethod
