@@ -30,7 +30,7 @@ pytest.importorskip("jiwer", reason="the wer extra is not installed")
 
 ROOT = Path(__file__).parent.parent
 MOST_BYTES = 12_000_000  # of the folder, and so of what it adds to the wheel
-WORST_WER = 0.08  # on tests/speech, seen voices, texts of the domain: 3% to 5% was measured of the model shipped
+WORST_WER = 0.08  # on tests/speech, seen voices, texts of the domain: 3% was measured of the model shipped
 GREEDY = Sampling(temperature=0)
 LIGHT = {
     "type": "function",
