@@ -14,6 +14,7 @@ import click
 
 from edge_gemma import __version__, common, speech_cli
 from edge_gemma.errors import EdgeGemmaError, UsageError
+from edge_gemma.text_input import decode_text, read_text
 
 if TYPE_CHECKING:
     from edge_gemma.engine import Engine
@@ -139,7 +140,7 @@ def run(model: str | None, prompt: str, raw: bool, as_json: bool, **options: Any
     from edge_gemma.conversation import Chat, open_conversation
     from edge_gemma.terminal import Screen, show_reply
 
-    text = sys.stdin.buffer.read().decode("utf-8", "replace") if prompt == "-" else prompt
+    text = _piped_text() if prompt == "-" else prompt
     engine = common.load(model, options)
     screen = Screen(show_answer=not as_json, show_thinking=options["show_thinking"])
     conversation = open_conversation(
@@ -226,7 +227,7 @@ def export(
         raise UsageError(f"{source} does not exist: expected a checkpoint folder or a GGUF file")
     if calibration and no_calibration:
         raise click.UsageError("--calibration and --no-calibration exclude each other.")
-    text = None if no_calibration else _read_text(calibration) if calibration else bundled_text()
+    text = None if no_calibration else read_text(calibration) if calibration else bundled_text()
     write = export_onnx if as_onnx else export_checkpoint
     try:
         with progress_bar("exporting") as progress:
@@ -338,7 +339,7 @@ def perplexity(
     """
     from edge_gemma.terminal import progress_bar
 
-    text = _read_text(file)
+    text = read_text(file)
     engine = common.load_engine(model, threads=threads, backend=backend)
     from edge_gemma.quant import score
 
@@ -375,7 +376,7 @@ def score(
     from edge_gemma.quant import score as scoring
     from edge_gemma.terminal import progress_bar
 
-    text = _read_text(file)
+    text = read_text(file)
     kernels.announce_compiling(common.tell_compiling)
     kernels.set_threads(threads)
     with progress_bar("scoring", unit="windows") as progress:
@@ -425,11 +426,9 @@ def bench(model: str | None, as_json: bool, memory_limit: int | None, audio: boo
         benchmark.print_table(result)
 
 
-def _read_text(file: Path) -> str:
-    try:
-        return file.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{file} is not UTF-8 text (byte {error.start})") from None
+def _piped_text() -> str:
+    """Standard input, without the newline that `echo` and editors put at its end."""
+    return decode_text(sys.stdin.buffer.read(), "standard input").removesuffix("\n")
 
 
 def _say_written(folder: Path) -> None:

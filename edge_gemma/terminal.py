@@ -13,6 +13,7 @@ from edge_gemma.chat import Piece
 from edge_gemma.conversation import Chat, Conversation
 from edge_gemma.errors import EdgeGemmaError
 from edge_gemma.generate import Result
+from edge_gemma.text_input import decode_text
 from edge_gemma.transcript import Transcript
 
 _DIM, _PLAIN, _CLEAR_LINE = "\x1b[2m", "\x1b[0m", "\r\x1b[K"
@@ -182,8 +183,8 @@ class ChatLoop:
                 return input(prompt)
             if sys.stdin.isatty():
                 print(prompt, end="", file=sys.stderr, flush=True)
-            line = sys.stdin.readline()
-            return line.removesuffix("\n") if line else None
+            line = sys.stdin.buffer.readline()
+            return decode_text(line, "standard input").removesuffix("\n") if line else None
         except EOFError:
             print(file=sys.stderr)
             return None

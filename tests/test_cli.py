@@ -1,5 +1,6 @@
 """The command line as a user meets it: output, exit codes, one-line errors, Ctrl-C, the chat's commands and files."""
 
+import codecs
 import errno
 import json
 import os
@@ -54,6 +55,35 @@ def test_run_reads_standard_input(fake):
     engine = fake("ok")
     assert invoke("run", "-", stdin="Ünï\nlines \n").stdout == "ok\n"
     assert "user\nÜnï\nlines<turn|>" in spoken(engine)
+
+
+@pytest.mark.parametrize("piped", [b"Ein Wal", b"Ein Wal\n", codecs.BOM_UTF8 + b"Ein Wal\r\n"])
+def test_what_windows_and_echo_add_to_a_text_is_not_in_the_prompt(fake, piped):
+    engine = fake("ok")
+    assert invoke("run", "--raw", "-", stdin=piped).exit_code == 0
+    assert spoken(engine) == "<bos>Ein Walok"
+    assert invoke("run", "--raw", "-", stdin=b"a\r\n\r\n\r\n").exit_code == 0
+    assert spoken(engine) == "<bos>a\n\nok"  # one newline is the pipe's, the others are the text's
+    invoke("chat", stdin=piped)
+    assert "user\nEin Wal<turn|>" in spoken(engine)
+
+
+@pytest.mark.parametrize("piped", ["Größe".encode("utf-16"), "Größe".encode("latin-1"), "Größe".encode("utf-16-le")])
+def test_other_encodings_are_refused_not_guessed(fake, tmp_path, piped):
+    engine = fake("ok")
+    (tmp_path / "x.txt").write_bytes(piped)
+    assert "standard input is" in fails("run", "-", stdin=piped)
+    file = tmp_path / "x.txt"
+    for command in (
+        ("perplexity", file),
+        ("score", file, "-m", tmp_path, "--reference", tmp_path),
+        ("export", tmp_path, tmp_path / "out", "--calibration", file),
+    ):
+        assert f"{file} is" in fails(*command)
+    talk = invoke("chat", stdin=piped)
+    assert talk.exit_code == 1
+    assert "\nerror: standard input is" in talk.stderr
+    assert engine.timeline.ids == []
 
 
 def test_run_json_is_one_object_with_the_contracts_fields(fake):
@@ -360,6 +390,8 @@ def test_facts_of_a_tiny_model(tiny_model, tmp_path):
     text.write_text("the quick brown fox jumps over the lazy dog. " * 40)
     scored = invoke("perplexity", "-m", tiny_model, text, "--context", 64, "--json")
     assert set(json.loads(scored.stdout)) == {"perplexity", "tokens"}
+    text.write_bytes(codecs.BOM_UTF8 + text.read_bytes())
+    assert invoke("perplexity", "-m", tiny_model, text, "--context", 64, "--json").stdout == scored.stdout
     assert "exists already" in fails("export", tiny_model.parent / "source", tiny_model)
 
 
