@@ -26,8 +26,9 @@ def weight_bytes(rows: int, k: int, bits: int, group: int, scale_bytes: int) -> 
 
 def onnxruntime_pass(rows: int, k: int, bits: int, group: int, tokens: int, copies: int, threads: int):
     """A function that multiplies by `copies` matrices, one after another, and the bytes of one matrix."""
-    import onnxruntime
     from onnx import TensorProto, helper, numpy_helper
+
+    from edge_gemma.ort import onnxruntime
 
     rng = np.random.default_rng(0)
     nodes, initializers, outputs = [], [], []

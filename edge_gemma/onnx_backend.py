@@ -64,7 +64,7 @@ class OnnxEngine(Engine):
 
 def _load(path: Path, threads: int | None) -> Any:
     """An onnxruntime.InferenceSession on the CPU. Raises ModelFolderError where onnxruntime refuses the graph."""
-    import onnxruntime
+    from edge_gemma.ort import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads or os.cpu_count() or 1
@@ -121,7 +121,7 @@ class OnnxSession:
 
     def rewind(self, position: int) -> None:
         """Forget all tokens from `position` on. Raises UsageError outside 0..position."""
-        from onnxruntime import OrtValue
+        from edge_gemma.ort import onnxruntime
 
         if not 0 <= position <= self.position:
             raise UsageError(f"cannot rewind to {position}: the session is at {self.position}")
@@ -134,7 +134,7 @@ class OnnxSession:
                 rows = np.empty((1, layer.num_key_value_heads, 0, layer.head_dim), np.float32)
                 if position:
                     rows = self._past[name].numpy()[:, :, :position]
-                self._past[name] = OrtValue.ortvalue_from_numpy(np.ascontiguousarray(rows))
+                self._past[name] = onnxruntime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(rows))
 
     def mark(self) -> None:
         """Rewinding is cheap everywhere: every layer keeps all its rows."""
@@ -148,8 +148,9 @@ class OnnxSession:
 
     def load(self, path: Path | str) -> None:
         """Continue a saved timeline. Raises ModelFolderError if the file is damaged or belongs to another model."""
-        from onnxruntime import OrtValue
         from safetensors import SafetensorError, safe_open
+
+        from edge_gemma.ort import onnxruntime
 
         try:
             with safe_open(str(path), "np") as file:
@@ -169,14 +170,14 @@ class OnnxSession:
         ):
             raise ModelFolderError(f"{path} is not whole: start a new session")
         self.ids = ids.tolist()
-        self._past = {name: OrtValue.ortvalue_from_numpy(value) for name, value in tensors.items()}
+        self._past = {name: onnxruntime.OrtValue.ortvalue_from_numpy(value) for name, value in tensors.items()}
 
     def _check(self, ids: list[int]) -> None:
         check_ids(ids, self._config.vocab_size, self.position, self.context)
 
     def _run(self, ids: list[int], keep: int) -> np.ndarray:
         """Logits of the last `keep` of ids (0: of all): float32 [n, vocab_size]."""
-        from onnxruntime import OrtValue
+        from edge_gemma.ort import onnxruntime
 
         first, end = self.position, self.position + len(ids)
         numpy_inputs = {
@@ -184,8 +185,8 @@ class OnnxSession:
             "position_ids": np.arange(first, end, dtype=np.int64)[None],
             "num_logits_to_keep": np.array(keep, np.int64),
         }
-        feeds = {name: OrtValue.ortvalue_from_numpy(value) for name, value in numpy_inputs.items()}
-        input_ids = OrtValue.ortvalue_from_numpy(np.array([ids], np.int64))
+        feeds = {name: onnxruntime.OrtValue.ortvalue_from_numpy(value) for name, value in numpy_inputs.items()}
+        input_ids = onnxruntime.OrtValue.ortvalue_from_numpy(np.array([ids], np.int64))
         names = [output.name for output in self._embed.get_outputs()]
         feeds |= dict(zip(names, self._embed.run_with_ort_values(names, {"input_ids": input_ids}), strict=True))
         results = self._decoder.run_with_ort_values(self._outputs, feeds | self._past)

@@ -4,7 +4,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
 
 from edge_gemma import kernels
@@ -17,6 +16,7 @@ from edge_gemma.export.audio_tower import AudioConfig, AudioTower
 from edge_gemma.export.convert import export_checkpoint
 from edge_gemma.export.folder_writer import FolderWriter
 from edge_gemma.model_folder import AUDIO_BATCH, AUDIO_STREAM
+from edge_gemma.ort import onnxruntime
 from tests.make_audio_goldens import CLIPS, KINDS, SPOKEN, golden
 from tests.reference_audio import reference_encoder
 from tests.tiny import write_checkpoint

@@ -7,10 +7,10 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 ORDER = [
-    "errors", "text_input", "atomic", "config", "qformat", "model_folder", "buffers", "kernels", "linear", "ple",
-    "weights", "kv_cache", "ops", "decoder", "tokenizer", "tool_call", "template", "chat", "sampler", "models", "step",
-    "session", "engine", "memory", "provenance", "onnx_backend", "bench", "timeline", "beams", "generate",
-    "conversation", "transcript", "audio", "terminal", "common", "speech_cli", "cli", "__main__",
+    "errors", "ort", "text_input", "atomic", "config", "qformat", "model_folder", "buffers", "kernels", "linear",
+    "ple", "weights", "kv_cache", "ops", "decoder", "tokenizer", "tool_call", "template", "chat", "sampler", "models",
+    "step", "session", "engine", "memory", "provenance", "onnx_backend", "bench", "timeline", "beams",
+    "generate", "conversation", "transcript", "audio", "terminal", "common", "speech_cli", "cli", "__main__",
 ]  # fmt: skip
 # The places of the runtime that may reach into export/ and quant/, and only inside a function.
 CONVERTERS = {"cli", "models"}
@@ -74,3 +74,17 @@ def test_neither_running_nor_exporting_imports_torch() -> None:
                 names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
                 names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
                 assert not {n.split(".")[0] for n in names} & {"torch", "transformers"}, path
+
+
+def test_onnxruntime_is_imported_in_one_place() -> None:
+    """Which is edge_gemma/ort.py, with its telemetry off. docs/PRIVACY.md."""
+    files = [path for path in ROOT.rglob("*.py") if not any(part.startswith(".") for part in path.parts)]
+    importing = set()
+    for path in files:
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            if isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("import_module", "importorskip")):
+                names += [argument.value for argument in node.args if isinstance(argument, ast.Constant)]
+            importing |= {path.relative_to(ROOT).as_posix() for name in names if name.split(".")[0] == "onnxruntime"}
+    assert importing == {"edge_gemma/ort.py"}

@@ -17,6 +17,7 @@ from edge_gemma.export.onnx_folder import export_onnx
 from edge_gemma.export.synth import synthesize
 from edge_gemma.linear import Activations
 from edge_gemma.model_folder import ModelFolder
+from edge_gemma.ort import onnxruntime
 from edge_gemma.weights import bind
 from tests.reference_decoder import reference_logits
 from tests.test_goldens import dequantised, golden, relative_error, timeline
@@ -24,7 +25,6 @@ from tests.tiny import KINDS, tiny_config, tiny_weights, write_checkpoint
 from tests.tiny_qat import write_qat_checkpoint
 
 onnx = pytest.importorskip("onnx")
-onnxruntime = pytest.importorskip("onnxruntime")
 
 EVERY_KIND = pytest.mark.parametrize("kind", KINDS)
 

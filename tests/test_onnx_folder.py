@@ -20,12 +20,12 @@ from edge_gemma.export.onnx_folder import export_onnx
 from edge_gemma.export.synth import synthesize
 from edge_gemma.model_folder import manifest_digest
 from edge_gemma.onnx_backend import FILES
+from edge_gemma.ort import onnxruntime
 from tests.test_goldens import timeline
 from tests.tiny import write_checkpoint
 from tests.tiny_gguf import write_gguf
 
 ROOT = Path(__file__).parent.parent
-onnxruntime = pytest.importorskip("onnxruntime")
 
 
 # -- what a folder holds -----------------------------------------------------------------------------------------------

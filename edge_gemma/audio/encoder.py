@@ -32,9 +32,8 @@ _STATE = ("mel", "conv", "kv", "glu")
 
 
 def _options(threads: int) -> Any:
-    import onnxruntime
-
     from edge_gemma import kernels
+    from edge_gemma.ort import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
@@ -62,7 +61,7 @@ class AudioEncoder:
         """Load the folder's encoder. Raises UsageError if it has none, ModelFolderError if it cannot be loaded."""
         if folder.audio is None:
             raise UsageError(f"{folder.path} has no audio tower: export a model that has, without --no-audio")
-        import onnxruntime
+        from edge_gemma.ort import onnxruntime
 
         path = folder.path / AUDIO_STREAM
         try:

@@ -32,7 +32,7 @@ class SileroDetector:
     """Silero VAD, versions 5 and 6, at 16 kHz."""
 
     def __init__(self, model: Path) -> None:
-        import onnxruntime
+        from edge_gemma.ort import onnxruntime
 
         options = onnxruntime.SessionOptions()
         options.inter_op_num_threads = options.intra_op_num_threads = 1  # 0.1 ms a window: threads only cost
