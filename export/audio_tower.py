@@ -156,9 +156,8 @@ class AudioTower:
     token_ids: Mapping[str, int]  # audio_token_id, boa_token_id, eoa_token_id
     read: Callable[[str], np.ndarray]
     dtype: str = "F32"  # the float type that linear weights are stored in
-    packed: Mapping[str, PackedMatrix] = field(
-        default_factory=dict
-    )  # matrices that are integers already; not in `read`
+    packed: Mapping[str, PackedMatrix] = field(default_factory=dict)  # integers already; not in `read`
+    stored: tuple[StoredTensor, ...] = ()  # where its values lie
 
     @property
     def weights(self) -> int:
@@ -240,7 +239,8 @@ def bind_audio_tower(
 
     dtypes = {tensor.dtype for name, tensor in bound.items() if name.endswith(".linear.weight")}
     dtype = dtypes.pop() if len(dtypes) == 1 else "F32"
-    return AudioTower(config, words, hidden_size, ids, read, dtype, packed)
+    stored = (*bound.values(), *(part for matrix in packed.values() for part in matrix.stored))
+    return AudioTower(config, words, hidden_size, ids, read, dtype, packed, stored)
 
 
 def _size(c: Mapping[str, Any], key: str, default: int, most: int) -> int:

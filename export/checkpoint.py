@@ -13,7 +13,7 @@ from edge_gemma.export.audio_tower import AudioTower
 from edge_gemma.export.gguf_reader import GgufCheckpoint
 from edge_gemma.export.packed import PackedMatrix
 from edge_gemma.export.safetensors_reader import SafetensorsCheckpoint
-from edge_gemma.export.source_file import TensorInfo
+from edge_gemma.export.source_file import SourceFolder, StoredTensor, TensorInfo
 
 __all__ = ["Checkpoint", "TensorInfo", "open_checkpoint"]
 
@@ -37,6 +37,10 @@ class Checkpoint(Protocol):
 
         Values are effective: RMS-norm weights are the factor w itself. Only the bytes of these rows are read.
         """
+        ...
+
+    def stored(self, name: str) -> tuple[StoredTensor, ...]:
+        """Where the values of one of `tensors` lie in the source's files."""
         ...
 
     def tokenizer_model(self) -> bytes:
@@ -63,4 +67,4 @@ def open_checkpoint(source: Path) -> Checkpoint:
     configuration that is unknown or not supported.
     """
     source = Path(source)
-    return SafetensorsCheckpoint(source) if source.is_dir() else GgufCheckpoint(source)
+    return SafetensorsCheckpoint(SourceFolder(source)) if source.is_dir() else GgufCheckpoint(source)

@@ -18,7 +18,7 @@ import math
 import re
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -159,7 +159,7 @@ class _Taker:
         scales = self._scales(".weight_scale", rows, (1,))
         read = partial(_read, integers, scales, bits, columns)
         inputs, outputs = self.scalar(".input_activation_scale"), self.scalar(".output_activation_scale")
-        return PackedMatrix((rows, columns), bits, 0, ORIGIN, read, inputs, outputs)
+        return PackedMatrix((rows, columns), bits, 0, ORIGIN, read, inputs, outputs, stored=(integers, scales))
 
     def embedding(self, rows: int, columns: int, bits: int) -> PackedMatrix:
         """One scale a row; the table of per-layer embeddings may have one for each block of 256."""
@@ -167,7 +167,8 @@ class _Taker:
         blocks = (1, columns // 256) if self._module == "embed_tokens_per_layer" and columns % 256 == 0 else (1,)
         scales = self._scales(".embedding_scale", rows, blocks)
         group = 0 if scales.shape[1] == 1 else 256
-        return PackedMatrix((rows, columns), bits, group, ORIGIN, partial(_read, integers, scales, bits, columns))
+        read = partial(_read, integers, scales, bits, columns)
+        return PackedMatrix((rows, columns), bits, group, ORIGIN, read, stored=(integers, scales))
 
     def scalar(self, suffix: str) -> float:
         """A scale for all tokens; 0 where there is none."""
@@ -176,7 +177,7 @@ class _Taker:
             return 0.0
         if math.prod(tensor.shape) != 1 or tensor.kind is None:
             raise self._misfit(suffix, tensor, "one F32")
-        value = float(read_rows(StoredTensor(tensor.file, tensor.offset, (1,), tensor.dtype, tensor.kind), 0, 1)[0])
+        value = float(read_rows(replace(tensor, shape=(1,)), 0, 1)[0])
         if not 0 <= value < math.inf:
             raise CheckpointError(f"{self._name(suffix)} is {value}, expected a positive number, or 0 for none")
         return value

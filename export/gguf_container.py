@@ -152,8 +152,8 @@ def _strings(data: bytes, count: int, what: str) -> list[str]:
 class GgufFile:
     """One open GGUF file: `metadata` and `tensors` (the file's names; shapes rows first). Raises CheckpointError."""
 
-    def __init__(self, path: Path) -> None:
-        self.file = SourceFile(path)
+    def __init__(self, file: SourceFile | Path) -> None:
+        self.file = SourceFile(file) if isinstance(file, Path) else file
         self.name = self.file.name
         try:
             self._parse()
@@ -261,7 +261,7 @@ class GgufFile:
                     f"the file has {self.file.size}"
                 )
             dtype = kind.name if kind else UNREAD_TYPES[type_id]
-            tensors[name] = StoredTensor(self.file, base + offset, shape, dtype, kind)
+            tensors[name] = StoredTensor(self.file, base + offset, shape, dtype, kind, length)
             spans.append((base + offset, base + offset + length, name))
         spans.sort()
         for (_, end, before), (begin, _, name) in itertools.pairwise(spans):

@@ -21,6 +21,7 @@ from edge_gemma.export.gguf_container import GgufFile, Metadata
 from edge_gemma.export.gguf_types import PACKED_TYPES
 from edge_gemma.export.packed import Packed, PackedMatrix
 from edge_gemma.export.source_file import (
+    SourceFile,
     StoredTensor,
     TensorInfo,
     bind_tensors,
@@ -333,8 +334,8 @@ class GgufCheckpoint:
 
     trained_recipe = None
 
-    def __init__(self, path: Path) -> None:
-        self._file = GgufFile(path)
+    def __init__(self, file: SourceFile | Path) -> None:
+        self._file = GgufFile(file)
         try:
             self._open()
         except BaseException:
@@ -398,6 +399,10 @@ class GgufCheckpoint:
                 raise CheckpointError(f"{self._name}: general.sampling.{key} is {show(repr(value))}, expected a number")
             result[name] = shortest(value) if isinstance(value, float) else value
         return result
+
+    def stored(self, name: str) -> tuple[StoredTensor, ...]:
+        """Where the values of a tensor lie."""
+        return (self._stored[name],)
 
     def rows(self, name: str, start: int, stop: int) -> NDArray[np.float32]:
         """Rows [start, stop) of the first axis, float32, C-contiguous and fresh: effective values."""

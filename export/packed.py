@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_gemma import qformat
+from edge_gemma.export.source_file import StoredTensor
 from edge_gemma.model_folder import Tensor
 
 Integers = NDArray[np.int8]
@@ -39,6 +40,7 @@ class PackedMatrix:
     output_scale: float = 0.0
     cache_scale: float = 0.0
     minimum: int = 0  # bits of a group's minimum; 0: none
+    stored: tuple[StoredTensor, ...] = ()  # where the values lie
 
     def rows(self, start: int, stop: int) -> NDArray[np.float32]:
         """Rows [start, stop) as float32 [n, columns]."""

@@ -13,7 +13,6 @@ import math
 import re
 from collections.abc import Mapping
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,12 +25,12 @@ from edge_gemma.export.gguf_types import BY_NAME
 from edge_gemma.export.packed import PackedMatrix
 from edge_gemma.export.source_file import (
     SourceFile,
+    SourceFolder,
     StoredTensor,
     TensorInfo,
     bind_tensors,
     few,
     read_rows,
-    read_small,
     resolve_config,
     show,
 )
@@ -135,7 +134,7 @@ def _stored(file: SourceFile, base: int, name: str, entry: Any) -> StoredTensor:
             f"{where} has {offsets[1] - offsets[0]} bytes, {dtype} of shape {tuple(shape)} needs {needed}"
         )
     kind = BY_NAME[dtype] if dtype in _READABLE else None
-    return StoredTensor(file, base + offsets[0], tuple(shape), dtype, kind)
+    return StoredTensor(file, base + offsets[0], tuple(shape), dtype, kind, needed)
 
 
 def _integers(value: Any) -> bool:
@@ -145,9 +144,9 @@ def _integers(value: Any) -> bool:
 class SafetensorsCheckpoint:
     """A Hugging Face folder as a `Checkpoint`: model_type gemma4, gemma4_text or gemma3_text; F32, F16 and BF16."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: SourceFolder) -> None:
         self._folder = folder
-        self._name = show(folder, 200)
+        self._name = folder.name
         self._files: list[SourceFile] = []
         try:
             self._open()
@@ -156,7 +155,7 @@ class SafetensorsCheckpoint:
             raise
 
     def _open(self) -> None:
-        config_bytes = read_small(self._folder / "config.json", _MAX_JSON)
+        config_bytes = self._folder.read("config.json", _MAX_JSON)
         top = parse_json(config_bytes, f"{self._name}/config.json")
         self.text_config = _text_config(top)
         self._config = resolve_config(self._name, self.text_config)
@@ -170,6 +169,7 @@ class SafetensorsCheckpoint:
         self.trained_recipe = None
         if quantization is not None:
             self.trained_recipe = "mobile"
+            self._prefetch_scalars(stored)
             self.packed = gemma_quant.packed_matrices(quantization, shapes, canonical, original)
         self._stored = bind_tensors(
             self._name,
@@ -192,18 +192,18 @@ class SafetensorsCheckpoint:
 
     def _open_files(self) -> tuple[dict[str, StoredTensor], list[bytes]]:
         """The tensors of model.safetensors, or of all shards, under the names the files give them."""
-        index_path = self._folder / "model.safetensors.index.json"
-        if (self._folder / "model.safetensors").exists():
+        index = "model.safetensors.index.json"
+        if self._folder.has("model.safetensors"):
             names, weight_map = ["model.safetensors"], None
-        elif index_path.exists():
-            weight_map = _weight_map(parse_json(read_small(index_path, _MAX_JSON), f"{self._name}'s shard index"))
+        elif self._folder.has(index):
+            weight_map = _weight_map(parse_json(self._folder.read(index, _MAX_JSON), f"{self._name}'s shard index"))
             names = sorted(set(weight_map.values()))
         else:
             raise CheckpointError(f"{self._name} has neither model.safetensors nor model.safetensors.index.json")
         stored: dict[str, StoredTensor] = {}
         headers = []
         for name in names:
-            file = SourceFile(self._folder / name)
+            file = self._folder.open(name)
             self._files.append(file)
             tensors, header = read_header(file)
             headers.append(header)
@@ -213,6 +213,12 @@ class SafetensorsCheckpoint:
         if weight_map is not None and (lost := [t for t in weight_map if t not in stored]):
             raise CheckpointError(f"{self._name}: the shard index names tensors that no shard holds: {few(lost)}")
         return stored, headers
+
+    def _prefetch_scalars(self, stored: Mapping[str, StoredTensor]) -> None:
+        """Activation and cache scales, which are read one by one, between larger tensors."""
+        for file in self._files:
+            here = [t for t in stored.values() if t.file is file and math.prod(t.shape) == 1]
+            file.prefetch((t.offset, t.nbytes) for t in here)
 
     def _unused(self, name: str, multimodal: bool) -> bool:
         """Tensors that may be present and are not the decoder's: a tied head, towers, K and V of KV-shared layers."""
@@ -225,6 +231,10 @@ class SafetensorsCheckpoint:
         match = _KV_TENSOR.fullmatch(name)
         layers = self._config.layers
         return bool(match and int(match[1]) < len(layers) and not layers[int(match[1])].owns_kv)
+
+    def stored(self, name: str) -> tuple[StoredTensor, ...]:
+        """Where the values of a tensor lie."""
+        return self.packed[name].stored if name in self.packed else (self._stored[name],)
 
     def rows(self, name: str, start: int, stop: int) -> NDArray[np.float32]:
         """Rows [start, stop) of the first axis, float32, C-contiguous and fresh: effective values."""
@@ -239,13 +249,13 @@ class SafetensorsCheckpoint:
 
     def tokenizer_model(self) -> bytes:
         """The SentencePiece model: tokenizer.model, or rebuilt from tokenizer.json."""
-        if (self._folder / "tokenizer.model").exists():
-            return read_small(self._folder / "tokenizer.model", _MAX_TOKENIZER)
-        if not (self._folder / "tokenizer.json").exists():
+        if self._folder.has("tokenizer.model"):
+            return self._folder.read("tokenizer.model", _MAX_TOKENIZER)
+        if not self._folder.has("tokenizer.json"):
             raise CheckpointError(f"{self._name} has neither tokenizer.model nor tokenizer.json")
         from edge_gemma.export.sentencepiece_model import from_tokenizer_json
 
-        data = read_small(self._folder / "tokenizer.json", _MAX_TOKENIZER)
+        data = self._folder.read("tokenizer.json", _MAX_TOKENIZER)
         return from_tokenizer_json(data, self._config.vocab_size)
 
     def audio_tower(self) -> AudioTower | None:
@@ -266,8 +276,7 @@ class SafetensorsCheckpoint:
             file.close()
 
     def _side_file(self, name: str) -> bytes | None:
-        path = self._folder / name
-        return read_small(path, _MAX_JSON) if path.exists() else None
+        return self._folder.read(name, _MAX_JSON) if self._folder.has(name) else None
 
     def _side_json(self, name: str) -> dict[str, Any]:
         data = self._side_file(name)

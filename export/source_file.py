@@ -1,7 +1,7 @@
 """Reading rows of tensors out of large files that are not trusted.
 
-Owns: opening a regular file, reads that fail in one line, the table of tensors a decoder needs against the tensors a
-source has, and blocks of rows as float32. Does not know: any container format, nor what a tensor is for.
+Owns: opening a folder's regular files, reads that fail in one line, the table of tensors a decoder needs against the
+tensors a source has, and blocks of rows as float32. Does not know: any container format, nor what a tensor is for.
 
 Files are read with `pread`, never mapped: mapped pages count as resident memory, and a row block of a 4.7 GB tensor
 must cost the memory of that block.
@@ -95,6 +95,9 @@ class SourceFile:
                 f"{self.name} is truncated: {length} bytes at {offset} are needed, the file has {self.size}"
             )
 
+    def prefetch(self, spans: Iterable[tuple[int, int]]) -> None:
+        """Small ranges (offset, length) are read soon, one by one. Nothing to do for a file that lies here."""
+
     def close(self) -> None:
         """Idempotent."""
         if self._fd >= 0:
@@ -102,15 +105,29 @@ class SourceFile:
             self._fd = -1
 
 
-def read_small(path: Path, limit: int) -> bytes:
-    """A whole side file (config.json and the like) of at most `limit` bytes."""
-    file = SourceFile(path)
-    try:
-        if file.size > limit:
-            raise CheckpointError(f"{file.name} has {file.size} bytes, expected at most {limit}")
-        return file.read(0, file.size)
-    finally:
-        file.close()
+class SourceFolder:
+    """The files of a checkpoint, by name. A folder that lies elsewhere offers the same (export/remote.py)."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self.name = show(path, 200)
+
+    def has(self, name: str) -> bool:
+        return (self._path / name).exists()
+
+    def open(self, name: str) -> SourceFile:
+        """Raises CheckpointError where it cannot be read."""
+        return SourceFile(self._path / name)
+
+    def read(self, name: str, limit: int) -> bytes:
+        """A whole side file (config.json and the like) of at most `limit` bytes. Raises CheckpointError."""
+        file = self.open(name)
+        try:
+            if file.size > limit:
+                raise CheckpointError(f"{file.name} has {file.size} bytes, expected at most {limit}")
+            return file.read(0, file.size)
+        finally:
+            file.close()
 
 
 @dataclass(frozen=True)
@@ -122,6 +139,7 @@ class StoredTensor:
     shape: tuple[int, ...]
     dtype: str  # the container's word
     kind: ElementType | None  # None: a type that cannot be read
+    nbytes: int
 
 
 def read_rows(tensor: StoredTensor, start: int, stop: int) -> NDArray[np.float32]:
