@@ -8,8 +8,9 @@ Memory: one block of rows of one tensor at a time, whatever the checkpoint's siz
 """
 
 import json
+from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,8 @@ from edge_gemma.model_folder import GENERATION, TEMPLATE, TOKENIZER, Progress, T
 from edge_gemma.quant.calibrate import CALIBRATED_BITS, Calibration, calibration_ids
 from edge_gemma.quant.recipes import DENSE, tensor_format
 from edge_gemma.tokenizer import Tokenizer
+
+_GLANCES = 16  # looks at once: a checkpoint elsewhere answers each after a while
 
 
 def export_checkpoint(
@@ -52,40 +55,76 @@ def export_checkpoint(
     """
     checkpoint = open_checkpoint(source)
     try:
-        config = GemmaConfig.from_text_config(checkpoint.text_config)
-        recipe = choose_recipe(checkpoint, recipe)
-        carried = carried_matrices(checkpoint, config, recipe)
-        plan = {name: plan_weight(checkpoint, config, recipe, carried, name) for name in config.tensor_shapes()}
-        tokenizer = checkpoint.tokenizer_model()
-        tower = checkpoint.audio_tower() if audio else None
-        beside = encoder_bytes(tower, recipe) if tower else 0
-        if not any(tensor.bits in CALIBRATED_BITS for name, tensor in plan.items() if name not in carried):
+        conversion = Conversion.plan_of(checkpoint, recipe, audio=audio)
+        if not conversion.calibrates:
             calibration = None
-        key = None if calibration is None else export_key(checkpoint.digest(), recipe, calibration, audio)
+        key = None
+        if calibration is not None:
+            key = export_key(checkpoint.digest(), conversion.recipe, calibration, audio)
         with (
             new_folder(dest, force=force, key=key) as folder,
-            FolderWriter(folder, plan, beside=beside) as writer,
+            FolderWriter(folder, conversion.plan, beside=encoder_bytes(conversion.tower, conversion.recipe)) as writer,
         ):
-            section = write_tower(writer, tower, recipe, progress) if tower else None
-            writer.add_file(TOKENIZER, tokenizer)
-            if checkpoint.chat_template is not None:
-                writer.add_file(TEMPLATE, checkpoint.chat_template.encode())
-            writer.add_file(GENERATION, json.dumps(checkpoint.generation_config, indent=1).encode())
-            content = _write_tensors(checkpoint, config, plan, carried, writer, calibration, progress)
-            writer.finish(
-                dict(config.text_config),
-                recipe,
-                {
-                    "name": source.name,
-                    "digest": checkpoint.digest(),
-                    "content_sha256": content,
-                    "license": checkpoint.license,
-                },
-                section,
-            )
+            section = write_tower(writer, conversion.tower, conversion.recipe, progress)
+            conversion.write_side_files(writer)
+            content = _write_tensors(conversion, writer, calibration, progress)
+            conversion.finish(writer, {"name": source.name}, content, section)
     finally:
         checkpoint.close()
     return dest
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """A checkpoint and what becomes of it: known before anything is written."""
+
+    checkpoint: Checkpoint
+    config: GemmaConfig
+    recipe: str
+    carried: dict[str, PackedMatrix]  # matrices that keep the integers they have
+    plan: dict[str, Tensor]
+    tokenizer: bytes
+    tower: AudioTower | None
+
+    @classmethod
+    def plan_of(
+        cls,
+        checkpoint: Checkpoint,
+        recipe: str | None,
+        *,
+        audio: bool = True,
+        glance: bool = False,
+        off_grid: Collection[str] = (),
+    ) -> "Conversion":
+        """recipe, audio: as for `export_checkpoint`. glance, off_grid: as for `carried_matrices`.
+
+        Raises CheckpointError, ConfigError, UsageError: one line each.
+        """
+        config = GemmaConfig.from_text_config(checkpoint.text_config)
+        recipe = choose_recipe(checkpoint, recipe)
+        carried = carried_matrices(checkpoint, config, recipe, glance=glance, off_grid=off_grid)
+        plan = {name: plan_weight(checkpoint, config, recipe, carried, name) for name in config.tensor_shapes()}
+        tower = checkpoint.audio_tower() if audio else None
+        return cls(checkpoint, config, recipe, carried, plan, checkpoint.tokenizer_model(), tower)
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether a text would change how weights are rounded."""
+        return any(tensor.bits in CALIBRATED_BITS for name, tensor in self.plan.items() if name not in self.carried)
+
+    def write_side_files(self, writer: FolderWriter) -> None:
+        """Tokenizer, chat template, generation configuration."""
+        writer.add_file(TOKENIZER, self.tokenizer)
+        if self.checkpoint.chat_template is not None:
+            writer.add_file(TEMPLATE, self.checkpoint.chat_template.encode())
+        writer.add_file(GENERATION, json.dumps(self.checkpoint.generation_config, indent=1).encode())
+
+    def finish(
+        self, writer: FolderWriter, source: dict[str, Any], content: str, section: dict[str, Any] | None
+    ) -> None:
+        """The manifest. source: where the checkpoint is from, in words; content: the digest of all values read."""
+        digests = {"digest": self.checkpoint.digest(), "content_sha256": content, "license": self.checkpoint.license}
+        writer.finish(dict(self.config.text_config), self.recipe, source | digests, section)
 
 
 def choose_recipe(checkpoint: Checkpoint, recipe: str | None) -> str:
@@ -100,10 +139,14 @@ def choose_recipe(checkpoint: Checkpoint, recipe: str | None) -> str:
     return recipe
 
 
-def carried_matrices(checkpoint: Checkpoint, config: GemmaConfig, recipe: str) -> dict[str, PackedMatrix]:
+def carried_matrices(
+    checkpoint: Checkpoint, config: GemmaConfig, recipe: str, *, glance: bool = False, off_grid: Collection[str] = ()
+) -> dict[str, PackedMatrix]:
     """The matrices a recipe leaves as the source has them: packed, in no more bits than it asks for.
 
     That includes floats that lie on a grid of so few bits, and excludes tables read by row that have minima.
+    glance: a look at a matrix's first rows decides whether it lies on a grid; reading the rest may raise OffGridError.
+    off_grid: matrices that are known to lie on none.
     """
     if recipe == checkpoint.trained_recipe:
         return checkpoint.packed
@@ -113,9 +156,11 @@ def carried_matrices(checkpoint: Checkpoint, config: GemmaConfig, recipe: str) -
         given = checkpoint.packed.get(name)
         if given is not None and given.minimum and config.read_by_row(name):
             return None
-        return given if given is not None or not bits[name] else grid_matrix(checkpoint, name, bits[name])
+        if given is not None or not bits[name] or name in off_grid:
+            return given
+        return grid_matrix(checkpoint, name, bits[name], glance=glance)
 
-    with ThreadPoolExecutor() as pool:
+    with ThreadPoolExecutor(_GLANCES if glance else None) as pool:
         found = zip(bits, pool.map(packed, bits), strict=True)
     return {name: matrix for name, matrix in found if matrix is not None and matrix.bits <= bits[name]}
 
@@ -144,30 +189,30 @@ def plan_weight(
     return replace(rounded, origin=f"rounded by recipe {recipe}")
 
 
-def encoder_bytes(tower: AudioTower, recipe: str) -> int:
+def encoder_bytes(tower: AudioTower | None, recipe: str) -> int:
     """About what the audio encoder's weights take as a recipe stores them."""
-    return tower.weights * (4 if recipe == "float" else 1)
+    return tower.weights * (4 if recipe == "float" else 1) if tower else 0
 
 
 def write_tower(
-    writer: FolderWriter, tower: AudioTower, recipe: str, progress: Progress | None = None
-) -> dict[str, Any]:
-    """The audio encoder as a recipe stores it. Returns the manifest's section. Raises UsageError without onnx."""
+    writer: FolderWriter, tower: AudioTower | None, recipe: str, progress: Progress | None = None
+) -> dict[str, Any] | None:
+    """The audio encoder as a recipe stores it. Returns the manifest's section, None without a tower.
+
+    Raises UsageError without onnx.
+    """
+    if tower is None:
+        return None
     from edge_gemma.export.audio_encoder import write_audio_encoder
 
     return write_audio_encoder(writer, tower, bits=0 if recipe == "float" else 8, progress=progress)
 
 
 def _write_tensors(
-    checkpoint: Checkpoint,
-    config: GemmaConfig,
-    plan: dict[str, Tensor],
-    carried: dict[str, PackedMatrix],
-    writer: FolderWriter,
-    calibration: str | None,
-    progress: Progress | None,
+    conversion: Conversion, writer: FolderWriter, calibration: str | None, progress: Progress | None
 ) -> str:
     """Stream every tensor through, what a text calibrates first. Returns the digest of all values read."""
+    checkpoint, config, plan, carried = conversion.checkpoint, conversion.config, conversion.plan, conversion.carried
     with ThreadPoolExecutor() as pool:
         if calibration is None:
             return TensorStream(checkpoint, plan, carried, writer, pool, progress).put_rest()

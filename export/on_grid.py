@@ -19,10 +19,19 @@ _BLOCK_WEIGHTS = 1 << 18
 _FORMATS = ((2, 0), (4, 0), (4, 32), (8, 0))
 
 
-def grid_matrix(checkpoint: Checkpoint, name: str, most_bits: int) -> PackedMatrix | None:
+class OffGridError(CheckpointError):
+    """`matrix` is not on the grid that its first rows lie on."""
+
+    def __init__(self, matrix: str) -> None:
+        super().__init__(f"{matrix} is not on the grid its first rows lie on, or changed while it was read")
+        self.matrix = matrix
+
+
+def grid_matrix(checkpoint: Checkpoint, name: str, most_bits: int, *, glance: bool = False) -> PackedMatrix | None:
     """The matrix as integers and scales that restore every weight, in at most this many bits; None if it has none.
 
-    Reads all of a matrix that is on a grid, else a few rows of it.
+    Reads all of a matrix that is on a grid, else a few rows of it; with `glance` never more than a few rows, and
+    reading the matrix then raises OffGridError where the rest lies on none.
     """
     info = checkpoint.tensors[name]
     if len(info.shape) != 2 or info.dtype not in ("BF16", "F16", "F32"):
@@ -32,7 +41,7 @@ def grid_matrix(checkpoint: Checkpoint, name: str, most_bits: int) -> PackedMatr
         if bits > most_bits or (group == 0 and columns < 64):  # a short row is on some grid by chance
             continue
         step = max(_ROWS, _BLOCK_WEIGHTS // columns)
-        edges = [0, *range(min(_ROWS, rows), rows, step), rows]
+        edges = [0, min(_ROWS, rows)] if glance else [0, *range(min(_ROWS, rows), rows, step), rows]
         if all(_on_grid(checkpoint, name, bits, group, start, stop) is not None for start, stop in pairwise(edges)):
             read = partial(_read, checkpoint, name, bits, group)
             return PackedMatrix((rows, columns), bits, group, f"found on a grid of {bits} bits in {info.dtype}", read)
@@ -51,5 +60,5 @@ def _on_grid(
 def _read(checkpoint: Checkpoint, name: str, bits: int, group: int, start: int, stop: int) -> tuple[Integers, Scales]:
     found = _on_grid(checkpoint, name, bits, group, start, stop)
     if found is None:
-        raise CheckpointError(f"{name} changed while it was read: export it again")
+        raise OffGridError(name)
     return found

@@ -14,6 +14,7 @@ import numpy as np
 from edge_gemma.errors import CheckpointError
 from edge_gemma.export.checkpoint import Checkpoint
 from edge_gemma.export.folder_writer import FolderWriter
+from edge_gemma.export.on_grid import OffGridError
 from edge_gemma.export.packed import PackedMatrix, encode_packed
 from edge_gemma.export.resume import Journal
 from edge_gemma.model_folder import Progress, Tensor
@@ -99,26 +100,41 @@ class TensorStream:
             self._journal.note(name, self._digests[name])
 
     def put_rest(self) -> str:
-        """Every tensor not yet put, carried over or by searched scales. Returns the sha256 over the sha256 of every
-        tensor's values.
+        """Every tensor not yet put. Returns `content`."""
+        finished = self._journal.finished if self._journal else {}
+        for name in self._plan:
+            if name in self._digests:
+                continue
+            if name in finished and name not in self._carried:
+                self.put(name, lambda weights, first, f=finished[name]: f.read(first, first + len(weights)))
+            else:
+                self.put_one(name)
+        return self.content()
+
+    def put_one(self, name: str) -> None:
+        """One tensor, carried over or by searched scales."""
+        if name in self._carried:
+            self.carry(name)
+            return
+        tensor = self._plan[name]
+        self.put(name, lambda weights, _: search_scales(weights, tensor.bits, tensor.group, minimum=tensor.minimum))
+
+    def skip(self, name: str, content: str) -> None:
+        """A tensor that an earlier run has written; content: the sha256 of its values."""
+        self._digests[name] = content
+
+    def content(self) -> str:
+        """The sha256 over the sha256 of every tensor's values, once all have been put.
 
         Values are float32, or integers and scales where those are carried; tensors are in the plan's order.
         """
-        finished = self._journal.finished if self._journal else {}
-        for name, tensor in self._plan.items():
-            if name in self._digests:
-                continue
-            if name in self._carried:
-                self.carry(name)
-            elif name in finished:
-                self.put(name, lambda weights, first, f=finished[name]: f.read(first, first + len(weights)))
-            else:
-                self.put(name, lambda weights, _, t=tensor: search_scales(weights, t.bits, t.group, minimum=t.minimum))
         return hashlib.sha256("".join(self._digests[name] for name in self._plan).encode()).hexdigest()
 
     def _append(self, name: str, block: Future[_Block], content: Any) -> None:
         try:
             read, parts = block.result()
+        except OffGridError:
+            raise
         except CheckpointError as error:
             raise CheckpointError(f"{name}: {error}") from None
         for values in read:

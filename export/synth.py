@@ -110,9 +110,9 @@ def synthesize(
     config = GemmaConfig.from_text_config(TEXT_CONFIGS[size])
     plan = plan_model(config, recipe)
     tower = random_tower(size, config, seed, trained=recipe in TRAINED_RECIPES) if audio else None
-    beside = encoder_bytes(tower, recipe) if tower else 0
+    beside = encoder_bytes(tower, recipe)
     with new_folder(dest, force=force) as folder, FolderWriter(folder, plan, beside=beside) as writer:
-        section = write_tower(writer, tower, recipe, progress) if tower else None
+        section = write_tower(writer, tower, recipe, progress)
         writer.add_file(TOKENIZER, tokenizer_model(config.vocab_size))
         writer.add_file(TEMPLATE, _CHAT_TEMPLATE.encode())
         writer.add_file(GENERATION, json.dumps(_GENERATION, indent=1).encode())
