@@ -92,30 +92,27 @@ def chat(model: str | None, session_file: Path | None, **options: Any) -> None:
     from edge_gemma import models
     from edge_gemma.conversation import open_conversation
     from edge_gemma.terminal import ChatLoop, Screen
-    from edge_gemma.transcript import Transcript
+    from edge_gemma.transcript import SessionFile
 
-    system, earlier = options["system"], Transcript(())
-    if session_file is not None:
-        if not session_file.absolute().parent.is_dir():
-            raise UsageError(f"{session_file} cannot be written: {session_file.parent} is not a folder")
-        if session_file.exists():
-            earlier = Transcript.load(session_file)
-            system = system or earlier.system
+    file = SessionFile(session_file) if session_file is not None else None
+    if file is not None and not file.path.absolute().parent.is_dir():
+        raise UsageError(f"{file.path} cannot be written: {file.path.parent} is not a folder")
+    earlier = file.load() if file is not None else None
     engine = common.load(model, options)
     screen = Screen(show_thinking=options["show_thinking"])
     if engine.path == models.EMBEDDED:
         screen.note(models.EMBEDDED_NOTE)
     conversation = open_conversation(
         engine,
-        system=system,
+        earlier=earlier,
+        system=options["system"],
         think=options["think"] or options["show_thinking"],
-        messages=earlier.messages,
         sampling=_sampling_of(engine, options),
         max_tokens=options["max_tokens"],
         stop_strings=options["stop"],
         progress=screen.prefilled,
     )
-    ChatLoop(conversation, screen, model=_name(engine), session_file=session_file).run()
+    ChatLoop(conversation, screen, model=_name(engine), session_file=file).run()
 
 
 @cli.command()

@@ -1,20 +1,28 @@
 """Talking with a model: turns in, streamed replies out, whatever happens on the way.
 
-Owns: the transcript, which part of it still fits the context, what an interrupted reply leaves behind. Two kinds:
-`Chat` for models with a chat template, `Continuation` for base models. Does not know: screens, files.
+Owns: the transcript, which part of it still fits the context, what an interrupted reply leaves behind, that replies
+come one at a time. Two kinds: `Chat` for models with a chat template, `Continuation` for base models. Does not know:
+screens, files.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Protocol
+import functools
+import itertools
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, ClassVar, Protocol
 
 from edge_gemma.chat import ChatFormat, Message, Piece
 from edge_gemma.errors import ContextFullError, UsageError
 from edge_gemma.generate import Generation, Progress, Result, StreamTokenizer, stop_ids_of
 from edge_gemma.sampler import Sampler, Sampling
 from edge_gemma.timeline import Timeline
+from edge_gemma.transcript import Kind, Transcript
 
 CONTINUATION_TOKENS = 128  # a base model seldom stops by itself
 _LEAST_ROOM = 16  # tokens an answer must have, or the message counts as too long
+_CHARACTERS = 4.0  # of a token, for a first guess at a prompt's length
+_TURN_CHARACTERS = 16  # what a template puts around a message
 
 
 class ChatEngine(Protocol):
@@ -32,35 +40,60 @@ class ChatEngine(Protocol):
 class Conversation:
     """What both kinds share: a transcript over one session. `last` is the latest reply's result."""
 
+    kind: ClassVar[Kind]
+    system: str | None = None
+
     def __init__(
         self,
         engine: ChatEngine,
         *,
+        messages: Sequence[Message] = (),
         sampling: Sampling | None = None,
         max_tokens: int | None = None,
         stop_strings: Sequence[str] = (),
         progress: Progress | None = None,
     ) -> None:
+        """messages: an earlier conversation of this kind to go on with, its system turn left out."""
         self.session = engine.session()
         self.tokenizer = engine.tokenizer
-        self.messages: list[Message] = []
+        self.messages = list(messages)
         self.max_tokens = max_tokens
         self.last: Result | None = None
         self._sampler = Sampler(sampling or Sampling.from_generation_config(engine.generation_config))
         self._stop_ids = stop_ids_of(engine.generation_config, engine.tokenizer)
         self._stop_strings, self._progress = tuple(stop_strings), progress
+        self._replying = threading.Lock()
 
     def send(self, text: str) -> Iterator[Piece]:
         """Say `text`; the reply's pieces as they come. Close the iterator to stop the reply where it is.
 
         However it ends, the transcript is whole: what was said of the reply is kept, and where nothing was, `text` is
-        taken back too. Raises ContextFullError if `text` alone does not fit.
+        taken back too. Raises ContextFullError if `text` alone does not fit, UsageError while another reply is being
+        written.
         """
         raise NotImplementedError
 
     def reset(self) -> None:
-        """Start anew; the session is kept for what the next prompt shares with it."""
-        self.messages, self.last = [], None
+        """Start anew; the session is kept for what the next prompt shares with it. Raises UsageError as `send`."""
+        with self._alone():
+            self.messages, self.last = [], None
+
+    def transcript(self, model: str | None = None) -> Transcript:
+        """What was said so far, to be saved. model: its name, for whoever reads the file."""
+        return Transcript(tuple(self.messages), self.system, model, self.kind)
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """One session can be at one place only. Held from a reply's first piece to its end."""
+        if not self._replying.acquire(blocking=False):
+            raise UsageError(
+                "this conversation is writing a reply: read that to its end or close its iterator, "
+                "or talk in a second conversation"
+            )
+        try:
+            yield
+        finally:
+            self._replying.release()
 
     def _reply(self, prompt: list[int], asked: list[Message]) -> Iterator[Piece]:
         generation = Generation(
@@ -93,6 +126,8 @@ class Chat(Conversation):
     turn: until half of the context is free, for whatever is left has to be run again, and not at every turn.
     """
 
+    kind = "chat"
+
     def __init__(
         self,
         engine: ChatEngine,
@@ -106,12 +141,14 @@ class Chat(Conversation):
         stop_strings: Sequence[str] = (),
         progress: Progress | None = None,
     ) -> None:
-        """messages: an earlier conversation to go on with, its system turn left out."""
-        super().__init__(engine, sampling=sampling, max_tokens=max_tokens, stop_strings=stop_strings, progress=progress)
+        """messages: as in Conversation."""
+        super().__init__(
+            engine, messages=messages, sampling=sampling, max_tokens=max_tokens, stop_strings=stop_strings,
+            progress=progress,
+        )  # fmt: skip
         if engine.chat_template is None:
             raise UsageError("this is a base model without a chat template: use Continuation")
         self.system, self.think, self.tools = system, think, tools
-        self.messages = list(messages)
         self._format = ChatFormat(engine.chat_template, engine.tokenizer)
         self._first = 0  # the oldest message still in the prompt
 
@@ -125,33 +162,54 @@ class Chat(Conversation):
 
     def reply(self, *asked: Message) -> Iterator[Piece]:
         """As `send`, for messages of any role: a tool's result, or several at once. None: go on from the transcript."""
-        first, prompt = self._fit([*self.messages, *asked])
-        left_out = sum(m.role == "user" for m in self.messages[self._first : first])
-        self._first = first
-        if left_out:
-            turns = "turn was" if left_out == 1 else f"{left_out} turns were"
-            yield Piece("notice", f"the context is full: the oldest {turns} left out")
-        yield from self._reply(prompt, list(asked))
+        with self._alone():
+            first, prompt = self._fit([*self.messages, *asked])
+            left_out = sum(m.role == "user" for m in self.messages[self._first : first])
+            self._first = first
+            if left_out:
+                turns = "turn was" if left_out == 1 else f"{left_out} turns were"
+                yield Piece("notice", f"the context is full: the oldest {turns} left out")
+            yield from self._reply(prompt, list(asked))
 
     def reset(self) -> None:
         super().reset()
         self._first = 0
 
     def _fit(self, messages: list[Message]) -> tuple[int, list[int]]:
-        """The first message that goes into the prompt, and the prompt's ids."""
-        context, needed = self.session.context, self.reserve
-        later_turns = [i for i, m in enumerate(messages) if i > self._first and m.role == "user"]
-        for start in (self._first, *later_turns):
-            prompt = self._prompt(messages, start)
-            if len(prompt) + needed <= context:
-                return start, prompt
-            needed = context // 2
-        if len(prompt) + min(self.reserve, _LEAST_ROOM) > context:
+        """The first message that goes into the prompt, and the prompt's ids.
+
+        Everything from `_first` on if that leaves `reserve`; else from the oldest later turn on that leaves half of the
+        context, or the newest. A prompt is the longer the earlier it begins, and to make one takes long: few are made.
+        """
+        context, reserve, first = self.session.context, self.reserve, min(self._first, len(messages))
+        starts = [first, *(i for i, m in enumerate(messages) if i > first and m.role == "user")]
+        newest = len(starts) - 1
+        sizes = (len(m.content) + _TURN_CHARACTERS for m in reversed(messages))
+        characters = [*itertools.accumulate(sizes, initial=0)][::-1]  # from a message to the end
+
+        @functools.cache
+        def prompt_from(at: int) -> list[int]:
+            return self._prompt(messages, starts[at])
+
+        def fits(at: int, room: int) -> bool:
+            return len(prompt_from(at)) + room <= context
+
+        def guess(tokens: float, per_token: float = _CHARACTERS) -> int:
+            return min(newest, sum(characters[start] > tokens * per_token for start in starts))
+
+        at, step = guess(context - reserve), 1
+        while at and fits(at, reserve):
+            at, step = max(0, at - step), 2 * step
+        if at or not fits(at, reserve):
+            per_token = characters[starts[at]] / len(prompt_from(at))
+            at = first_that(lambda at: fits(at, context // 2), newest, guess(context // 2, per_token))
+        prompt = prompt_from(at)
+        if len(prompt) + min(reserve, _LEAST_ROOM) > context:
             raise ContextFullError(
                 f"this message makes a prompt of {len(prompt)} tokens, the context holds {context} with the answer: "
                 "shorten it or use a larger --context"
             )
-        return start, prompt
+        return starts[at], prompt
 
     def _prompt(self, messages: list[Message], first: int) -> list[int]:
         system = [Message("system", self.system)] if self.system else []
@@ -161,41 +219,84 @@ class Chat(Conversation):
 class Continuation(Conversation):
     """A base model has no turns: it goes on with the text it is given. An empty text goes on with the last one."""
 
+    kind = "continuation"
+
     def __init__(self, engine: ChatEngine, *, max_tokens: int | None = None, **options: Any) -> None:
         """options: as in Conversation."""
         super().__init__(engine, max_tokens=max_tokens or CONTINUATION_TOKENS, **options)
-        self._ids: list[int] = []
+        said = [i for i, message in enumerate(self.messages) if message.role == "user"]
+        self._ids = self._encode("".join(m.content for m in self.messages[said[-1] :])) if said else []
 
     def send(self, text: str) -> Iterator[Piece]:
-        context = self.session.context
-        if text or not self._ids:
-            prompt, asked = self.tokenizer.encode(text, bos=self.tokenizer.bos_id >= 0), [Message("user", text)]
-            if not prompt or len(prompt) + min(_LEAST_ROOM, context // 4) > context:
-                raise ContextFullError(
-                    f"the text has {len(prompt)} tokens, the context holds {context} with what follows: "
-                    "shorten it or use a larger --context"
-                )
-        else:
-            prompt, asked = self._ids, []
-        if len(prompt) >= context:
-            prompt = prompt[:1] + prompt[-(context // 2) :]
-            yield Piece("notice", "the context is full: the oldest text was left out")
-        try:
-            yield from self._reply(prompt, asked)
-        finally:
-            if self.last is not None and (self.last.tokens or asked):
-                self._ids = prompt + self.last.tokens
+        with self._alone():
+            context = self.session.context
+            if text or not self._ids:
+                prompt, asked = self._encode(text), [Message("user", text)]
+                if not prompt or len(prompt) + min(_LEAST_ROOM, context // 4) > context:
+                    raise ContextFullError(
+                        f"the text has {len(prompt)} tokens, the context holds {context} with what follows: "
+                        "shorten it or use a larger --context"
+                    )
+            else:
+                prompt, asked = self._ids, []
+            if len(prompt) >= context:
+                prompt = prompt[:1] + prompt[-(context // 2) :]
+                yield Piece("notice", "the context is full: the oldest text was left out")
+            try:
+                yield from self._reply(prompt, asked)
+            finally:
+                if self.last is not None and (self.last.tokens or asked):
+                    self._ids = prompt + self.last.tokens
 
     def reset(self) -> None:
         super().reset()
         self._ids = []
 
-
-def open_conversation(engine: ChatEngine, *, raw: bool = False, **options: Any) -> Conversation:
-    """`Chat` for a model with a chat template, else (or with `raw`) `Continuation`, chat options left out."""
-    if raw or engine.chat_template is None:
-        return Continuation(engine, **{k: v for k, v in options.items() if k not in _CHAT_ONLY})
-    return Chat(engine, **options)
+    def _encode(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text, bos=self.tokenizer.bos_id >= 0)
 
 
-_CHAT_ONLY = ("system", "think", "tools", "messages")
+def open_conversation(
+    engine: ChatEngine,
+    *,
+    raw: bool = False,
+    earlier: Transcript | None = None,
+    system: str | None = None,
+    think: bool = False,
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    **options: Any,
+) -> Conversation:
+    """`Chat` for a model with a chat template, else (or with `raw`) `Continuation`.
+
+    earlier: what to go on with; its system prompt counts where `system` is None. options: as in Conversation. Raises
+    UsageError for an earlier conversation of the other kind, and for system, think or tools without a chat template.
+    """
+    earlier = earlier or Transcript()
+    kind: type[Conversation] = Continuation if raw or engine.chat_template is None else Chat
+    if earlier.kind not in (None, kind.kind):
+        needs = {"chat": "a model with a chat template", "continuation": "a base model, which continues text"}
+        raise UsageError(f"the conversation is a {earlier.kind}: go on with {needs[earlier.kind]}, or start a new one")
+    if kind is Chat:
+        system = earlier.system if system is None else system
+        return Chat(engine, messages=earlier.messages, system=system, think=think, tools=tools, **options)
+    given = {"a system prompt": system, "thinking": think, "tools": tools}
+    if unused := [name for name, value in given.items() if value]:
+        raise UsageError(f"without a chat template there is no place for {' and '.join(unused)}: leave that out")
+    return Continuation(engine, messages=earlier.messages, **options)
+
+
+def first_that(holds: Callable[[int], bool], last: int, guess: int) -> int:
+    """The least i from 0 to `last` for which `holds`, `last` where it holds for none; it holds for all that follow one
+    for which it does. Few are asked, the fewer the nearer the guess.
+    """
+    least, most = 0, last  # between which it lies
+    step, i = 1, min(guess, last - 1)
+    while least < most:
+        if not least <= i < most:
+            i = (least + most) // 2
+        if holds(i):
+            most, i = i, i - step
+        else:
+            least, i = i + 1, i + step
+        step *= 2
+    return most

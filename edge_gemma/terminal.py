@@ -11,10 +11,10 @@ from pathlib import Path
 
 from edge_gemma.chat import Piece
 from edge_gemma.conversation import Chat, Conversation
-from edge_gemma.errors import EdgeGemmaError
+from edge_gemma.errors import EdgeGemmaError, UsageError
 from edge_gemma.generate import Result
 from edge_gemma.text_input import decode_text
-from edge_gemma.transcript import Transcript
+from edge_gemma.transcript import SessionFile
 
 _DIM, _PLAIN, _CLEAR_LINE = "\x1b[2m", "\x1b[0m", "\r\x1b[K"
 _CONTROLS = {code: None for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
@@ -106,9 +106,12 @@ class Screen:
 class ChatLoop:
     """The chat command: prompt, commands, answers, the session file."""
 
-    def __init__(self, conversation: Conversation, screen: Screen, *, model: str, session_file: Path | None) -> None:
+    def __init__(
+        self, conversation: Conversation, screen: Screen, *, model: str, session_file: SessionFile | None
+    ) -> None:
         self._conversation, self._screen = conversation, screen
         self._model, self._session_file = model, session_file
+        self._saved = {} if session_file is None else {session_file.path.resolve(): session_file}
         self._interactive = sys.stdin.isatty() and sys.stdout.isatty()
         if self._interactive:
             with contextlib.suppress(ImportError):
@@ -135,6 +138,7 @@ class ChatLoop:
 
     def _answer(self, text: str) -> None:
         self._conversation.last = None
+        self._screen.status("reading the conversation")  # of thousands of turns that takes seconds
         try:
             show_reply(self._conversation.send(text), self._screen)
         except KeyboardInterrupt:
@@ -146,7 +150,7 @@ class ChatLoop:
         else:
             self._tell_why_it_ended(self._conversation.last)
         if self._session_file is not None:
-            self._save(self._session_file)
+            self._keep(self._session_file)
 
     def _tell_why_it_ended(self, result: Result | None) -> None:
         if result is None or (result.finish_reason == "length" and not isinstance(self._conversation, Chat)):
@@ -238,16 +242,31 @@ class ChatLoop:
     def _save_as(self, argument: str) -> None:
         if not argument:
             self._screen.note("/save needs a file name")
-        elif self._save(Path(argument).expanduser()):
-            self._screen.note(f"saved to {argument}")
-
-    def _save(self, path: Path) -> bool:
-        chat = self._conversation
-        system = chat.system if isinstance(chat, Chat) else None
+            return
+        path = Path(argument).expanduser()
         try:
-            Transcript(tuple(chat.messages), system, self._model).save(path)
+            saved = self._save(self._saved.setdefault(path.resolve(), SessionFile(path)))
+        except UsageError:
+            self._screen.note(f"not saved: {path} exists already, choose another name")
+        else:
+            if saved:
+                self._screen.note(f"saved to {argument}")
+
+    def _keep(self, file: SessionFile) -> None:
+        """Bring the session file up to date, or begin one beside it where another chat has written it."""
+        try:
+            self._save(file)
+        except UsageError:
+            self._session_file = beside = file.beside()
+            self._saved[beside.path.resolve()] = beside
+            if self._save(beside):
+                self._screen.note(f"another program has written {file.path}: this chat is kept in {beside.path} now")
+
+    def _save(self, file: SessionFile) -> bool:
+        try:
+            file.save(self._conversation.transcript(self._model))
         except OSError as error:
-            self._screen.note(f"not saved: {path}: {error.strerror}")
+            self._screen.note(f"not saved: {file.path}: {error.strerror}")
             return False
         return True
 

@@ -1,11 +1,15 @@
 """A conversation as a JSON file: what `chat --session` keeps and `/save` writes.
 
-Owns: the file's form, reading it strictly, writing it whole or not at all. Does not know: models, screens.
+Owns: the file's form, reading it strictly, writing it whole or not at all, and never over what another program has
+written. Does not know: models, screens.
 """
 
+import hashlib
+import itertools
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, get_args
 
 from edge_gemma.atomic import write_file
 from edge_gemma.chat import Message
@@ -14,31 +18,43 @@ from edge_gemma.errors import UsageError
 FORMAT, VERSION = "edge_gemma conversation", 1
 _SIZE_LIMIT = 64 << 20  # bytes
 
+Kind = Literal["chat", "continuation"]  # turns through a chat template, or a text and what a base model adds to it
+
 
 @dataclass(frozen=True)
 class Transcript:
-    """model: its name, for the reader only."""
+    """model: its name, for the reader only. kind: None where nothing was said yet."""
 
-    messages: tuple[Message, ...]
+    messages: tuple[Message, ...] = ()
     system: str | None = None
     model: str | None = None
+    kind: Kind | None = None
 
-    def save(self, path: Path) -> None:
-        """Replace `path`. Raises OSError; the old file is then as it was."""
+    def as_bytes(self) -> bytes:
+        """What the file holds."""
         content = {
             "format": FORMAT,
             "version": VERSION,
+            "kind": self.kind,
             "model": self.model,
             "system": self.system,
             "messages": [message.as_dict() for message in self.messages],
         }
-        write_file(path, (json.dumps(content, ensure_ascii=False, indent=1) + "\n").encode("utf-8", "replace"))
+        return (json.dumps(content, ensure_ascii=False, indent=1) + "\n").encode("utf-8", "replace")
+
+    def save(self, path: Path | str) -> None:
+        """Replace `path`. Raises OSError; the old file is then as it was."""
+        write_file(Path(path), self.as_bytes())
 
     @classmethod
-    def load(cls, path: Path) -> "Transcript":
+    def load(cls, path: Path | str) -> "Transcript":
         """Raises UsageError, one line, if the file is not a conversation of this version; OSError if unreadable."""
-        with path.open("rb") as file:
-            data = file.read(_SIZE_LIMIT + 1)
+        with Path(path).open("rb") as file:
+            return cls.from_bytes(file.read(_SIZE_LIMIT + 1), path)
+
+    @classmethod
+    def from_bytes(cls, data: bytes, path: Path | str) -> "Transcript":
+        """As `load`, of what stood in `path`."""
         if len(data) > _SIZE_LIMIT:
             raise UsageError(f"{path} has more than {_SIZE_LIMIT >> 20} MB, which no conversation has")
         try:
@@ -52,7 +68,44 @@ class Transcript:
         messages, system, model = content.get("messages"), content.get("system"), content.get("model")
         if not isinstance(messages, list) or not isinstance(system, str | None) or not isinstance(model, str | None):
             raise UsageError(f"{path}: expected a list of messages, a system text and a model name")
+        kind = content.get("kind", "chat")  # which files had not before
+        if kind is not None and kind not in get_args(Kind):
+            raise UsageError(f"{path} holds a {kind!r:.20}, expected one of {', '.join(get_args(Kind))}")
         try:
-            return cls(tuple(Message.from_dict(entry) for entry in messages), system, model)
+            return cls(tuple(Message.from_dict(entry) for entry in messages), system, model, kind)
         except UsageError as error:
             raise UsageError(f"{path}: {error}") from None
+
+
+class SessionFile:
+    """The file that a running chat is kept in. What another program writes there meanwhile stays."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._seen: str | None = None  # digest of what it held when this chat last read or wrote it
+
+    def load(self) -> Transcript:
+        """What the file holds, an empty transcript where there is none. Raises as `Transcript.load`."""
+        if not self.path.exists():
+            return Transcript()
+        with self.path.open("rb") as file:
+            data = file.read(_SIZE_LIMIT + 1)
+        self._seen = _digest(data)
+        return Transcript.from_bytes(data, self.path)
+
+    def save(self, transcript: Transcript) -> None:
+        """Replace the file. Raises OSError, UsageError where another program has written it since."""
+        if self.path.exists() and _digest(self.path.read_bytes()) != self._seen:
+            raise UsageError(f"{self.path} was written by another program meanwhile: choose another name")
+        data = transcript.as_bytes()
+        write_file(self.path, data)
+        self._seen = _digest(data)
+
+    def beside(self) -> "SessionFile":
+        """A file of a free name: monday-2.json beside monday.json."""
+        names = (self.path.with_stem(f"{self.path.stem}-{i}") for i in itertools.count(2))
+        return SessionFile(next(path for path in names if not path.exists()))
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()

@@ -13,8 +13,10 @@ import pytest
 from click.testing import CliRunner
 
 from edge_gemma import common
+from edge_gemma.chat import Message
 from edge_gemma.cli import cli
 from edge_gemma.errors import CheckpointError
+from edge_gemma.transcript import Transcript
 from tests.fakes import FakeEngine, reply
 from tests.tiny import write_checkpoint
 
@@ -284,6 +286,71 @@ def test_a_session_file_is_kept_after_every_answer_and_gone_on_with(fake, tmp_pa
         "<|turn>user\nTell<turn|>\n<|turn>model\nOnce<turn|>\n<|turn>user\nMore?<turn|>\n<|turn>model\nYes."
     )
     assert len(json.loads(file.read_text())["messages"]) == 6
+
+
+def test_a_base_models_session_file_is_gone_on_with(fake, tmp_path):
+    file = tmp_path / "story.json"
+    fake(reply(" upon", "<eos>"), chat_template=None)
+    invoke("chat", "--session", file, stdin="Once\n")
+    engine = fake(reply(" a time", "<eos>"), chat_template=None)
+    result = invoke("chat", "--session", file, stdin="\n")
+    assert (result.exit_code, result.stdout) == (0, " a time\n")
+    assert spoken(engine) == "<bos>Once upon a time"
+    assert [m["content"] for m in json.loads(file.read_text())["messages"]] == ["Once", " upon", " a time"]
+
+
+@pytest.mark.parametrize("chat_first", [True, False])
+def test_a_session_file_of_the_other_kind_is_refused_and_left_alone(fake, tmp_path, chat_first):
+    file = tmp_path / "monday.json"
+    kinds = [{}, {"chat_template": None}]
+    fake("Hello!", **kinds[not chat_first])
+    invoke("chat", "--session", file, stdin="Hi\n")
+    content = file.read_bytes()
+    fake("Hello!", **kinds[chat_first])
+    assert "the conversation is a" in fails("chat", "--session", file, stdin="Hi\n")
+    assert file.read_bytes() == content
+
+
+@pytest.mark.parametrize("option", [("--system", "Be kind"), ("--think",), ("--show-thinking",)])
+@pytest.mark.parametrize("command", [("chat",), ("run", "Once")])
+def test_chat_options_are_refused_by_a_base_model(fake, tmp_path, command, option):
+    engine = fake(reply(" upon", "<eos>"), chat_template=None)
+    assert "no place for" in fails(*command, *option, stdin="Once\n")
+    assert engine.timeline.ids == []
+
+
+def test_two_chats_on_one_session_file_lose_nothing(fake, tmp_path, monkeypatch):
+    from edge_gemma.conversation import Chat
+
+    file = tmp_path / "monday.json"
+    Transcript((Message("user", "Hi"), Message("assistant", "Hello!")), kind="chat").save(file)
+    send = Chat.send
+
+    def meanwhile(chat, text):
+        monkeypatch.setattr(Chat, "send", send)
+        assert invoke("chat", "--session", file, stdin="from the other\n").exit_code == 0
+        return send(chat, text)
+
+    monkeypatch.setattr(Chat, "send", meanwhile)
+    fake("one", "two", "three")
+    result = invoke("chat", "--session", file, stdin="from the first\nagain\n")
+    assert result.exit_code == 0
+    beside = tmp_path / "monday-2.json"
+    assert f"another program has written {file}: this chat is kept in {beside} now" in result.stderr
+    said = [[m.content for m in Transcript.load(f).messages if m.role == "user"] for f in (file, beside)]
+    assert said == [["Hi", "from the other"], ["Hi", "from the first", "again"]]
+
+
+def test_save_does_not_replace_a_file_that_is_not_its_own(fake, tmp_path):
+    fake("ok")
+    mine, other, session = tmp_path / "mine.json", tmp_path / "notes.txt", tmp_path / "session.json"
+    other.write_text("my notes")
+    lines = f"Hi\n/save {other}\n/save {mine}\nMore\n/save {mine}\n/save {session}\n"
+    result = invoke("chat", "--session", session, stdin=lines)
+    assert f"not saved: {other} exists already" in result.stderr
+    assert other.read_text() == "my notes"
+    assert result.stderr.count("saved to") == 3
+    assert len(Transcript.load(mine).messages) == len(Transcript.load(session).messages) == 4
 
 
 @pytest.mark.parametrize(

@@ -372,7 +372,7 @@ def test_a_tool_loop_stays_in_one_model_turn():
 
 def test_a_base_model_continues_text():
     engine = FakeEngine(reply(" upon a time" + "z" * 500), reply(" there was"), reply(" new"), chat_template=None)
-    conversation = open_conversation(engine, sampling=GREEDY, system="ignored", think=True)
+    conversation = open_conversation(engine, sampling=GREEDY)
     assert isinstance(conversation, Continuation)
     assert len(say(conversation, "Once")) == CONTINUATION_TOKENS
     assert conversation.last.finish_reason == "length"

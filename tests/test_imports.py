@@ -9,8 +9,8 @@ ROOT = Path(__file__).parent.parent
 ORDER = [
     "errors", "ort", "text_input", "atomic", "config", "qformat", "model_folder", "buffers", "kernels", "linear",
     "ple", "weights", "kv_cache", "ops", "decoder", "tokenizer", "tool_call", "template", "chat", "sampler", "models",
-    "step", "session", "engine", "memory", "provenance", "onnx_backend", "bench", "timeline", "beams",
-    "generate", "conversation", "transcript", "audio", "terminal", "common", "speech_cli", "cli", "__main__",
+    "step", "session", "engine", "memory", "provenance", "onnx_backend", "bench", "timeline", "beams", "generate",
+    "transcript", "conversation", "audio", "terminal", "common", "speech_cli", "cli", "__main__",
 ]  # fmt: skip
 # The places of the runtime that may reach into export/ and quant/, and only inside a function.
 CONVERTERS = {"cli", "models"}
