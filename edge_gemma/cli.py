@@ -115,7 +115,9 @@ def chat(model: str | None, session_file: Path | None, **options: Any) -> None:
     ChatLoop(conversation, screen, model=_name(engine), session_file=file).run()
 
 
-@cli.command()
+@cli.command(cls=common.PromptCommand)
+@common.refuse("system think show_thinking", beside="raw")
+@common.refuse("memory_limit", beside="backend")  # what onnxruntime will need is not known before
 @common.model
 @click.argument("prompt", metavar="PROMPT|-")
 @click.option("--raw", is_flag=True, help="Continue PROMPT as it is, without the chat template.")
@@ -176,6 +178,7 @@ def _result_json(result: Any) -> dict[str, Any]:
 
 
 @cli.command()
+@common.refuse("calibration", beside="no_calibration")
 @click.argument("source", type=click.Path(path_type=Path))
 @click.argument("dest", type=click.Path(path_type=Path))
 @click.option(
@@ -222,8 +225,6 @@ def export(
         raise click.BadParameter(f"{recipe!r} is not one of {choices}.", param_hint="'--recipe'")
     if not source.exists():
         raise UsageError(f"{source} does not exist: expected a checkpoint folder or a GGUF file")
-    if calibration and no_calibration:
-        raise click.UsageError("--calibration and --no-calibration exclude each other.")
     text = None if no_calibration else read_text(calibration) if calibration else bundled_text()
     write = export_onnx if as_onnx else export_checkpoint
     try:
@@ -388,6 +389,7 @@ def score(
 
 
 @cli.command()
+@common.refuse("prompt generate depth memory_limit", beside="audio")
 @common.model
 @click.option("--prompt", type=click.IntRange(1), default=512, show_default=True, metavar="N", help="Prompt tokens.")
 @click.option("--generate", type=click.IntRange(1), default=128, show_default=True, metavar="N",

@@ -1,6 +1,6 @@
 """What the commands share: options, how a model is found and loaded, how results are printed.
 
-Owns: options that several commands have. Does not know: any command.
+Owns: options that several commands have, refusing those that mean nothing (`refuse`). Does not know: any command.
 """
 
 import functools
@@ -11,8 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-
-from edge_gemma.errors import UsageError
 
 if TYPE_CHECKING:
     from edge_gemma.engine import Engine
@@ -28,6 +26,49 @@ def options(*decorators: Callable[[Any], Any]) -> Callable[[Any], Any]:
         return command
 
     return apply
+
+
+def refuse(names: str, *, beside: str = "", without: str = "") -> Callable[[Any], Any]:
+    """Options that would be passed over in silence beside another one, or without it, end the command with exit code 2.
+
+    That is, where the user gave them; a default is none. What keeps its promise all the same is not refused: --seed at
+    a temperature of 0 still gives the same answer each time. names, beside, without: parameters' names.
+    """
+    other = beside or without
+
+    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(command)
+        def checked(*args: Any, **kwargs: Any) -> Any:
+            spelled = {p.name: max(p.opts, key=len) for p in click.get_current_context().command.params}
+            given = _given(click.get_current_context())
+            if (other in given) == bool(beside) and (named := [name for name in names.split() if name in given]):
+                where = f"{'beside' if beside else 'without'} {spelled[other]}"
+                raise click.UsageError(f"{spelled[named[0]]} means nothing {where}: leave it out.")
+            return command(*args, **kwargs)
+
+        return checked
+
+    return decorate
+
+
+def _given(ctx: click.Context) -> set[str]:
+    """The options on the command line, flags that are on included."""
+    here = click.core.ParameterSource.COMMANDLINE
+    return {name for name, value in ctx.params.items() if value is not False and ctx.get_parameter_source(name) == here}
+
+
+class PromptCommand(click.Command):
+    """A command whose argument is a text: one that begins with - looks like an option."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        try:
+            return super().parse_args(ctx, args)
+        except (click.NoSuchOption, click.MissingParameter) as error:
+            raise click.UsageError(
+                f"{error.format_message()} A text that begins with - comes after -- (as the last argument), "
+                "or through standard input with a single - in its place.",
+                ctx,
+            ) from None
 
 
 model = click.option("-m", "--model", metavar="MODEL", help="Model folder, GGUF file or name.")
@@ -80,12 +121,8 @@ def load_engine(
 
 
 def load(model: str | None, options: dict[str, Any]) -> "Engine":
-    backend = options.get("backend")
-    if backend is None:
-        check_memory(model, options["context"], options["memory_limit"])
-    elif options["memory_limit"] is not None:
-        raise UsageError("--memory-limit does not go with --backend: what onnxruntime will need is not known before")
-    return load_engine(model, context=options["context"], threads=options["threads"], backend=backend)
+    check_memory(model, options["context"], options["memory_limit"])
+    return load_engine(model, context=options["context"], threads=options["threads"], backend=options.get("backend"))
 
 
 def check_memory(model: str | None, context: int | None, memory_limit: int | None) -> None:

@@ -155,7 +155,8 @@ class Chat(Conversation):
     @property
     def reserve(self) -> int:
         """Tokens a prompt leaves free for the answer."""
-        return min(self.max_tokens or self.session.context, self.session.context // 4)
+        longest = self.session.context if self.max_tokens is None else self.max_tokens
+        return min(longest, self.session.context // 4)
 
     def send(self, text: str) -> Iterator[Piece]:
         return self.reply(Message("user", text))
@@ -223,7 +224,7 @@ class Continuation(Conversation):
 
     def __init__(self, engine: ChatEngine, *, max_tokens: int | None = None, **options: Any) -> None:
         """options: as in Conversation."""
-        super().__init__(engine, max_tokens=max_tokens or CONTINUATION_TOKENS, **options)
+        super().__init__(engine, max_tokens=CONTINUATION_TOKENS if max_tokens is None else max_tokens, **options)
         said = [i for i, message in enumerate(self.messages) if message.role == "user"]
         self._ids = self._encode("".join(m.content for m in self.messages[said[-1] :])) if said else []
 

@@ -58,7 +58,8 @@ class Engine:
             )
         self.chat_template = folder.read_text(TEMPLATE)
         self.generation_config: dict[str, Any] = _generation_config(folder)
-        self.context = self._checked_context(context or min(DEFAULT_CONTEXT, self.config.max_position_embeddings))
+        default = min(DEFAULT_CONTEXT, self.config.max_position_embeddings)
+        self.context = self._checked_context(context, default)
 
     @classmethod
     def load(
@@ -79,6 +80,8 @@ class Engine:
         if backend == "onnx":
             from edge_gemma.onnx_backend import OnnxEngine, OnnxFolder
 
+            if kv_dtype is not None:
+                raise UsageError("kv_dtype means nothing beside backend onnx, whose cache is float32: leave it out")
             return OnnxEngine(OnnxFolder.open(models.resolve(model)), context=context, threads=threads)
         if backend is not None:
             raise UsageError(f"backend is {backend!r}, expected onnx or none")
@@ -87,7 +90,7 @@ class Engine:
 
     def session(self, context: int | None = None) -> Session:
         """A new, empty timeline."""
-        context = self._checked_context(context or self.context)
+        context = self._checked_context(context, self.context)
         section = self._folder.audio
         placeholder = section.audio_token_id if section else None
         return Session(self._decoder, context, self._kv_dtype, str(self.manifest["digest"]), placeholder)
@@ -155,8 +158,9 @@ class Engine:
         task = Task(language, translate_to)
         return listen(self, blocks, task, device=device, ask=ask, system=system, num_beams=num_beams)
 
-    def _checked_context(self, context: int) -> int:
+    def _checked_context(self, context: int | None, default: int) -> int:
         most = self.config.max_position_embeddings
+        context = default if context is None else context
         if not 1 <= context <= most:
             raise UsageError(f"the context is {context} tokens, expected 1 to {most} for this model")
         return context

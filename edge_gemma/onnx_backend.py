@@ -55,7 +55,7 @@ class OnnxEngine(Engine):
 
     def session(self, context: int | None = None) -> "OnnxSession":  # type: ignore[override]
         """A new, empty timeline."""
-        context = self._checked_context(context or self.context)
+        context = self._checked_context(context, self.context)
         return OnnxSession(self._graphs, self.config, context, self._identity)
 
     def close(self) -> None:

@@ -30,17 +30,20 @@ def _tell(text: str) -> None:
 
 
 @click.command()
+@common.refuse("as_json", beside="srt")
+@common.refuse("force", without="srt")
 @common.model
 @click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="FILE...")
 @_languages
 @common.beams
 @click.option("--srt", is_flag=True, help="Print subtitles; of several FILEs, write each FILE's to FILE.srt.")
+@click.option("--force", is_flag=True, help="Replace a FILE.srt that is there already.")
 @common.context
 @common.threads
 @common.as_json
 def transcribe(
-    model: str | None, files: tuple[Path, ...], srt: bool, as_json: bool, context: int | None, threads: int | None,
-    language: str | None, translate_to: str | None, num_beams: int | None,
+    model: str | None, files: tuple[Path, ...], srt: bool, force: bool, as_json: bool, context: int | None,
+    threads: int | None, language: str | None, translate_to: str | None, num_beams: int | None,
 ) -> None:  # fmt: skip
     """Write down the speech in sound files (or videos) of any length.
 
@@ -53,15 +56,16 @@ def transcribe(
     from edge_gemma.audio.prompts import Task
     from edge_gemma.audio.transcribe import Transcriber
 
-    if srt and as_json:
-        raise click.UsageError("--srt and --json exclude each other.")
+    if srt and len(files) > 1 and not force:
+        for path in files:
+            _refuse_to_replace(_subtitle_file(path))
     task = Task(language, translate_to)
     engine = common.load_engine(model, context=context, threads=threads)
     transcriber = Transcriber(engine, task, num_beams=num_beams, note=_tell)
     failed = 0
     for path in files:
         try:
-            _transcribe_file(transcriber, path, several=len(files) > 1, srt=srt, as_json=as_json)
+            _transcribe_file(transcriber, path, several=len(files) > 1, srt=srt, force=force, as_json=as_json)
         except (EdgeGemmaError, OSError) as error:
             failed += 1
             if as_json:
@@ -71,7 +75,7 @@ def transcribe(
         click.get_current_context().exit(1)
 
 
-def _transcribe_file(transcriber: Any, path: Path, *, several: bool, srt: bool, as_json: bool) -> None:
+def _transcribe_file(transcriber: Any, path: Path, *, several: bool, srt: bool, force: bool, as_json: bool) -> None:
     from edge_gemma.atomic import write_file
     from edge_gemma.audio.transcribe import TextSegment, subtitles
     from edge_gemma.terminal import progress_bar
@@ -95,12 +99,27 @@ def _transcribe_file(transcriber: Any, path: Path, *, several: bool, srt: bool, 
     if as_json:
         common.print_json({"file": str(path)} | result.as_dict())
     elif srt and several:
-        write_file(path.with_name(path.name + ".srt"), subtitles(result.segments).encode())
+        file = _subtitle_file(path)
+        if not force:
+            _refuse_to_replace(file)  # one that has come meanwhile
+        write_file(file, subtitles(result.segments).encode())
     elif srt:
         click.echo(subtitles(result.segments), nl=False)
 
 
+def _subtitle_file(path: Path) -> Path:
+    return path.with_name(path.name + ".srt")
+
+
+def _refuse_to_replace(path: Path) -> None:
+    if path.exists():
+        raise UsageError(f"{path} exists already: move it away, or --force to replace it")
+
+
 @click.command()
+@common.refuse("model device ask system language translate_to num_beams pause context threads", beside="list_devices")
+@common.refuse("language translate_to", beside="ask")  # which --system can say
+@common.refuse("system", without="ask")
 @common.model
 @click.option("--device", metavar="D", help="Microphone: its number or a part of its name [default: the system's].")
 @click.option("--list-devices", is_flag=True, help="List the microphones and end.")
@@ -134,8 +153,6 @@ def listen(
     from edge_gemma.audio.segments import live_rules
     from edge_gemma.terminal import Screen
 
-    if ask and (language or translate_to):
-        raise UsageError("--language and --translate-to do not go with --ask: say it in --system")
     task = Task(language, translate_to)
     screen = Screen()
     engine = common.load_engine(model, context=context, threads=threads)

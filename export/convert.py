@@ -25,7 +25,7 @@ from edge_gemma.export.packed import PackedMatrix
 from edge_gemma.export.resume import Journal, export_key
 from edge_gemma.export.stream import TensorStream
 from edge_gemma.model_folder import GENERATION, TEMPLATE, TOKENIZER, Progress, Tensor, plan_tensor
-from edge_gemma.quant.calibrate import CALIBRATED_BITS, Calibration, calibration_ids
+from edge_gemma.quant.calibrate import CALIBRATED_BITS, Calibration, calibration_ids, refuse_unused
 from edge_gemma.quant.recipes import DENSE, tensor_format
 from edge_gemma.tokenizer import Tokenizer
 
@@ -57,6 +57,7 @@ def export_checkpoint(
     try:
         conversion = Conversion.plan_of(checkpoint, recipe, audio=audio)
         if not conversion.calibrates:
+            refuse_unused(calibration, f"recipe {conversion.recipe}")
             calibration = None
         key = None
         if calibration is not None:

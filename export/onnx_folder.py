@@ -32,6 +32,7 @@ from edge_gemma.model_folder import (
     manifest_digest,
 )
 from edge_gemma.onnx_backend import DECODER, EMBED, FOLDER
+from edge_gemma.quant.calibrate import refuse_unused
 
 FLOAT16 = "float16"  # the recipe that only ONNX has: float weights in half the bytes, computed in float32
 _ARCHITECTURES = {"gemma4_text": "Gemma4ForCausalLM", "gemma3_text": "Gemma3ForCausalLM"}
@@ -92,6 +93,7 @@ def _model_folder(
                 f"{source} is a model folder of recipe {has}, which ONNX carries over as it is: "
                 f"leave --recipe out, or export the checkpoint itself for {recipe}"
             )
+        refuse_unused(calibration, "a model folder, whose weights are rounded already")
         yield folder
         return
     with scratch_folder(dest.absolute()) as scratch:

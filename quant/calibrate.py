@@ -52,6 +52,12 @@ def bundled_text() -> str:
     return resources.files("edge_gemma.quant").joinpath("calibration.txt").read_text(encoding="utf-8")
 
 
+def refuse_unused(text: str | None, source: str) -> None:
+    """Where nothing is rounded to CALIBRATED_BITS, by `source`. Raises UsageError for a text of the user's own."""
+    if text not in (None, bundled_text()):
+        raise UsageError(f"a calibration text means nothing with {source}: leave --calibration out")
+
+
 def most_tokens(config: GemmaConfig) -> int:
     """As many as memory allows. Measured: a pass holds about three rows as wide as an MLP, five halves of one of the
     per-layer table and six of the residual stream for each token, in float32; there are two passes.

@@ -271,7 +271,7 @@ def test_the_commands(made, tmp_path):
         (("export", source, tmp_path / "p", "--onnx", "--recipe", "q5"), 2, "float16"),
         (("run", "-m", tmp_path / "m", "--backend", "onnx", "hi"), 1, "without --backend onnx"),
         (("run", "-m", tmp_path / "o", "hi"), 1, "run it with --backend onnx"),
-        (("run", "-m", tmp_path / "o", "--backend", "onnx", "--memory-limit", "9", "hi"), 1, "--memory-limit"),
+        (("run", "-m", tmp_path / "o", "--backend", "onnx", "--memory-limit", "9", "hi"), 2, "--memory-limit"),
     ):
         result = invoke(*arguments)
         assert (result.exit_code, words in result.stderr) == (code, True), result.stderr

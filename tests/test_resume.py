@@ -101,7 +101,7 @@ def test_a_checkpoint_that_changed_in_between_is_refused_once(tmp_path: Path) ->
 
 def test_another_recipe_starts_anew_and_clears_away(tmp_path: Path) -> None:
     dest = interrupted(tmp_path)
-    export_checkpoint(tmp_path / "in", dest, "q8", calibration=TEXT)
+    export_checkpoint(tmp_path / "in", dest, "q8")
     assert os.listdir(dest.parent) == ["model"]
 
 

@@ -66,7 +66,33 @@ def test_subtitles_of_one_file_and_of_several(engine, speech, tmp_path):
     assert invoke("transcribe", speech, other, "--srt").stdout == ""
     assert (tmp_path / "speech.wav.srt").read_text() == one.stdout
     assert (tmp_path / "other.wav.srt").read_text().endswith("\nw7\n\n")
-    assert invoke("transcribe", speech, "--srt", "--json").exit_code == 2
+
+
+def test_subtitles_do_not_replace_a_file_without_being_told_to(engine, speech, tmp_path, monkeypatch):
+    other = write_float_wav(tmp_path / "other.wav", say(7))
+    mine = tmp_path / "other.wav.srt"
+    mine.write_text("corrected by hand")
+    result = invoke("transcribe", speech, other, "--srt")
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert result.stderr == f"error: {mine} exists already: move it away, or --force to replace it\n"
+    assert not (tmp_path / "speech.wav.srt").exists()  # it is said before the work is done
+    assert mine.read_text() == "corrected by hand"
+    assert invoke("transcribe", other, "--srt").exit_code == 0  # which is printed
+    assert mine.read_text() == "corrected by hand"
+    assert invoke("transcribe", speech, other, "--srt", "--force").exit_code == 0
+    assert mine.read_text().endswith("\nw7\n\n")
+    mine.unlink()
+    (tmp_path / "speech.wav.srt").unlink()
+    write = transcribe.subtitles
+
+    def meanwhile(segments):
+        mine.write_text("another's")
+        return write(segments)
+
+    monkeypatch.setattr(transcribe, "subtitles", meanwhile)
+    result = invoke("transcribe", speech, other, "--srt")
+    assert (result.exit_code, result.stderr.count("exists already")) == (1, 1)
+    assert mine.read_text() == "another's"
 
 
 def test_an_unreadable_file_does_not_stop_the_others(engine, speech, tmp_path):
@@ -172,7 +198,6 @@ def test_listen_answers(monkeypatch, microphone):
     monkeypatch.setattr(common, "load_engine", lambda model, **options: engine)
     assert invoke("listen", "--ask", "--system", "Agree.").stdout == "Yes: w1 w2!\nYes: w3!\n"
     assert "system\nAgree.<turn|>" in engine.tokenizer.spell(engine.timeline.prompts[-1])
-    assert invoke("listen", "--ask", "--language", "de").exit_code == 1
 
 
 def test_listen_json_is_an_event_a_line(engine, microphone):

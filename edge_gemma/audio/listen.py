@@ -23,6 +23,7 @@ from edge_gemma.audio.texts import go_on, hold_back
 from edge_gemma.audio.transcribe import Transcriber, reply_limit
 from edge_gemma.audio.vad import Detector, open_detector
 from edge_gemma.chat import Message
+from edge_gemma.errors import UsageError
 from edge_gemma.sampler import Sampling
 
 
@@ -72,6 +73,10 @@ class Listener:
         Raises UsageError for a model that was not made for speech.
         """
         self.task, self._rules = task or Task(), rules
+        if ask and self.task != Task():
+            raise UsageError("language and translate_to mean nothing beside ask: say it in system, or leave them out")
+        if system is not None and not ask:
+            raise UsageError("system means nothing without ask: leave it out")
         self._detector = detector or (lambda: open_detector(note))
         self._encoder = engine.audio
         self._transcriber: Transcriber | None = None
@@ -144,8 +149,16 @@ def listen(
     num_beams: int | None = None,
 ) -> Iterator[Event]:
     """See `Engine.listen`."""
+    if blocks is not None and device is not None:
+        raise UsageError("device means nothing beside blocks, which come from elsewhere: leave one of them out")
     notes: deque[str] = deque()
     listener = Listener(engine, task, ask=ask, system=system, num_beams=num_beams, note=notes.append)
+    return _with_notes(listener, blocks, device, notes)
+
+
+def _with_notes(
+    listener: Listener, blocks: Iterable[np.ndarray] | None, device: int | str | None, notes: deque[str]
+) -> Iterator[Event]:
     with Microphone(device, notes.append) if blocks is None else nullcontext(blocks) as source:
         for event in listener.events(source):
             while notes:
