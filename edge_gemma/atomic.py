@@ -43,12 +43,14 @@ def write_file(path: Path, data: bytes) -> None:
 
 
 @contextlib.contextmanager
-def scratch_folder(dest: Path, key: str | None = None) -> Iterator[Path]:
+def scratch_folder(
+    dest: Path, key: str | None = None, keep_on: type[BaseException] = KeyboardInterrupt
+) -> Iterator[Path]:
     """A folder beside `dest` that is gone afterwards.
 
     Scratch folders that earlier, killed runs left for the same `dest` are removed first: they are told from those of
-    live runs by the lock a live run holds. With a `key`, Ctrl-C leaves the folder too, and who comes with the same key
-    is given what an interrupted run had in it. Raises UsageError while another has that folder.
+    live runs by the lock a live run holds. With a `key`, Ctrl-C (or what else `keep_on` names) leaves the folder too, and who comes with
+    the same key is given what an interrupted run had in it. Raises UsageError while another has that folder.
     """
     dest.parent.mkdir(parents=True, exist_ok=True)
     kept = dest.with_name(f".{dest.name}.{key}{_ASIDE}") if key else None
@@ -65,7 +67,7 @@ def scratch_folder(dest: Path, key: str | None = None) -> Iterator[Path]:
             keep = True
             raise UsageError(f"{dest} is being written by another run: wait for it, or choose another name") from None
         yield scratch
-    except KeyboardInterrupt:
+    except keep_on:
         keep = kept is not None
         raise
     finally:
@@ -75,15 +77,17 @@ def scratch_folder(dest: Path, key: str | None = None) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def new_folder(dest: Path, *, force: bool = False, key: str | None = None) -> Iterator[Path]:
+def new_folder(
+    dest: Path, *, force: bool = False, key: str | None = None, keep_on: type[BaseException] = KeyboardInterrupt
+) -> Iterator[Path]:
     """Fill a folder aside; on a normal exit it takes `dest`'s name, on any other it is gone.
 
     With `force`, an existing folder at `dest` is replaced after the new one is whole. key: of what the folder is made;
-    the folder that an interrupted run with this key left aside is gone on with.
+    an interrupted run with the same key is resumed. keep_on: what counts as an interruption.
     Raises UsageError if `dest` exists without `force`, is not a folder, or is being written with this key.
     """
     dest = dest.absolute()
-    with scratch_folder(dest, key) as aside:
+    with scratch_folder(dest, key, keep_on) as aside:
         if dest.exists() and (not force or not dest.is_dir()):
             raise UsageError(f"{dest} exists already: choose another name, or --force to replace a model folder")
         yield aside

@@ -39,3 +39,7 @@ class UsageError(EdgeGemmaError):
 
 class AudioError(EdgeGemmaError):
     """Sound that cannot be read, or a microphone that cannot be used."""
+
+
+class HubError(EdgeGemmaError):
+    """A model hub that cannot be reached, does not know the name, or does not let it be read."""

@@ -129,6 +129,33 @@ class FolderWriter:
         """sha256 of each of a tensor's parts as far as they have been appended."""
         return {key: self._growing[name, key].digest.hexdigest() for key in self._plan[name].parts}
 
+    def adopt(self, name: str, digests: dict[str, str]) -> None:
+        """A tensor that an earlier run has written to its end; digests: sha256 of its parts."""
+        for key, digest in digests.items():
+            growing = self._growing[name, key]
+            growing.part, growing.written = replace(growing.part, sha256=digest), growing.part.nbytes
+
+    def sync(self) -> None:
+        """Flush the containers to the disk."""
+        for fd in self._fds.values():
+            os.fsync(fd)
+
+    def adopt_file(self, name: str, entry: dict[str, Any]) -> bool:
+        """A file that an earlier run has written, if it still is what `entry` says."""
+        try:
+            data = (self.folder / name).read_bytes()
+        except OSError:
+            return False
+        found = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+        if found == entry:
+            self._files[name] = found
+        return found == entry
+
+    @property
+    def files(self) -> dict[str, dict[str, Any]]:
+        """What the manifest will say of each file."""
+        return dict(self._files)
+
     def stored_digests(self, name: str) -> dict[str, str]:
         """sha256 of each of a tensor's parts as they lie in the file, whoever wrote them."""
         found = {}
@@ -163,7 +190,7 @@ class FolderWriter:
                 growing = self._growing[name, key]
                 if growing.written != growing.part.nbytes:
                     raise AssertionError(f"{name}.{key}: {growing.written} of {growing.part.nbytes} bytes were written")
-                parts[key] = replace(growing.part, sha256=growing.digest.hexdigest())
+                parts[key] = replace(growing.part, sha256=growing.part.sha256 or growing.digest.hexdigest())
             tensors[name] = tensor_entry(replace(tensor, parts=parts))
         manifest: dict[str, Any] = {
             "format": FORMAT,

@@ -28,14 +28,19 @@ class Finished:
     """A matrix that an earlier run has written."""
 
     content: str  # sha256 of the values it was made from
+    digests: dict[str, str]  # sha256 of its parts
     read: Callable[[int, int], Packed]  # rows from a multiple of 8 on
 
 
 class Journal:
     """The lines {"name", "content", "parts"} of `writer.folder`, parts as digests by key."""
 
-    def __init__(self, writer: FolderWriter, plan: dict[str, Tensor]) -> None:
-        """What the containers hold as the journal says is `finished`; a line that was cut off or lies is left out."""
+    def __init__(self, writer: FolderWriter, plan: dict[str, Tensor], *, floats: bool = False) -> None:
+        """What the containers hold as the journal says is `finished`; a line that was cut off or lies is left out.
+
+        floats: note tensors that are not rounded too, whose values need not be read again.
+        """
+        self._floats = floats
         self._writer, self._plan, self._path = writer, plan, writer.folder / JOURNAL
         self.finished: dict[str, Finished] = {}
         for line in self._path.read_text().splitlines() if self._path.exists() else []:
@@ -45,9 +50,9 @@ class Journal:
                 continue
             name = entry["name"]
             if name in plan and writer.stored_digests(name) == entry["parts"]:
-                self.finished[name] = self._finished(name, entry["content"])
+                self.finished[name] = self._finished(name, entry["content"], entry["parts"])
 
-    def _finished(self, name: str, content: str) -> Finished:
+    def _finished(self, name: str, content: str, digests: dict[str, str]) -> Finished:
         tensor = self._plan[name]
 
         def read(start: int, stop: int) -> Packed:
@@ -55,14 +60,14 @@ class Journal:
             parts = {key: self._writer.read(name, key, *span) for key in tensor.parts}
             return decode_packed(tensor, parts, stop - start)
 
-        return Finished(content, read)
+        return Finished(content, digests, read)
 
     def note(self, name: str, content: str) -> None:
         """A tensor is written to its end. Raises CheckpointError where an earlier run has read other values."""
         earlier = self.finished.get(name)
         if earlier and earlier.content != content:
             raise CheckpointError(f"{name} has changed since the interrupted export read it: export again")
-        if earlier or not self._plan[name].bits:
+        if earlier or not (self._plan[name].bits or self._floats):
             return
         entry = {"name": name, "content": content, "parts": self._writer.digests(name)}
         with self._path.open("a") as file:

@@ -1,0 +1,308 @@
+"""From a model hub to a model folder: converted while it arrives.
+
+Owns: the order of a pull, what it keeps aside for the next run to go on with, what can be said of a model before it is
+fetched. Does not know: HTTP (hub.py), the disk's part (spool.py, download.py), conversion (convert.py, stream.py).
+
+Disk: the folder, and one tensor that is on its way. Everything that has arrived stays where a killed run left it.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from edge_gemma import __version__
+from edge_gemma.atomic import new_folder, write_file
+from edge_gemma.errors import CheckpointError, UsageError
+from edge_gemma.export.checkpoint import Checkpoint
+from edge_gemma.export.convert import Conversion, encoder_bytes, write_tower
+from edge_gemma.export.download import Download, Unit, in_order, room_needed
+from edge_gemma.export.folder_writer import FolderWriter
+from edge_gemma.export.gguf_reader import GgufCheckpoint
+from edge_gemma.export.hub import ANEW, ChangedError, Hub, HubFile, Repository
+from edge_gemma.export.on_grid import OffGridError
+from edge_gemma.export.resume import JOURNAL, Journal
+from edge_gemma.export.safetensors_reader import SafetensorsCheckpoint
+from edge_gemma.export.source_file import SourceFolder, show
+from edge_gemma.export.spool import Spool, SpooledFile
+from edge_gemma.export.stream import TensorStream
+from edge_gemma.model_folder import Progress
+from edge_gemma.models import HubName
+
+_FETCHED, _STATE, _ENCODER = "fetched", "pull.json", "encoder.json"
+_SYNC_BYTES = 16 << 20  # of ranges that have been used: then the containers are flushed, and the ranges go
+_ENCODER_UNIT = "audio encoder"
+
+
+@dataclass(frozen=True)
+class Pulled:
+    """What a pull did. verified: names of files whose bytes have the digests that the hub states."""
+
+    folder: Path
+    repository: Repository
+    fetched: int  # bytes
+    verified: tuple[str, ...]
+    unverified: tuple[str, ...]
+
+
+@dataclass
+class _State:
+    """What the next run must know: kept in the folder aside."""
+
+    repository: Repository
+    off_grid: list[str] = field(default_factory=list)
+    resumed: bool = False
+
+    def save(self, path: Path) -> None:
+        state = {"repository": self.repository.as_dict(), "off_grid": self.off_grid}
+        write_file(path, json.dumps(state).encode())
+
+    @classmethod
+    def load(cls, path: Path) -> "_State | None":
+        try:
+            state = json.loads(path.read_bytes())
+            return cls(Repository.from_dict(state["repository"]), state["off_grid"], resumed=True)
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+
+class RemoteFolder(SourceFolder):
+    """A repository's files as a `SourceFolder`. `opened`: the files with tensors, in the order they were opened."""
+
+    def __init__(self, hub: Hub, repository: Repository, spool: Spool) -> None:
+        self.name = f"{repository.repo_id}@{repository.commit[:12]}"
+        self._hub, self._repository, self._spool = hub, repository, spool
+        self._numbers = {name: i for i, name in enumerate(sorted(repository.files))}
+        self.opened: list[tuple[SpooledFile, HubFile]] = []
+
+    def has(self, name: str) -> bool:
+        return name in self._repository.files
+
+    def open(self, name: str) -> SpooledFile:
+        if not self.has(name):
+            raise CheckpointError(f"{self.name} has no file {show(name)}")
+        file = self._repository.files[name]
+        fetch = partial(self._hub.read, self._repository, file)
+        spooled = SpooledFile(self._spool, self._numbers[name], f"{self.name}/{name}", file.size, fetch)
+        if name.endswith((".safetensors", ".gguf")):
+            self.opened.append((spooled, file))
+        return spooled
+
+
+@dataclass
+class Puller:
+    """One pull of one model. `note` is told what people should know, `progress` how far it is."""
+
+    name: HubName
+    recipe: str | None = None
+    audio: bool = True
+    note: Callable[[str], None] = lambda text: None
+    progress: Progress | None = None
+
+    def __post_init__(self) -> None:
+        self.recipe = self.recipe or self.name.recipe
+        self._fetched = 0
+
+    def pull(self, dest: Path, *, force: bool = False) -> Pulled:
+        """Fetch and convert into the model folder `dest`, which appears whole or not at all.
+
+        An interrupted pull is resumed by the same call: what has arrived is not fetched again.
+        Raises HubError, CheckpointError, ConfigError, UsageError: one line each.
+        """
+        dest = dest.absolute()
+        if dest.exists() and (not force or not dest.is_dir()):
+            raise UsageError(f"{dest} exists already: choose another name, or --force to replace a model folder")
+        while True:
+            try:
+                with new_folder(dest, force=force, key=self._key(), keep_on=BaseException) as aside:
+                    return self._pull(dest, aside)
+            except OffGridError as error:
+                self.note(f"{error}: it is rounded, and the pull begins anew")
+
+    def _pull(self, dest: Path, aside: Path) -> Pulled:
+        with self._opened(aside) as at:
+            files = [file for file, _ in at.folder.opened]
+            units = in_order(_units(at.conversion), files)
+            waits = max(0, room_needed(units, files) - at.spool.held)
+            beside = encoder_bytes(at.conversion.tower, at.conversion.recipe) + waits
+            try:
+                with FolderWriter(aside, at.conversion.plan, beside=beside) as writer:
+                    section, content, digests = _Run(at, writer, self.progress).convert(units)
+                    verified = _verified(at.folder, digests)
+                    at.conversion.write_side_files(writer)
+                    at.conversion.finish(writer, _source(at.state.repository), content, section)
+            except OffGridError as error:
+                at.state.off_grid.append(error.matrix)
+                at.state.save(aside / _STATE)
+                (aside / JOURNAL).unlink(missing_ok=True)
+                raise
+            except ChangedError:
+                (aside / _STATE).unlink()
+                raise
+        shutil.rmtree(aside / _FETCHED)
+        for name in (JOURNAL, _STATE, _ENCODER):
+            (aside / name).unlink(missing_ok=True)
+        unverified = tuple(file.name for _, file in at.folder.opened if file.name not in verified)
+        return Pulled(dest, at.state.repository, self._fetched, verified, unverified)
+
+    @contextmanager
+    def _opened(self, aside: Path) -> Iterator["_Opened"]:
+        """The checkpoint at its pinned commit, as far as planning needs it."""
+        with closing(Hub(note=self.note)) as hub:
+            state = _State.load(aside / _STATE)
+            if state is None:
+                for left in aside.iterdir():
+                    shutil.rmtree(left) if left.is_dir() else left.unlink()
+                state = _State(hub.repository(self.name.repo_id, self.name.revision))
+                state.save(aside / _STATE)
+            spool = Spool(aside / _FETCHED)
+            folder = RemoteFolder(hub, state.repository, spool)
+            try:
+                with closing(self._checkpoint(folder, state.repository)) as checkpoint:
+                    conversion = Conversion.plan_of(
+                        checkpoint, self.recipe, audio=self.audio, glance=True, off_grid=state.off_grid
+                    )
+                    yield _Opened(hub, state, spool, folder, conversion)
+            finally:
+                self._fetched += hub.fetched
+
+    def _checkpoint(self, folder: RemoteFolder, repository: Repository) -> Checkpoint:
+        if (gguf := self.name.gguf_of(repository.files)) is not None:
+            return GgufCheckpoint(folder.open(gguf))
+        return SafetensorsCheckpoint(folder)
+
+    def _key(self) -> str:
+        told = [__version__, asdict(self.name), self.recipe, self.audio]
+        return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """A checkpoint on a hub, and what will become of it."""
+
+    hub: Hub
+    state: _State
+    spool: Spool
+    folder: RemoteFolder
+    conversion: Conversion
+
+
+class _Run:
+    """Download and conversion side by side."""
+
+    def __init__(self, at: _Opened, writer: FolderWriter, progress: Progress | None) -> None:
+        self._at, self._conversion, self._writer, self._progress = at, at.conversion, writer, progress
+        self._journal = Journal(writer, at.conversion.plan, floats=True)
+        self._used: list[Unit] = []
+
+    def convert(self, units: Sequence[Unit]) -> tuple[dict[str, Any] | None, str, dict[str, str]]:
+        """Returns the manifest's audio section, the digest of all values, and the digests of files read whole."""
+        section, content = self._finished_encoder(), self._journal.finished
+        done = {*content, *([_ENCODER_UNIT] if section else [])}
+        left = [unit for unit in units if unit.name not in done]
+        for unit in units:
+            if unit.name in done:
+                self._drop(unit)
+        with ThreadPoolExecutor() as pool:
+            conversion = self._conversion
+            stream = TensorStream(
+                conversion.checkpoint, conversion.plan, conversion.carried, self._writer, pool, None, self._journal
+            )
+            for name, finished in content.items():
+                self._writer.adopt(name, finished.digests)
+                stream.skip(name, finished.content)
+            with self._download(left) as download:
+                for unit in left:
+                    if unit.name == _ENCODER_UNIT:
+                        section = self._write_encoder()
+                    else:
+                        stream.put_one(unit.name)
+                    self._flush(unit)
+                self._flush()
+                download.join()
+        return section, stream.content(), download.digests
+
+    def _download(self, left: Sequence[Unit]) -> Download:
+        total, got = sum(file.size for _, file in self._at.folder.opened), 0
+
+        def report(nbytes: int, name: str) -> None:
+            nonlocal got
+            got += nbytes
+            if self._progress:
+                self._progress(total - missing + got, total, name)
+
+        download = Download(
+            partial(self._at.hub.read, self._at.state.repository),
+            self._at.spool,
+            self._at.folder.opened,
+            left,
+            whole=not self._at.state.resumed,
+            report=report,
+            stop=self._at.hub.close,
+        )
+        missing = download.missing()
+        return download
+
+    def _flush(self, unit: Unit | None = None) -> None:
+        """A unit has been used. Its bytes go when what was made of them is on the disk: now and then, or with None."""
+        if unit:
+            self._used.append(unit)
+        if unit is None or sum(t.nbytes for u in self._used for t in u.stored) >= _SYNC_BYTES:
+            self._writer.sync()
+            if (path := self._writer.folder / JOURNAL).exists():
+                with path.open("rb") as file:
+                    os.fsync(file.fileno())
+            for used in self._used:
+                self._drop(used)
+            self._used = []
+
+    def _drop(self, unit: Unit) -> None:
+        for tensor in unit.stored:
+            assert isinstance(tensor.file, SpooledFile)
+            tensor.file.drop(tensor.offset)
+
+    def _write_encoder(self) -> dict[str, Any] | None:
+        before = self._writer.files
+        section = write_tower(self._writer, self._conversion.tower, self._conversion.recipe)
+        files = {name: entry for name, entry in self._writer.files.items() if name not in before}
+        write_file(self._writer.folder / _ENCODER, json.dumps({"section": section, "files": files}).encode())
+        return section
+
+    def _finished_encoder(self) -> dict[str, Any] | None:
+        """The section of an encoder that an earlier run has written, if it still lies there."""
+        path = self._writer.folder / _ENCODER
+        if not path.exists():
+            return None
+        kept = json.loads(path.read_bytes())
+        return kept["section"] if all(self._writer.adopt_file(*item) for item in kept["files"].items()) else None
+
+
+def _units(conversion: Conversion) -> list[Unit]:
+    units = [Unit(name, conversion.checkpoint.stored(name)) for name in conversion.plan]
+    return [*units, Unit(_ENCODER_UNIT, conversion.tower.stored)] if conversion.tower else units
+
+
+def _verified(folder: RemoteFolder, digests: dict[str, str]) -> tuple[str, ...]:
+    """The files whose digest is the hub's. Raises ChangedError for one whose is not."""
+    for _, file in folder.opened:
+        if file.sha256 and file.name in digests and digests[file.name] != file.sha256:
+            raise ChangedError(
+                f"{file.name} arrived with the digest {digests[file.name][:16]}..., the hub states "
+                f"{file.sha256[:16]}...: {ANEW}"
+            )
+    return tuple(file.name for _, file in folder.opened if file.sha256 and file.name in digests)
+
+
+def _source(repository: Repository) -> dict[str, Any]:
+    return {
+        "name": repository.repo_id.partition("/")[2],
+        "repository": repository.repo_id,
+        "revision": repository.commit,
+    }
