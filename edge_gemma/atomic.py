@@ -49,8 +49,9 @@ def scratch_folder(
     """A folder beside `dest` that is gone afterwards.
 
     Scratch folders that earlier, killed runs left for the same `dest` are removed first: they are told from those of
-    live runs by the lock a live run holds. With a `key`, Ctrl-C (or what else `keep_on` names) leaves the folder too, and who comes with
-    the same key is given what an interrupted run had in it. Raises UsageError while another has that folder.
+    live runs by the lock a live run holds. With a `key`, Ctrl-C (or what else `keep_on` names) leaves the folder too,
+    and who comes with the same key is given what an interrupted run had in it. Raises UsageError while another has that
+    folder.
     """
     dest.parent.mkdir(parents=True, exist_ok=True)
     kept = dest.with_name(f".{dest.name}.{key}{_ASIDE}") if key else None

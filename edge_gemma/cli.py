@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from edge_gemma import __version__, common, speech_cli
+from edge_gemma import __version__, common, hub_cli, speech_cli
 from edge_gemma.errors import EdgeGemmaError, UsageError
 from edge_gemma.text_input import decode_text, read_text
 
@@ -181,11 +181,7 @@ def _result_json(result: Any) -> dict[str, Any]:
 @common.refuse("calibration", beside="no_calibration")
 @click.argument("source", type=click.Path(path_type=Path))
 @click.argument("dest", type=click.Path(path_type=Path))
-@click.option(
-    "--recipe",
-    metavar="q8|q5mix|q4|q3mix|q2mix|float",
-    help="How weights are stored [default: as they were trained, else q4].",
-)
+@common.recipe
 @click.option("--calibration", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE",
               help="A text to round 2 and 4 bits for [default: a short one that comes along].")  # fmt: skip
 @click.option("--no-calibration", is_flag=True, help="Round without a text: quick, and much worse.")
@@ -216,13 +212,9 @@ def export(
     from edge_gemma.export.convert import export_checkpoint
     from edge_gemma.export.onnx_folder import FLOAT16, export_onnx
     from edge_gemma.quant.calibrate import bundled_text
-    from edge_gemma.quant.recipes import RECIPES, TRAINED_RECIPES
     from edge_gemma.terminal import progress_bar
 
-    known = {*RECIPES, *TRAINED_RECIPES, *([FLOAT16] if as_onnx else [])}
-    if recipe is not None and recipe not in known:
-        choices = ", ".join([*RECIPES, FLOAT16] if as_onnx else RECIPES)
-        raise click.BadParameter(f"{recipe!r} is not one of {choices}.", param_hint="'--recipe'")
+    common.check_recipe(recipe, *([FLOAT16] if as_onnx else []))
     if not source.exists():
         raise UsageError(f"{source} does not exist: expected a checkpoint folder or a GGUF file")
     text = None if no_calibration else read_text(calibration) if calibration else bundled_text()
@@ -455,7 +447,7 @@ def _print_facts(facts: dict[str, Any], as_json: bool) -> None:
         click.echo(f"{name.replace('_', ' '):<{width}}  {shown}")
 
 
-for _command in speech_cli.COMMANDS:
+for _command in (*speech_cli.COMMANDS, *hub_cli.COMMANDS):
     cli.add_command(_command)
 
 

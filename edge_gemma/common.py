@@ -84,6 +84,11 @@ context = click.option(
 backend = click.option(
     "--backend", type=click.Choice(["onnx"]), help="Run a folder made by export --onnx with onnxruntime, to compare."
 )
+recipe = click.option(
+    "--recipe",
+    metavar="q8|q5mix|q4|q3mix|q2mix|float",
+    help="How weights are stored [default: as they were trained, else q4].",
+)
 force = click.option("--force", is_flag=True, help="Replace DEST if it is a model folder already.")
 memory_limit = click.option(
     "--memory-limit", type=click.IntRange(1), metavar="MB", help="Refuse a model that would need more memory than this."
@@ -152,6 +157,14 @@ def open_folder(model: str | None) -> "ModelFolder":
     from edge_gemma.model_folder import ModelFolder
 
     return ModelFolder.open(resolve(model))
+
+
+def check_recipe(given: str | None, *more: str) -> None:
+    """That a --recipe is one, `more` among them. Raises click.BadParameter."""
+    from edge_gemma.quant.recipes import RECIPES, TRAINED_RECIPES
+
+    if given is not None and given not in {*RECIPES, *TRAINED_RECIPES, *more}:
+        raise click.BadParameter(f"{given!r} is not one of {', '.join([*RECIPES, *more])}.", param_hint="'--recipe'")
 
 
 def print_json(value: dict[str, Any]) -> None:

@@ -6,18 +6,21 @@ into `edge_gemma.export`, and only when a checkpoint has to be converted first.
 
 import hashlib
 import os
+import re
 from pathlib import Path
 
+from edge_gemma import store
 from edge_gemma.atomic import scratch_folder
 from edge_gemma.errors import EdgeGemmaError, UsageError
+from edge_gemma.hub_name import SHORT_NAMES, HubName
 from edge_gemma.model_folder import MANIFEST, ModelFolder, Progress
 
 MODEL_VARIABLE = "EDGE_GEMMA_MODEL"
 EMBEDDED_NAME = "demo"
 EMBEDDED = Path(__file__).parent / "demo"  # a model folder in the package, used where it lies
 EMBEDDED_NOTE = (
-    "this is the small demonstration model that comes along; for the real one download Gemma 4 E2B, then "
-    "edge-gemma export gemma-4-E2B-it ./e2b && edge-gemma chat -m ./e2b"
+    "this is the small demonstration model that comes along; for the real one "
+    "edge-gemma pull e2b && edge-gemma chat -m e2b"
 )
 GEMMA3_NAME = "gemma3-270m"
 _GGUF_RECIPE = "q8"
@@ -30,6 +33,18 @@ def cache_folder() -> Path:
     return user_cache_path("edge-gemma", appauthor=False) / "models"
 
 
+def pulled_folder() -> Path:
+    """Where pulled models are kept: the platform's data folder for this user."""
+    from platformdirs import user_data_path
+
+    return user_data_path("edge-gemma", appauthor=False) / "models"
+
+
+def folders() -> tuple[Path, ...]:
+    """The folders that hold this user's models."""
+    return pulled_folder(), cache_folder()
+
+
 def resolve(model: Path | str | None = None, progress: Progress | None = None) -> Path:
     """The model folder that `model` means; converts into the cache first where it has to.
 
@@ -38,18 +53,40 @@ def resolve(model: Path | str | None = None, progress: Progress | None = None) -
     if model is None and not (model := os.environ.get(MODEL_VARIABLE)):
         return _embedded()
     path = Path(model).expanduser()
-    if path.is_dir():
+    if (path / MANIFEST).is_file():
         return path
     if path.is_file():
         return _converted(path, progress)
+    if (named := store.find(str(model), folders())) is not None and str(model) != GEMMA3_NAME:
+        return named
+    if path.is_dir():
+        return _folder(path)
     if str(model) == EMBEDDED_NAME:
         return _embedded()
     if str(model) == GEMMA3_NAME:
         return _gemma3(progress)
-    if (named := cache_folder() / str(model)).is_dir() and str(model) == named.name:
-        return named
-    raise UsageError(
-        f"there is no model {str(model)!r}: give a model folder, a GGUF file, or one of {', '.join(_names())}"
+    raise _unknown(str(model))
+
+
+def _folder(path: Path) -> Path:
+    """A folder without a manifest, for who opens it to say what it lacks. Raises UsageError for a checkpoint."""
+    if (path / "config.json").is_file() or any(path.glob("*.safetensors")):
+        raise UsageError(
+            f"{path} is a checkpoint, expected a model folder: edge-gemma export {path} ./{path.absolute().name}-q4, "
+            f"then -m ./{path.absolute().name}-q4"
+        )
+    return path
+
+
+def _unknown(model: str) -> UsageError:
+    """What to do about a name that means nothing here."""
+    if model in SHORT_NAMES or re.fullmatch(r"[\w.-]+/[\w.-]+(/[\w./-]+\.gguf)?([@:][\w./:-]+)?", model):
+        called = HubName.parse(model).called
+        then = "" if called == model else f", then -m {called}"
+        return UsageError(f"{model} is not on this machine: edge-gemma pull {model}{then}")
+    return UsageError(
+        f"there is no model {model!r}: give a model folder, a GGUF file, one of {', '.join(_names())}, or a name that "
+        f"edge-gemma pull fetches ({', '.join(SHORT_NAMES)})"
     )
 
 
@@ -63,19 +100,19 @@ def _embedded() -> Path:
 
 
 def _names() -> list[str]:
-    """Names that `resolve` knows: the embedded default, what it can fetch and what lies in the cache."""
-    try:
-        cached = [entry.name for entry in cache_folder().iterdir() if (entry / MANIFEST).is_file()]
-    except OSError:
-        cached = []
-    return sorted({EMBEDDED_NAME, GEMMA3_NAME, *cached})
+    """Names that `resolve` knows: the embedded default, what it can fetch and what was pulled or converted."""
+    return sorted({EMBEDDED_NAME, GEMMA3_NAME, *(e.name for e in store.entries(folders()) if not e.unfinished)})
 
 
 def _converted(path: Path, progress: Progress | None) -> Path:
     """A GGUF file's folder in the cache. The key is where the file lies, its size and its time."""
     with path.open("rb") as file:
         if file.read(4) != b"GGUF":
-            raise UsageError(f"{path} is not a model: expected a model folder or a GGUF file")
+            advice = ""
+            if path.suffix == ".safetensors":
+                folder = path.absolute().parent
+                advice = f"; with the files beside it: edge-gemma export {path.parent} ./{folder.name}-q4"
+            raise UsageError(f"{path} is not a model: expected a model folder or a GGUF file{advice}")
     status = path.stat()
     key = hashlib.sha256(f"{path.resolve()}\0{status.st_size}\0{status.st_mtime_ns}".encode()).hexdigest()[:12]
     return _convert(path, cache_folder() / f"{path.stem}-{_GGUF_RECIPE}-{key}", _GGUF_RECIPE, progress)

@@ -10,6 +10,8 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
@@ -20,6 +22,7 @@ from typing import Any
 
 from edge_gemma import __version__
 from edge_gemma.atomic import new_folder, write_file
+from edge_gemma.engine import DEFAULT_CONTEXT
 from edge_gemma.errors import CheckpointError, UsageError
 from edge_gemma.export.checkpoint import Checkpoint
 from edge_gemma.export.convert import Conversion, encoder_bytes, write_tower
@@ -33,12 +36,14 @@ from edge_gemma.export.safetensors_reader import SafetensorsCheckpoint
 from edge_gemma.export.source_file import SourceFolder, show
 from edge_gemma.export.spool import Spool, SpooledFile
 from edge_gemma.export.stream import TensorStream
-from edge_gemma.model_folder import Progress
-from edge_gemma.models import HubName
+from edge_gemma.hub_name import HubName
+from edge_gemma.memory import footprint
+from edge_gemma.model_folder import TOKENIZER, ModelFolder, Progress
 
 _FETCHED, _STATE, _ENCODER = "fetched", "pull.json", "encoder.json"
 _SYNC_BYTES = 16 << 20  # of ranges that have been used: then the containers are flushed, and the ranges go
 _ENCODER_UNIT = "audio encoder"
+_SAMPLE, _SAMPLE_S = 64 << 20, 3.0  # bytes and seconds that the speed of the link is measured for
 
 
 @dataclass(frozen=True)
@@ -50,6 +55,24 @@ class Pulled:
     fetched: int  # bytes
     verified: tuple[str, ...]
     unverified: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What a pull would take. memory_bytes: when the model runs, with `context` tokens; seconds: of fetching."""
+
+    repository: str
+    revision: str
+    path: str
+    recipe: str
+    fetch_bytes: int
+    folder_bytes: int
+    disk_needed_bytes: int
+    disk_free_bytes: int
+    memory_bytes: int
+    context: int
+    bytes_per_s: float
+    seconds: float
 
 
 @dataclass
@@ -126,16 +149,87 @@ class Puller:
             except OffGridError as error:
                 self.note(f"{error}: it is rounded, and the pull begins anew")
 
+    def forecast(self, dest: Path) -> Forecast:
+        """What `pull` to `dest` would take. Fetches headers, a few rows and a sample; leaves nothing.
+
+        Raises what `pull` raises.
+        """
+        parent = next(folder for folder in dest.absolute().parents if folder.is_dir())
+        with tempfile.TemporaryDirectory() as aside, self._opened(Path(aside)) as at:
+            files = [file for file, _ in at.folder.opened]
+            units = _units(at.conversion)
+            biggest = max((tensor for unit in units for tensor in unit.stored), key=lambda tensor: tensor.nbytes)
+            start, before = time.perf_counter(), at.hub.fetched
+            file = next(file for spooled, file in at.folder.opened if spooled is biggest.file)
+            for _ in at.hub.read(
+                at.state.repository, file, biggest.offset, biggest.offset + min(_SAMPLE, biggest.nbytes)
+            ):
+                if time.perf_counter() - start > _SAMPLE_S:
+                    break
+            rate = (at.hub.fetched - before) / (time.perf_counter() - start)
+            fetch = sum(file.size for _, file in at.folder.opened)
+            folder = _folder_bytes(at.conversion)
+            return Forecast(
+                repository=at.state.repository.repo_id,
+                revision=at.state.repository.commit,
+                path=str(dest),
+                recipe=at.conversion.recipe,
+                fetch_bytes=fetch,
+                folder_bytes=folder,
+                disk_needed_bytes=folder + room_needed(units, files),
+                disk_free_bytes=shutil.disk_usage(parent).free,
+                memory_bytes=_memory_bytes(at.conversion, dest),
+                context=min(DEFAULT_CONTEXT, at.conversion.config.max_position_embeddings),
+                bytes_per_s=rate,
+                seconds=fetch / rate,
+            )
+
+    def keep(self, dest: Path, *, force: bool = False) -> Pulled:
+        """Store the checkpoint's files in the folder `dest` as they are. Resumed and checked as `pull` is."""
+        with (
+            new_folder(dest, force=force, key=self._key("keep"), keep_on=BaseException) as aside,
+            closing(Hub(note=self.note)) as hub,
+        ):
+            state = self._state(aside, hub)
+            wanted = self._wanted(state.repository)
+            total, had = sum(file.size for file in wanted), 0
+            digests = {}
+            for file in wanted:
+                path = aside / file.name
+                path.parent.mkdir(parents=True, exist_ok=True)
+                have = path.stat().st_size if path.exists() else 0
+                had += have
+                with path.open("ab") as out:
+                    for chunk in hub.read(state.repository, file, have, file.size):
+                        out.write(chunk)
+                        if self.progress:
+                            self.progress(had + hub.fetched, total, file.name)
+                with path.open("rb") as whole:
+                    digests[file.name] = hashlib.file_digest(whole, "sha256").hexdigest()
+            (aside / _STATE).unlink()
+            verified = _verified(wanted, digests)
+        unverified = tuple(file.name for file in wanted if file.name not in verified)
+        return Pulled(dest, state.repository, hub.fetched, verified, unverified)
+
+    def _wanted(self, repository: Repository) -> list[HubFile]:
+        """The files of the checkpoint that `keep` stores."""
+        if (gguf := self.name.gguf_of(repository.files)) is not None:
+            return [repository.files[gguf]]
+        ending = (".json", ".safetensors", ".jinja", ".model", ".md", ".txt")
+        return [file for name, file in sorted(repository.files.items()) if name.endswith(ending) and "/" not in name]
+
     def _pull(self, dest: Path, aside: Path) -> Pulled:
         with self._opened(aside) as at:
             files = [file for file, _ in at.folder.opened]
             units = in_order(_units(at.conversion), files)
+            if at.conversion.calibrates:
+                self.note(f"rounded to {at.conversion.recipe} without calibration: pull --keep and export do it better")
             waits = max(0, room_needed(units, files) - at.spool.held)
             beside = encoder_bytes(at.conversion.tower, at.conversion.recipe) + waits
             try:
                 with FolderWriter(aside, at.conversion.plan, beside=beside) as writer:
                     section, content, digests = _Run(at, writer, self.progress).convert(units)
-                    verified = _verified(at.folder, digests)
+                    verified = _verified([file for _, file in at.folder.opened], digests)
                     at.conversion.write_side_files(writer)
                     at.conversion.finish(writer, _source(at.state.repository), content, section)
             except OffGridError as error:
@@ -156,12 +250,7 @@ class Puller:
     def _opened(self, aside: Path) -> Iterator["_Opened"]:
         """The checkpoint at its pinned commit, as far as planning needs it."""
         with closing(Hub(note=self.note)) as hub:
-            state = _State.load(aside / _STATE)
-            if state is None:
-                for left in aside.iterdir():
-                    shutil.rmtree(left) if left.is_dir() else left.unlink()
-                state = _State(hub.repository(self.name.repo_id, self.name.revision))
-                state.save(aside / _STATE)
+            state = self._state(aside, hub)
             spool = Spool(aside / _FETCHED)
             folder = RemoteFolder(hub, state.repository, spool)
             try:
@@ -173,13 +262,23 @@ class Puller:
             finally:
                 self._fetched += hub.fetched
 
+    def _state(self, aside: Path, hub: Hub) -> _State:
+        """What an earlier run has pinned, or the repository as it is now."""
+        state = _State.load(aside / _STATE)
+        if state is None:
+            for left in aside.iterdir():
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
+            state = _State(hub.repository(self.name.repo_id, self.name.revision))
+            state.save(aside / _STATE)
+        return state
+
     def _checkpoint(self, folder: RemoteFolder, repository: Repository) -> Checkpoint:
         if (gguf := self.name.gguf_of(repository.files)) is not None:
             return GgufCheckpoint(folder.open(gguf))
         return SafetensorsCheckpoint(folder)
 
-    def _key(self) -> str:
-        told = [__version__, asdict(self.name), self.recipe, self.audio]
+    def _key(self, what: str = "pull") -> str:
+        told = [__version__, what, asdict(self.name), self.recipe, self.audio]
         return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
 
 
@@ -289,15 +388,27 @@ def _units(conversion: Conversion) -> list[Unit]:
     return [*units, Unit(_ENCODER_UNIT, conversion.tower.stored)] if conversion.tower else units
 
 
-def _verified(folder: RemoteFolder, digests: dict[str, str]) -> tuple[str, ...]:
+def _folder_bytes(conversion: Conversion) -> int:
+    """About what the model folder takes."""
+    parts = sum(part.nbytes for tensor in conversion.plan.values() for part in tensor.parts.values())
+    return parts + encoder_bytes(conversion.tower, conversion.recipe) + len(conversion.tokenizer)
+
+
+def _memory_bytes(conversion: Conversion, dest: Path) -> int:
+    """What the model will need to run, with the default context."""
+    manifest = {"files": {TOKENIZER: {"bytes": len(conversion.tokenizer)}}}
+    return footprint(ModelFolder(dest, conversion.config, conversion.plan, manifest)).total
+
+
+def _verified(files: Sequence[HubFile], digests: dict[str, str]) -> tuple[str, ...]:
     """The files whose digest is the hub's. Raises ChangedError for one whose is not."""
-    for _, file in folder.opened:
+    for file in files:
         if file.sha256 and file.name in digests and digests[file.name] != file.sha256:
             raise ChangedError(
                 f"{file.name} arrived with the digest {digests[file.name][:16]}..., the hub states "
                 f"{file.sha256[:16]}...: {ANEW}"
             )
-    return tuple(file.name for _, file in folder.opened if file.sha256 and file.name in digests)
+    return tuple(file.name for file in files if file.sha256 and file.name in digests)
 
 
 def _source(repository: Repository) -> dict[str, Any]:
