@@ -4,9 +4,9 @@ Owns: the user's cache of converted models. Beside the command line this is the 
 into `edge_gemma.export`, and only when a checkpoint has to be converted first.
 """
 
+import contextlib
 import hashlib
 import os
-import re
 from pathlib import Path
 
 from edge_gemma import store
@@ -80,10 +80,11 @@ def _folder(path: Path) -> Path:
 
 def _unknown(model: str) -> UsageError:
     """What to do about a name that means nothing here."""
-    if model in SHORT_NAMES or re.fullmatch(r"[\w.-]+/[\w.-]+(/[\w./-]+\.gguf)?([@:][\w./:-]+)?", model):
+    with contextlib.suppress(UsageError):
         called = HubName.parse(model).called
         then = "" if called == model else f", then -m {called}"
-        return UsageError(f"{model} is not on this machine: edge-gemma pull {model}{then}")
+        missing = "" if model in SHORT_NAMES else " (neither as a folder, nor pulled from a hub)"
+        return UsageError(f"{model} is not on this machine{missing}: edge-gemma pull {model}{then}")
     return UsageError(
         f"there is no model {model!r}: give a model folder, a GGUF file, one of {', '.join(_names())}, or a name that "
         f"edge-gemma pull fetches ({', '.join(SHORT_NAMES)})"

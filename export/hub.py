@@ -110,6 +110,7 @@ class Hub:
         """One request. Raises _Lost where another may help, HubError where none will."""
         import httpx2
         from huggingface_hub import get_session, hf_hub_url
+        from huggingface_hub.errors import RevisionNotFoundError
         from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
 
         url = hf_hub_url(repository.repo_id, file.name, revision=repository.commit, endpoint=self.endpoint)
@@ -126,13 +127,15 @@ class Hub:
                 hf_raise_for_status(response)
                 self._check(response, repository, file, start, stop)
                 left = stop - start
-                for chunk in response.iter_raw(_CHUNK):
-                    if len(chunk) > left:
+                for data in response.iter_raw():  # as it comes: what has come counts when the rest does not
+                    if len(data) > left:
                         raise self._changed(file, "it is longer than before")
-                    left -= len(chunk)
-                    yield chunk
+                    left -= len(data)
+                    yield from (data[i : i + _CHUNK] for i in range(0, len(data), _CHUNK))
         except httpx2.TransportError as error:
             raise _Lost(show(error) or type(error).__name__) from error
+        except RevisionNotFoundError as error:
+            raise ChangedError(f"{self.endpoint} no longer has the commit the pull began with: {ANEW}") from error
         except Exception as error:
             raise _told(error, repository.repo_id, self.endpoint) from error
 
@@ -231,13 +234,14 @@ def _told(error: Exception, what: str, endpoint: str) -> Exception:
     if isinstance(error, errors.RepositoryNotFoundError):
         return HubError(f"{endpoint} shows no model {what}: check the name; a private one needs a token ({token})")
     if status in (401, 403):
-        return HubError(f"{endpoint} refuses {what} ({status}): check the token in HF_TOKEN and what it may read")
+        check = f"check the name, the token in HF_TOKEN, and what it may read ({token})"
+        return HubError(f"{endpoint} refuses {what} ({status}): {check}")
     if isinstance(error, errors.OfflineModeIsEnabled):
         return HubError("HF_HUB_OFFLINE is set: unset it to pull")
     if isinstance(error, errors.HFValidationError):
         return HubError(f"{show(what)} is no name of a repository: expected owner/repo")
     if isinstance(error, errors.HfHubHTTPError | httpx2.HTTPError | httpx2.InvalidURL | ValueError):
-        return HubError(f"{endpoint}: {few([' '.join(str(error).split())])}")
+        return HubError(f"{endpoint} answers {status or ''} {few([' '.join(str(error).split())])}")
     return error
 
 
