@@ -189,6 +189,8 @@ def _result_json(result: Any) -> dict[str, Any]:
               help="Write ONNX graphs for onnxruntime. SOURCE may be a model folder too, which keeps its weights; "
               "--recipe may be float16 too.")  # fmt: skip
 @click.option("--no-audio", is_flag=True, help="Leave the audio tower out.")
+@click.option("--ignore-key", "ignore_keys", multiple=True, metavar="NAME",
+              help="Pass over an unknown configuration key, where it cannot matter. Repeatable.")  # fmt: skip
 @common.force
 def export(
     source: Path,
@@ -198,6 +200,7 @@ def export(
     no_calibration: bool,
     as_onnx: bool,
     no_audio: bool,
+    ignore_keys: tuple[str, ...],
     force: bool,
 ) -> None:
     """Convert SOURCE, a checkpoint folder or a GGUF file, to the model folder DEST.
@@ -218,14 +221,26 @@ def export(
     if not source.exists():
         raise UsageError(f"{source} does not exist: expected a checkpoint folder or a GGUF file")
     text = None if no_calibration else read_text(calibration) if calibration else bundled_text()
-    write = export_onnx if as_onnx else export_checkpoint
+    write, notes = export_onnx if as_onnx else export_checkpoint, list[str]()
     try:
         with progress_bar("exporting") as progress:
-            folder = write(source, dest, recipe, calibration=text, audio=not no_audio, force=force, progress=progress)
+            folder = write(
+                source,
+                dest,
+                recipe,
+                calibration=text,
+                audio=not no_audio,
+                ignore_keys=ignore_keys,
+                force=force,
+                progress=progress,
+                note=notes.append,
+            )
     except KeyboardInterrupt:
         for left in left_aside(dest):
             click.echo(f"the same command goes on from here: {left} holds what is done", err=True)
         raise
+    for line in notes:
+        click.echo(f"note: {line}", err=True)
     _say_written(folder)
 
 

@@ -1,44 +1,50 @@
 """What a Gemma text decoder is made of, resolved once.
 
-Owns: reading a `text_config` in the checkpoint's own words, refusing what it does not know, and resolving every
-layer's attention type, head sizes, KV source, MLP width and rotary frequencies into a tuple of `LayerSpec`.
-Does not know: files, weights, tokenizers. After this module nobody asks "which variant is this?" again.
+Owns: reading a `text_config` in the checkpoint's own words (which keys count: config_keys.py), the reference's
+defaults, and resolving every layer's attention type, head sizes, KV source, MLP width and rotary frequencies into a
+tuple of `LayerSpec`. Does not know: files, weights, tokenizers. After this module nobody asks "which variant is this?"
+again.
 
 Sources: transformers 5.23 `configuration_gemma4.py` and `configuration_gemma3.py`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+from edge_gemma.config_keys import known_keys, with_defaults
 from edge_gemma.errors import ConfigError
 
 SLIDING, FULL = "sliding_attention", "full_attention"
 
-# Keys that say nothing about the arithmetic (training, bookkeeping, special token ids kept elsewhere).
-_IRRELEVANT = {
-    "_attn_implementation", "_name_or_path", "_sliding_window_pattern", "architectures", "attention_dropout",
-    "bos_token_id", "dtype", "eos_token_id", "initializer_range", "pad_token_id", "torch_dtype", "transformers_version",
-    "use_cache",
+# The keys that are read, and what the reference assumes without them (transformers' configuration classes).
+_COMMON: dict[str, Any] = {
+    "attention_bias": False, "final_logit_softcapping": None, "head_dim": 256,
+    "hidden_activation": "gelu_pytorch_tanh", "hidden_size": 2304, "intermediate_size": 9216, "layer_types": None,
+    "max_position_embeddings": 131072, "model_type": None, "num_attention_heads": 8, "num_key_value_heads": 4,
+    "rms_norm_eps": 1e-6, "rope_parameters": None, "tie_word_embeddings": True,
 }  # fmt: skip
-_COMMON = {
-    "attention_bias", "final_logit_softcapping", "head_dim", "hidden_activation", "hidden_size", "intermediate_size",
-    "layer_types", "max_position_embeddings", "model_type", "num_attention_heads", "num_hidden_layers",
-    "num_key_value_heads", "rms_norm_eps", "rope_parameters", "sliding_window", "tie_word_embeddings",
-    "use_bidirectional_attention", "vocab_size",
-}  # fmt: skip
-_KNOWN = {
+DEFAULTS: dict[str, dict[str, Any]] = {
     "gemma4_text": _COMMON | {
-        "attention_k_eq_v", "enable_moe_block", "global_head_dim", "hidden_size_per_layer_input",
-        "moe_intermediate_size", "num_experts", "num_global_key_value_heads", "num_kv_shared_layers",
-        "per_layer_config", "top_k_experts", "use_double_wide_mlp", "vocab_size_per_layer_input",
+        "attention_k_eq_v": False, "enable_moe_block": False, "global_head_dim": 512,
+        "hidden_size_per_layer_input": 256, "num_global_key_value_heads": None, "num_hidden_layers": 30,
+        "num_kv_shared_layers": 0, "per_layer_config": None, "sliding_window": 512,
+        "use_bidirectional_attention": None, "use_double_wide_mlp": False, "vocab_size": 262144,
+        "vocab_size_per_layer_input": 262144,
     },
     "gemma3_text": _COMMON | {
-        "attn_logit_softcapping", "query_pre_attn_scalar", "rope_local_base_freq", "rope_scaling", "rope_theta",
-        "sliding_window_pattern",
+        "attn_logit_softcapping": None, "num_hidden_layers": 26, "per_layer_config": None,
+        "query_pre_attn_scalar": 256, "rope_local_base_freq": 1e4, "rope_scaling": None, "rope_theta": 1e6,
+        "sliding_window": 4096, "sliding_window_pattern": 6, "use_bidirectional_attention": False,
+        "vocab_size": 262208,
     },
 }  # fmt: skip
+# Sizes of experts: nothing reads them unless `enable_moe_block` is set, which is refused. The first is an older name.
+_EXPERTS = {"expert_intermediate_size", "moe_intermediate_size", "num_experts", "top_k_experts"}
+KNOWN = {model_type: {*defaults, *_EXPERTS} for model_type, defaults in DEFAULTS.items()}
+
+_ROPE = ("factor", "partial_rotary_factor", "rope_theta", "rope_type", "type")
 
 # Sizes a file may claim. Far above any Gemma; they bound what a hostile configuration can make us allocate.
 _LIMITS = {
@@ -74,7 +80,7 @@ class LayerSpec:
 
 @dataclass(frozen=True)
 class GemmaConfig:
-    """A text decoder's configuration; `text_config` keeps the checkpoint's own words for the manifest."""
+    """A text decoder's configuration; `text_config` has it in the checkpoint's own words, for the manifest."""
 
     model_type: str  # "gemma4_text" | "gemma3_text"
     vocab_size: int
@@ -106,33 +112,34 @@ class GemmaConfig:
         return max(layer.kv_source for layer in self.layers)
 
     @classmethod
-    def from_text_config(cls, text_config: Mapping[str, Any]) -> "GemmaConfig":
-        """Resolve a checkpoint's `text_config`. Raises ConfigError for anything unknown, missing or unsupported."""
-        c = dict(text_config)
-        model_type = c.get("model_type")
-        if model_type not in _KNOWN:
-            raise ConfigError(f"model_type is {model_type!r}, expected one of {', '.join(sorted(_KNOWN))}")
-        unknown = sorted(set(c) - _KNOWN[model_type] - _IRRELEVANT)
-        if unknown:
-            raise ConfigError(f"unknown configuration keys for {model_type}: {', '.join(unknown)}")
+    def from_text_config(cls, text_config: Mapping[str, Any], ignored: Collection[str] = ()) -> "GemmaConfig":
+        """Resolve a checkpoint's `text_config`; keys that are missing or null have the reference's defaults.
+
+        ignored: names of unknown keys to pass over. Raises ConfigError for anything unknown or not supported.
+        """
+        model_type = text_config.get("model_type")
+        if not isinstance(model_type, str) or model_type not in DEFAULTS:
+            raise ConfigError(f"model_type is {model_type!r}, expected one of {', '.join(sorted(DEFAULTS))}")
+        known = known_keys(text_config, KNOWN[model_type], model_type, ignored=ignored)
+        c = with_defaults(known, DEFAULTS[model_type])
         _refuse_unsupported(c)
         depth = _integer(c, "num_hidden_layers")
         layer_types = _layer_types(c, depth)
         kv_sources = _kv_sources(layer_types, _integer(c, "num_kv_shared_layers", 0))
-        ple = _integer(c, "hidden_size_per_layer_input", 0, low=0) if model_type == "gemma4_text" else 0
+        ple = _integer(c, "hidden_size_per_layer_input", 0)
         vocab = _integer(c, "vocab_size")
-        if ple and _integer(c, "vocab_size_per_layer_input", vocab) != vocab:
+        if ple and _integer(c, "vocab_size_per_layer_input") != vocab:
             raise ConfigError(f"vocab_size_per_layer_input is {c['vocab_size_per_layer_input']}, expected {vocab}")
         softcap = c.get("final_logit_softcapping")
         return cls(
             model_type=model_type,
             vocab_size=vocab,
             hidden_size=_integer(c, "hidden_size"),
-            rms_norm_eps=_number(c, "rms_norm_eps", 1e-6),
-            final_logit_softcapping=None if softcap is None else _number(c, "final_logit_softcapping", 30.0),
+            rms_norm_eps=_number(c, "rms_norm_eps"),
+            final_logit_softcapping=None if softcap is None else _number(c, "final_logit_softcapping"),
             hidden_size_per_layer_input=ple,
-            max_position_embeddings=_integer(c, "max_position_embeddings", 131072),
-            tie_word_embeddings=bool(c.get("tie_word_embeddings", True)),
+            max_position_embeddings=_integer(c, "max_position_embeddings"),
+            tie_word_embeddings=bool(c["tie_word_embeddings"]),
             layers=tuple(_layer(c, i, layer_types[i], kv_sources[i]) for i in range(depth)),
             text_config=c,
         )
@@ -199,20 +206,17 @@ def _refuse_unsupported(c: Mapping[str, Any]) -> None:
             raise ConfigError(f"{key} is {c[key]!r}, which is not supported (expected {allowed[0]!r})")
 
 
-def _integer(c: Mapping[str, Any], key: str, default: int | None = None, low: int | None = None) -> int:
-    value = c.get(key)
-    if value is None:
-        value = default
-    if value is None:
-        raise ConfigError(f"the configuration lacks {key}")
-    least = low if low is not None else (0 if default == 0 else 1)
+def _integer(c: Mapping[str, Any], key: str, default: int | None = None) -> int:
+    """A size; `default` where the configuration has none. 0 only where that is the default: it means "none"."""
+    value = default if c.get(key) is None else c[key]
+    least = 0 if default == 0 else 1
     most = _LIMITS.get(key, 1 << 24)
     if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
         raise ConfigError(f"{key} is {value!r}, expected an integer from {least} to {most}")
     return value
 
 
-def _number(c: Mapping[str, Any], key: str, default: float) -> float:
+def _number(c: Mapping[str, Any], key: str, default: float | None = None) -> float:
     value = c.get(key, default)
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e12:
         raise ConfigError(f"{key} is {value!r}, expected a positive number")
@@ -231,7 +235,7 @@ def _mapping(c: Mapping[str, Any], key: str) -> dict[str, Any]:
 def _layer_types(c: Mapping[str, Any], depth: int) -> list[str]:
     types = c.get("layer_types")
     if types is None:
-        pattern = _integer(c, "sliding_window_pattern", 6)
+        pattern = _integer(c, "sliding_window_pattern", 6)  # the reference's 5:1
         types = [SLIDING if (i + 1) % pattern else FULL for i in range(depth)]
     if not isinstance(types, list) or len(types) != depth or not all(t in (SLIDING, FULL) for t in types):
         raise ConfigError(f"layer_types must name {SLIDING} or {FULL} for each of the {depth} layers")
@@ -256,16 +260,15 @@ def _kv_sources(layer_types: list[str], shared: int) -> list[int]:
 
 def _layer(c: Mapping[str, Any], index: int, layer_type: str, kv_source: int) -> LayerSpec:
     gemma4, full = c["model_type"] == "gemma4_text", layer_type == FULL
-    head_dim, kv_heads = _integer(c, "head_dim", 256), _integer(c, "num_key_value_heads")
-    k_eq_v = gemma4 and full and bool(c.get("attention_k_eq_v", False))
+    head_dim, kv_heads = _integer(c, "head_dim"), _integer(c, "num_key_value_heads")
+    k_eq_v = gemma4 and full and bool(c["attention_k_eq_v"])
     if gemma4 and full:
-        head_dim = _integer(c, "global_head_dim", 512)
+        head_dim = _integer(c, "global_head_dim")
         if k_eq_v:
             kv_heads = _integer(c, "num_global_key_value_heads", kv_heads)
     overrides = {key.lstrip("0") or "0": value for key, value in _mapping(c, "per_layer_config").items()}
     override = _mapping(overrides, str(index))  # transformers pads the layers' numbers to equal length: "05"
-    if unknown := sorted(set(override) - {"head_dim", "num_key_value_heads"}):
-        raise ConfigError(f"unknown keys in per_layer_config of layer {index}: {', '.join(unknown)}")
+    override = known_keys(override, ("head_dim", "num_key_value_heads"), f"per_layer_config of layer {index}")
     head_dim = _integer(override, "head_dim", head_dim)
     kv_heads = _integer(override, "num_key_value_heads", kv_heads)
     heads = _integer(c, "num_attention_heads")
@@ -273,7 +276,7 @@ def _layer(c: Mapping[str, Any], index: int, layer_type: str, kv_source: int) ->
         raise ConfigError(
             f"layer {index}: {heads} heads of {head_dim} on {kv_heads} KV heads, expected whole groups and an even size"
         )
-    wide = gemma4 and bool(c.get("use_double_wide_mlp", False)) and kv_source != index
+    wide = gemma4 and bool(c["use_double_wide_mlp"]) and kv_source != index
     theta, factor, rotary_dim = _rope(c, layer_type, head_dim)
     return LayerSpec(
         index=index,
@@ -283,8 +286,8 @@ def _layer(c: Mapping[str, Any], index: int, layer_type: str, kv_source: int) ->
         num_key_value_heads=kv_heads,
         intermediate_size=_integer(c, "intermediate_size") * (2 if wide else 1),
         kv_source=kv_source,
-        sliding_window=None if full else _integer(c, "sliding_window", 512),
-        attention_scale=1.0 if gemma4 else _number(c, "query_pre_attn_scalar", 256.0) ** -0.5,
+        sliding_window=None if full else _integer(c, "sliding_window"),
+        attention_scale=1.0 if gemma4 else _number(c, "query_pre_attn_scalar") ** -0.5,
         attention_k_eq_v=k_eq_v,
         v_norm=gemma4,
         rope_theta=theta,
@@ -296,20 +299,20 @@ def _layer(c: Mapping[str, Any], index: int, layer_type: str, kv_source: int) ->
 def _rope(c: Mapping[str, Any], layer_type: str, head_dim: int) -> tuple[float, float, int]:
     """(theta, linear factor, rotating elements a head) of a layer type, from either spelling of the rope keys."""
     full = layer_type == FULL
-    rope = _mapping(_mapping(c, "rope_parameters"), layer_type)
+    by_type = known_keys(_mapping(c, "rope_parameters"), (SLIDING, FULL), "rope_parameters")
+    rope = _mapping(by_type, layer_type)
     if not rope:
         if c["model_type"] == "gemma4_text":
             rope = {"rope_type": "proportional", "partial_rotary_factor": 0.25} if full else {}
         elif full:
-            rope = _mapping(c, "rope_scaling") | {"rope_theta": c.get("rope_theta", 1e6)}
+            rope = _mapping(c, "rope_scaling") | {"rope_theta": c["rope_theta"]}
         else:
-            rope = {"rope_theta": c.get("rope_local_base_freq", 1e4)}
-    kind = rope.pop("rope_type", "default")
+            rope = {"rope_theta": c["rope_local_base_freq"]}
+    rope = known_keys(rope, _ROPE, f"the rope parameters of {layer_type}")
+    kind = rope.get("rope_type", rope.get("type", "default"))  # `type` is an older spelling
     theta = _number(rope, "rope_theta", 1e6 if full else 1e4)
     factor = _number(rope, "factor", 1.0)
     partial = _number(rope, "partial_rotary_factor", 1.0)
-    if unknown := sorted(set(rope) - {"rope_theta", "factor", "partial_rotary_factor"}):
-        raise ConfigError(f"unknown rope parameters for {layer_type}: {', '.join(unknown)}")
     if kind not in ("default", "linear", "proportional") or partial > 1 or (partial != 1 and kind != "proportional"):
         raise ConfigError(f"rope_type {kind!r} with partial_rotary_factor {partial} is not supported for {layer_type}")
     return theta, factor, 2 * int(partial * head_dim // 2)

@@ -19,7 +19,7 @@ from edge_gemma.timeline import Timeline, common_prefix
 from edge_gemma.tool_call import ToolCall
 
 PREFILL_PIECE = 512  # tokens prefilled between two reports of progress
-_END_PIECES = ("<turn|>", "<end_of_turn>", "<|tool_response>")  # end a reply in any Gemma that has them
+_END_PIECES = ("<eos>", "<turn|>", "<end_of_turn>", "<|tool_response>")  # end a reply in any Gemma that has them
 
 FinishReason = Literal["stop", "length", "context", "interrupted"]
 Progress = Callable[[int, int], None]  # (prompt tokens done, in all)
@@ -31,7 +31,9 @@ class Detokenizer(Protocol):
 
 
 class StreamTokenizer(ChatTokenizer, Protocol):
-    """What of `edge_gemma.tokenizer.Tokenizer` is used here."""
+    """The part of `edge_gemma.tokenizer.Tokenizer` that generation uses."""
+
+    vocab_size: int
 
     def encode(self, text: str, bos: bool = False) -> list[int]: ...
     def detokenizer(self) -> Detokenizer: ...
@@ -97,7 +99,7 @@ class Generation:
             )
         self.result = Result("interrupted")
         self._session, self._prompt = session, list(prompt_ids)
-        self._sampler, self._stop_ids = sampler, frozenset(stop_ids)
+        self._sampler, self._stop_ids = sampler.within(tokenizer.vocab_size), frozenset(stop_ids)
         self._searches = sampler.sampling.num_beams > 1
         room = session.context - len(prompt_ids) + 1  # the last token is not run
         self._max_tokens, self._limit = max_tokens, min(room, max_tokens or room)

@@ -9,6 +9,7 @@ The order is that of transformers' logits processors: penalty, temperature, top-
 
 import math
 from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,8 +55,7 @@ class Sampling:
         Who asks for beams gets a temperature of 0 unless one is given; the checkpoint's beams count at 0 only. Raises
         UsageError for a setting that is no number or out of range.
         """
-        names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "num_beams")
-        values = {name: config[name] for name in names if config.get(name) is not None}
+        values = {name: config[name] for name in _SETTINGS if config.get(name) is not None}
         for name, value in values.items():
             if isinstance(value, bool) or not isinstance(value, int | float):
                 raise UsageError(f"{name} is {value!r} in the model's generation_config, expected a number")
@@ -69,12 +69,51 @@ class Sampling:
         return cls(**{**values, **given})
 
 
+_SETTINGS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "num_beams")
+
+
+def usable_settings(given: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """The settings of a checkpoint's generation configuration that `Sampling` takes, and a line for each dropped one.
+
+    Other programs' words of a clear meaning are put into ours: a top_k of -1 is off, 64.0 is 64. A value that cannot be
+    meant is dropped, so that Gemma's own holds, and named in a line.
+    """
+    settings, notes = {}, []
+    if type(given.get("do_sample")) is bool:
+        settings["do_sample"] = given["do_sample"]
+    for name in _SETTINGS:
+        value = given.get(name)
+        if value is None:
+            continue
+        if name in ("top_k", "num_beams") and isinstance(value, float) and value.is_integer():
+            value = int(value)
+        if name == "top_k" and type(value) is int and value == -1:
+            value = 0
+        try:
+            Sampling.from_generation_config({"temperature": 0.0, name: value})
+        except UsageError as error:
+            notes.append(f"left out of the generation settings: {str(error)[:160]}")
+        else:
+            settings[name] = value
+    return settings, notes
+
+
 class Sampler:
     """`Sampling` with its random stream. One a generation or chat; not thread-safe."""
 
     def __init__(self, sampling: Sampling) -> None:
         self.sampling = sampling
         self._random = np.random.default_rng(sampling.seed)
+        self._pieces: int | None = None
+
+    def within(self, pieces: int) -> "Sampler":
+        """This sampler, with the same random stream, choosing among the first `pieces` ids.
+
+        A model may have more rows than its tokenizer has pieces: the others are padding, and no text.
+        """
+        narrow = copy(self)
+        narrow._pieces = pieces
+        return narrow
 
     def sample(self, logits: np.ndarray, recent_ids: Sequence[int] = ()) -> int:
         """Choose a token. logits: float32 [vocab_size], left as they are; recent_ids: what the penalty applies to.
@@ -100,7 +139,8 @@ class Sampler:
         return [(int(i), float(logits[i]) - log_sum) for i in ids]
 
     def _judged(self, logits: np.ndarray, recent_ids: Sequence[int]) -> tuple[np.ndarray, int]:
-        """The logits with the penalty on them, and the likeliest token."""
+        """The logits of ids that may be chosen, with the penalty on them, and the likeliest token."""
+        logits = logits[: self._pieces]
         penalty = self.sampling.repetition_penalty
         if penalty != 1 and len(recent_ids):
             logits = penalised(logits, recent_ids, penalty)
@@ -113,6 +153,7 @@ class Sampler:
 def penalised(logits: np.ndarray, ids: Sequence[int], penalty: float) -> np.ndarray:
     """A copy with the logits of `ids` pushed down, each once (Keskar et al. 2019, section 4.1)."""
     seen = np.asarray(ids, np.int64)
+    seen = seen[seen < len(logits)]
     values, logits = logits[seen], logits.copy()
     logits[seen] = np.where(values > 0, values / penalty, values * penalty)
     return logits

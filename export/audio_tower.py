@@ -1,40 +1,41 @@
 """The audio tower as its checkpoint describes it: configuration, names and shapes of its tensors, clip bounds.
 
-Owns: reading `audio_config` in the checkpoint's own words and refusing what it does not know; which tensors the tower
+Owns: reading `audio_config` in the checkpoint's own words (which keys count: config_keys.py); which tensors the tower
 has. Does not know: how tensors are stored (the readers), how graphs are built (audio_graph.py).
 
 Source: transformers 5.23 `configuration_gemma4.py` (Gemma4AudioConfig) and `modeling_gemma4.py` (Gemma4AudioModel).
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
+from edge_gemma.config_keys import known_keys, with_defaults
 from edge_gemma.errors import CheckpointError, ConfigError
 from edge_gemma.export.gemma_quant import GemmaQuantization, packed_matrices
 from edge_gemma.export.packed import Integers, PackedMatrix, Scales
 from edge_gemma.export.source_file import StoredTensor, bind_tensors, read_rows
 
 MEL_BINS = 128
-_IRRELEVANT = {
-    "_attn_implementation", "_name_or_path", "architectures", "attention_chunk_size", "attention_invalid_logits_value",
-    "chunk_size_feed_forward", "dtype", "id2label", "initializer_range", "is_encoder_decoder", "label2id",
-    "output_attentions", "output_hidden_states", "problem_type", "return_dict", "torch_dtype", "transformers_version",
+# The keys that are read, and what the reference assumes without them.
+DEFAULTS: dict[str, Any] = {
+    "attention_chunk_size": 12, "attention_context_left": 13, "attention_context_right": 0,
+    "attention_invalid_logits_value": -1e9, "attention_logit_cap": 50.0, "conv_kernel_size": 5,
+    "gradient_clipping": 1e10, "hidden_act": "silu", "hidden_size": 1024, "model_type": "gemma4_audio",
+    "num_attention_heads": 8, "num_hidden_layers": 12, "output_proj_dims": 1536, "residual_weight": 0.5,
+    "rms_norm_eps": 1e-6, "subsampling_conv_channels": (128, 32), "use_clipped_linears": True,
 }  # fmt: skip
-# Sizes: (default of the reference, most that is believed).
+KNOWN = frozenset(DEFAULTS)
+# The most that is believed of a size.
 _SIZES = {
-    "hidden_size": (1024, 1 << 14), "num_hidden_layers": (12, 256), "num_attention_heads": (8, 256),
-    "conv_kernel_size": (5, 64), "attention_context_left": (13, 24), "output_proj_dims": (1536, 1 << 16),
+    "hidden_size": 1 << 14, "num_hidden_layers": 256, "num_attention_heads": 256, "conv_kernel_size": 64,
+    "attention_context_left": 24, "output_proj_dims": 1 << 16,
 }  # fmt: skip
-_NUMBERS = {"residual_weight": 0.5, "attention_logit_cap": 50.0, "rms_norm_eps": 1e-6, "gradient_clipping": 1e10}
-_FIXED: dict[str, tuple[Any, ...]] = {
-    "model_type": ("gemma4_audio",),
-    "hidden_act": ("silu",),
-    "attention_context_right": (0,),
-}
+_NUMBERS = ("residual_weight", "attention_logit_cap", "rms_norm_eps", "gradient_clipping")
+_FIXED = ("model_type", "hidden_act", "attention_context_right")  # only the default is supported
 CLIPS = ("input_min", "input_max", "output_min", "output_max")
 
 
@@ -65,32 +66,34 @@ class AudioConfig:
         return self.hidden_size // self.num_attention_heads
 
     @classmethod
-    def from_audio_config(cls, audio_config: Mapping[str, Any]) -> "AudioConfig":
-        """Resolve a checkpoint's `audio_config`. Raises ConfigError for anything unknown or not supported."""
-        c = dict(audio_config)
-        known = {*_IRRELEVANT, *_SIZES, *_NUMBERS, *_FIXED, "subsampling_conv_channels", "use_clipped_linears"}
-        if unknown := sorted(set(c) - known):
-            raise ConfigError(f"unknown configuration keys for the audio tower: {', '.join(unknown)[:200]}")
-        for key, allowed in _FIXED.items():
-            if c.get(key, allowed[0]) not in allowed:
-                raise ConfigError(f"the audio tower's {key} is {c[key]!r}, which is not supported ({allowed[0]!r} is)")
-        sizes = {key: _size(c, key, default, most) for key, (default, most) in _SIZES.items()}
+    def from_audio_config(cls, audio_config: Mapping[str, Any], ignored: Collection[str] = ()) -> "AudioConfig":
+        """Resolve a checkpoint's `audio_config`; keys that are missing or null have the reference's defaults.
+
+        ignored: names of unknown keys to pass over. Raises ConfigError for anything unknown or not supported.
+        """
+        c = with_defaults(known_keys(audio_config, KNOWN, "the audio tower", ignored=ignored), DEFAULTS)
+        for key in _FIXED:
+            if c[key] != DEFAULTS[key]:
+                raise ConfigError(
+                    f"the audio tower's {key} is {c[key]!r}, which is not supported ({DEFAULTS[key]!r} is)"
+                )
+        sizes = {key: _size(key, c[key], most) for key, most in _SIZES.items()}
         if sizes["hidden_size"] % (2 * sizes["num_attention_heads"]):
             raise ConfigError(
                 f"the audio tower has hidden_size {sizes['hidden_size']} on {sizes['num_attention_heads']} heads, "
                 "expected an even size in whole heads"
             )
-        if c.get("attention_chunk_size", 12) != sizes["attention_context_left"] - 1:
+        if c["attention_chunk_size"] != sizes["attention_context_left"] - 1:
             raise ConfigError("the audio tower's attention_chunk_size is not attention_context_left - 1: not supported")
-        channels = c.get("subsampling_conv_channels", [128, 32])
+        channels = c["subsampling_conv_channels"]
         if not isinstance(channels, list | tuple) or len(channels) != 2 or channels[0] != MEL_BINS:
             raise ConfigError(f"subsampling_conv_channels is {channels!r}, expected [{MEL_BINS}, n]")
-        _size({"subsampling_conv_channels": channels[1]}, "subsampling_conv_channels", 32, 1 << 12)
+        _size("subsampling_conv_channels", channels[1], 1 << 12)
         return cls(
             **sizes,
-            **{key: _positive(c, key, default) for key, default in _NUMBERS.items()},
+            **{key: _positive(key, c[key]) for key in _NUMBERS},
             subsampling_conv_channels=(channels[0], channels[1]),
-            use_clipped_linears=bool(c.get("use_clipped_linears", True)),
+            use_clipped_linears=bool(c["use_clipped_linears"]),
         )
 
     def tensor_shapes(self, text_hidden_size: int) -> dict[str, tuple[int, ...]]:
@@ -139,7 +142,7 @@ class AudioConfig:
 
 
 # Keys of a multimodal config.json, and the special tokens they name in the release.
-_TOKEN_IDS = {
+TOKEN_IDS = {
     "audio_token_id": ("audio_token_id", 258881),
     "boa_token_id": ("boa_token_id", 256000),
     "eoa_token_id": ("eoa_token_index", 258883),
@@ -205,29 +208,33 @@ def bind_audio_tower(
     hidden_size: int,
     vocab_size: int,
     stored: Mapping[str, StoredTensor],
+    *,
+    original: Callable[[str], str] = str,
     quantization: GemmaQuantization | None = None,
+    ignored: Collection[str] = (),
 ) -> AudioTower | None:
     """The tower of a multimodal checkpoint, None where its config.json has none.
 
-    top: config.json; stored: the checkpoint's tensors, names without `model.`; quantization: of a QAT checkpoint, whose
-    packed matrices stay integers. Raises ConfigError, CheckpointError.
+    top: config.json; stored: the towers' tensors, names as in `AudioConfig.tensor_shapes`; original: spells such a name
+    as the file does; quantization: of a QAT checkpoint, whose packed matrices stay integers; ignored: unknown keys to
+    pass over. Raises ConfigError, CheckpointError.
     """
     words = top.get("audio_config")
     if words is None:
         return None
     if not isinstance(words, Mapping):
         raise ConfigError(f"{source}: audio_config is {type(words).__name__}, expected an object")
-    config = AudioConfig.from_audio_config(words)
-    ids = {name: top.get(key, default) for name, (key, default) in _TOKEN_IDS.items()}
+    config = AudioConfig.from_audio_config(words, ignored)
+    ids = {name: default if top.get(key) is None else top[key] for name, (key, default) in TOKEN_IDS.items()}
     if wrong := {name: i for name, i in ids.items() if type(i) is not int or not 0 <= i < vocab_size}:
         raise ConfigError(f"{source}: {min(wrong)} is {wrong[min(wrong)]!r}, expected a token of the vocabulary")
     present = {name: t for name, t in stored.items() if name.startswith(("audio_tower.", "embed_audio."))}
     shapes, packed = config.tensor_shapes(hidden_size), {}
     try:
         if quantization is not None:
-            packed = packed_matrices(quantization, shapes, present, lambda name: f"model.{name}")
+            packed = packed_matrices(quantization, shapes, present, original)
         floats = {name: shape for name, shape in shapes.items() if name not in packed}
-        bound = bind_tensors(source, floats, present, lambda name: False)
+        bound = bind_tensors(source, floats, present, lambda name: False, original)
     except CheckpointError as error:
         raise CheckpointError(f"{error}; --no-audio leaves the audio tower out") from None
 
@@ -243,15 +250,13 @@ def bind_audio_tower(
     return AudioTower(config, words, hidden_size, ids, read, dtype, packed, stored)
 
 
-def _size(c: Mapping[str, Any], key: str, default: int, most: int) -> int:
-    value = c.get(key, default)
+def _size(key: str, value: Any, most: int) -> int:
     if type(value) is not int or not 1 <= value <= most:
         raise ConfigError(f"the audio tower's {key} is {value!r}, expected an integer from 1 to {most}")
     return value
 
 
-def _positive(c: Mapping[str, Any], key: str, default: float) -> float:
-    value = c.get(key, default)
+def _positive(key: str, value: Any) -> float:
     if type(value) not in (int, float) or not 0 < value < 1e30:
         raise ConfigError(f"the audio tower's {key} is {value!r}, expected a positive number")
     return float(value)

@@ -3,6 +3,7 @@
 Owns: the `Checkpoint` protocol and choosing the reader for a path. Does not know: any container format.
 """
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -29,6 +30,9 @@ class Checkpoint(Protocol):
         str, Any
     ]  # eos_token_id: list[int]; temperature, top_k, top_p, ... where the source has them
 
+    stop_pieces: list[str]  # spellings of tokens that end a reply, beside the ids of eos_token_id
+    ignored: tuple[str, ...]  # configuration keys that the user passed over
+    notes: list[str]  # lines for the user: what was taken otherwise than the source says
     packed: dict[str, PackedMatrix]  # those of `tensors` that are integers and scales already
     trained_recipe: str | None  # the recipe whose bit widths the checkpoint was trained for
 
@@ -60,11 +64,13 @@ class Checkpoint(Protocol):
         ...
 
 
-def open_checkpoint(source: Path) -> Checkpoint:
-    """Opens a Hugging Face folder or a GGUF file.
+def open_checkpoint(source: Path, ignore_keys: Collection[str] = ()) -> Checkpoint:
+    """Opens a Hugging Face folder or a GGUF file. ignore_keys: names of unknown configuration keys to pass over.
 
     Raises CheckpointError for files that cannot be read or do not fit their configuration, ConfigError for a
-    configuration that is unknown or not supported.
+    configuration that is unknown or not supported, UsageError for a key to be ignored that is known or nowhere.
     """
     source = Path(source)
-    return SafetensorsCheckpoint(SourceFolder(source)) if source.is_dir() else GgufCheckpoint(source)
+    if source.is_dir():
+        return SafetensorsCheckpoint(SourceFolder(source), ignore_keys)
+    return GgufCheckpoint(source, ignore_keys)

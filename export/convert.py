@@ -8,7 +8,7 @@ Memory: one block of rows of one tensor at a time, whatever the checkpoint's siz
 """
 
 import json
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,7 +16,7 @@ from typing import Any
 
 from edge_gemma.atomic import new_folder
 from edge_gemma.config import GemmaConfig
-from edge_gemma.errors import UsageError
+from edge_gemma.errors import CheckpointError, TokenizerError, UsageError
 from edge_gemma.export.audio_tower import AudioTower
 from edge_gemma.export.checkpoint import Checkpoint, open_checkpoint
 from edge_gemma.export.folder_writer import FolderWriter
@@ -24,6 +24,7 @@ from edge_gemma.export.on_grid import grid_matrix
 from edge_gemma.export.packed import PackedMatrix
 from edge_gemma.export.resume import Journal, export_key
 from edge_gemma.export.stream import TensorStream
+from edge_gemma.generate import stop_ids_of
 from edge_gemma.model_folder import GENERATION, TEMPLATE, TOKENIZER, Progress, Tensor, plan_tensor
 from edge_gemma.quant.calibrate import CALIBRATED_BITS, Calibration, calibration_ids, refuse_unused
 from edge_gemma.quant.recipes import DENSE, tensor_format
@@ -39,22 +40,27 @@ def export_checkpoint(
     *,
     calibration: str | None = None,
     audio: bool = True,
+    ignore_keys: Collection[str] = (),
     force: bool = False,
     progress: Progress | None = None,
+    note: Callable[[str], None] = lambda text: None,
 ) -> Path:
     """Convert `source` (a safetensors folder or a GGUF file) into the model folder `dest`. Returns `dest`.
 
     recipe: None for the one the checkpoint was trained for, q4 where it was trained for none. Matrices that the source
     has packed already are carried over bit for bit wherever the recipe would not make them smaller.
     calibration: a text that says what weights of 2 and 4 bits are used for; None: scales are searched without one.
-    audio: with its audio tower, where it has one.
+    audio: with its audio tower, where it has one. ignore_keys: names of unknown configuration keys to pass over.
+    note: told, a line each, what is taken otherwise than the source says.
 
     The folder appears whole or not at all. An interrupted run leaves nothing behind that the next one does not remove;
     one that calibrated is gone on with by the next of the same source, recipe and text.
     Raises CheckpointError, ConfigError, UsageError: one line each.
     """
-    checkpoint = open_checkpoint(source)
+    checkpoint = open_checkpoint(source, ignore_keys)
     try:
+        for line in checkpoint.notes:
+            note(line)
         conversion = Conversion.plan_of(checkpoint, recipe, audio=audio)
         if not conversion.calibrates:
             refuse_unused(calibration, f"recipe {conversion.recipe}")
@@ -85,6 +91,7 @@ class Conversion:
     carried: dict[str, PackedMatrix]  # matrices that keep the integers they have
     plan: dict[str, Tensor]
     tokenizer: bytes
+    generation: dict[str, Any]  # what generation_config.json will hold
     tower: AudioTower | None
 
     @classmethod
@@ -105,8 +112,10 @@ class Conversion:
         recipe = choose_recipe(checkpoint, recipe)
         carried = carried_matrices(checkpoint, config, recipe, glance=glance, off_grid=off_grid)
         plan = {name: plan_weight(checkpoint, config, recipe, carried, name) for name in config.tensor_shapes()}
+        model = checkpoint.tokenizer_model()
+        generation = generation_config(checkpoint, _tokenizer(model, config))
         tower = checkpoint.audio_tower() if audio else None
-        return cls(checkpoint, config, recipe, carried, plan, checkpoint.tokenizer_model(), tower)
+        return cls(checkpoint, config, recipe, carried, plan, model, generation, tower)
 
     @property
     def calibrates(self) -> bool:
@@ -118,14 +127,40 @@ class Conversion:
         writer.add_file(TOKENIZER, self.tokenizer)
         if self.checkpoint.chat_template is not None:
             writer.add_file(TEMPLATE, self.checkpoint.chat_template.encode())
-        writer.add_file(GENERATION, json.dumps(self.checkpoint.generation_config, indent=1).encode())
+        writer.add_file(GENERATION, json.dumps(self.generation, indent=1).encode())
 
     def finish(
         self, writer: FolderWriter, source: dict[str, Any], content: str, section: dict[str, Any] | None
     ) -> None:
         """The manifest. source: where the checkpoint is from, in words; content: the digest of all values read."""
         digests = {"digest": self.checkpoint.digest(), "content_sha256": content, "license": self.checkpoint.license}
-        writer.finish(dict(self.config.text_config), self.recipe, source | digests, section)
+        ignored = {"ignored_keys": sorted(set(self.checkpoint.ignored))} if self.checkpoint.ignored else {}
+        writer.finish(dict(self.config.text_config), self.recipe, source | digests | ignored, section)
+
+
+def _tokenizer(model: bytes, config: GemmaConfig) -> Tokenizer:
+    """The tokenizer, if the model can run with it. Raises CheckpointError."""
+    try:
+        tokenizer = Tokenizer.from_bytes(model, "it")
+    except TokenizerError as error:
+        raise CheckpointError(f"the checkpoint's tokenizer cannot be used: {error}") from None
+    if tokenizer.vocab_size > config.vocab_size:
+        raise CheckpointError(
+            f"the checkpoint's tokenizer has {tokenizer.vocab_size} pieces, its token embeddings {config.vocab_size} "
+            "rows, expected at least as many: tokenizer and weights are of different models"
+        )
+    return tokenizer
+
+
+def generation_config(checkpoint: Checkpoint, tokenizer: Tokenizer) -> dict[str, Any]:
+    """The checkpoint's generation configuration with every token that ends a reply in `eos_token_id`.
+
+    First those that the checkpoint lists by id, then those it spells, then the vocabulary's own end pieces.
+    """
+    listed = checkpoint.generation_config["eos_token_id"]
+    spelled = [index for piece in checkpoint.stop_pieces if (index := tokenizer.id_of(piece)) is not None]
+    ids = dict.fromkeys([*listed, *spelled, *sorted(stop_ids_of({}, tokenizer))])
+    return checkpoint.generation_config | {"eos_token_id": list(ids)}
 
 
 def choose_recipe(checkpoint: Checkpoint, recipe: str | None) -> str:

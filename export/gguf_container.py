@@ -132,6 +132,11 @@ class Metadata(Mapping[str, Any]):
             raise CheckpointError(f"{self._file.name}: {show(key)} is an array of {count}, expected one value")
         return self._values.get(key, default)
 
+    def summary(self, key: str) -> Any:
+        """The value for a message; an array's length in words, without reading it, [] where it is empty."""
+        count = self.length(key)
+        return self._values[key] if count is None else f"an array of {count}" if count else []
+
     def length(self, key: str) -> int | None:
         """Elements of an array, without reading it; None where the key is missing or not an array."""
         value = self._values.get(key)

@@ -8,6 +8,7 @@ norm weights are the factor itself for Gemma 3 too, and q and k rows are not per
 """
 
 import re
+from collections.abc import Collection
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_gemma.config import FULL, SLIDING
+from edge_gemma.config_keys import check_ignored, known_keys
 from edge_gemma.errors import CheckpointError, ConfigError
 from edge_gemma.export.gguf_container import GgufFile, Metadata
 from edge_gemma.export.gguf_types import PACKED_TYPES
@@ -25,11 +27,12 @@ from edge_gemma.export.source_file import (
     StoredTensor,
     TensorInfo,
     bind_tensors,
-    few,
     read_rows,
     resolve_config,
+    same_bytes,
     show,
 )
+from edge_gemma.sampler import usable_settings
 
 _GLOBAL_NAMES = {
     "token_embd": "embed_tokens.weight",
@@ -61,17 +64,21 @@ _LAYER_NAMES = {
 _TO_GGUF = {v: k for k, v in (_GLOBAL_NAMES | _LAYER_NAMES).items()}
 _KV = ("self_attn.k_proj.weight", "self_attn.v_proj.weight", "self_attn.k_norm.weight")
 
-# Keys below `gemma3.` and `gemma4.` that we read or that cannot change a dense decoder's arithmetic.
+# Keys below `gemma3.` and `gemma4.` that are read or that cannot change a dense decoder's arithmetic.
 _KEYS = {
     "attention.head_count", "attention.head_count_kv", "attention.key_length", "attention.key_length_swa",
     "attention.layer_norm_rms_epsilon", "attention.shared_kv_layers", "attention.sliding_window",
     "attention.sliding_window_pattern", "attention.value_length", "attention.value_length_swa", "block_count",
     "context_length", "embedding_length", "embedding_length_per_layer_input", "expert_count",
     "expert_feed_forward_length", "expert_used_count", "feed_forward_length", "final_logit_softcapping",
-    "rope.dimension_count", "rope.dimension_count_swa", "rope.freq_base", "rope.freq_base_swa", "rope.scaling.factor",
-    "rope.scaling.finetuned", "rope.scaling.original_context_length", "rope.scaling.type", "vocab_size",
+    "rope.dimension_count", "rope.dimension_count_swa", "rope.freq_base", "rope.freq_base_swa", "rope.global.freq_base",
+    "rope.local.freq_base", "rope.scaling.factor", "rope.scaling.finetuned", "rope.scaling.original_context_length",
+    "rope.scaling.type", "vocab_size",
 }  # fmt: skip
+_DEFAULTS = {"attention.causal": True}  # what llama.cpp assumes of keys that are not read
+_TOWER_KEYS, _TOWER_TENSORS = ("audio.", "vision.", "mm."), ("/a.", "/v.", "/mm.")  # Ollama's files hold towers too
 _MAX_LAYERS = 512
+_MAX_STOPS = 64
 _SAMPLING = {
     "temp": "temperature",
     "top_k": "top_k",
@@ -84,15 +91,18 @@ _SAMPLING = {
 class _Values:
     """One architecture's metadata with the types checked; messages name the key."""
 
-    def __init__(self, metadata: Metadata, source: str) -> None:
+    def __init__(self, metadata: Metadata, source: str, ignored: Collection[str]) -> None:
         self._metadata, self.source = metadata, source
         self.arch = metadata.scalar("general.architecture")
         if self.arch not in ("gemma3", "gemma4"):
             raise ConfigError(f"{source}: general.architecture is {show(repr(self.arch))}, expected gemma3 or gemma4")
         prefix = f"{self.arch}."
-        unknown = [k for k in metadata if k.startswith(prefix) and k.removeprefix(prefix) not in _KEYS]
-        if unknown:
-            raise ConfigError(f"{source}: unknown configuration keys: {few(unknown)}")
+        towers = tuple(prefix + part for part in _TOWER_KEYS)
+        config = {k: metadata.summary(k) for k in metadata if k.startswith(prefix) and not k.startswith(towers)}
+        known = {prefix + key for key in _KEYS}
+        check_ignored(ignored, [(config, known)])
+        defaults = {prefix + key: value for key, value in _DEFAULTS.items()}
+        known_keys(config, known, source, defaults=defaults, ignored=ignored)
 
     def fail(self, key: str, expected: str) -> ConfigError:
         return ConfigError(f"{self.source}: {self.arch}.{key} is {show(repr(self.get(key)))}, expected {expected}")
@@ -159,7 +169,7 @@ def _common(v: _Values, file: GgufFile, depth: int) -> dict[str, Any]:
         raise CheckpointError(f"{v.source} has no tensor token_embd.weight: a vocabulary or projector, not a model")
     tokens = file.metadata.length("tokenizer.ggml.tokens")
     vocab = embedding.shape[0]
-    if tokens != vocab or v.integer("vocab_size", vocab) != vocab:
+    if not tokens or tokens > vocab or v.integer("vocab_size", vocab) != vocab:
         raise CheckpointError(f"{v.source}: the tokenizer has {tokens} tokens, token_embd.weight {vocab} rows")
     heads = v.per_layer("attention.head_count", depth)
     if len(set(heads)) > 1:
@@ -167,7 +177,7 @@ def _common(v: _Values, file: GgufFile, depth: int) -> dict[str, Any]:
     for suffix in ("", "_swa"):
         if v.get(f"attention.value_length{suffix}") not in (None, v.get(f"attention.key_length{suffix}")):
             raise v.fail(f"attention.value_length{suffix}", "the key length")
-    softcap = v.number("final_logit_softcapping", 0)
+    softcap, head = v.number("final_logit_softcapping", 0), file.tensors.get("output.weight")
     return {
         "final_logit_softcapping": softcap or None,
         "hidden_activation": "gelu_pytorch_tanh",
@@ -176,7 +186,7 @@ def _common(v: _Values, file: GgufFile, depth: int) -> dict[str, Any]:
         "num_attention_heads": heads[0],
         "num_hidden_layers": depth,
         "rms_norm_eps": v.number("attention.layer_norm_rms_epsilon"),
-        "tie_word_embeddings": "output.weight" not in file.tensors,
+        "tie_word_embeddings": head is None or same_bytes(head, embedding),
         "vocab_size": vocab,
     }
 
@@ -200,6 +210,7 @@ def _gemma3_config(v: _Values, file: GgufFile, depth: int) -> dict[str, Any]:
         if len(set(values)) > 1:
             raise v.fail(key, "one number for all layers")
     layer_types = _layer_types(v, depth)
+    theta, local = v.number("rope.global.freq_base", 1e6), v.number("rope.local.freq_base", 1e4)  # Ollama's spelling
     if v.integer("rope.dimension_count", head_dim) != head_dim:
         raise v.fail("rope.dimension_count", str(head_dim))
     return common | {
@@ -210,8 +221,8 @@ def _gemma3_config(v: _Values, file: GgufFile, depth: int) -> dict[str, Any]:
         "num_key_value_heads": kv_heads[0],
         "query_pre_attn_scalar": common["hidden_size"] // common["num_attention_heads"] if depth == 62 else head_dim,
         "rope_parameters": {
-            FULL: {"rope_theta": v.number("rope.freq_base", 1e6), **_rope_scaling(v)},
-            SLIDING: {"rope_theta": v.number("rope.freq_base_swa", 1e4), "rope_type": "default"},
+            FULL: {"rope_theta": v.number("rope.freq_base", theta), **_rope_scaling(v)},
+            SLIDING: {"rope_theta": v.number("rope.freq_base_swa", local), "rope_type": "default"},
         },
         "sliding_window": v.integer("attention.sliding_window", 0) or None,
     }
@@ -334,8 +345,12 @@ class GgufCheckpoint:
 
     trained_recipe = None
 
-    def __init__(self, file: SourceFile | Path) -> None:
+    def __init__(self, file: SourceFile | Path, ignored: Collection[str] = ()) -> None:
+        """ignored: unknown configuration keys to pass over, as the file spells them."""
         self._file = GgufFile(file)
+        self.ignored = tuple(ignored)
+        self.notes: list[str] = []
+        self.stop_pieces: list[str] = []
         try:
             self._open()
         except BaseException:
@@ -348,13 +363,13 @@ class GgufCheckpoint:
         splits = file.metadata.scalar("split.count", 1)
         if splits not in (0, 1):
             raise CheckpointError(f"{self._name} is one of {show(splits)} parts; merge them first (llama-gguf-split)")
-        values = _Values(file.metadata, self._name)
+        values = _Values(file.metadata, self._name, self.ignored)
         depth = values.integer("block_count")
         if not 1 <= depth <= _MAX_LAYERS:
             raise values.fail("block_count", f"1 to {_MAX_LAYERS}")
         build = _gemma4_config if values.arch == "gemma4" else _gemma3_config
-        self.text_config = build(values, file, depth)
-        self._config = resolve_config(self._name, self.text_config)
+        self._config = resolve_config(self._name, build(values, file, depth))
+        self.text_config = dict(self._config.text_config)
         canonical: dict[str, StoredTensor] = {_canonical(name): tensor for name, tensor in file.tensors.items()}
         self._stored = bind_tensors(self._name, self._config.tensor_shapes(), canonical, self._unused, _original)
         self.tensors = {name: TensorInfo(name, t.shape, t.dtype) for name, t in self._stored.items()}
@@ -368,9 +383,11 @@ class GgufCheckpoint:
         self.generation_config = self._generation_config()
 
     def _unused(self, name: str) -> bool:
-        """The frequency table (computed here) and K, V of KV-shared layers, which some files carry."""
-        if name == "/rope_freqs.weight":
+        """Towers, the frequency table (computed here), a tied head, and K, V of KV-shared layers."""
+        if name == "/rope_freqs.weight" or name.startswith(_TOWER_TENSORS):
             return True
+        if name == "lm_head.weight":
+            return self._config.tie_word_embeddings
         match = re.fullmatch(r"layers\.(\d+)\.(.+)", name)
         layers = self._config.layers
         return bool(match and match[2] in _KV and int(match[1]) < len(layers) and not layers[int(match[1])].owns_kv)
@@ -382,23 +399,20 @@ class GgufCheckpoint:
         return value
 
     def _generation_config(self) -> dict[str, Any]:
-        eos: list[int] = []
-        for key in ("eos_token_id", "eot_token_id", "eom_token_id"):
-            value = self.metadata.scalar(f"tokenizer.ggml.{key}")
-            if value is None:
-                continue
-            if type(value) is not int or not 0 <= value < self._config.vocab_size:
-                raise CheckpointError(f"{self._name}: {key} is {show(repr(value))}, expected an id of the vocabulary")
-            eos += [value] if value not in eos else []
-        result: dict[str, Any] = {"eos_token_id": eos}
-        for key, name in _SAMPLING.items():
-            value = self.metadata.scalar(f"general.sampling.{key}")
-            if value is None:
-                continue
-            if type(value) not in (int, float) or not value >= 0:
-                raise CheckpointError(f"{self._name}: general.sampling.{key} is {show(repr(value))}, expected a number")
-            result[name] = shortest(value) if isinstance(value, float) else value
-        return result
+        eos: dict[int, None] = {}
+        for key in ("eos_token_id", "eos_token_ids", "eot_token_id", "eom_token_id"):
+            value = self.metadata.get(f"tokenizer.ggml.{key}")
+            value = value.tolist() if isinstance(value, np.ndarray) else [] if value is None else value
+            ids = value if isinstance(value, list) else [value]
+            if len(ids) > _MAX_STOPS or not all(type(i) is int and 0 <= i < self._config.vocab_size for i in ids):
+                raise CheckpointError(f"{self._name}: {key} is {show(value)}, expected ids of the vocabulary")
+            eos |= dict.fromkeys(ids)
+        given = {name: self.metadata.scalar(f"general.sampling.{key}") for key, name in _SAMPLING.items()}
+        settings, notes = usable_settings(
+            {name: shortest(value) if isinstance(value, float) else value for name, value in given.items()}
+        )
+        self.notes += notes
+        return {"eos_token_id": list(eos)} | settings
 
     def stored(self, name: str) -> tuple[StoredTensor, ...]:
         """Where the values of a tensor lie."""

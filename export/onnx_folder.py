@@ -10,7 +10,7 @@ over that folder's integers and scales as they are. Memory: a few blocks of rows
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -45,13 +45,16 @@ def export_onnx(
     *,
     calibration: str | None = None,
     audio: bool = True,
+    ignore_keys: Collection[str] = (),
     force: bool = False,
     progress: Progress | None = None,
+    note: Callable[[str], None] = lambda text: None,
 ) -> Path:
     """Write `source` (a model folder, a safetensors folder or a GGUF file) as an ONNX folder. Returns `dest`.
 
     recipe: of a checkpoint as in `export_checkpoint`, and "float16"; a model folder keeps the one it has, but a float
-    one may become "float16". calibration: as there. audio: with its encoder, where there is one.
+    one may become "float16". calibration, ignore_keys, note: as there; a model folder has no keys to ignore.
+    audio: with its encoder, where there is one.
     The folder appears whole or not at all. Raises CheckpointError, ConfigError, ModelFolderError, UsageError: one
     line each.
     """
@@ -59,7 +62,16 @@ def export_onnx(
 
     with (
         new_folder(dest, force=force) as out,
-        _model_folder(source, dest, recipe, calibration, audio, progress) as folder,
+        _model_folder(
+            source,
+            dest,
+            recipe,
+            calibration=calibration,
+            audio=audio,
+            ignore_keys=ignore_keys,
+            progress=progress,
+            note=note,
+        ) as folder,
     ):
         recipe = FLOAT16 if recipe == FLOAT16 else folder.manifest["recipe"]
         files = _write_graphs(folder, out / FOLDER, "float16" if recipe == FLOAT16 else "float32", progress)
@@ -81,11 +93,14 @@ def export_onnx(
 
 
 @contextmanager
-def _model_folder(
-    source: Path, dest: Path, recipe: str | None, calibration: str | None, audio: bool, progress: Progress | None
-) -> Iterator[ModelFolder]:
-    """The source itself where it is a model folder, otherwise one made for the while."""
+def _model_folder(source: Path, dest: Path, recipe: str | None, **options: Any) -> Iterator[ModelFolder]:
+    """The source itself where it is a model folder, otherwise one made for the while.
+
+    options: of `export_checkpoint`.
+    """
     if (source / MANIFEST).is_file():
+        if options["ignore_keys"]:
+            raise UsageError(f"{source} is a model folder, which has no configuration keys to ignore")
         folder = ModelFolder.open(source)
         has = folder.manifest.get("recipe")
         if recipe not in (None, has) and (recipe, has) != (FLOAT16, "float"):
@@ -93,13 +108,13 @@ def _model_folder(
                 f"{source} is a model folder of recipe {has}, which ONNX carries over as it is: "
                 f"leave --recipe out, or export the checkpoint itself for {recipe}"
             )
-        refuse_unused(calibration, "a model folder, whose weights are rounded already")
+        refuse_unused(options["calibration"], "a model folder, whose weights are rounded already")
         yield folder
         return
     with scratch_folder(dest.absolute()) as scratch:
         rounding = "float" if recipe == FLOAT16 else recipe
         path = scratch / "model"
-        export_checkpoint(source, path, rounding, calibration=calibration, audio=audio, progress=progress)
+        export_checkpoint(source, path, rounding, **options)
         yield ModelFolder.open(path)
 
 

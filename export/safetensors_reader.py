@@ -1,7 +1,7 @@
 """Hugging Face checkpoints: a folder of config.json, safetensors files and a tokenizer.
 
-Owns: the safetensors container, the shard index, config.json's two layouts (text only, multimodal) and the tensor
-names of both. Does not know: GGUF, what is written at export, or what a tower's tensors mean.
+Owns: the safetensors container, the shard index, the side files. Does not know: GGUF, whose keys and tensors stand
+where (hub_config.py, tensor_names.py), what is written at export, where the files lie (source_file.Files).
 
 Formats: safetensors 0.x (u64 header length, JSON header, data), `model.safetensors.index.json` as transformers 5.23
 writes it. Gemma 3 keeps RMS-norm weights as w - 1; `rows` adds the 1 back.
@@ -11,15 +11,14 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Mapping
-from functools import partial
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_gemma.errors import CheckpointError, ConfigError
-from edge_gemma.export import gemma_quant
+from edge_gemma.errors import CheckpointError
+from edge_gemma.export import gemma_quant, hub_config
 from edge_gemma.export.audio_tower import AudioTower, bind_audio_tower
 from edge_gemma.export.gguf_types import BY_NAME
 from edge_gemma.export.packed import PackedMatrix
@@ -32,8 +31,11 @@ from edge_gemma.export.source_file import (
     few,
     read_rows,
     resolve_config,
+    same_bytes,
     show,
 )
+from edge_gemma.export.tensor_names import TensorNames, is_tower
+from edge_gemma.sampler import usable_settings
 
 _ITEM_BYTES = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E5M2": 1, "F8_E4M3": 1, "F8_E8M0": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2,
@@ -44,23 +46,7 @@ _MAX_HEADER = 8 << 20  # E2B has 0.3 MB; parsing costs several times the size
 _MAX_JSON = 8 << 20
 _MAX_TOKENIZER = 128 << 20
 
-# Where the text decoder's tensors are, by the model_type of config.json.
-_PREFIX = {"gemma4": "model.language_model.", "gemma4_text": "model.", "gemma3_text": "model."}
-_TOWERS = ("audio_tower.", "vision_tower.", "embed_audio.", "embed_vision.", "multi_modal_projector.")
 _KV_TENSOR = re.compile(rf"layers\.(\d+)\.self_attn\.(k_norm\.weight|[kv]_proj\.(weight|{gemma_quant.SIDE_TENSORS}))")
-
-# What every transformers configuration may carry and no decoder asks for.
-_GENERIC_KEYS = {
-    "chunk_size_feed_forward", "id2label", "is_encoder_decoder", "label2id", "output_attentions",
-    "output_hidden_states", "problem_type", "return_dict",
-}  # fmt: skip
-# Keys of a multimodal config.json beside text_config: the towers' and the glue's, none the decoder's.
-_TOP_KEYS = _GENERIC_KEYS | {
-    "_attn_implementation", "_name_or_path", "architectures", "audio_config", "dtype", "eos_token_id",
-    "initializer_range", "model_type", "text_config", "tie_word_embeddings", "torch_dtype", "transformers_version",
-    "use_cache", "vision_config",
-}  # fmt: skip
-_GLUE_KEY = re.compile(r"\w+_token_(id|index)|\w+_per_(image|video|frame|audio|second)|\w+_token_ids")
 
 
 def parse_json(data: bytes, what: str) -> dict[str, Any]:
@@ -81,7 +67,9 @@ def parse_json(data: bytes, what: str) -> dict[str, Any]:
         return number
 
     try:
-        value = json.loads(data.decode("utf-8"), object_pairs_hook=once, parse_constant=constant, parse_float=finite)
+        value = json.loads(
+            data.decode("utf-8-sig"), object_pairs_hook=once, parse_constant=constant, parse_float=finite
+        )
     except (ValueError, RecursionError) as e:
         raise CheckpointError(f"{what} is not valid JSON: {show(e)}") from e
     if not isinstance(value, dict):
@@ -142,12 +130,15 @@ def _integers(value: Any) -> bool:
 
 
 class SafetensorsCheckpoint:
-    """A Hugging Face folder as a `Checkpoint`: model_type gemma4, gemma4_text or gemma3_text; F32, F16 and BF16."""
+    """A Hugging Face checkpoint as a `Checkpoint`: Gemma 3 and 4, text only or multimodal; F32, F16 and BF16."""
 
-    def __init__(self, folder: SourceFolder) -> None:
+    def __init__(self, folder: SourceFolder, ignored: Collection[str] = ()) -> None:
+        """ignored: unknown configuration keys to pass over."""
         self._folder = folder
+        self.ignored = tuple(ignored)
         self._name = folder.name
         self._files: list[SourceFile] = []
+        self.notes: list[str] = []
         try:
             self._open()
         except BaseException:
@@ -156,29 +147,26 @@ class SafetensorsCheckpoint:
 
     def _open(self) -> None:
         config_bytes = self._folder.read("config.json", _MAX_JSON)
-        top = parse_json(config_bytes, f"{self._name}/config.json")
-        self.text_config = _text_config(top)
-        self._config = resolve_config(self._name, self.text_config)
+        self._top = top = parse_json(config_bytes, f"{self._name}/config.json")
+        text = hub_config.text_config(top, self.ignored)
+        self._config = resolve_config(self._name, text, self.ignored)
+        quantization = self._quantization = gemma_quant.parse(hub_config.quantization_config(top))
         stored, headers = self._open_files()
-        prefix = _PREFIX[top["model_type"]]
-        canonical = {_canonical(name, prefix): tensor for name, tensor in stored.items()}
-        original = partial(_original, prefix=prefix)
+        names = self._names = TensorNames(self._name, stored)
+        canonical = {names.canonical(name): tensor for name, tensor in stored.items()}
+        if self._config.tie_word_embeddings and self._head_differs(canonical):
+            self._config = resolve_config(self._name, text | {"tie_word_embeddings": False}, self.ignored)
+        self.text_config = dict(self._config.text_config)
         shapes = self._config.tensor_shapes()
-        quantization = self._quantization = gemma_quant.parse(_quantization_config(top))
         self.packed: dict[str, PackedMatrix] = {}
         self.trained_recipe = None
         if quantization is not None:
             self.trained_recipe = "mobile"
             self._prefetch_scalars(stored)
-            self.packed = gemma_quant.packed_matrices(quantization, shapes, canonical, original)
-        self._stored = bind_tensors(
-            self._name,
-            {name: shape for name, shape in shapes.items() if name not in self.packed},
-            canonical,
-            partial(self._unused, multimodal=top["model_type"] == "gemma4"),
-            original,
-        )
-        self._top, self._towers = top, {name: t for name, t in stored.items() if name.startswith("model.")}
+            self.packed = gemma_quant.packed_matrices(quantization, shapes, canonical, names.original)
+        floats = {name: shape for name, shape in shapes.items() if name not in self.packed}
+        self._stored = bind_tensors(self._name, floats, canonical, self._unused, names.original)
+        self._towers = {name: tensor for name, tensor in canonical.items() if is_tower(name)}
         infos = [TensorInfo(name, t.shape, t.dtype) for name, t in self._stored.items()]
         infos += [TensorInfo(name, p.shape, f"I{p.bits}") for name, p in self.packed.items()]
         self.tensors = {info.name: info for info in infos}
@@ -189,6 +177,23 @@ class SafetensorsCheckpoint:
         self.license = self._read_license()
         self.chat_template = self._read_chat_template()
         self.generation_config = self._read_generation_config(top)
+        self.stop_pieces = hub_config.stop_pieces(self._side_json("tokenizer_config.json"))
+
+    def _head_differs(self, canonical: Mapping[str, StoredTensor]) -> bool:
+        """Whether a head is stored that is not the token embeddings, although the configuration says that it is.
+
+        The file is believed, as in GGUF: a head that equals the embeddings byte for byte is left out, any other is
+        used.
+        """
+        if not any(name.startswith("lm_head.") for name in canonical):
+            return False
+        head, embeddings = canonical.get("lm_head.weight"), canonical.get("embed_tokens.weight")
+        if head and embeddings and same_bytes(head, embeddings):
+            return False
+        self.notes.append(
+            "tie_word_embeddings is true, but the checkpoint stores another lm_head.weight: that one is used"
+        )
+        return True
 
     def _open_files(self) -> tuple[dict[str, StoredTensor], list[bytes]]:
         """The tensors of model.safetensors, or of all shards, under the names the files give them."""
@@ -198,6 +203,8 @@ class SafetensorsCheckpoint:
         elif self._folder.has(index):
             weight_map = _weight_map(parse_json(self._folder.read(index, _MAX_JSON), f"{self._name}'s shard index"))
             names = sorted(set(weight_map.values()))
+        elif self._folder.has("adapter_config.json"):
+            raise CheckpointError(f"{self._name} is an adapter: merge it into its model first, then save the whole")
         else:
             raise CheckpointError(f"{self._name} has neither model.safetensors nor model.safetensors.index.json")
         stored: dict[str, StoredTensor] = {}
@@ -220,11 +227,11 @@ class SafetensorsCheckpoint:
             here = [t for t in stored.values() if t.file is file and math.prod(t.shape) == 1]
             file.prefetch((t.offset, t.nbytes) for t in here)
 
-    def _unused(self, name: str, multimodal: bool) -> bool:
+    def _unused(self, name: str) -> bool:
         """Tensors that may be present and are not the decoder's: a tied head, towers, K and V of KV-shared layers."""
         if name == "lm_head.weight":
             return self._config.tie_word_embeddings
-        if multimodal and name.startswith(tuple(f"/model.{tower}" for tower in _TOWERS)):
+        if is_tower(name):
             return True
         if gemma_quant.CACHE_SCALE.fullmatch(name):
             return self.trained_recipe is not None
@@ -260,11 +267,15 @@ class SafetensorsCheckpoint:
 
     def audio_tower(self) -> AudioTower | None:
         """The audio tower, None in models that do not listen."""
-        towers = {name.removeprefix("model."): tensor for name, tensor in self._towers.items()}
-        config = self._config
-        top = self._top if self._top["model_type"] == "gemma4" else {}
         return bind_audio_tower(
-            self._name, top, config.hidden_size, config.vocab_size, towers, quantization=self._quantization
+            self._name,
+            self._top if self._top["model_type"] == "gemma4" else {},
+            self._config.hidden_size,
+            self._config.vocab_size,
+            {name[1:]: tensor for name, tensor in self._towers.items()},
+            original=lambda name: self._names.original(f"/{name}"),
+            quantization=self._quantization,
+            ignored=self.ignored,
         )
 
     def digest(self) -> str:
@@ -285,7 +296,7 @@ class SafetensorsCheckpoint:
     def _read_chat_template(self) -> str | None:
         if (data := self._side_file("chat_template.jinja")) is not None:
             try:
-                return data.decode("utf-8")
+                return data.decode("utf-8-sig")
             except UnicodeDecodeError as e:
                 raise CheckpointError(f"{self._name}/chat_template.jinja is not UTF-8") from e
         template = self._side_json("tokenizer_config.json").get("chat_template")
@@ -300,14 +311,11 @@ class SafetensorsCheckpoint:
 
     def _read_generation_config(self, top: Mapping[str, Any]) -> dict[str, Any]:
         given = self._side_json("generation_config.json")
-        eos: list[int] = []
-        for source in (given, top, self.text_config):
-            ids = source.get("eos_token_id")
-            ids = ids if isinstance(ids, list) else [] if ids is None else [ids]
-            if not all(type(i) is int and 0 <= i < self._config.vocab_size for i in ids):
-                raise CheckpointError(f"{self._name}: eos_token_id is {show(ids)}, expected ids of the vocabulary")
-            eos += [i for i in ids if i not in eos]
-        return {"eos_token_id": eos} | sampling(given, self._name)
+        text = top.get("text_config") or {}
+        eos = hub_config.stop_ids(self._name, (given, top, text), self._config.vocab_size)
+        settings, notes = usable_settings(given)
+        self.notes += notes
+        return {"eos_token_id": eos} | settings
 
     def _read_license(self) -> str | None:
         """The `license:` line of the model card's front matter."""
@@ -315,56 +323,6 @@ class SafetensorsCheckpoint:
         front = re.match(r"---\r?\n(.*?)\r?\n---", (data or b"")[:65536].decode("utf-8", "replace"), re.DOTALL)
         line = front and re.search(r"^license:[ \t]*([\w.+-]+)[ \t]*$", front[1], re.MULTILINE)
         return line[1] if line else None
-
-
-_NUMBER = (int, float)
-_SAMPLING: dict[str, tuple[type, ...]] = {
-    "temperature": _NUMBER, "top_k": _NUMBER, "top_p": _NUMBER, "min_p": _NUMBER, "repetition_penalty": _NUMBER,
-    "do_sample": (bool,), "num_beams": (int,),
-}  # fmt: skip
-
-
-def sampling(given: Mapping[str, Any], source: str) -> dict[str, Any]:
-    """The sampler settings of a generation configuration that we know, checked to be numbers."""
-    result = {}
-    for key, kinds in _SAMPLING.items():
-        value = given.get(key)
-        if value is None:
-            continue
-        if type(value) not in kinds or not value >= 0:
-            raise CheckpointError(f"{source}: {key} is {show(repr(value))}, expected a number of at least 0")
-        result[key] = value
-    return result
-
-
-def _text_config(top: Mapping[str, Any]) -> dict[str, Any]:
-    """The decoder's own configuration from either layout of config.json, without what says nothing about it."""
-    model_type = top.get("model_type")
-    if not isinstance(model_type, str) or model_type not in _PREFIX:
-        raise ConfigError(f"model_type is {show(repr(model_type))}, expected one of {', '.join(sorted(_PREFIX))}")
-    text: Any = top
-    if model_type == "gemma4":
-        glue = [k for k in top if k not in _TOP_KEYS and k != "quantization_config" and not _GLUE_KEY.fullmatch(k)]
-        if glue:
-            raise ConfigError(f"unknown configuration keys for gemma4: {few(glue)}")
-        text = top.get("text_config")
-        if not isinstance(text, dict):
-            raise ConfigError(f"text_config is {type(text).__name__}, expected an object")
-        if text.get("model_type", "gemma4_text") != "gemma4_text":
-            raise ConfigError(f"text_config's model_type is {show(repr(text['model_type']))}, expected 'gemma4_text'")
-    tied = {bool(c["tie_word_embeddings"]) for c in (top, text) if c.get("tie_word_embeddings") is not None}
-    if len(tied) > 1:
-        raise ConfigError("tie_word_embeddings differs between config.json and its text_config")
-    result = {k: v for k, v in text.items() if k not in _GENERIC_KEYS and k != "quantization_config"}
-    result |= {"model_type": model_type if model_type != "gemma4" else "gemma4_text"}
-    return result | ({"tie_word_embeddings": tied.pop()} if tied else {})
-
-
-def _quantization_config(top: Mapping[str, Any]) -> Any:
-    """quantization_config, at the top of config.json or in its text_config; None where there is none."""
-    text = top.get("text_config")
-    inner = text.get("quantization_config") if isinstance(text, dict) else None
-    return inner if top.get("quantization_config") is None else top["quantization_config"]
 
 
 def _weight_map(index: Mapping[str, Any]) -> dict[str, str]:
@@ -378,18 +336,3 @@ def _weight_map(index: Mapping[str, Any]) -> dict[str, str]:
                 f"the shard index places {show(name)} in {show(repr(file))}, expected a file beside it"
             )
     return weight_map
-
-
-def _canonical(name: str, prefix: str) -> str:
-    """The file's name -> the canonical one. Names outside `prefix` get a leading slash, so that none passes for one."""
-    if name.startswith("lm_head."):
-        return name
-    rest = name.removeprefix(prefix)
-    return rest if name.startswith(prefix) and not rest.startswith("lm_head.") else f"/{name}"
-
-
-def _original(name: str, prefix: str) -> str:
-    """The inverse of `_canonical`."""
-    if name.startswith("lm_head."):
-        return name
-    return name[1:] if name.startswith("/") else prefix + name

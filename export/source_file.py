@@ -10,7 +10,7 @@ must cost the memory of that block.
 import math
 import os
 import stat
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from edge_gemma.config import GemmaConfig
 from edge_gemma.errors import CheckpointError, ConfigError
 from edge_gemma.export.gguf_types import ElementType, dequantize_into
 
+_COMPARED = 1 << 20  # bytes compared at a time
 _CHUNK_VALUES = 1 << 19  # values converted at a time: 2 MiB of float32, which stays in the cache
 
 
@@ -48,6 +49,10 @@ def few(names: Iterable[object], most: int = 3) -> str:
     return ", ".join(show(n, 160) for n in shown[:most]) + rest
 
 
+_MAX_POINTER = 1024  # bytes; a pointer has about 130
+_POINTER = b"version https://git-lfs.github.com/spec/"
+
+
 class SourceFile:
     """A regular file opened once. Raises CheckpointError for everything that goes wrong with it."""
 
@@ -66,6 +71,12 @@ class SourceFile:
             raise CheckpointError(f"{self.name} is not a regular file")
         self._fd = fd
         self.size = status.st_size
+        if self.size <= _MAX_POINTER and self.read(0, self.size).startswith(_POINTER):
+            self.close()
+            raise CheckpointError(
+                f"{self.name} is a Git LFS pointer, which stands for a file that was not fetched: run `git lfs pull` "
+                "where it lies, or download the file itself"
+            )
 
     def read(self, offset: int, length: int) -> bytes:
         """Exactly `length` bytes at `offset`; the range is checked before anything is allocated."""
@@ -161,10 +172,18 @@ def read_rows(tensor: StoredTensor, start: int, stop: int) -> NDArray[np.float32
     return values.reshape(-1)[skip : skip + (stop - start) * row].reshape(stop - start, *tensor.shape[1:])
 
 
-def resolve_config(source: str, text_config: Mapping[str, Any]) -> GemmaConfig:
+def same_bytes(a: StoredTensor, b: StoredTensor) -> bool:
+    """Whether two tensors are stored alike, byte for byte; the first difference ends the reading."""
+    if (a.shape, a.dtype) != (b.shape, b.dtype):
+        return False
+    steps = ((at, min(_COMPARED, a.nbytes - at)) for at in range(0, a.nbytes, _COMPARED))
+    return all(a.file.read(a.offset + at, n) == b.file.read(b.offset + at, n) for at, n in steps)
+
+
+def resolve_config(source: str, text_config: Mapping[str, Any], ignored: Collection[str] = ()) -> GemmaConfig:
     """`GemmaConfig.from_text_config`, its error told in one line that names the source."""
     try:
-        return GemmaConfig.from_text_config(text_config)
+        return GemmaConfig.from_text_config(text_config, ignored)
     except ConfigError as e:
         raise ConfigError(show(f"{source}: {e}", 600)) from e
 

@@ -158,7 +158,7 @@ def change_audio_config(checkpoint, changes, top=()):
         ({"num_attention_heads": 5}, "hidden_size 32 on 5 heads"),
         ({"subsampling_conv_channels": [64, 8]}, "subsampling_conv_channels is [64, 8], expected [128, n]"),
         ({"subsampling_conv_channels": [128, True]}, "subsampling_conv_channels is True"),
-        ({"residual_weight": None}, "residual_weight is None, expected a positive number"),
+        ({"residual_weight": "half"}, "residual_weight is 'half', expected a positive number"),
         ({"num_hidden_layers": 4}, "tensors are missing"),
         ({"output_proj_dims": 50}, "wrong shape"),
         ({"use_clipped_linears": False}, "unknown tensors"),

@@ -73,12 +73,11 @@ def test_both_spellings_of_the_global_layers_resolve_alike() -> None:
     [
         ({"model_type": "llama"}, "llama"),
         ({"model_type": None}, "None"),
-        ({"rotary_fraction": 0.5, "zeta": 1}, "rotary_fraction, zeta"),
+        ({"rotary_fraction": 0.5, "zeta": 1}, "rotary_fraction is 0.5, zeta is 1"),
         ({"hidden_activation": "silu"}, "hidden_activation"),
         ({"attention_bias": True}, "attention_bias"),
         ({"enable_moe_block": True}, "enable_moe_block"),
         ({"use_bidirectional_attention": "all"}, "use_bidirectional_attention"),
-        ({"vocab_size": None}, "vocab_size"),
         ({"vocab_size": "262144"}, "vocab_size"),
         ({"vocab_size": True}, "vocab_size"),
         ({"hidden_size": -1}, "hidden_size"),

@@ -1,0 +1,99 @@
+"""Which keys of a configuration count: one policy for config.json, its parts, and GGUF metadata.
+
+1. A key that its reader knows is read; null stands for the reference's default.
+2. A key that cannot change the arithmetic is passed over: how a model was trained or saved, what it may be asked to
+   return, how tokens are drawn, ids of tokens.
+3. An unknown key that says nothing is passed over: its value is null, false, empty, or what the reference assumes
+   without it.
+4. Any other unknown key stops the export. The user may pass over it by name (`--ignore-key`).
+
+Owns: this policy. Does not know: what a known key means, where a configuration is stored.
+"""
+
+import re
+from collections.abc import Collection, Container, Iterable, Mapping
+from typing import Any
+
+from edge_gemma.errors import ConfigError, UsageError
+
+PASSED_OVER = frozenset({
+    # how the checkpoint was made, saved and loaded
+    "_attn_implementation", "_attn_implementation_autoset", "_attn_implementation_internal", "_commit_hash",
+    "_experts_implementation", "_name_or_path", "_sliding_window_pattern", "architectures", "auto_map", "dtype",
+    "finetuning_task", "gradient_checkpointing", "language", "library_name", "license", "model_name", "name_or_path",
+    "processor_class", "tags", "tokenizer_class", "torch_dtype", "torchscript", "transformers.js_config",
+    "transformers_version", "transformers_weights", "use_bfloat16",
+    # training
+    "attention_dropout", "initializer_range", "router_aux_loss_coef", "tf_legacy_loss",
+    # what is returned, kept and cut in pieces; heads of other tasks
+    "cache_implementation", "chunk_size_feed_forward", "id2label", "is_encoder_decoder", "label2id", "num_labels",
+    "output_attentions", "output_hidden_states", "output_scores", "problem_type", "return_dict",
+    "return_dict_in_generate", "task_specific_params", "tie_last_hidden_states", "use_cache",
+    # how tokens are drawn: generation_config.json says it
+    "bad_words_ids", "begin_suppress_tokens", "diversity_penalty", "do_sample", "early_stopping",
+    "encoder_no_repeat_ngram_size", "exponential_decay_length_penalty", "length_penalty", "max_length", "min_length",
+    "no_repeat_ngram_size", "num_beam_groups", "num_beams", "num_return_sequences", "prefix", "remove_invalid_values",
+    "repetition_penalty", "suppress_tokens", "temperature", "top_k", "top_p", "typical_p",
+})  # fmt: skip
+_PASSED_OVER = re.compile(r"_?unsloth_\w+|\w+_token_(id|ids|index)|\w+_per_(image|video|frame|audio|second)")
+# What the reference assumes of keys that we do not read.
+REFERENCE_DEFAULTS: dict[str, Any] = {"is_causal": True}
+_NOTHING: tuple[Any, ...] = (None, False, "", [], {})
+
+
+def known_keys(
+    config: Mapping[str, Any],
+    known: Container[str],
+    part: str,
+    *,
+    defaults: Mapping[str, Any] = REFERENCE_DEFAULTS,
+    ignored: Collection[str] = (),
+) -> dict[str, Any]:
+    """The keys of `config` that are in `known`, with their values.
+
+    part: the configuration's name in messages. defaults: values of unknown keys that say nothing. ignored: names of
+    unknown keys that the user passes over. Raises ConfigError, one line, for an unknown key that may matter.
+    """
+    unknown = [key for key in config if key not in known and key not in ignored]
+    strange = sorted(key for key in unknown if not _says_nothing(key, config[key], defaults))
+    if strange:
+        shown = ", ".join(f"{_short(key)} is {_short(repr(config[key]))}" for key in strange[:3])
+        rest = f" and {len(strange) - 3} more" if len(strange) > 3 else ""
+        raise ConfigError(
+            f"unknown configuration keys for {part}: {shown}{rest}; where they cannot change the model's arithmetic, "
+            f"export with --ignore-key {_short(strange[0])}"
+        )
+    return {key: value for key, value in config.items() if key in known}
+
+
+def check_ignored(ignored: Iterable[str], parts: Iterable[tuple[Mapping[str, Any], Container[str]]]) -> None:
+    """Whether every key to be ignored is in a part, and unknown there. parts: (configuration, known keys).
+
+    Raises UsageError: passing over a key that is read, or that is nowhere, means nothing.
+    """
+    parts = list(parts)
+    for name in ignored:
+        places = [known for config, known in parts if name in config]
+        if not places:
+            raise UsageError(f"--ignore-key {_short(name)}: the configuration has no such key")
+        if all(name in known for known in places):
+            raise UsageError(f"--ignore-key {_short(name)}: this key is read, expected one that is unknown")
+
+
+def with_defaults(config: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """`config` with `defaults` for keys that are missing or null."""
+    said = {key: value for key, value in defaults.items() if value is not None}
+    return {**said, **{key: defaults.get(key) if value is None else value for key, value in config.items()}}
+
+
+def _says_nothing(key: str, value: Any, defaults: Mapping[str, Any]) -> bool:
+    if key in PASSED_OVER or _PASSED_OVER.fullmatch(key):
+        return True
+    nothing = any(value is empty or (type(value) is type(empty) and value == empty) for empty in _NOTHING)
+    return nothing or (key in defaults and type(value) is type(defaults[key]) and value == defaults[key])
+
+
+def _short(text: str, most: int = 60) -> str:
+    """Text from a file for a one-line message."""
+    text = text if len(text) <= most else text[: most - 3] + "..."
+    return text if text.isprintable() else ascii(text)[1:-1]
