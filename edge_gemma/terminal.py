@@ -307,14 +307,22 @@ def _rate(tokens: int, seconds: float) -> str:
 def progress_bar(title: str, *, unit: str = "bytes") -> Iterator[Callable[[int, int, str], None]]:
     """A bar on standard error, shown from its first report on; yields the callback (done, in all, what)."""
     from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
 
-    count = DownloadColumn() if unit == "bytes" else MofNCompleteColumn()
+    count = (DownloadColumn(), TransferSpeedColumn()) if unit == "bytes" else (MofNCompleteColumn(),)
     console = Console(stderr=True)
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
-        count,
+        *count,
         TimeRemainingColumn(),
         TextColumn("{task.fields[what]}"),
     )
