@@ -4,7 +4,6 @@ Owns: talking to the hub through huggingface_hub, so that tokens, mirrors (HF_EN
 them; every error in one line; going on after a lost connection. Does not know: what the files are.
 """
 
-import os
 import re
 import threading
 import time
@@ -64,7 +63,6 @@ class Hub:
 
     def __init__(self, *, note: Callable[[str], None] = lambda text: None, patience_s: float | None = None) -> None:
         """note is told of pauses."""
-        os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
         import huggingface_hub.constants
 
         self.endpoint = huggingface_hub.constants.ENDPOINT

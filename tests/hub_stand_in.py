@@ -54,6 +54,17 @@ class Hub(ThreadingHTTPServer):
         self.lock = threading.Lock()
         self._digests: dict[tuple[Path, int, int], str] = {}
         self._due = time.monotonic()
+        self.storage = _Storage(self)
+        threading.Thread(target=self.storage.serve_forever, args=(0.05,), daemon=True).start()
+
+    @property
+    def hub(self) -> "Hub":
+        return self
+
+    def server_close(self) -> None:
+        self.storage.shutdown()
+        self.storage.server_close()
+        super().server_close()
 
     @property
     def endpoint(self) -> str:
@@ -87,9 +98,26 @@ class Hub(ThreadingHTTPServer):
             super().handle_error(request, client_address)
 
 
+class _Storage(ThreadingHTTPServer):
+    """Where the hub sends people for large files: another host."""
+
+    daemon_threads = True
+    request_queue_size = 64
+
+    def __init__(self, hub: Hub) -> None:
+        super().__init__(("127.0.0.2", 0), _Handler)
+        self.hub = hub
+        self.handle_error = hub.handle_error  # type: ignore[method-assign]
+
+
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
-    server: Hub
+
+    @property
+    def hub(self) -> Hub:
+        server = self.server
+        assert isinstance(server, Hub | _Storage)
+        return server.hub
 
     def log_message(self, *_: object) -> None: ...
 
@@ -100,7 +128,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._answer(body=True)
 
     def _answer(self, body: bool) -> None:
-        hub, path = self.server, unquote(self.path.partition("?")[0])
+        hub, path = self.hub, unquote(self.path.partition("?")[0])
         token = self.headers.get("Authorization")
         hub.log.append((self.command, path, self.headers.get("Range"), token))
         if hub.faults.deny:
@@ -119,7 +147,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _refuse(self, status: int, code: str) -> None:
         headers = {"Content-Length": "0"} | ({"X-Error-Code": code} if code else {})
         if status in (429, 503):
-            headers["Retry-After"] = self.server.faults.retry_after
+            headers["Retry-After"] = self.hub.faults.retry_after
         self._head(status, headers)
 
     def _head(self, status: int, headers: dict[str, str]) -> None:
@@ -129,7 +157,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
 
     def _repository(self, repo: str, revision: str | None) -> None:
-        hub = self.server
+        hub = self.hub
         if repo not in hub.repositories:
             self._refuse(404, "RepoNotFound")
             return
@@ -150,7 +178,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(data)
 
     def _file(self, repo: str, revision: str, name: str, body: bool) -> None:
-        hub = self.server
+        hub = self.hub
         if repo not in hub.repositories or revision != hub.commit(repo):
             self._refuse(404, "RevisionNotFound")
             return
@@ -167,11 +195,11 @@ class _Handler(BaseHTTPRequestHandler):
             return
         linked = {"X-Linked-Etag": f'"{hub.digest(path)}{hub.faults.tag}"', "X-Linked-Size": str(path.stat().st_size)}
         # Another host, as the hub's own storage is: what is meant for the hub alone must not go there.
-        where = f"http://localhost:{hub.server_address[1]}/cdn/{repo}/{name}"
+        where = f"http://127.0.0.2:{hub.storage.server_address[1]}/cdn/{repo}/{name}"
         self._head(302, {**linked, "X-Repo-Commit": revision, "Location": where, "Content-Length": "0"})
 
     def _bytes(self, path: Path, headers: dict[str, str], body: bool) -> None:
-        faults, size = self.server.faults, path.stat().st_size
+        faults, size = self.hub.faults, path.stat().st_size
         start, stop, status = 0, size, 200
         asked = re.fullmatch(r"bytes=(\d+)-(\d+)?", self.headers.get("Range", "")) if faults.ranges else None
         if asked:
@@ -184,7 +212,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(path, start, stop)
 
     def _send(self, path: Path, start: int, stop: int) -> None:
-        faults, left = self.server.faults, stop - start
+        faults, left = self.hub.faults, stop - start
         with path.open("rb") as file:
             file.seek(start)
             while left:
@@ -193,7 +221,7 @@ class _Handler(BaseHTTPRequestHandler):
                 at = stop - left
                 if faults.wrong_byte is not None and at <= faults.wrong_byte < at + step:
                     data[faults.wrong_byte - at] ^= 1
-                self.server.pace(step)
+                self.hub.pace(step)
                 self.wfile.write(data)
                 left -= step
                 if faults.cut_after and stop - start - left >= faults.cut_after:

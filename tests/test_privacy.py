@@ -15,12 +15,14 @@ from benchmarks.listening import measure
 from edge_gemma import kernels
 from edge_gemma.cli import cli
 from edge_gemma.ort import onnxruntime
+from tests import hub_stand_in
 from tests.watched import Record, Watched, why_not
 
 ROOT = Path(__file__).parent.parent
 PRIVACY = ROOT / "docs" / "PRIVACY.md"
 CACHE = Path(".cache/edge-gemma")  # below the home, where XDG_CACHE_HOME is not set
-GOES_OUT = {"pull"}  # the one command that may; what it tests against stands in tests of its own
+PULLED = Path(".local/share/edge-gemma")
+GOES_OUT = {"pull"}  # the one command that may
 DEMO = ROOT / "edge_gemma" / "demo"
 
 pytestmark = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
@@ -43,11 +45,12 @@ class Home:
         if (compiled := kernels.cache_directory()).is_dir():
             shutil.copytree(compiled, path / CACHE / "kernels" / compiled.name)
 
-    def run(self, *command: object, stdin: str = "") -> Run:
-        """Run Python with these arguments in the folder `out`."""
+    def run(self, *command: object, stdin: str = "", **variables: str) -> Run:
+        """Run Python with these arguments and environment variables in the folder `out`."""
         environment = {
             "HOME": str(self.path), "TMPDIR": str(self.temporary), "PATH": os.environ["PATH"],
             "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1",
+            **variables,
         }  # fmt: skip
         before = self._foreign_files()
         watched = Watched(
@@ -117,7 +120,21 @@ COMMANDS = [
     ("score -m {model} --reference {float} {text} --context 16 --windows 1", ""),
     ("info", ""),
     ("verify -m {model}", ""),
+    ("models", ""),
 ]
+
+
+def test_pull_speaks_to_its_hub_alone(tmp_path: Path, material: dict[str, Path]) -> None:
+    home = Home(tmp_path / "home")
+    with hub_stand_in.running({"owner/tiny": material["source"]}) as hub:
+        run = home.run("-m", "edge_gemma", "pull", "owner/tiny", HF_ENDPOINT=hub.endpoint)
+        assert run.status == 0, run.output
+        assert run.record.went_out == []
+        assert run.record.loopback != []
+        ports = {str(hub.server_address[1]), str(hub.storage.server_address[1])}
+        assert all(any(port in str(seen) for port in ports) for seen in run.record.loopback)
+        assert run.record.written_outside(home.path / CACHE, home.path / PULLED) == []
+        assert all(Path(name).is_relative_to(PULLED) for name in run.left)
 
 
 def test_every_command_is_here() -> None:
