@@ -12,10 +12,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
+from edge_gemma.arguments import is_one_of, require, shown
 from edge_gemma.errors import TemplateError, UsageError
 from edge_gemma.template import Template
 from edge_gemma.tool_call import QUOTE, ToolCall, call_text, parse_call
 
+THINKING = "enable_thinking"  # the template's variable
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
@@ -48,10 +50,15 @@ class Message:
     media: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.role not in ROLES:
-            raise UsageError(f"a message has the role {self.role!r}, expected one of {', '.join(ROLES)}")
-        if strange := set(self.media) - {"image", "audio"}:
-            raise UsageError(f"a message has the media {sorted(strange)}, expected image or audio")
+        """Raises UsageError for anything that is not as it is declared."""
+        require("a message's role", self.role, is_one_of(self.role, ROLES), f"one of {', '.join(ROLES)}")
+        for name, kinds in {"content": str, "reasoning": str | None, "name": str | None}.items():
+            require(f"a message's {name}", getattr(self, name), isinstance(getattr(self, name), kinds), "text")
+        calls, media = self.tool_calls, self.media
+        good = isinstance(calls, tuple) and all(map(_is_call, calls))
+        require("a message's tool_calls", calls, good, "a tuple of ToolCall, of a name and a dict of arguments")
+        good = isinstance(media, tuple) and all(is_one_of(kind, ("image", "audio")) for kind in media)
+        require("a message's media", media, good, "a tuple of image and audio")
 
     def as_dict(self) -> dict[str, Any]:
         """As templates and session files have it: the form of OpenAI's chat messages."""
@@ -68,8 +75,8 @@ class Message:
     @classmethod
     def from_dict(cls, entry: Any) -> "Message":
         """The inverse of `as_dict`. Raises UsageError for anything else."""
-        if not isinstance(entry, Mapping) or (unknown := set(entry) - _KEYS.keys()):
-            what = f"the keys {sorted(unknown)}" if isinstance(entry, Mapping) else type(entry).__name__
+        if not isinstance(entry, Mapping) or (unknown := [key for key in entry if key not in _KEYS]):
+            what = f"the keys {shown(unknown)}" if isinstance(entry, Mapping) else type(entry).__name__
             raise UsageError(f"a message has {what}, expected an object with {', '.join(_KEYS)}")
         for key, kinds in _KEYS.items():
             if not isinstance(entry.get(key), kinds):
@@ -88,13 +95,34 @@ _KEYS: dict[str, tuple[type, ...]] = {
 }
 
 
+def _is_call(call: Any) -> bool:
+    return isinstance(call, ToolCall) and isinstance(call.name, str) and isinstance(call.arguments, dict)
+
+
 def _call(entry: Any) -> ToolCall:
     function = entry.get("function") if isinstance(entry, Mapping) else None
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
         raise UsageError("a message's tool call has no function name")
     if not isinstance(function.get("arguments"), Mapping):
-        raise UsageError(f"the arguments of the tool call {function['name']!r} are not an object")
+        raise UsageError(f"the arguments of the tool call {shown(function['name'])} are not an object")
     return ToolCall(function["name"], dict(function["arguments"]))
+
+
+def check_messages(messages: Any) -> None:
+    """Raises UsageError unless `messages` are Messages, several of them."""
+    require("messages", messages, isinstance(messages, Sequence) and not isinstance(messages, str), "a list of Message")
+    for i, message in enumerate(messages):
+        good = isinstance(message, Message)
+        require(f"message {i}", message, good, "a Message: Message.from_dict makes one of a dict")
+
+
+def check_tools(tools: Any) -> None:
+    """Raises UsageError unless `tools` are OpenAI's function declarations."""
+    require("tools", tools, isinstance(tools, Sequence) and not isinstance(tools, str), "a list of declarations")
+    for i, tool in enumerate(tools):
+        function = tool.get("function") if isinstance(tool, Mapping) else None
+        good = isinstance(function, Mapping) and isinstance(function.get("name"), str)
+        require(f"tool {i}", tool, good, '{"type": "function", "function": {"name": ..., "parameters": ...}}')
 
 
 class ChatFormat:
@@ -108,21 +136,36 @@ class ChatFormat:
         ids = {name: getattr(tokenizer, f"{name}_id") for name in ("bos", "eos", "pad", "unk")}
         self._tokens = {f"{name}_token": spelling.get(index, "") for name, index in ids.items()}
 
+    def takes(self, variable: str) -> bool:
+        """Whether the template looks at a variable: without that, giving it means nothing."""
+        return variable in self._template.variables
+
     def render(
         self, messages: Sequence[Message], *, tools: Sequence[Mapping[str, Any]] | None = None, think: bool = False
     ) -> str:
         """The prompt as text, user text marked by `Tokenizer.guard`; ends where the reply begins.
 
-        tools: OpenAI's function declarations. Raises TemplateError if the template refuses the messages.
+        tools: OpenAI's function declarations. Raises TemplateError if the template refuses the messages, UsageError
+        for what is no message or no declaration, and for tools or think if the template has no place for them.
         """
+        check_messages(messages)
+        check_tools(() if tools is None else tools)
+        for given, variable, what in ((tools, "tools", "tools"), (think, THINKING, "thinking")):
+            if given and not self.takes(variable):
+                raise UsageError(f"this model's chat template has no {what}: leave that out, or take another model")
         if not messages:
             raise TemplateError("there is no message to render, expected at least one")
+        try:
+            guarded = [self._guarded_message(message) for message in messages]
+            declared = [self._guarded(dict(tool)) for tool in tools] if tools else None
+        except RecursionError:
+            raise TemplateError("a message or tool is nested too deeply, expected JSON values") from None
         return self._template.render(
-            messages=[self._guarded_message(message) for message in messages],
-            tools=[self._guarded(dict(tool)) for tool in tools] if tools else None,
+            messages=guarded,
+            tools=declared,
             add_generation_prompt=True,
-            enable_thinking=think,
             **self._tokens,
+            **{THINKING: think},
         )
 
     def prompt_ids(

@@ -12,7 +12,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar, Protocol
 
-from edge_gemma.chat import ChatFormat, Message, Piece
+from edge_gemma.arguments import integer, require, texts
+from edge_gemma.chat import THINKING, ChatFormat, Message, Piece, check_messages, check_tools
 from edge_gemma.errors import ContextFullError, UsageError
 from edge_gemma.generate import Generation, Progress, Result, StreamTokenizer, stop_ids_of
 from edge_gemma.sampler import Sampler, Sampling
@@ -53,15 +54,21 @@ class Conversation:
         stop_strings: Sequence[str] = (),
         progress: Progress | None = None,
     ) -> None:
-        """messages: an earlier conversation of this kind to go on with, its system turn left out."""
+        """messages: an earlier conversation of this kind to go on with, its system turn left out.
+
+        Raises UsageError for arguments of other kinds.
+        """
+        sampling = sampling or Sampling.from_generation_config(engine.generation_config)
+        require("sampling", sampling, isinstance(sampling, Sampling), "a Sampling")
         self.session = engine.session()
         self.tokenizer = engine.tokenizer
+        check_messages(messages)
         self.messages = list(messages)
-        self.max_tokens = max_tokens
+        self.max_tokens = None if max_tokens is None else integer("max_tokens", max_tokens, 1)
         self.last: Result | None = None
-        self._sampler = Sampler(sampling or Sampling.from_generation_config(engine.generation_config))
+        self._sampler = Sampler(sampling)
         self._stop_ids = stop_ids_of(engine.generation_config, engine.tokenizer)
-        self._stop_strings, self._progress = tuple(stop_strings), progress
+        self._stop_strings, self._progress = texts("stop_strings", stop_strings), progress
         self._replying = threading.Lock()
 
     def send(self, text: str) -> Iterator[Piece]:
@@ -148,9 +155,15 @@ class Chat(Conversation):
         )  # fmt: skip
         if engine.chat_template is None:
             raise UsageError("this is a base model without a chat template: use Continuation")
+        require("system", system, isinstance(system, str | None), "a text")
+        check_tools(() if tools is None else tools)
         self.system, self.think, self.tools = system, think, tools
         self._format = ChatFormat(engine.chat_template, engine.tokenizer)
         self._first = 0  # the oldest message still in the prompt
+
+    @property
+    def can_think(self) -> bool:
+        return self._format.takes(THINKING)
 
     @property
     def reserve(self) -> int:
@@ -164,7 +177,8 @@ class Chat(Conversation):
     def reply(self, *asked: Message) -> Iterator[Piece]:
         """As `send`, for messages of any role: a tool's result, or several at once. None: go on from the transcript."""
         with self._alone():
-            first, prompt = self._fit([*self.messages, *asked])
+            check_messages(messages := [*self.messages, *asked])
+            first, prompt = self._fit(messages)
             left_out = sum(m.role == "user" for m in self.messages[self._first : first])
             self._first = first
             if left_out:
@@ -231,6 +245,7 @@ class Continuation(Conversation):
     def send(self, text: str) -> Iterator[Piece]:
         with self._alone():
             context = self.session.context
+            require("the text", text, isinstance(text, str), "a text")
             if text or not self._ids:
                 prompt, asked = self._encode(text), [Message("user", text)]
                 if not prompt or len(prompt) + min(_LEAST_ROOM, context // 4) > context:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edge_gemma import models
+from edge_gemma.arguments import file_path, integer, is_integer, is_one_of, require, shown
 from edge_gemma.config import GemmaConfig
 from edge_gemma.decoder import Decoder
 from edge_gemma.errors import ModelFolderError, UsageError
@@ -34,8 +35,8 @@ class Engine:
     def __init__(self, folder: ModelFolder, *, context: int | None, threads: int | None, kv_dtype: str | None) -> None:
         from edge_gemma import kernels
 
-        if kv_dtype not in (None, "float16", "float32"):
-            raise UsageError(f"kv_dtype is {kv_dtype!r}, expected float16 or float32")
+        good = kv_dtype is None or is_one_of(kv_dtype, ("float16", "float32"))
+        require("kv_dtype", kv_dtype, good, "float16 or float32")
         self._read(folder, context)
         self._kv_dtype = kv_dtype or "float16"
         kernels.set_threads(threads)
@@ -77,14 +78,25 @@ class Engine:
         kv_dtype: "float16" (default) or "float32"; backend: "onnx" runs a folder that was exported for onnxruntime.
         Raises EdgeGemmaError subclasses, one line each.
         """
+        model = model if model is None else file_path("the model", model)
+        if threads is not None:
+            integer("threads", threads, 1)
+        require("backend", backend, backend is None or is_one_of(backend, ("onnx",)), "onnx or none")
+        try:
+            return cls._load(model, context, threads, kv_dtype, backend)
+        except OSError as error:
+            raise ModelFolderError(f"{error.filename or model}: {error.strerror or error}") from None
+
+    @classmethod
+    def _load(
+        cls, model: Path | None, context: int | None, threads: int | None, kv_dtype: str | None, backend: str | None
+    ) -> "Engine":
         if backend == "onnx":
             from edge_gemma.onnx_backend import OnnxEngine, OnnxFolder
 
             if kv_dtype is not None:
                 raise UsageError("kv_dtype means nothing beside backend onnx, whose cache is float32: leave it out")
             return OnnxEngine(OnnxFolder.open(models.resolve(model)), context=context, threads=threads)
-        if backend is not None:
-            raise UsageError(f"backend is {backend!r}, expected onnx or none")
         folder = ModelFolder.open(models.resolve(model))
         return cls(folder, context=context, threads=threads, kv_dtype=kv_dtype)
 
@@ -161,8 +173,8 @@ class Engine:
     def _checked_context(self, context: int | None, default: int) -> int:
         most = self.config.max_position_embeddings
         context = default if context is None else context
-        if not 1 <= context <= most:
-            raise UsageError(f"the context is {context} tokens, expected 1 to {most} for this model")
+        if not is_integer(context) or not 1 <= context <= most:
+            raise UsageError(f"the context is {shown(context)} tokens, expected 1 to {most} for this model")
         return context
 
     def close(self) -> None:

@@ -11,11 +11,13 @@ A folder holds
 """
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from edge_gemma.arguments import file_path, is_integer, shown
 from edge_gemma.atomic import write_file
 from edge_gemma.config import GemmaConfig
 from edge_gemma.engine import Engine
@@ -93,9 +95,9 @@ class OnnxSession:
     def position(self) -> int:
         return len(self.ids)
 
-    def prefill(self, ids: list[int]) -> np.ndarray:
+    def prefill(self, ids: Sequence[int]) -> np.ndarray:
         """Append ids. Returns the logits after the last of them: float32 [vocab_size]. Raises as Session does."""
-        self._check(ids)
+        ids = self._check(ids)
         for start in range(0, len(ids), CHUNK):
             logits = self._run(ids[start : start + CHUNK], keep=1)
         return logits[0]
@@ -104,15 +106,15 @@ class OnnxSession:
         """Append one token. Returns the logits after it: float32 [vocab_size]."""
         return self.prefill([token])
 
-    def forward(self, ids: list[int]) -> np.ndarray:
+    def forward(self, ids: Sequence[int]) -> np.ndarray:
         """Append ids. Returns the logits after each of them: float32 [len(ids), vocab_size]."""
-        self._check(ids)
+        ids = self._check(ids)
         logits = np.empty((len(ids), self._config.vocab_size), np.float32)
         for start in range(0, len(ids), CHUNK):
             logits[start : start + CHUNK] = self._run(ids[start : start + CHUNK], keep=0)
         return logits
 
-    def hidden(self, ids: list[int]) -> np.ndarray:
+    def hidden(self, ids: Sequence[int]) -> np.ndarray:
         """What `logits` takes: here the logits themselves, the head is part of the graph."""
         return self.forward(ids)
 
@@ -123,8 +125,8 @@ class OnnxSession:
         """Forget all tokens from `position` on. Raises UsageError outside 0..position."""
         from edge_gemma.ort import onnxruntime
 
-        if not 0 <= position <= self.position:
-            raise UsageError(f"cannot rewind to {position}: the session is at {self.position}")
+        if not is_integer(position) or not 0 <= position <= self.position:
+            raise UsageError(f"cannot rewind to {shown(position)}: the session is at {self.position}")
         self.ids = self.ids[:position]
         for layer in self._config.layers:
             if not layer.owns_kv:
@@ -144,7 +146,7 @@ class OnnxSession:
         from safetensors.numpy import save
 
         tensors = {name: value.numpy() for name, value in self._past.items()} | {"ids": np.array(self.ids, np.int32)}
-        write_file(Path(path), save(tensors, {"onnx_session": self._identity}))
+        write_file(file_path("the session's file", path), save(tensors, {"onnx_session": self._identity}))
 
     def load(self, path: Path | str) -> None:
         """Continue a saved timeline. Raises ModelFolderError if the file is damaged or belongs to another model."""
@@ -172,8 +174,8 @@ class OnnxSession:
         self.ids = ids.tolist()
         self._past = {name: onnxruntime.OrtValue.ortvalue_from_numpy(value) for name, value in tensors.items()}
 
-    def _check(self, ids: list[int]) -> None:
-        check_ids(ids, self._config.vocab_size, self.position, self.context)
+    def _check(self, ids: Sequence[int]) -> list[int]:
+        return check_ids(ids, self._config.vocab_size, self.position, self.context)
 
     def _run(self, ids: list[int], keep: int) -> np.ndarray:
         """Logits of the last `keep` of ids (0: of all): float32 [n, vocab_size]."""

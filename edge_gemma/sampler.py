@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from edge_gemma import kernels
+from edge_gemma.arguments import integer, is_integer, is_number, require, shown
 from edge_gemma.errors import EdgeGemmaError, UsageError
 from edge_gemma.kernels import LOGITS_BLOCK
 
@@ -37,16 +38,22 @@ class Sampling:
 
     def __post_init__(self) -> None:
         """Raises UsageError for a value out of range."""
-        _check("temperature", self.temperature, 0 <= self.temperature < 1e6, "0 or more")
-        _check("top_k", self.top_k, isinstance(self.top_k, int) and self.top_k >= 0, "an integer of 0 or more")
-        _check("top_p", self.top_p, 0 < self.top_p <= 1, "above 0, at most 1")
-        _check("min_p", self.min_p, 0 <= self.min_p <= 1, "0 to 1")
-        _check("repetition_penalty", self.repetition_penalty, 0 < self.repetition_penalty < 1e6, "above 0")
+        ranges = {
+            "temperature": (lambda t: 0 <= t < 1e6, "a number of 0 or more"),
+            "top_p": (lambda p: 0 < p <= 1, "a number above 0, at most 1"),
+            "min_p": (lambda p: 0 <= p <= 1, "a number of 0 to 1"),
+            "repetition_penalty": (lambda r: 0 < r < 1e6, "a number above 0"),
+        }
+        for name, (holds, expected) in ranges.items():
+            value = getattr(self, name)
+            require(name, value, is_number(value) and holds(value), expected)
+        integer("top_k", self.top_k, 0)
+        if self.seed is not None:
+            integer("seed", self.seed, 0)
         beams = self.num_beams
-        _check("num_beams", beams, type(beams) is int and 1 <= beams <= _MOST_BEAMS, f"1 to {_MOST_BEAMS}")
+        require("num_beams", beams, is_integer(beams) and 1 <= beams <= _MOST_BEAMS, f"1 to {_MOST_BEAMS}")
         or_zero = f"1 with a temperature of {self.temperature}, or a temperature of 0"
-        _check("num_beams", beams, beams == 1 or self.temperature == 0, or_zero)
-        _check("seed", self.seed, self.seed is None or (isinstance(self.seed, int) and self.seed >= 0), "0 or more")
+        require("num_beams", beams, beams == 1 or self.temperature == 0, or_zero)
 
     @classmethod
     def from_generation_config(cls, config: Mapping[str, Any], **overrides: Any) -> "Sampling":
@@ -57,14 +64,16 @@ class Sampling:
         """
         values = {name: config[name] for name in _SETTINGS if config.get(name) is not None}
         for name, value in values.items():
-            if isinstance(value, bool) or not isinstance(value, int | float):
-                raise UsageError(f"{name} is {value!r} in the model's generation_config, expected a number")
+            if not is_number(value):
+                raise UsageError(f"{name} is {shown(value)} in the model's generation_config, expected a number")
         if config.get("do_sample") is False:
             values["temperature"] = 0.0
         given = {name: value for name, value in overrides.items() if value is not None}
-        if given.get("num_beams", 1) > 1:
+        drawn = given.get("temperature", values.get("temperature", cls.temperature))
+        beams = given.get("num_beams", 1)
+        if is_number(beams) and beams > 1:
             given.setdefault("temperature", 0.0)
-        elif given.get("temperature", values.get("temperature", cls.temperature)) > 0:
+        elif is_number(drawn) and drawn > 0:
             values.pop("num_beams", None)
         return cls(**{**values, **given})
 
@@ -237,8 +246,3 @@ def _draw(probabilities: np.ndarray, uniform: float) -> int:
     """The index whose share of [0, 1) holds `uniform`."""
     cumulative = np.cumsum(probabilities)
     return min(int(np.searchsorted(cumulative, uniform * cumulative[-1], side="right")), len(probabilities) - 1)
-
-
-def _check(name: str, value: object, good: bool, expected: str) -> None:
-    if not good:
-        raise UsageError(f"{name} is {value!r}, expected {expected}")

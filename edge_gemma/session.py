@@ -5,10 +5,12 @@ sampling, where soft tokens come from.
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
+from edge_gemma.arguments import file_path, is_integer, shown, token_ids
 from edge_gemma.atomic import write_file
 from edge_gemma.buffers import reuse
 from edge_gemma.decoder import Decoder
@@ -42,13 +44,13 @@ class Session:
     def position(self) -> int:
         return len(self.ids)
 
-    def prefill(self, ids: list[int]) -> np.ndarray:
+    def prefill(self, ids: Sequence[int]) -> np.ndarray:
         """Append ids. Returns the logits after the last of them: float32 [vocab_size].
 
         Raises ContextFullError if they do not fit, UsageError if there are none or one is outside the vocabulary;
         the session is then as it was.
         """
-        self._check(ids)
+        ids = self._check(ids)
         if len(ids) == 1:
             self._cache.truncate(self.position)  # as in mark
             logits = self._step(ids[0])
@@ -68,14 +70,17 @@ class Session:
         width = self._decoder.config.hidden_size
         if self._audio_token_id is None:
             raise UsageError("this model has no audio tower: export one that has, without --no-audio")
+        try:
+            embeddings = np.asarray(embeddings, np.float32)
+        except (TypeError, ValueError):
+            raise UsageError(f"soft tokens are {shown(embeddings)}, expected an array of floats") from None
         if embeddings.ndim != 2 or embeddings.shape[1] != width or not len(embeddings):
             raise UsageError(f"soft tokens have shape {list(embeddings.shape)}, expected one or more rows of {width}")
         if not np.isfinite(embeddings).all():
             raise UsageError("a soft token is not finite: the audio it was made from is damaged")
         ids = [self._audio_token_id] * len(embeddings)
         self._check(ids)
-        rows = embeddings.astype(np.float32)
-        soft = {self.position + i: row for i, row in enumerate(rows)}
+        soft = {self.position + i: row for i, row in enumerate(embeddings.copy())}
         with reuse():
             hidden = self._run(ids, keep=int(logits), soft=soft)
             return self._decoder.logits(hidden)[0] if logits else None
@@ -84,13 +89,13 @@ class Session:
         """Append one token. Returns the logits after it: float32 [vocab_size]. Raises as `prefill`."""
         return self.prefill([token])
 
-    def forward(self, ids: list[int]) -> np.ndarray:
+    def forward(self, ids: Sequence[int]) -> np.ndarray:
         """Append ids. Returns the logits after each of them: float32 [len(ids), vocab_size]. Raises as `prefill`."""
         return self._decoder.logits(self.hidden(ids))
 
-    def hidden(self, ids: list[int]) -> np.ndarray:
+    def hidden(self, ids: Sequence[int]) -> np.ndarray:
         """Append ids. Returns what enters the head: float32 [len(ids), hidden_size]. Raises as `prefill`."""
-        self._check(ids)
+        ids = self._check(ids)
         with reuse():
             return self._run(ids, keep=len(ids))
 
@@ -104,8 +109,8 @@ class Session:
         Cheap within the last CHUNK tokens and at marks. Further back sliding layers have overwritten what they would
         need, and the tokens that remain are run again from the nearest mark. Raises UsageError outside 0..position.
         """
-        if not 0 <= position <= self.position:
-            raise UsageError(f"cannot rewind to {position}: the session is at {self.position}")
+        if not is_integer(position) or not 0 <= position <= self.position:
+            raise UsageError(f"cannot rewind to {shown(position)}: the session is at {self.position}")
         kept, soft = self.ids[:position], {at: row for at, row in self._soft.items() if at < position}
         self._marks = [mark for mark in self._marks if mark.position <= position]
         if self._cache.holds(position):
@@ -129,9 +134,10 @@ class Session:
             self._marks = [*self._marks[1 - _MARKS :], self._cache.snapshot()]
 
     def save(self, path: Path | str) -> None:
-        """Write the timeline and its KV cache, whole or not at all (safetensors)."""
+        """Write the timeline and its KV cache, whole or not at all (safetensors). Raises OSError where it cannot."""
         from safetensors.numpy import save
 
+        path = file_path("the session's file", path)
         tensors = {"ids": np.array(self.ids, np.int32)}
         if self._soft:
             tensors["soft.positions"] = np.array(list(self._soft), np.int32)
@@ -139,12 +145,13 @@ class Session:
         for i, layer in self._cache.layers.items():
             rows = slice(0, min(self.position, layer.capacity))
             tensors[f"{i}.k"], tensors[f"{i}.v"] = layer.k[rows].copy(), layer.v[rows].copy()
-        write_file(Path(path), save(tensors, {"session": json.dumps(self._header()), "floor": str(self._cache.floor)}))
+        write_file(path, save(tensors, {"session": json.dumps(self._header()), "floor": str(self._cache.floor)}))
 
     def load(self, path: Path | str) -> None:
         """Continue a saved timeline. Raises ModelFolderError if the file is damaged or belongs to another model."""
         from safetensors import SafetensorError, safe_open
 
+        path = file_path("the session's file", path)
         try:
             with safe_open(str(path), "np") as file:
                 metadata = file.metadata() or {}
@@ -192,8 +199,8 @@ class Session:
             "dtype": self._cache.dtype,
         }
 
-    def _check(self, ids: list[int]) -> None:
-        check_ids(ids, self._decoder.config.vocab_size, self.position, self.context)
+    def _check(self, ids: Sequence[int]) -> list[int]:
+        return check_ids(ids, self._decoder.config.vocab_size, self.position, self.context)
 
     def _run(self, ids: list[int], keep: int, soft: SoftTokens | None = None) -> np.ndarray:
         """Run ids in chunks; the last `keep` rows that enter the head. An interruption leaves whole chunks behind.
@@ -222,8 +229,9 @@ class Session:
         return np.concatenate(rows) if len(rows) > 1 else rows[0]
 
 
-def check_ids(ids: list[int], vocab_size: int, position: int, context: int) -> None:
-    """Whether ids can follow `position` tokens. Raises UsageError for none or strange ones, ContextFullError."""
+def check_ids(ids: Sequence[int], vocab_size: int, position: int, context: int) -> list[int]:
+    """The ids that are to follow `position` tokens. Raises UsageError for none or strange ones, ContextFullError."""
+    ids = token_ids(ids)
     if not ids:
         raise UsageError("expected one or more token ids, got none")
     if strange := [i for i in ids if not 0 <= i < vocab_size]:
@@ -233,3 +241,4 @@ def check_ids(ids: list[int], vocab_size: int, position: int, context: int) -> N
             f"{len(ids)} tokens do not fit: {position} of {context} are used; "
             "shorten the text or use a larger --context"
         )
+    return ids

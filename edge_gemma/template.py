@@ -16,6 +16,7 @@ from typing import Any
 import jinja2
 from jinja2 import nodes
 from jinja2.ext import Extension
+from jinja2.meta import find_undeclared_variables
 from jinja2.parser import Parser
 from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -42,7 +43,9 @@ class Template:
         self._lock = threading.Lock()
         environment = _Environment()
         try:
-            tree = _Counted().visit(environment.parse(source))
+            tree = environment.parse(source)
+            self.variables = frozenset(find_undeclared_variables(tree))  # those it looks at
+            tree = _Counted().visit(tree)
             code = environment.compile(tree)
             self._template = environment.template_class.from_code(environment, code, environment.make_globals(None))
         except (Exception, RecursionError) as error:  # whatever a hostile source does to parser and compiler

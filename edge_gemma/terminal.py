@@ -219,8 +219,8 @@ class ChatLoop:
 
     def _think(self, argument: str) -> None:
         chat = self._conversation
-        if not isinstance(chat, Chat):
-            self._screen.note("a base model does not think")
+        if not isinstance(chat, Chat) or not chat.can_think:
+            self._screen.note("this model does not think")
         elif argument in ("show", "hide"):
             self._screen.show_thinking = argument == "show"
             self._screen.note(f"thoughts are {'shown' if self._screen.show_thinking else 'hidden'}")

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
+from edge_gemma.arguments import file_path, is_one_of, require, shown
 from edge_gemma.atomic import write_file
-from edge_gemma.chat import Message
+from edge_gemma.chat import Message, check_messages
 from edge_gemma.errors import UsageError
 
 FORMAT, VERSION = "edge_gemma conversation", 1
@@ -30,8 +31,21 @@ class Transcript:
     model: str | None = None
     kind: Kind | None = None
 
+    def __post_init__(self) -> None:
+        """Raises UsageError for anything that is not as it is declared."""
+        check_messages(self.messages)
+        for name in ("system", "model"):
+            require(f"a transcript's {name}", value := getattr(self, name), isinstance(value, str | None), "a text")
+        kinds = get_args(Kind)
+        require(
+            "a transcript's kind",
+            self.kind,
+            self.kind is None or is_one_of(self.kind, kinds),
+            f"one of {', '.join(kinds)}",
+        )
+
     def as_bytes(self) -> bytes:
-        """What the file holds."""
+        """What the file holds. Raises UsageError for a tool call with arguments that JSON has not."""
         content = {
             "format": FORMAT,
             "version": VERSION,
@@ -40,16 +54,20 @@ class Transcript:
             "system": self.system,
             "messages": [message.as_dict() for message in self.messages],
         }
-        return (json.dumps(content, ensure_ascii=False, indent=1) + "\n").encode("utf-8", "replace")
+        try:
+            text = json.dumps(content, ensure_ascii=False, indent=1)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise UsageError(f"the conversation cannot be saved, expected JSON values in it: {error}") from None
+        return f"{text}\n".encode("utf-8", "replace")
 
     def save(self, path: Path | str) -> None:
         """Replace `path`. Raises OSError; the old file is then as it was."""
-        write_file(Path(path), self.as_bytes())
+        write_file(file_path("the conversation's file", path), self.as_bytes())
 
     @classmethod
     def load(cls, path: Path | str) -> "Transcript":
         """Raises UsageError, one line, if the file is not a conversation of this version; OSError if unreadable."""
-        with Path(path).open("rb") as file:
+        with file_path("the conversation's file", path).open("rb") as file:
             return cls.from_bytes(file.read(_SIZE_LIMIT + 1), path)
 
     @classmethod
@@ -64,14 +82,12 @@ class Transcript:
         if not isinstance(content, dict) or content.get("format") != FORMAT:
             raise UsageError(f"{path} is not a conversation: choose another --session file")
         if content.get("version") != VERSION:
-            raise UsageError(f"{path} has version {content.get('version')!r:.20}, this edge_gemma reads {VERSION}")
+            raise UsageError(f"{path} has version {shown(content.get('version'))}, this edge_gemma reads {VERSION}")
         messages, system, model = content.get("messages"), content.get("system"), content.get("model")
-        if not isinstance(messages, list) or not isinstance(system, str | None) or not isinstance(model, str | None):
-            raise UsageError(f"{path}: expected a list of messages, a system text and a model name")
         kind = content.get("kind", "chat")  # which files had not before
-        if kind is not None and kind not in get_args(Kind):
-            raise UsageError(f"{path} holds a {kind!r:.20}, expected one of {', '.join(get_args(Kind))}")
         try:
+            if not isinstance(messages, list):
+                raise UsageError(f"messages is {shown(messages)}, expected a list")
             return cls(tuple(Message.from_dict(entry) for entry in messages), system, model, kind)
         except UsageError as error:
             raise UsageError(f"{path}: {error}") from None

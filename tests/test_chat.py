@@ -143,7 +143,7 @@ def test_entries_that_are_no_message_are_one_line_errors(entry):
 
 def test_a_message_of_other_than_json_values_is_refused():
     with pytest.raises(TemplateError, match="object"):
-        rendered([HI], tools=[{"x": object()}])
+        rendered([HI], tools=[{**WEATHER, "x": object()}])
     with pytest.raises(TemplateError, match="no message"):
         rendered([])
 

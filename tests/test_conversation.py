@@ -224,7 +224,7 @@ def test_files_written_before_they_said_their_kind_are_chats(tmp_path):
     file.write_text(json.dumps(content))
     assert Transcript.load(file) == Transcript((HI,), "Be kind", "e2b", "chat")
     file.write_text(json.dumps(content | {"kind": "poem"}))
-    with pytest.raises(UsageError, match="holds a 'poem', expected one of chat, continuation"):
+    with pytest.raises(UsageError, match="kind is 'poem', expected one of chat, continuation"):
         Transcript.load(file)
 
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from edge_gemma.arguments import require
 from edge_gemma.chat import ChatFormat, ChatTokenizer, Message
 from edge_gemma.errors import TemplateError, UsageError
 
@@ -34,6 +35,7 @@ LANGUAGES = {
 
 def language_name(language: str) -> str:
     """ "de" or "German" -> "German". Raises UsageError for what can be neither a code nor a name."""
+    require("the language", language, isinstance(language, str), "a name (German) or a code (de)")
     language = " ".join(language.split())
     code = language.lower().split("-")[0]
     if code in LANGUAGES and (len(language) == 2 or "-" in language):
