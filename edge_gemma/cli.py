@@ -189,8 +189,7 @@ def _result_json(result: Any) -> dict[str, Any]:
               help="Write ONNX graphs for onnxruntime. SOURCE may be a model folder too, which keeps its weights; "
               "--recipe may be float16 too.")  # fmt: skip
 @click.option("--no-audio", is_flag=True, help="Leave the audio tower out.")
-@click.option("--ignore-key", "ignore_keys", multiple=True, metavar="NAME",
-              help="Pass over an unknown configuration key, where it cannot matter. Repeatable.")  # fmt: skip
+@common.ignore_keys
 @common.force
 def export(
     source: Path,

@@ -89,6 +89,10 @@ recipe = click.option(
     metavar="q8|q5mix|q4|q3mix|q2mix|float",
     help="How weights are stored [default: as they were trained, else q4].",
 )
+ignore_keys = click.option(
+    "--ignore-key", "ignore_keys", multiple=True, metavar="NAME",
+    help="Pass over an unknown configuration key, where it cannot matter. Repeatable.",
+)  # fmt: skip
 force = click.option("--force", is_flag=True, help="Replace DEST if it is a model folder already.")
 memory_limit = click.option(
     "--memory-limit", type=click.IntRange(1), metavar="MB", help="Refuse a model that would need more memory than this."

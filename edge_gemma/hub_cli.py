@@ -29,17 +29,20 @@ def _tell(text: str) -> None:
 @click.command(
     epilog="\b\nShort names:\n" + _SHORT_HELP,
 )
+@common.refuse("recipe no_audio ignore_keys", beside="keep")
+@common.refuse("force keep", beside="dry_run")
 @click.argument("name", metavar="NAME")
 @click.argument("dest", type=click.Path(path_type=Path), required=False)
 @common.recipe
 @click.option("--no-audio", is_flag=True, help="Leave the audio encoder out.")
+@common.ignore_keys
 @click.option("--keep", is_flag=True, help="Store the checkpoint itself in DEST, to be exported later.")
 @click.option("--dry-run", is_flag=True, help="Say what it would take: bytes, disk, memory and time.")
 @common.force
 @common.as_json
 def pull(
-    name: str, dest: Path | None, recipe: str | None, no_audio: bool, keep: bool, dry_run: bool, force: bool,
-    as_json: bool,
+    name: str, dest: Path | None, recipe: str | None, no_audio: bool, ignore_keys: tuple[str, ...], keep: bool,
+    dry_run: bool, force: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Fetch the model NAME from a model hub; it becomes a model folder while it arrives.
 
@@ -60,12 +63,10 @@ def pull(
 
     asked = HubName.parse(name)
     common.check_recipe(recipe)
-    if keep and (recipe or no_audio):
-        raise UsageError("--keep stores the checkpoint as it is: --recipe and --no-audio are for `edge-gemma export`")
     where = dest or models.pulled_folder() / (asked.called + (f"-{recipe}" if recipe else ""))
     if not dest:
         where.parent.mkdir(parents=True, exist_ok=True)
-    puller = Puller(asked, recipe, audio=not no_audio, note=_tell)
+    puller = Puller(asked, recipe, audio=not no_audio, ignore_keys=ignore_keys, note=_tell)
     if dry_run:
         _print_forecast(puller.forecast(where), as_json)
         return

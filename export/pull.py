@@ -126,6 +126,7 @@ class Puller:
     name: HubName
     recipe: str | None = None
     audio: bool = True
+    ignore_keys: Sequence[str] = ()
     note: Callable[[str], None] = lambda text: None
     progress: Progress | None = None
 
@@ -222,6 +223,8 @@ class Puller:
         with self._opened(aside) as at:
             files = [file for file, _ in at.folder.opened]
             units = in_order(_units(at.conversion), files)
+            for line in at.conversion.checkpoint.notes:
+                self.note(line)
             if at.conversion.calibrates:
                 self.note(f"rounded to {at.conversion.recipe} without calibration: pull --keep and export do it better")
             waits = max(0, room_needed(units, files) - at.spool.held)
@@ -274,11 +277,11 @@ class Puller:
 
     def _checkpoint(self, folder: RemoteFolder, repository: Repository) -> Checkpoint:
         if (gguf := self.name.gguf_of(repository.files)) is not None:
-            return GgufCheckpoint(folder.open(gguf))
-        return SafetensorsCheckpoint(folder)
+            return GgufCheckpoint(folder.open(gguf), self.ignore_keys)
+        return SafetensorsCheckpoint(folder, self.ignore_keys)
 
     def _key(self, what: str = "pull") -> str:
-        told = [__version__, what, asdict(self.name), self.recipe, self.audio]
+        told = [__version__, what, asdict(self.name), self.recipe, self.audio, list(self.ignore_keys)]
         return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
 
 

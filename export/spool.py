@@ -66,6 +66,8 @@ class Spool:
 class SpooledFile(SourceFile):
     """A file elsewhere as a `SourceFile`: reads are served from the spool, or fetched."""
 
+    elsewhere = True
+
     def __init__(
         self, spool: Spool, number: int, name: str, size: int, fetch: Callable[[int, int], Iterator[bytes]]
     ) -> None:
