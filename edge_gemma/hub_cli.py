@@ -36,7 +36,7 @@ def _tell(text: str) -> None:
 @common.recipe
 @click.option("--no-audio", is_flag=True, help="Leave the audio encoder out.")
 @common.ignore_keys
-@click.option("--keep", is_flag=True, help="Store the checkpoint itself in DEST, to be exported later.")
+@click.option("--keep", is_flag=True, help="Store the checkpoint itself, to be exported later [default DEST: ./REPO].")
 @click.option("--dry-run", is_flag=True, help="Say what it would take: bytes, disk, memory and time.")
 @common.force
 @common.as_json
@@ -63,9 +63,8 @@ def pull(
 
     asked = HubName.parse(name)
     common.check_recipe(recipe)
-    where = dest or models.pulled_folder() / (asked.called + (f"-{recipe}" if recipe else ""))
-    if not dest:
-        where.parent.mkdir(parents=True, exist_ok=True)
+    kept = Path(asked.repo_id.partition("/")[2])
+    where = dest or (kept if keep else models.pulled_folder() / (asked.called + (f"-{recipe}" if recipe else "")))
     puller = Puller(asked, recipe, audio=not no_audio, ignore_keys=ignore_keys, note=_tell)
     if dry_run:
         _print_forecast(puller.forecast(where), as_json)
@@ -76,7 +75,7 @@ def pull(
     except KeyboardInterrupt:
         click.echo("what has arrived is kept: the same command goes on from there", err=True)
         raise
-    _print_pulled(pulled, name if dest is None else str(where), keep, as_json)
+    _print_pulled(pulled, str(where) if dest or keep else where.name, keep, as_json)
 
 
 def _print_pulled(pulled: "Pulled", model: str, keep: bool, as_json: bool) -> None:

@@ -15,7 +15,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from click.testing import CliRunner, Result
 
+from edge_gemma import models
+from edge_gemma.cli import cli
 from edge_gemma.errors import EdgeGemmaError, HubError, UsageError
 from edge_gemma.export import download, hub, spool
 from edge_gemma.export.convert import export_checkpoint
@@ -394,3 +397,33 @@ def test_what_it_would_take(tmp_path: Path, serve, checkpoint: Path, exported: P
     assert forecast.disk_needed_bytes > forecast.folder_bytes
     assert forecast.seconds > 0
     assert not list(tmp_path.iterdir())
+
+
+def test_the_command(tmp_path: Path, serve, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forecast, pull, use by name; the checkpoint kept and exported gives the same folder."""
+    monkeypatch.setattr(models, "pulled_folder", lambda: tmp_path / "store")
+    monkeypatch.chdir(tmp_path)
+    serve(checkpoint)
+
+    def edge_gemma(*arguments: str) -> Result:
+        result = CliRunner().invoke(cli, list(arguments))
+        assert result.exit_code == 0, result.output
+        return result
+
+    forecast = edge_gemma("pull", REPO, "--dry-run").stdout
+    assert [line.split()[0] for line in forecast.splitlines()[1:]] == ["fetch", "folder", "disk", "memory"]
+    assert json.loads(edge_gemma("pull", REPO, "--dry-run", "--json").stdout)["recipe"] == "mobile"
+    assert not list(tmp_path.iterdir())
+    said = edge_gemma("pull", REPO).stderr
+    assert "model.safetensors: digest as the hub states it" in said
+    assert said.splitlines()[-1] == "now: edge-gemma chat -m tiny"
+    assert "all as exported" in edge_gemma("verify", "-m", "tiny").stdout
+    edge_gemma("verify", "-m", REPO)
+    told = json.loads(edge_gemma("pull", REPO, "--keep", "--json").stdout)
+    assert told["path"] == "tiny"
+    edge_gemma("export", "tiny", "exported")
+    assert contents(tmp_path / "exported") == contents(tmp_path / "store" / "tiny")
+    again = CliRunner().invoke(cli, ["pull", REPO])
+    assert again.exit_code == 1
+    assert again.stderr.startswith(f"error: {tmp_path}/store/tiny exists already: choose another name, or --force")
+    edge_gemma("pull", REPO, "--force")
