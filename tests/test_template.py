@@ -1,61 +1,120 @@
 """Untrusted templates: what hostile ones are refused for, and what honest ones may use."""
 
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
+from jinja2.filters import FILTERS
+from jinja2.sandbox import SandboxedEnvironment
 
 from edge_gemma.errors import TemplateError
-from edge_gemma.template import Template
+from edge_gemma.template import SOURCE_LIMIT, Template
+from tests.hostile_templates import HOSTILE
 
-HOSTILE = {
-    "nested ranges": "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
-    "a huge range": "{% for i in range(10 ** 9) %}{% endfor %}",
-    "nested lists": "{% set l = range(9999) | list %}{% for a in l %}{% for b in l %}{% endfor %}{% endfor %}",
-    "multiplied text": "{{ 'a' * 10 ** 10 }}",
-    "multiplied list": "{{ [1] * 900000000 }}",
-    "multiplied often": "{% set n = namespace(l=[1]) %}{% for i in range(9) %}{% set n.l = n.l * 999 %}{% endfor %}",
-    "doubled with ~": "{% set n = namespace(s='a') %}{% for i in range(60) %}{% set n.s = n.s ~ n.s %}{% endfor %}",
-    "doubled with +": "{% set n = namespace(s='a') %}{% for i in range(60) %}{% set n.s = n.s + n.s %}{% endfor %}",
-    "doubled list": "{% set n = namespace(s=[1]) %}{% for i in range(60) %}{% set n.s = n.s + n.s %}{% endfor %}",
-    "doubled in a block": "{% set n = namespace(s='aa') %}{% for i in range(60) %}"
-    "{% set n.s %}{{ n.s }}{{ n.s }}{% endset %}{% endfor %}",
-    "endless recursion": "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
-    "branching recursion": "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(50) }}",
-    "recursive loop": "{% for x in [1] recursive %}{{ loop([1, 2]) }}{% endfor %}",
-    "padding method": "{{ 'a'.ljust(10 ** 10) }}",
-    "padding filter": "{{ 'a' | center(10000000000) }}",
-    "padding in map": "{{ ['a'] | map('center', 10000000000) | list }}",
-    "indent": "{{ ('a\n' * 100000) | indent(100000) }}",
-    "format": "{{ '{:>9}'.format(1) }}",
-    "format by another name": "{% set f = '{:>9}'.format %}{{ f(1) }}",
-    "format_map": "{{ '{a:>9}'.format_map({'a': 1}) }}",
-    "percent": "{{ '%9d' % 1 }}",
-    "percent filter": "{{ '%9d' | format(1) }}",
-    "replace": "{{ ('a' * 100000).replace('a', 'b' * 100000) }}",
-    "power tower": "{{ 9 ** 64 ** 64 ** 64 ** 64 ** 64 }}",
-    "long output": "{% for i in range(99999) %}" + "a" * 200 + "{% endfor %}",
-    "lipsum": "{{ lipsum(100000) }}",
+REFUSED = {
     "classes": "{{ ().__class__.__bases__[0].__subclasses__() }}",
     "globals": "{{ cycler.__init__.__globals__ }}",
     "attr filter": "{{ (() | attr('__class__')).__bases__ }}",
+    "of a namespace": "{% set n = namespace(a=1) %}{{ n.__init__.__globals__ }}",
     "files": "{% include '/etc/passwd' %}",
     "changing what it was given": "{{ messages.append(1) }}",
     "raising": "{{ raise_exception('roles\nmust alternate') }}",
     "missing": "{{ messages[7].content }}",
+    "missing in a namespace": "{% set n = namespace(a=1) %}{{ n.b.c }}",
     "division": "{{ 1 / 0 }}",
     "not a template": "{% if %}",
     "unknown tag": "{% spam %}",
     "unknown filter": "{{ 1 | spam }}",
     "deep nesting": "{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}",
     "deep blocks": "{% if 1 %}" * 300 + "{% endif %}" * 300,
-    "too long": "a" * (1 << 20) + "a",
+    "too long": "a" * (SOURCE_LIMIT + 1),
 }
+GENERATED = 120
 
 
-@pytest.mark.parametrize("name", HOSTILE)
-def test_hostile_templates_end_in_one_line(name):
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused_templates_end_in_one_line(name):
     with pytest.raises(TemplateError) as error:
-        Template(HOSTILE[name]).render(messages=[{"role": "user", "content": "x"}])
+        Template(REFUSED[name]).render(messages=[{"role": "user", "content": "x"}])
     assert "\n" not in str(error.value)
     assert str(error.value).startswith("the chat template ")
+
+
+def test_hostile_templates_end_soon_and_in_little_memory():
+    """In a process of their own with 400 MB more than it starts with: a MemoryError there would be told."""
+    command = [sys.executable, "-m", "tests.hostile_templates", "7", str(GENERATED)]
+    done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=600)
+    outcomes = [json.loads(line) for line in done.stdout.splitlines()]
+    assert done.returncode == 0, done.stderr
+    assert len(outcomes) == len(HOSTILE) + GENERATED
+    slowest = max(outcomes, key=lambda outcome: outcome["seconds"])
+    print("slowest:", slowest)
+    assert slowest["seconds"] < 20  # 3 on the machine where this was written
+    for outcome in outcomes:
+        name, message = outcome["name"], outcome["message"]
+        assert "MemoryError" not in message, name
+        assert name not in HOSTILE or message.startswith("the chat template "), name
+        assert "\n" not in message, name
+
+
+LARGE = [1_000_001, -2_000_000, 1734567890, 10**18, 10**400, 1e7, -1e300, math.nan, math.inf]
+
+
+@pytest.mark.parametrize("number", LARGE, ids=lambda n: repr(n)[:10])
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{{ n }}", "{% macro m(v, w=1) %}{{ v }}{% endmacro %}{{ m(n, w=n) }}", "{{ [n] | tojson(indent=2) }}",
+        "{{ n | tojson }}", "{{ n | string }}", "{{ n | abs }}", "{{ n | default(n) }}", "{{ d.get('a', n) }}",
+        "{{ [n] | join(',') }}", "{{ {'a': n} | dictsort }}", "{{ n is number }}{{ n == n }}{{ n in [n] }}",
+        "{{ n | center(9) }}", "{{ n | trim }}", "{{ n + n }}{{ n * 2 }}{{ n - 1 }}", "{{ [n, n] | sum }}",
+        "{{ [n, 1] | select('gt', n) | list }}", "{% for x in [n] %}{{ x }}{{ loop.cycle(n, n) }}{% endfor %}",
+        "{% set s = namespace(v=n) %}{{ s.v }}", "{{ dict(a=n) }}", "{{ [n] | map('string') | list }}",
+        "{{ 1 if n > 5 else n }}", "{{ 'a' ~ n }}", "{{ [1, n] | max }}", "{{ n | round(2) if n == n else 0 }}",
+    ],
+)  # fmt: skip
+def test_numbers_of_any_size_pass(source, number):
+    """As plain Jinja renders it: numbers are only refused where they say how large something is to be made."""
+    plain = SandboxedEnvironment()
+    plain.filters["tojson"] = lambda value, indent=None: json.dumps(value, indent=indent)
+    try:
+        expected = plain.from_string(source).render(n=number, d={})
+    except (OverflowError, ValueError):
+        pytest.skip("Python itself cannot")
+    assert Template(source).render(n=number, d={}) == expected
+
+
+@pytest.mark.parametrize("turns", [10, 1000, 3000])
+def test_long_conversations_render_and_the_budget_grows_with_them(turns):
+    """Templates that look back from each message to all earlier ones, as Gemma 4's of April 2026 do."""
+    source = (
+        "{% for m in messages %}{% set ns = namespace(before=0) %}"
+        "{% for j in range(loop.index0 - 1, -1, -1) %}{% if ns.before > 3 %}{% endif %}{% endfor %}"
+        "{{ m['content'] | trim }}\n{% endfor %}"
+    )
+    messages = [{"role": role, "content": " Hi "} for _ in range(turns) for role in ("user", "assistant")]
+    assert Template(source).render(messages=messages) == "Hi\n" * len(messages)
+
+
+def test_a_long_text_renders():
+    text = "some words\n" * 200_000
+    source = (
+        "{{ messages[0].content | trim }}{{ (messages[0].get('content')).replace('\n', ' ').split(' ') | join('-') }}"
+    )
+    rendered = Template(source).render(messages=[{"role": "user", "content": text}])
+    assert rendered == text.strip() + text.replace("\n", " ").replace(" ", "-")
+
+
+def test_the_filters_of_jinja_are_those_that_were_looked_at():
+    """A newer Jinja with another filter: see in template.py whether its result can be large, then add it here."""
+    known = """abs attr batch capitalize center count d default dictsort e escape filesizeformat first float forceescape
+        format groupby indent int items join last length list lower map max min pprint random reject rejectattr replace
+        reverse round safe select selectattr slice sort string striptags sum title tojson trim truncate unique upper
+        urlencode urlize wordcount wordwrap xmlattr"""
+    assert sorted(FILTERS) == known.split()
 
 
 def test_a_budget_is_one_renderings_own():
