@@ -327,6 +327,23 @@ with socket.create_server(("127.0.0.1", 0)) as server, socket.create_connection(
     assert len(run.record.loopback) == 2
 
 
+def test_sending_where_nothing_is_connected_fails_as_ever(home: Home) -> None:
+    """To a pipe, as sound libraries try, to a closed descriptor, to a socket without a peer, from a wrong address."""
+    code = """
+import ctypes, errno, os, socket
+libc = ctypes.CDLL(None, use_errno=True)
+buffer = ctypes.c_char_p(b"x")
+for descriptor in (os.pipe()[1], 999, socket.socket(type=socket.SOCK_DGRAM).detach()):
+    libc.send(descriptor, buffer, 1, 0)
+    print(errno.errorcode[ctypes.get_errno()])
+libc.sendmsg(socket.socket().detach(), ctypes.c_void_p(8), 0)
+print(errno.errorcode[ctypes.get_errno()])
+"""
+    run = home.run("-c", code)
+    assert run.output.split() == ["ENOTSOCK", "EBADF", "EDESTADDRREQ", "EFAULT"]
+    assert run.record.went_out == []
+
+
 # -- the document ------------------------------------------------------------------------------------------------------
 
 

@@ -21,6 +21,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -132,6 +133,7 @@ class Watched:
                     break
         except BaseException as error:
             self._failure = error
+            self.process.kill()
         finally:
             os.close(self._listener)
 
@@ -254,23 +256,26 @@ class _Task:
 
     def peer(self, descriptor: int) -> bytes:
         """What a socket is connected to, as a sockaddr; nothing but for the internet's."""
-        with self._socket(descriptor) as copy:
-            try:
-                if copy.family in (socket.AF_INET, socket.AF_INET6):
-                    host, port, *_ = copy.getpeername()
-                    return _pack(copy.family, host, port)
-            except OSError:  # not connected
-                pass
+        with suppress(OSError), self._socket(descriptor) as copy:  # not connected, or no socket
+            if copy.family in (socket.AF_INET, socket.AF_INET6):
+                host, port, *_ = copy.getpeername()
+                return _pack(copy.family, host, port)
         return b""
 
     def is_datagram(self, descriptor: int) -> bool:
-        with self._socket(descriptor) as copy:
+        with suppress(OSError), self._socket(descriptor) as copy:
             return copy.type == socket.SOCK_DGRAM
+        return False
 
     def _socket(self, descriptor: int) -> socket.socket:
         status = Path(f"/proc/{self._number}/status").read_text()
         process = int(status.split("Tgid:")[1].split()[0])
-        return socket.socket(fileno=_descriptor(process, descriptor & 0xFFFFFFFF))
+        copy = _descriptor(process, descriptor & 0xFFFFFFFF)
+        try:
+            return socket.socket(fileno=copy)
+        except OSError:
+            os.close(copy)
+            raise
 
 
 def _pack(family: int, host: str, port: int) -> bytes:
