@@ -55,6 +55,7 @@ class KVCache:
             layer.index: _allocate(layer, context, self.slack, dtype) for layer in config.layers if layer.owns_kv
         }
         self._rings = {i: layer for i, layer in self.layers.items() if layer.window and layer.capacity < context}
+        self._window = max((ring.window or 0 for ring in self._rings.values()), default=0)
 
     @property
     def nbytes(self) -> int:
@@ -71,8 +72,7 @@ class KVCache:
 
     def holds(self, position: int) -> bool:
         """Whether a query at `position` would find every key of its window."""
-        window = max((ring.window or 0 for ring in self._rings.values()), default=0)
-        return position <= self.position and (self.floor == 0 or position - window + 1 >= self.floor)
+        return position <= self.position and (self.floor == 0 or position - self._window + 1 >= self.floor)
 
     def truncate(self, position: int) -> None:
         """Go back to `position`, which `holds` must allow. Later rows are overwritten before they are seen."""

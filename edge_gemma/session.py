@@ -5,7 +5,7 @@ sampling, where soft tokens come from.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -52,7 +52,7 @@ class Session:
         """
         ids = self._check(ids)
         if len(ids) == 1:
-            self._cache.truncate(self.position)  # as in mark
+            self._settle()
             logits = self._step(ids[0])
             self.ids.append(ids[0])
             return logits
@@ -111,25 +111,14 @@ class Session:
         """
         if not is_integer(position) or not 0 <= position <= self.position:
             raise UsageError(f"cannot rewind to {shown(position)}: the session is at {self.position}")
-        kept, soft = self.ids[:position], {at: row for at, row in self._soft.items() if at < position}
         self._marks = [mark for mark in self._marks if mark.position <= position]
-        if self._cache.holds(position):
-            self._cache.truncate(position)
-            self.ids, self._soft = kept, soft
-            return
-        if self._marks:
-            self._cache.restore(self._marks[-1])
-        else:
-            self._cache.resume(0, 0)
-        self.ids = kept[: self._cache.position]
-        self._soft = {at: row for at, row in soft.items() if at < self.position}
-        if len(kept) > self.position:
-            with reuse():
-                self._run(kept[self.position :], keep=0, soft=soft)
+        soft = {at: row for at, row in self._soft.items() if at < position}
+        self.ids, self._soft = self.ids[:position], soft
+        self._settle()
 
     def mark(self) -> None:
         """Remember the present position, so that rewinding to it (or soon after it) stays cheap."""
-        self._cache.truncate(self.position)  # ids are the truth: an interruption may have left the cache ahead
+        self._settle()
         if not self._marks or self._marks[-1].position != self.position:
             self._marks = [*self._marks[1 - _MARKS :], self._cache.snapshot()]
 
@@ -138,6 +127,7 @@ class Session:
         from safetensors.numpy import save
 
         path = file_path("the session's file", path)
+        self._settle()
         tensors = {"ids": np.array(self.ids, np.int32)}
         if self._soft:
             tensors["soft.positions"] = np.array(list(self._soft), np.int32)
@@ -172,10 +162,12 @@ class Session:
         targets = [(tensors[f"{i}.{p}"], getattr(layer, p)) for i, layer in self._cache.layers.items() for p in "kv"]
         if any(t.dtype != c.dtype or t.shape != c[: min(len(ids), len(c))].shape for t, c in targets):
             raise ModelFolderError(f"{path} is not whole: start a new session")
+        self._marks = []
+        self._cache.resume(0, 0)  # until all of it is there, nothing is held
         for saved, cache in targets:
             cache[: len(saved)] = saved
+        self.ids, self._soft = ids, soft
         self._cache.resume(len(ids), max(0, floor))
-        self._marks, self.ids, self._soft = [], ids, soft
 
     def _soft_of(self, path: Path | str, tokens: int, tensors: dict[str, np.ndarray]) -> SoftTokens:
         """Takes the soft tokens out of a saved timeline's tensors."""
@@ -203,30 +195,55 @@ class Session:
         return check_ids(ids, self._decoder.config.vocab_size, self.position, self.context)
 
     def _run(self, ids: list[int], keep: int, soft: SoftTokens | None = None) -> np.ndarray:
-        """Run ids in chunks; the last `keep` rows that enter the head. An interruption leaves whole chunks behind.
+        """Append ids; the last `keep` rows that enter the head. An interruption leaves whole chunks behind.
 
-        soft: of the positions to be run, those that are soft tokens; other positions are passed over.
+        soft: those of the positions to be run that are soft tokens.
         """
-        rows, chunk = [], self._cache.slack
-        self._cache.truncate(self.position)  # as in mark
+        self._settle()
+        rows = []
+        for part, here, hidden in self._chunks(ids, keep, soft or {}):
+            rows.append(hidden)
+            self.ids.extend(part)
+            self._soft |= here
+        return np.concatenate(rows) if len(rows) > 1 else rows[0]
+
+    def _settle(self) -> None:
+        """Bring the cache to where `ids` end.
+
+        `ids` are the truth. The cache is ahead of them after a rewind, and wherever an interruption has left it: what
+        it does not hold any more is run again from the nearest mark.
+        """
+        if self._cache.holds(self.position):
+            self._cache.truncate(self.position)
+            return
+        if self._marks:
+            self._cache.restore(self._marks[-1])
+        else:
+            self._cache.resume(0, 0)
+        with reuse():
+            for _ in self._chunks(self.ids[self._cache.position :], 0, self._soft):
+                pass
+
+    def _chunks(
+        self, ids: list[int], keep: int, soft: SoftTokens
+    ) -> Iterator[tuple[list[int], SoftTokens, np.ndarray]]:
+        """Run ids from where the cache is: each chunk's ids, its soft tokens, and its rows of the last `keep`."""
+        chunk, first = self._cache.slack, self._cache.position
         ahead = 2 * chunk  # tokens whose rows the disk fetches before they are needed
         self._decoder.expect(np.array(ids[:ahead], np.int64))
         for start in range(0, len(ids), chunk):
             self._decoder.expect(np.array(ids[start + ahead : start + ahead + chunk], np.int64))
             part = ids[start : start + chunk]
             wanted = min(len(part), max(0, keep - (len(ids) - start - len(part))))
-            span = range(self.position, self.position + len(part))
+            span = range(first + start, first + start + len(part))
             here = {at: soft[at] for at in span if at in soft} if soft else {}
             text, merged = np.array(part, np.int64), None
             if here:
-                at = np.array(list(here)) - self.position
+                at = np.array(list(here)) - span.start
                 text[at] = _PAD
                 merged = self._decoder.embed(text)
                 merged[at] = list(here.values())
-            rows.append(self._decoder.forward(text, self._cache, wanted, merged))
-            self.ids.extend(part)
-            self._soft |= here
-        return np.concatenate(rows) if len(rows) > 1 else rows[0]
+            yield part, here, self._decoder.forward(text, self._cache, wanted, merged)
 
 
 def check_ids(ids: Sequence[int], vocab_size: int, position: int, context: int) -> list[int]:

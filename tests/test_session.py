@@ -195,3 +195,81 @@ def test_a_mark_set_after_an_interruption_is_where_the_session_is(model, monkeyp
     session.prefill(ids[20:])
     session.rewind(25)
     assert np.abs(session.forward(ids[25:30]) - oracle(ids[:30])[25:]).max() <= bound
+
+
+@pytest.mark.parametrize("then", ["step", "prefill", "mark", "save", "rewind"])
+@pytest.mark.parametrize("where", ["first ring", "all rings", "rerun"])
+def test_ctrl_c_while_a_session_goes_back_leaves_it_as_if_it_had_gone(model, tmp_path, monkeypatch, where, then):
+    """Rings half put back, put back but not counted, or filled up half: what follows is right all the same."""
+    monkeypatch.setattr(session_module, "CHUNK", CHUNK)
+    engine, oracle, bound = model
+    session, ids = engine.session(context=CONTEXT), list(range(50, 95))
+    session.prefill(ids[:12])
+    session.mark()
+    session.prefill(ids[12:])
+    cache, calls = session._cache, 0
+
+    def restore(snapshot):
+        if where == "first ring":
+            first = next(iter(snapshot.rings))
+            cache.floor = 1 << 60
+            cache.layers[first].k[...], cache.layers[first].v[...] = snapshot.rings[first]
+        else:
+            type(cache).restore(cache, snapshot)
+        if where != "rerun":
+            raise KeyboardInterrupt
+
+    def advance(n):
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            raise KeyboardInterrupt
+        type(cache).advance(cache, n)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cache, "restore", restore)
+        patch.setattr(cache, "advance", advance)
+        with pytest.raises(KeyboardInterrupt):
+            session.rewind(30)
+    assert session.ids == ids[:30]
+    if then == "mark":
+        session.mark()
+        session.prefill([9] * 15)
+        session.rewind(30)
+    elif then == "save":
+        session.save(tmp_path / "saved")
+        session = engine.session(context=CONTEXT)
+        session.load(tmp_path / "saved")
+    elif then == "rewind":
+        session.rewind(29)
+        session.step(ids[29])
+    more = [7, 8] if then == "prefill" else [7]
+    assert np.abs(session.prefill(more) - oracle([*ids[:30], *more])[-1]).max() <= bound
+    assert session.ids == [*ids[:30], *more]
+
+
+def test_ctrl_c_while_a_session_is_loaded_leaves_the_old_or_the_new(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(session_module, "CHUNK", CHUNK)
+    engine, oracle, bound = model
+    saved, session = engine.session(context=CONTEXT), engine.session(context=CONTEXT)
+    saved.prefill(list(range(100, 140)))
+    saved.save(tmp_path / "saved")
+    session.prefill([5] * 10)
+    session.mark()
+    session.prefill([6] * 20)
+    resume = session._cache.resume
+    calls = []
+
+    def interrupted(position, floor):
+        calls.append(position)
+        if len(calls) == 2:  # all rows are there, nothing is counted yet
+            raise KeyboardInterrupt
+        resume(position, floor)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(session._cache, "resume", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            session.load(tmp_path / "saved")
+    held = list(session.ids)
+    assert held in ([5] * 10 + [6] * 20, saved.ids)
+    assert np.abs(session.step(7) - oracle([*held, 7])[-1]).max() <= bound
