@@ -146,10 +146,8 @@ def test_commands_keep_to_themselves(home: Home, material: dict[str, Path], comm
     run = home.run("-m", "edge_gemma", *(part.format(**material) for part in command.split()), stdin=stdin)
     listening = command.startswith("listen")
     assert run.status == 0 or listening, run.output
-    if (
-        listening
-    ):  # a sound server's socket and cookie; and Python lets a C compiler look for PortAudio where it is missing
-        home.check(run, home.temporary, home.path / ".config/pulse")
+    if listening:  # what sound servers' libraries keep; without PortAudio, Python lets a C compiler look for it
+        home.check(run, home.temporary, home.path / ".config/pulse", Path("/dev/shm"))
     else:
         home.check(run)
         assert run.record.local == []
