@@ -20,10 +20,10 @@ from edge_gemma.tokenizer import Tokenizer
 from edge_gemma.weights import bind
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from edge_gemma.audio.encoder import AudioEncoder
     from edge_gemma.audio.listen import Event
+    from edge_gemma.audio.samples import Samples
+    from edge_gemma.audio.sources import Source
     from edge_gemma.audio.transcribe import Progress, Transcription
 
 DEFAULT_CONTEXT = 4096  # tokens
@@ -124,33 +124,37 @@ class Engine:
 
     def transcribe(
         self,
-        source: "Path | str | np.ndarray",
+        source: "Source | Samples",
         *,
-        rate: int = 16_000,
+        rate: int | None = None,
+        track: int | None = None,
         language: str | None = None,
         translate_to: str | None = None,
         num_beams: int | None = None,
         progress: "Progress | None" = None,
         note: Callable[[str], None] = lambda text: None,
     ) -> "Transcription":
-        """Speech to text. source: a sound file or video, or samples: [n] or [n, channels], floats in [-1, 1] or signed
-        integers, `rate` of them a second. Any length: memory does not grow with it, but for an array's own.
+        """Speech to text. source: a sound file or video (its path, its bytes, or a file opened in binary mode), or
+        samples: an array or list, [n] or [n, channels], floats in [-1, 1] or signed integers of up to 32 bits, `rate`
+        of them a second (16000). Any length: memory does not grow with it, but for an array's own.
 
         language: a name or a code ("German", "de"), None leaves it to the model. num_beams: hypotheses of a text kept
         side by side, more find a likelier one and take longer; None: the checkpoint's own number, or 1. progress is
         told (seconds done, seconds in all or None), note what the user should know. Raises UsageError for a model
-        without audio tower, AudioError for a source that cannot be read.
+        without audio tower and for what is no source, AudioError for a source that cannot be read. track: of a file
+        with several sound tracks, from 1; None: the default one, or the next with speech if it has none.
         """
         from edge_gemma.audio.prompts import Task
         from edge_gemma.audio.transcribe import Transcriber
 
         transcriber = Transcriber(self, Task(language, translate_to), num_beams=num_beams, note=note)
-        return transcriber.transcribe(source, rate=rate, progress=progress)
+        return transcriber.transcribe(source, rate=rate, track=track, progress=progress)
 
     def listen(
         self,
-        blocks: "Iterable[np.ndarray] | None" = None,
+        blocks: "Iterable[Samples] | None" = None,
         *,
+        rate: int | None = None,
         device: int | str | None = None,
         language: str | None = None,
         translate_to: str | None = None,
@@ -158,8 +162,9 @@ class Engine:
         system: str | None = None,
         num_beams: int | None = None,
     ) -> "Iterator[Event]":
-        """Live speech to events (audio/listen.py), as it is said. blocks: float32 [n] of 16 kHz mono as they arrive;
-        None: a microphone, `device` its number, a part of its name or the system's default. Close the iterator to stop.
+        """Live speech to events (audio/listen.py), as it is said. blocks: samples as they arrive, each as in
+        `transcribe` or the bytes of 16-bit samples of one channel, `rate` a second (16000); None: a microphone,
+        `device` its number, a part of its name or the system's default. Close the iterator to stop.
 
         ask: the model answers each utterance, after `system`, instead of writing it down. num_beams, and what it
         raises, as in `transcribe`.
@@ -168,7 +173,7 @@ class Engine:
         from edge_gemma.audio.prompts import Task
 
         task = Task(language, translate_to)
-        return listen(self, blocks, task, device=device, ask=ask, system=system, num_beams=num_beams)
+        return listen(self, blocks, task, rate=rate, device=device, ask=ask, system=system, num_beams=num_beams)
 
     def _checked_context(self, context: int | None, default: int) -> int:
         most = self.config.max_position_embeddings

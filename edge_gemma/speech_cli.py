@@ -5,6 +5,7 @@ Owns: their options and what they print. Does not know: how anything works.
 
 import functools
 import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,6 +37,8 @@ def _tell(text: str) -> None:
 @click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="FILE...")
 @_languages
 @common.beams
+@click.option("--track", type=click.IntRange(1), metavar="N",
+              help="Sound track of a film that has several [default: its own, or the next with speech].")  # fmt: skip
 @click.option("--srt", is_flag=True, help="Print subtitles; of several FILEs, write each FILE's to FILE.srt.")
 @click.option("--force", is_flag=True, help="Replace a FILE.srt that is there already.")
 @common.context
@@ -43,15 +46,17 @@ def _tell(text: str) -> None:
 @common.as_json
 def transcribe(
     model: str | None, files: tuple[Path, ...], srt: bool, force: bool, as_json: bool, context: int | None,
-    threads: int | None, language: str | None, translate_to: str | None, num_beams: int | None,
+    threads: int | None, language: str | None, translate_to: str | None, num_beams: int | None, track: int | None,
 ) -> None:  # fmt: skip
     """Write down the speech in sound files (or videos) of any length.
 
-    A FILE that cannot be read does not stop the others; the exit code is 1 then. With --json, one object a FILE.
+    A FILE may be a pipe, and - is standard input. One that cannot be read does not stop the others; the exit code is 1
+    then. With --json, one object a FILE.
 
     \b
     edge-gemma transcribe -m ./gemma-4-e2b interview.m4a
     edge-gemma transcribe -m ./gemma-4-e2b --language de --translate-to English --srt film.mp4 > film.srt
+    arecord -f cd -d 10 | edge-gemma transcribe -m ./gemma-4-e2b -
     """
     from edge_gemma.audio.prompts import Task
     from edge_gemma.audio.transcribe import Transcriber
@@ -65,7 +70,7 @@ def transcribe(
     failed = 0
     for path in files:
         try:
-            _transcribe_file(transcriber, path, several=len(files) > 1, srt=srt, force=force, as_json=as_json)
+            _transcribe_file(transcriber, path, track, several=len(files) > 1, srt=srt, force=force, as_json=as_json)
         except (EdgeGemmaError, OSError) as error:
             failed += 1
             if as_json:
@@ -75,7 +80,9 @@ def transcribe(
         click.get_current_context().exit(1)
 
 
-def _transcribe_file(transcriber: Any, path: Path, *, several: bool, srt: bool, force: bool, as_json: bool) -> None:
+def _transcribe_file(
+    transcriber: Any, path: Path, track: int | None, *, several: bool, srt: bool, force: bool, as_json: bool
+) -> None:
     from edge_gemma.atomic import write_file
     from edge_gemma.audio.transcribe import TextSegment, subtitles
     from edge_gemma.terminal import progress_bar
@@ -91,7 +98,8 @@ def _transcribe_file(transcriber: Any, path: Path, *, several: bool, srt: bool, 
 
     with progress_bar("transcribing", unit="seconds") as report:
         result: Transcription = transcriber.transcribe(
-            path,
+            sys.stdin.buffer if str(path) == "-" else path,
+            track=track,
             progress=lambda done, total: report(int(done), int(max(total or 0, done)), path.name),
             on_segment=show,
         )

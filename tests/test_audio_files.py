@@ -1,7 +1,9 @@
 """Sound files good and bad: each gives its samples, or one line that says what is wrong with it."""
 
 import contextlib
+import io
 import os
+import threading
 import wave
 from pathlib import Path
 
@@ -10,9 +12,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from edge_gemma.audio import sources
 from edge_gemma.audio.features import SAMPLE_RATE
-from edge_gemma.audio.files import AudioFile, Converter, array_blocks
-from edge_gemma.errors import AudioError
+from edge_gemma.audio.files import AudioFile
+from edge_gemma.errors import AudioError, UsageError
 from edge_gemma.memory import resident
 
 av = pytest.importorskip("av", reason="the audio extra is not installed")
@@ -154,8 +157,6 @@ def test_files_that_are_no_sound(tmp_path):
         assert "not a sound file" in fails(tmp_path / name)
     assert "No such file" in fails(tmp_path / "missing.wav")
     assert "not a file" in fails(tmp_path)
-    os.mkfifo(tmp_path / "pipe")
-    assert "not a file" in fails(tmp_path / "pipe")
     (tmp_path / "head.wav").write_bytes(write_wav(tmp_path / "x.wav", tone(1)).read_bytes()[:44])
     assert "no samples" in fails(tmp_path / "head.wav")
 
@@ -178,6 +179,58 @@ def test_playlists_and_pictures_are_refused(tmp_path):
     assert "holds no sound" in fails(tmp_path / "film.mp4")
 
 
+def test_pipes_bytes_and_open_files(tmp_path):
+    path = encode(tmp_path / "x.m4a", tone(2), "aac")  # its index is at the end: it cannot be read as it comes
+    expected = read(path)
+    assert np.array_equal(read(path.read_bytes()), expected)
+    with path.open("rb") as file:
+        file.seek(100)
+        assert np.array_equal(read(file), expected)
+        assert not file.closed
+        assert np.array_equal(read(file), expected), "twice"
+    os.mkfifo(tmp_path / "pipe")
+    writer = threading.Thread(target=(tmp_path / "pipe").write_bytes, args=(path.read_bytes(),))
+    writer.start()
+    assert np.array_equal(read(tmp_path / "pipe"), expected)
+    writer.join()
+    reading, writing = os.pipe()
+    os.write(writing, write_wav(tmp_path / "x.wav", tone(1)).read_bytes())
+    os.close(writing)
+    with open(reading, "rb") as pipe:
+        assert len(read(pipe)) == 16_000
+
+
+def test_sources_that_are_none(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "_PIPE_S", 0.1)
+    os.mkfifo(tmp_path / "pipe")
+    assert "not a file but a pipe" in fails(tmp_path / "pipe")
+    for source, told in ((5, "is int, expected a path"), (None, "is NoneType"), (io.StringIO("x"), "binary mode")):
+        with pytest.raises(UsageError, match=told):
+            read(source)
+    for source, told in ((b"", "is empty"), (io.BytesIO(), "is empty"), ("a\0b", "null"), (b"RIFF", "not a sound")):
+        with pytest.raises(AudioError, match=told):
+            read(source)
+
+
+def test_a_pipe_without_end_does_not_fill_the_disk(monkeypatch):
+    monkeypatch.setattr(sources, "_PIPE_BYTES", 3 << 20)
+
+    class Endless(io.RawIOBase):
+        given = 0
+
+        def readable(self):
+            return True
+
+        def readinto(self, buffer):
+            self.given += len(buffer)
+            return len(buffer)
+
+    endless = Endless()
+    with pytest.raises(AudioError, match="save it as a file first"):
+        read(endless)
+    assert endless.given <= 5 << 20
+
+
 def test_names_are_never_addresses(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("http:x.wav", "concat:a.wav", "data:x", "-"):
@@ -190,8 +243,7 @@ def test_truncated_files_give_what_they_have_and_say_so(tmp_path):
         whole, notes = encode(tmp_path / name, np.random.default_rng(0).uniform(-0.5, 0.5, 160_000), codec), []
         whole.write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
         assert 3 < len(read(whole, notes)) / SAMPLE_RATE < 6.5, name
-        if name in ("x.wav", "x.flac"):
-            assert any("cut short" in note for note in notes), name
+        assert sum("cut short" in note for note in notes) == 1, name
     moov_at_the_end = encode(tmp_path / "x.m4a", tone(3), "aac")
     moov_at_the_end.write_bytes(moov_at_the_end.read_bytes()[:5000])
     fails(moov_at_the_end)
@@ -242,35 +294,3 @@ def test_any_damage_is_an_audio_error_or_sound(tmp_path_factory, data):
     path.write_bytes(content[: data.draw(st.integers(1, len(content)))])
     with contextlib.suppress(AudioError):
         read(path)
-
-
-# --- arrays -----------------------------------------------------------------------------------------------------------
-
-
-def test_arrays(tmp_path):
-    assert np.concatenate(list(array_blocks(np.array([0, 16384, -32768], np.int16)))).tolist() == [0, 0.5, -1]
-    assert np.concatenate(list(array_blocks(np.array([[1.0, 0.0]] * 5)))).tolist() == [0.5] * 5
-    assert abs(len(np.concatenate(list(array_blocks(tone(1, 48_000), 48_000)))) - 16_000) <= 1
-
-
-@pytest.mark.parametrize(
-    "samples",
-    [np.zeros(0), np.zeros((2, 2, 2)), np.zeros(4, np.uint8), np.zeros(3, complex), np.zeros((2, 9999)), np.float32(1)],
-)
-def test_arrays_that_are_no_sound(samples):
-    with pytest.raises(AudioError):
-        list(array_blocks(samples))
-
-
-@given(st.lists(st.integers(0, 5000), max_size=8), st.sampled_from([8_000, 44_100, 48_000]))
-@settings(deadline=None, max_examples=30)
-def test_pieces_make_no_difference_to_the_converter(sizes, rate):
-    samples = np.random.default_rng(0).uniform(-0.5, 0.5, sum(sizes))
-    whole, pieces = Converter(rate), Converter(rate)
-    expected = np.concatenate([whole.feed(samples), whole.finish()]) if len(samples) else np.zeros(0)
-    at, got = 0, []
-    for size in sizes:
-        got.append(pieces.feed(samples[at : at + size]))
-        at += size
-    got = np.concatenate([*got, pieces.finish()])
-    assert np.allclose(got, expected, atol=1e-6)

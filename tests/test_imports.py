@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 ORDER = [
-    "errors", "arguments", "ort", "text_input", "atomic", "config_keys", "config", "qformat", "model_folder",
+    "errors", "extras", "arguments", "ort", "text_input", "atomic", "config_keys", "config", "qformat", "model_folder",
     "hub_name", "store", "buffers", "kernels", "linear", "ple", "weights", "kv_cache", "ops", "decoder", "tokenizer",
     "tool_call", "template", "chat", "sampler", "models", "step", "session", "engine", "memory", "provenance",
     "onnx_backend", "bench", "timeline", "beams", "generate", "transcript", "conversation", "audio", "terminal",

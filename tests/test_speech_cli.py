@@ -47,6 +47,16 @@ def test_text_goes_to_standard_output(engine, speech):
     assert (result.exit_code, result.stdout, result.stderr) == (0, "w1 w2 w3\nw4 w5\n", "")
 
 
+def test_standard_input_and_pipes(engine, speech, tmp_path):
+    result = CliRunner().invoke(cli, ["transcribe", "-"], input=speech.read_bytes())
+    assert (result.exit_code, result.stdout, result.stderr) == (0, "w1 w2 w3\nw4 w5\n", "")
+    for data, told in ((b"", "is empty"), (b"only words", "not a sound file")):
+        result = CliRunner().invoke(cli, ["transcribe", "-"], input=data)
+        assert (result.exit_code, result.stdout) == (1, "")
+        assert told in result.stderr
+    assert invoke("transcribe", "--track", 2, speech).stderr == f"error: sound track 2 was asked for, {speech} has 1\n"
+
+
 def test_json_has_the_contracts_fields(engine, speech):
     result = invoke("transcribe", speech, "--json", "--language", "de", "--translate-to", "French")
     entry = json.loads(result.stdout)

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from edge_gemma.audio import segments
 from edge_gemma.audio.features import SAMPLE_RATE
-from edge_gemma.audio.files import array_blocks
 from edge_gemma.audio.prompts import Task
+from edge_gemma.audio.samples import array_blocks
 from edge_gemma.audio.texts import glue, go_on, hold_back, loop, seam
 from edge_gemma.audio.transcribe import TextSegment, Transcriber, quietest, subtitles
 from edge_gemma.errors import UsageError

@@ -1,187 +1,147 @@
-"""Sound of any kind as a stream of 16 kHz mono blocks: files (`AudioFile`), arrays (`array_blocks`).
+"""A sound file, or the sound of a video, as a stream of 16 kHz mono blocks (`AudioFile`).
 
-Owns: decoding (FFmpeg through PyAV), channels, sample rates, samples that are not numbers. Does not know: speech,
-segments, models. Memory does not grow with a recording's length.
+Owns: decoding (FFmpeg through PyAV), which of several sound tracks is read, silence where the file's own time stamps
+leave a hole. Does not know: speech, segments, models. Memory does not grow with a recording's length.
 
 Files are untrusted. FFmpeg gets an open file and never a name, and only formats that hold sound themselves: playlists,
 which name other files and addresses, are refused.
 """
 
-import os
-import stat
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import numpy as np
 
-from edge_gemma.audio.features import SAMPLE_RATE
-from edge_gemma.errors import AudioError
+from edge_gemma.audio.lengths import is_cut
+from edge_gemma.audio.samples import Converter, Note, silent
+from edge_gemma.audio.sources import Source, opened
+from edge_gemma.errors import AudioError, UsageError
+from edge_gemma.extras import imported
 
 BLOCK_S = 0.5  # of sound handed on at a time, about
-RATES = (2_000, 768_000)  # Hz
 _FORMATS = (
     "wav,w64,aiff,au,caf,flac,ogg,mp3,mp2,aac,ac3,eac3,amr,amrnb,amrwb,g722,gsm,wv,ape,tta,asf,avi,flv,"
     "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,mpeg,mpegts"
 )
 _BY_SUFFIX = {".g722": "g722", ".gsm": "gsm"}  # formats without a header
-_EXACT_DURATION = ("flac", "mov,mp4,m4a,3gp,3g2,mj2")  # the others estimate it, or shorten it to what is there
-_FULL_SCALE = 0.999
-_CLIPPED_SHARE = 0.01  # of the samples at full scale: worth telling
-_STREAMED = 0x7FFF_FFFF  # RIFF sizes from here on were written before the length was known
-
-Note = Callable[[str], None]
-
-
-def silent(_: str) -> None:
-    """The note taker of who does not want notes."""
+_MP4 = "mov,mp4,m4a,3gp,3g2,mj2"
+_EXACT_DURATION = ("flac", _MP4)  # the others estimate it, or shorten it to what is there
+_STAMPED = (_MP4, "matroska,webm", "mpegts", "mpeg", "flv", "asf")  # the others' time stamps are counted samples
+_JITTER_S = 0.2  # time stamps that are this far off are not late sound
+_SILENCE_S = 2 * 3600.0  # put in for missing sound, at most: a time stamp may say anything
 
 
-class Converter:
-    """Samples of any rate and channel count to 16 kHz mono, as they come.
+class _Clock:
+    """Where on the file's own time line its sound lies.
 
-    16 kHz mono passes unchanged. Channels are averaged. Values beyond [-1, 1] are clipped; what is not a number becomes
-    0. `clipped` counts samples at full scale, `strange` those that were not numbers, `seen` all.
+    Zero is where the first of its streams begins, as players have it. Time stamps that go back begin a new count.
     """
 
-    def __init__(self, rate: int) -> None:
-        """Raises AudioError for a rate outside RATES, or if soxr is missing and needed."""
-        if not RATES[0] <= rate <= RATES[1]:
-            raise AudioError(f"the sound has {rate} samples a second, expected {RATES[0]} to {RATES[1]}")
-        self.rate = rate
-        self.seen = self.clipped = self.strange = 0
-        self._resampler: Any = None
-        if rate != SAMPLE_RATE:
-            try:
-                import soxr
-            except ImportError:
-                raise AudioError(
-                    f"the sound has {rate} samples a second, which needs soxr: pip install 'edge-gemma[audio]'"
-                ) from None
-            self._resampler = soxr.ResampleStream(rate, SAMPLE_RATE, 1, dtype="float32")
+    def __init__(self, origin: float | None) -> None:
+        self.at = 0.0  # seconds handed on so far, silence included
+        self.lead: float | None = None  # seconds of silence before the first sound
+        self.left_out = 0.0  # seconds of silence that were too much
+        self._origin = origin  # the time stamp of zero
+        self._stamp = -math.inf  # where the next frame lies if none is missing
+        self._room = _SILENCE_S
 
-    def feed(self, samples: np.ndarray) -> np.ndarray:
-        """samples: [n] or [n, channels], floats in [-1, 1] or signed integers. Returns float32 [m], what is ready."""
-        mono = self._mono(samples)
-        return mono if self._resampler is None else np.clip(self._resampler.resample_chunk(mono), -1, 1)
+    def missing(self, time: float | None) -> float:
+        """Seconds of silence before a frame with this time stamp."""
+        if time is None or not math.isfinite(time):
+            stamp = max(self._stamp, 0.0)
+        else:
+            self._origin = time if self._origin is None else self._origin
+            if time - self._origin < self._stamp - _JITTER_S:
+                self._origin = time - self._stamp
+            stamp = time - self._origin
+        gap = stamp - self.at
+        gap = gap if gap > _JITTER_S else 0.0
+        if gap > self._room:
+            self.left_out += gap
+            self._origin, stamp, gap = (self._origin or 0.0) + gap, stamp - gap, 0.0
+        self._room -= gap
+        self._stamp = stamp
+        self.lead = gap if self.lead is None else self.lead
+        return gap
 
-    def finish(self) -> np.ndarray:
-        """The rest: float32 [m]."""
-        empty = np.zeros(0, np.float32)
-        if self._resampler is None or not self.seen:
-            return empty
-        return np.clip(self._resampler.resample_chunk(empty, last=True), -1, 1)
-
-    def _mono(self, samples: np.ndarray) -> np.ndarray:
-        if samples.dtype.kind == "u":
-            raise AudioError(f"samples are {samples.dtype}, expected floats in [-1, 1] or signed integers")
-        if samples.dtype.kind == "i":
-            samples = samples.astype(np.float32) / -float(np.iinfo(samples.dtype).min)
-        if samples.ndim == 2:
-            samples = samples[:, 0] if samples.shape[1] == 1 else samples.mean(axis=1)
-        mono = samples.astype(np.float32)  # a copy: what follows changes it
-        finite = np.isfinite(mono)
-        if not finite.all():
-            self.strange += int((~finite).sum())
-            mono[~finite] = 0
-        self.seen += len(mono)
-        self.clipped += int((np.abs(mono) >= _FULL_SCALE).sum())
-        return np.clip(mono, -1, 1, out=mono)
-
-    def notes(self) -> list[str]:
-        """What the user should know about the samples so far."""
-        found = []
-        if self.strange:
-            found.append(f"{self.strange} of {self.seen} samples are not numbers and were taken as silence")
-        if self.clipped > _CLIPPED_SHARE * self.seen:
-            found.append(
-                f"the recording is clipped, {self.clipped / self.seen:.0%} of it at full scale: expect mistakes"
-            )
-        return found
-
-
-def array_blocks(samples: np.ndarray, rate: int = SAMPLE_RATE, note: Note = silent) -> Iterator[np.ndarray]:
-    """An array as blocks of 16 kHz mono. samples: [n] or [n, channels], floats in [-1, 1] or signed integers.
-
-    Raises AudioError for other shapes, dtypes and rates, and for an empty array.
-    """
-    samples = np.asarray(samples)
-    if samples.ndim not in (1, 2) or samples.dtype.kind not in "fi" or not samples.size:
-        raise AudioError(
-            f"samples are {samples.dtype} of shape {list(samples.shape)}, expected [n] or [n, channels] of floats in "
-            "[-1, 1] or signed integers, n at least 1"
-        )
-    if samples.ndim == 2 and samples.shape[1] > samples.shape[0] and samples.shape[0] <= 8:
-        raise AudioError(f"samples have shape {list(samples.shape)}, expected [n, channels]: transpose them")
-    converter, step = Converter(rate), max(1, rate // 2)
-    for start in range(0, len(samples), step):
-        yield converter.feed(samples[start : start + step])
-    yield converter.finish()
-    for text in converter.notes():
-        note(text)
+    def passed(self, silence: float, sound: float) -> None:
+        """So many seconds were handed on."""
+        self.at += silence + sound
+        self._stamp += sound
 
 
 class AudioFile:
-    """A sound file (or the sound of a video), opened. Iterate over it once for float32 [n] blocks of 16 kHz mono.
+    """A sound file (or the sound of a video), opened. Iterate for float32 [n] blocks of 16 kHz mono.
 
-    duration_s: what the file says of itself, None where it does not say.
+    duration_s: what the file says of itself, None where it does not say. tracks: how many sound tracks it has; track:
+    the number, from 1, of the one that is read.
     """
 
-    def __init__(self, path: Path | str, note: Note = silent) -> None:
-        """note is told what is wrong with a file that can be used nevertheless. Raises AudioError if it cannot."""
+    def __init__(self, source: Source, note: Note = silent, *, track: int | None = None) -> None:
+        """source: a path (a pipe's too), a file's bytes, or a file opened in binary mode.
+
+        track: None for the one that the file marks as default, else the first. note is told what is wrong with a file
+        that can be used nevertheless. Raises AudioError if it cannot, UsageError if there is no such track.
+        """
+        self._av = imported("av", "reading sound files", "audio", AudioError)
+        self._note = note
+        self._opened = opened(source)
+        self.name = self._opened.name
+        self._container: Any = None
         try:
-            import av
-        except ImportError:
-            raise AudioError("reading sound files needs PyAV: pip install 'edge-gemma[audio]'") from None
-        self.path, self._note, self._av = Path(path), note, av
-        size = self._checked_size()
-        self._file = self.path.open("rb")
-        self._container = self._opened()
-        if not self._container.streams.audio:
+            self._container = self._open()
+            self.tracks = len(self._container.streams.audio)
+            if not self.tracks:
+                raise AudioError(f"{self.name} holds no sound")
+            self._take(track)
+            self._cut = is_cut(self._container.format.name, self._opened.file, self._opened.size)
+        except BaseException:
             self.close()
-            raise AudioError(f"{self.path} holds no sound")
-        self._stream = self._container.streams.audio[0]
+            raise
+        if self._cut:
+            self._note(f"{self.name} is cut short: its end is missing")
+        if self.tracks > 1:
+            self._note(f"{self.name} has {self.tracks} sound tracks: track {self.track} is read")
         duration = self._container.duration  # microseconds
         self.duration_s = duration / 1e6 if duration and duration > 0 else None
-        if self._container.format.name == "wav" and size < self._promised_bytes():
-            self._note(f"{self.path} is cut short: its end is missing")
 
-    def _opened(self) -> Any:
+    def _open(self) -> Any:
+        self._opened.file.seek(0)
         try:
             return self._av.open(
-                self._file,
-                format=_BY_SUFFIX.get(self.path.suffix.lower()),
+                self._opened.file,
+                format=_BY_SUFFIX.get(Path(self.name).suffix.lower()),
                 options={"format_whitelist": _FORMATS},
                 metadata_errors="replace",
             )
         except (self._av.FFmpegError, ValueError, OSError) as error:
-            self._file.close()
             reason = getattr(error, "strerror", None) or str(error)
-            raise AudioError(f"{self.path} is not a sound file that can be read: {reason}") from None
+            raise AudioError(f"{self.name} is not a sound file that can be read: {reason}") from None
 
-    def _checked_size(self) -> int:
-        try:
-            status = self.path.stat()
-        except OSError as error:
-            raise AudioError(f"{self.path}: {error.strerror}") from None
-        if not stat.S_ISREG(status.st_mode):
-            raise AudioError(f"{self.path} is not a file")
-        if not status.st_size:
-            raise AudioError(f"{self.path} is empty")
-        if not os.access(self.path, os.R_OK):
-            raise AudioError(f"{self.path}: permission denied")
-        return status.st_size
+    def _take(self, track: int | None) -> None:
+        streams = self._container.streams.audio
+        if track is None:
+            default = self._av.stream.Disposition.default
+            track = next((number for number, stream in enumerate(streams, 1) if stream.disposition & default), 1)
+        if not 1 <= track <= self.tracks:
+            raise UsageError(f"sound track {track} was asked for, {self.name} has {self.tracks}")
+        self.track, self._stream = track, streams[track - 1]
 
-    def _promised_bytes(self) -> int:
-        """The file's length as a RIFF header has it, 0 where it was not known."""
-        head = os.pread(self._file.fileno(), 8, 0)
-        size = int.from_bytes(head[4:8], "little")
-        return size + 8 if head[:4] == b"RIFF" and size < _STREAMED else 0
+    def read_track(self, track: int) -> None:
+        """Read another track, from its beginning. Raises UsageError if there is none of that number."""
+        self._container.close()
+        self._container = self._open()
+        self._take(track)
 
     def __iter__(self) -> Iterator[np.ndarray]:
         samples, converter = 0, None
-        for rate, frames in self._gathered():
+        start = self._container.start_time  # microseconds
+        stamped = self._container.format.name in _STAMPED
+        clock = _Clock(start / 1e6 if start is not None and stamped else None)
+        for rate, frames in self._gathered(clock, stamped):
             if converter is None or rate != converter.rate:  # a rate may change midway
                 if converter is not None:
                     yield converter.finish()
@@ -194,35 +154,54 @@ class AudioFile:
             samples += len(block)
             yield block
         if converter is None or not samples:
-            raise AudioError(f"{self.path} holds no samples that can be read")
+            raise AudioError(f"{self.name} holds no samples that can be read")
         for text in converter.notes():
-            self._note(f"{self.path}: {text}")
-        seconds, exact = samples / SAMPLE_RATE, self._container.format.name in _EXACT_DURATION
-        if exact and self.duration_s and seconds < 0.98 * self.duration_s - 0.5:
-            self._note(f"{self.path} is cut short or damaged: {seconds:.1f} s of {self.duration_s:.1f} s could be read")
+            self._note(f"{self.name}: {text}")
+        self._compare(clock)
 
-    def _gathered(self) -> Iterator[tuple[int, np.ndarray]]:
-        """Decoded samples of about a block, [n, channels], with their rate."""
+    def _compare(self, clock: _Clock) -> None:
+        """Tell where what was read is not what the file says it holds."""
+        if clock.left_out:
+            self._note(
+                f"{self.name} has time stamps with holes of {clock.left_out:.0f} s, more than {_SILENCE_S:.0f} s in "
+                "all: times after them are too early"
+            )
+        exact = self._container.format.name in _EXACT_DURATION and self._stream.duration
+        promised = float(self._stream.duration * self._stream.time_base) if exact else 0.0
+        found = clock.at + clock.left_out - (clock.lead or 0.0)
+        if not self._cut and found < 0.98 * promised - 0.5:
+            self._note(f"{self.name} is cut short or damaged: {found:.1f} s of {promised:.1f} s could be read")
+
+    def _gathered(self, clock: _Clock, stamped: bool) -> Iterator[tuple[int, np.ndarray]]:
+        """Decoded samples of about a block, [n, channels], with their rate; zeros where sound is missing."""
         parts: list[np.ndarray] = []
-        rate, channels = 0, 0
-        for frame in self._frames():
-            part = _samples(frame)
-            if parts and (frame.sample_rate, part.shape[1]) != (rate, channels):
-                yield rate, np.concatenate(parts)
+        kind: tuple[Any, ...] = (0, 0, None)  # rate, channels, dtype
+        for rate, part in self._pieces(clock, stamped):
+            if parts and (rate, part.shape[1], part.dtype) != kind:
+                yield kind[0], np.concatenate(parts)
                 parts = []
-            rate, channels = frame.sample_rate, part.shape[1]
+            kind = (rate, part.shape[1], part.dtype)
             parts.append(part)
             if sum(map(len, parts)) >= BLOCK_S * rate:
                 yield rate, np.concatenate(parts)
                 parts = []
         if parts:
-            yield rate, np.concatenate(parts)
+            yield kind[0], np.concatenate(parts)
+
+    def _pieces(self, clock: _Clock, stamped: bool) -> Iterator[tuple[int, np.ndarray]]:
+        for frame in self._frames():
+            part, rate = _samples(frame), frame.sample_rate
+            missing = round(clock.missing(frame.time if stamped else None) * rate)
+            clock.passed(missing / rate, len(part) / rate)
+            for start in range(0, missing, rate):
+                yield rate, np.zeros((min(rate, missing - start), part.shape[1]), part.dtype)
+            yield rate, part
 
     def _converter(self, rate: int) -> Converter:
         try:
             return Converter(rate)
         except AudioError as error:
-            raise AudioError(f"{self.path}: {error}") from None
+            raise AudioError(f"{self.name}: {error}") from None
 
     def _frames(self) -> Iterator[Any]:
         """Decoded frames; packets that cannot be decoded are passed over."""
@@ -241,11 +220,12 @@ class AudioFile:
                 continue
             yield from frames
         if damaged:
-            self._note(f"{self.path} is damaged: {damaged} pieces of it could not be decoded")
+            self._note(f"{self.name} is damaged: {damaged} pieces of it could not be decoded")
 
     def close(self) -> None:
-        self._container.close()
-        self._file.close()
+        if self._container is not None:
+            self._container.close()
+        self._opened.close()
 
     def __enter__(self) -> "AudioFile":
         return self

@@ -15,9 +15,9 @@ import numpy as np
 
 from edge_gemma.audio import segments as cut
 from edge_gemma.audio.features import SAMPLE_RATE
-from edge_gemma.audio.files import Note, silent
 from edge_gemma.audio.mic import Microphone
 from edge_gemma.audio.prompts import Task, audio_prompt
+from edge_gemma.audio.samples import Note, Samples, checked_rate, live_blocks, silent
 from edge_gemma.audio.scribe import STEP_MS, Scribe, SpeechEngine, Stream
 from edge_gemma.audio.texts import go_on, hold_back
 from edge_gemma.audio.transcribe import Transcriber, reply_limit
@@ -72,7 +72,7 @@ class Listener:
         num_beams: hypotheses of a text kept side by side, None for the checkpoint's own number.
         Raises UsageError for a model that was not made for speech.
         """
-        self.task, self._rules = task or Task(), rules
+        self.task, self._rules, self._note = task or Task(), rules, note
         if ask and self.task != Task():
             raise UsageError("language and translate_to mean nothing beside ask: say it in system, or leave them out")
         if system is not None and not ask:
@@ -91,11 +91,14 @@ class Listener:
             self._scribe = self._transcriber.scribe
         self._last, self._held = "", ""  # of a segment cut in speech: its text, and the last word, not told yet
 
-    def events(self, blocks: Iterable[np.ndarray]) -> Iterator[Event]:
-        """blocks: float32 [n] of 16 kHz mono, as they arrive. Ends when they do."""
+    def events(self, blocks: Iterable[Samples], rate: int = SAMPLE_RATE) -> Iterator[Event]:
+        """blocks: samples as they arrive, each as `samples.as_samples` takes it, `rate` a second. Ends when they do.
+
+        Raises UsageError for what is no samples.
+        """
         segmenter, stream = cut.Segmenter(self._detector(), self._rules), None
         heard: list[np.ndarray] = []
-        for step in segmenter.steps(blocks):
+        for step in segmenter.steps(live_blocks(blocks, rate, self._note)):
             if isinstance(step, cut.Opened):
                 stream, heard = self._encoder.stream(STEP_MS), []
                 self._scribe.begin()
@@ -140,9 +143,10 @@ class Listener:
 
 def listen(
     engine: SpeechEngine,
-    blocks: Iterable[np.ndarray] | None,
+    blocks: Iterable[Samples] | None,
     task: Task,
     *,
+    rate: int | None = None,
     device: int | str | None = None,
     ask: bool = False,
     system: str | None = None,
@@ -151,16 +155,19 @@ def listen(
     """See `Engine.listen`."""
     if blocks is not None and device is not None:
         raise UsageError("device means nothing beside blocks, which come from elsewhere: leave one of them out")
+    if blocks is None and rate is not None:
+        raise UsageError("rate means nothing without blocks, a microphone has its own: leave it out")
+    rate = checked_rate(SAMPLE_RATE if rate is None else rate)
     notes: deque[str] = deque()
     listener = Listener(engine, task, ask=ask, system=system, num_beams=num_beams, note=notes.append)
-    return _with_notes(listener, blocks, device, notes)
+    return _with_notes(listener, blocks, rate, device, notes)
 
 
 def _with_notes(
-    listener: Listener, blocks: Iterable[np.ndarray] | None, device: int | str | None, notes: deque[str]
+    listener: Listener, blocks: Iterable[Samples] | None, rate: int, device: int | str | None, notes: deque[str]
 ) -> Iterator[Event]:
     with Microphone(device, notes.append) if blocks is None else nullcontext(blocks) as source:
-        for event in listener.events(source):
+        for event in listener.events(source, rate):
             while notes:
                 yield Event("notice", notes.popleft())
             yield event

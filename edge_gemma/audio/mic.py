@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from edge_gemma.audio.features import SAMPLE_RATE
-from edge_gemma.audio.files import Converter, Note, silent
+from edge_gemma.audio.samples import Converter, Note, silent
 from edge_gemma.errors import AudioError
 
 PIECE_MS = 32  # sound handed over by one callback

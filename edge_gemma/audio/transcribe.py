@@ -7,22 +7,34 @@ file formats (files.py), what a segment is (segments.py), how a session is drive
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from edge_gemma.audio import segments as cut
 from edge_gemma.audio.features import SAMPLE_RATE
-from edge_gemma.audio.files import AudioFile, Note, array_blocks, silent
+from edge_gemma.audio.files import AudioFile
 from edge_gemma.audio.prompts import Task, audio_prompt
+from edge_gemma.audio.samples import (
+    SAMPLE_TYPES,
+    Note,
+    Samples,
+    array_blocks,
+    as_samples,
+    checked_rate,
+    live_blocks,
+    silent,
+)
 from edge_gemma.audio.scribe import Scribe, SpeechEngine, verbatim
+from edge_gemma.audio.sources import Source
 from edge_gemma.audio.texts import glue, glued, seam
 from edge_gemma.audio.vad import WINDOW, Detector, open_detector
+from edge_gemma.errors import UsageError
 
 _SPLIT_FROM_S = 8.0  # a segment that fails is tried again in halves if it is longer
 _LEAST_CHARACTERS = 1.0  # for each second of speech; English has about 14, Chinese 4
 _PADDING = np.zeros(SAMPLE_RATE // 2, np.float32)  # around a segment that gave no text, for the second try
+_OTHER_TRACKS = 7  # of a file, tried where the first has no speech
 _CUE_CHARACTERS = 84  # of a subtitle: two lines
 
 Progress = Callable[[float, float | None], None]  # (seconds done, seconds in all where known)
@@ -87,31 +99,63 @@ class Transcriber:
 
     def transcribe(
         self,
-        source: Path | str | np.ndarray,
+        source: Source | Samples,
         *,
-        rate: int = SAMPLE_RATE,
+        rate: int | None = None,
+        track: int | None = None,
         progress: Progress | None = None,
         on_segment: OnSegment = lambda segment: None,
     ) -> Transcription:
-        """A file, or samples (`rate` of them a second) as `files.array_blocks` takes them. Raises AudioError.
+        """A file as `AudioFile` takes it, or samples as `samples.array_blocks` does. Raises AudioError, UsageError.
 
-        progress is told after each block, on_segment of each segment once its text will not change any more.
+        rate: of samples, a second, 16000 by default. track: of a file with several sound tracks, counted from 1; by
+        default the next one is tried if the first has no speech. progress is told after each block, on_segment of each
+        segment once its text will not change any more.
         """
-        if isinstance(source, np.ndarray):
-            blocks, duration = array_blocks(source, rate, self._note), len(source) / rate if source.ndim else None
-            return self.run(blocks, progress=progress, duration_s=duration, on_segment=on_segment)
-        with AudioFile(source, self._note) as file:
-            return self.run(file, progress=progress, duration_s=file.duration_s, on_segment=on_segment)
+        if isinstance(source, SAMPLE_TYPES):
+            if track is not None:
+                raise UsageError("track means nothing beside samples, which have one: leave it out")
+            samples, rate = as_samples(source), checked_rate(SAMPLE_RATE if rate is None else rate)
+            blocks, duration = array_blocks(samples, rate, self._note), len(samples) / rate
+            return self._told(self._run(blocks, progress, duration, on_segment))
+        if rate is not None:
+            raise UsageError("rate means nothing beside a file, which has its own: leave it out")
+        with AudioFile(source, self._note, track=track) as file:
+            result = self._run(file, progress, file.duration_s, on_segment)
+            others = [number for number in range(1, file.tracks + 1) if number != file.track and track is None]
+            for number in others[:_OTHER_TRACKS]:
+                if result.segments:
+                    break
+                self._note(f"{file.name}: no speech was found in track {file.track}: track {number} is tried")
+                file.read_track(number)
+                result = self._run(file, progress, file.duration_s, on_segment)
+        return self._told(result)
 
     def run(
         self,
-        blocks: Iterable[np.ndarray],
+        blocks: Iterable[Samples],
         *,
+        rate: int = SAMPLE_RATE,
         progress: Progress | None = None,
         duration_s: float | None = None,
         on_segment: OnSegment = lambda segment: None,
     ) -> Transcription:
-        """As `transcribe`, for blocks: float32 [n] of 16 kHz mono."""
+        """As `transcribe`, for blocks of samples one after another, `rate` of them a second."""
+        return self._told(self._run(live_blocks(blocks, rate, self._note), progress, duration_s, on_segment))
+
+    def _told(self, result: Transcription) -> Transcription:
+        if not result.segments:
+            self._note("no speech was found")
+        return result
+
+    def _run(
+        self,
+        blocks: Iterable[np.ndarray],
+        progress: Progress | None,
+        duration_s: float | None,
+        on_segment: OnSegment,
+    ) -> Transcription:
+        """blocks: float32 [n] of 16 kHz mono."""
         clock, samples = time.perf_counter(), 0
         found: list[TextSegment] = []
 
@@ -123,7 +167,7 @@ class Transcriber:
                 if progress:
                     progress(samples / SAMPLE_RATE, duration_s)
 
-        for segment, joined in self.segments(counted()):
+        for segment, joined in self._segments(counted()):
             if joined and found:
                 found[-1], segment = joined_pair(found[-1], segment)
             if found:
@@ -131,8 +175,6 @@ class Transcriber:
             found.append(segment)
         if found:
             on_segment(found[-1])
-        else:
-            self._note("no speech was found")
         seconds, texts = samples / SAMPLE_RATE, [s.text for s in found]
         translated = glued([s.translation or "" for s in found]) if self.task.translate_to else None
         return Transcription(
@@ -145,8 +187,14 @@ class Transcriber:
             translate_to=self.task.translate_to,
         )
 
-    def segments(self, blocks: Iterable[np.ndarray]) -> Iterator[tuple[TextSegment, bool]]:
-        """Segments with text as they end; True for one whose first words the segment before has heard too."""
+    def segments(self, blocks: Iterable[Samples], rate: int = SAMPLE_RATE) -> Iterator[tuple[TextSegment, bool]]:
+        """Segments with text as they end; True for one whose first words the segment before has heard too.
+
+        blocks: as in `run`.
+        """
+        return self._segments(live_blocks(blocks, rate, self._note))
+
+    def _segments(self, blocks: Iterable[np.ndarray]) -> Iterator[tuple[TextSegment, bool]]:
         heard: list[np.ndarray] = []
         for step in cut.Segmenter(self._detector(), self._rules).steps(blocks):
             if isinstance(step, cut.Opened):

@@ -1,0 +1,165 @@
+"""Samples of any kind as blocks of 16 kHz mono: arrays, lists, bytes from a sound card.
+
+Owns: what counts as samples (`as_samples`), channels, sample rates, samples that are not numbers. Does not know: files,
+speech, models.
+"""
+
+from array import array
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import numpy as np
+
+from edge_gemma.audio.features import SAMPLE_RATE
+from edge_gemma.errors import AudioError, UsageError
+from edge_gemma.extras import imported
+
+RATES = (2_000, 768_000)  # Hz
+_CHANNELS = 128  # at most; an array that is wider is [channels, n]
+_FULL_SCALE = 0.999
+_CLIPPED_SHARE = 0.01  # of the samples at full scale: worth telling
+_WRONG_SCALE = 16.0  # floats beyond it are not in [-1, 1] at all: integers as floats
+_FIRST_TOLD = 2 * SAMPLE_RATE  # samples of a live stream before anything is said of it
+_EXPECTED = "expected [n] or [n, channels] of floats in [-1, 1], int8, int16 or int32"
+
+SAMPLE_TYPES = (np.ndarray, list, tuple, array)  # what is samples as a whole; bytes are a file's
+Samples = Any  # what `as_samples` takes
+Note = Callable[[str], None]
+
+
+def silent(_: str) -> None:
+    """The note taker of who does not want notes."""
+
+
+def checked_rate(rate: Any) -> int:
+    """Samples a second as an int; 16000.0 is one too. Raises UsageError for others, and outside RATES."""
+    try:
+        whole = int(rate)
+        if isinstance(rate, (bool, str, bytes)) or whole != rate:
+            raise ValueError
+    except (TypeError, ValueError, OverflowError):
+        raise UsageError(f"the rate is {rate!r:.60}, expected samples a second, for example 16000") from None
+    if not RATES[0] <= whole <= RATES[1]:
+        raise UsageError(f"the rate is {whole} samples a second, expected {RATES[0]} to {RATES[1]}")
+    return whole
+
+
+def as_samples(value: Any) -> np.ndarray:
+    """Samples as an array [n] or [n, channels] of floats or signed integers of at most 32 bits; n may be 0.
+
+    value: an array, a list of floats, or a bytes-like object of 16-bit samples of one channel, as a sound card's raw
+    stream gives them. Raises UsageError for anything else.
+    """
+    try:
+        view = None if isinstance(value, (np.ndarray, list, tuple)) else memoryview(value)
+    except TypeError:
+        view = None
+    try:
+        raw = view is not None and view.itemsize == 1
+        samples = np.frombuffer(value, "<i2") if raw else np.asarray(value)
+    except (ValueError, TypeError) as error:
+        reason = " ".join(str(error).split())[:100]
+        raise UsageError(f"samples are {type(value).__name__} ({reason}), {_EXPECTED}") from None
+    if samples.size == 0 and samples.ndim in (1, 2):
+        return np.zeros(0, np.float32)
+    if samples.ndim not in (1, 2) or samples.dtype.kind not in "fi":
+        raise UsageError(f"samples are {samples.dtype} of shape {list(samples.shape)}, {_EXPECTED}")
+    if samples.dtype.kind == "i" and samples.dtype.itemsize > 4:
+        raise UsageError(f"samples are {samples.dtype}, whose full scale is not known, {_EXPECTED}")
+    if samples.ndim == 2 and samples.shape[1] > _CHANNELS:
+        raise UsageError(f"samples have shape {list(samples.shape)}, expected [n, channels]: transpose them")
+    return samples
+
+
+class Converter:
+    """Samples of any rate and channel count to 16 kHz mono, as they come.
+
+    16 kHz mono passes unchanged. Channels are averaged. Values beyond [-1, 1] are clipped; what is not a number becomes
+    0. `clipped` counts samples at full scale, `strange` those that were not numbers, `seen` all; `peak` is the largest.
+    """
+
+    def __init__(self, rate: int) -> None:
+        """Raises AudioError for a rate outside RATES, or if soxr is missing and needed."""
+        if not RATES[0] <= rate <= RATES[1]:
+            raise AudioError(f"the sound has {rate} samples a second, expected {RATES[0]} to {RATES[1]}")
+        self.rate = rate
+        self.seen = self.clipped = self.strange = 0
+        self.peak = 0.0
+        self._resampler: Any = None
+        if rate != SAMPLE_RATE:
+            soxr = imported("soxr", f"sound of {rate} samples a second", "audio", AudioError)
+            self._resampler = soxr.ResampleStream(rate, SAMPLE_RATE, 1, dtype="float32")
+
+    def feed(self, samples: Any) -> np.ndarray:
+        """samples: what `as_samples` takes. Returns float32 [m], what is ready."""
+        mono = self._mono(as_samples(samples))
+        return mono if self._resampler is None else np.clip(self._resampler.resample_chunk(mono), -1, 1)
+
+    def finish(self) -> np.ndarray:
+        """The rest: float32 [m]."""
+        empty = np.zeros(0, np.float32)
+        if self._resampler is None or not self.seen:
+            return empty
+        return np.clip(self._resampler.resample_chunk(empty, last=True), -1, 1)
+
+    def _mono(self, samples: np.ndarray) -> np.ndarray:
+        if samples.dtype.kind == "i":
+            samples = samples.astype(np.float32) / -float(np.iinfo(samples.dtype).min)
+        if samples.ndim == 2:
+            samples = samples[:, 0] if samples.shape[1] == 1 else samples.mean(axis=1)
+        with np.errstate(over="ignore"):  # a double beyond a float's range is infinite: not a number either
+            mono = samples.astype(np.float32)  # a copy: what follows changes it
+        finite = np.isfinite(mono)
+        if not finite.all():
+            self.strange += int((~finite).sum())
+            mono[~finite] = 0
+        self.seen += len(mono)
+        loud = np.abs(mono)
+        self.peak = max(self.peak, float(loud.max(initial=0)))
+        self.clipped += int((loud >= _FULL_SCALE).sum())
+        return np.clip(mono, -1, 1, out=mono)
+
+    def notes(self) -> list[str]:
+        """What the user should know about the samples so far."""
+        found = []
+        if self.strange:
+            found.append(f"{self.strange} of {self.seen} samples are not numbers and were taken as silence")
+        if self.clipped > _CLIPPED_SHARE * self.seen:
+            text = f"the recording is clipped, {self.clipped / self.seen:.0%} of it at full scale: expect mistakes"
+            if self.peak > _WRONG_SCALE:
+                text += f"; floats up to {self.peak:.0f} were given, expected -1 to 1: divide them, or give int16"
+            found.append(text)
+        return found
+
+
+def array_blocks(samples: Any, rate: int = SAMPLE_RATE, note: Note = silent) -> Iterator[np.ndarray]:
+    """Samples, as `as_samples` takes them, as blocks of float32 [n], 16 kHz mono.
+
+    Raises UsageError for other shapes, dtypes and rates, and where there are none.
+    """
+    samples, rate = as_samples(samples), checked_rate(rate)
+    if not len(samples):
+        raise UsageError(f"there are no samples, {_EXPECTED}")
+    converter, step = Converter(rate), max(1, rate // 2)
+    for start in range(0, len(samples), step):
+        yield converter.feed(samples[start : start + step])
+    yield converter.finish()
+    for text in converter.notes():
+        note(text)
+
+
+def live_blocks(blocks: Iterable[Any], rate: int = SAMPLE_RATE, note: Note = silent) -> Iterator[np.ndarray]:
+    """Blocks of samples as they arrive, each as `as_samples` takes it, as blocks of float32 [n], 16 kHz mono.
+
+    note is told what is wrong with them as soon as it is known, once. Raises as `array_blocks`; a block may be empty.
+    """
+    converter, told = Converter(checked_rate(rate)), False
+    for block in blocks:
+        yield converter.feed(block)
+        if not told and converter.seen >= _FIRST_TOLD and (found := converter.notes()):
+            told = True
+            for text in found:
+                note(text)
+    yield converter.finish()
+    for text in [] if told else converter.notes():
+        note(text)

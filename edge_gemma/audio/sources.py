@@ -1,0 +1,118 @@
+"""What can be given as a sound file, as one open file that can be read again from its start.
+
+Owns: paths, pipes, bytes, open files (`opened`). Does not know: formats.
+"""
+
+import io
+import os
+import select
+import stat
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from edge_gemma.errors import AudioError, UsageError
+
+_PIPE_BYTES = 8 << 30  # of a pipe, at most: it is kept on disk while it is read
+_PIPE_S = 30  # of waiting for the first byte of a named pipe
+
+Source = Path | str | bytes | IO[bytes]
+
+
+@dataclass(frozen=True)
+class OpenedFile:
+    """name: what the user calls it; size in bytes; owned: to be closed by who opened it here."""
+
+    name: str
+    file: Any
+    size: int
+    owned: bool
+
+    def close(self) -> None:
+        if self.owned:
+            self.file.close()
+
+
+def opened(source: Source) -> OpenedFile:
+    """Open a path (a pipe's too), a file's bytes, or take a file that is open for reading bytes.
+
+    What cannot be read twice is copied to a temporary file first. Raises AudioError if it cannot be read or is empty,
+    UsageError for what is no source at all.
+    """
+    if isinstance(source, (str, Path)):
+        found = _opened_path(Path(source))
+    elif isinstance(source, (bytes, bytearray, memoryview)):
+        found = OpenedFile("the sound", io.BytesIO(source), len(source), True)
+    elif callable(getattr(source, "read", None)):
+        found = _opened_file(source)
+    else:
+        raise UsageError(
+            f"the sound is {type(source).__name__}, expected a path, a file's bytes, a file opened in binary mode, "
+            "or samples"
+        )
+    if not found.size:
+        found.close()
+        raise AudioError(f"{found.name} is empty")
+    return found
+
+
+def _opened_path(path: Path) -> OpenedFile:
+    try:
+        mode = path.stat().st_mode
+        if stat.S_ISFIFO(mode):
+            with _opened_pipe(path) as pipe:
+                return _kept(str(path), pipe)
+        if not stat.S_ISREG(mode):
+            raise AudioError(f"{path} is not a file")
+        file = path.open("rb")
+    except (OSError, ValueError) as error:  # a name with a zero byte is a ValueError
+        raise AudioError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
+    return OpenedFile(str(path), file, os.fstat(file.fileno()).st_size, True)
+
+
+def _opened_pipe(path: Path) -> IO[bytes]:
+    """A named pipe, once something was written into it. Raises AudioError if nothing is."""
+    pipe = os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb")  # else opening waits for ever
+    if not select.select([pipe], [], [], _PIPE_S)[0]:
+        pipe.close()
+        raise AudioError(f"{path} is not a file but a pipe, into which nothing was written for {_PIPE_S} s")
+    os.set_blocking(pipe.fileno(), True)
+    return pipe
+
+
+def _opened_file(file: Any) -> OpenedFile:
+    name = getattr(file, "name", None)
+    name = name if isinstance(name, str) and name else "the sound"
+    try:
+        if isinstance(file.read(0), str):
+            raise UsageError(f"{name} is open for reading text, expected a file opened in binary mode")
+        if not file.seekable():
+            return _kept(name, file)
+        size = file.seek(0, os.SEEK_END)
+        file.seek(0)
+    except (OSError, ValueError, AttributeError) as error:
+        raise AudioError(f"{name}: {getattr(error, 'strerror', None) or error}") from None
+    return OpenedFile(name, file, size, False)
+
+
+def _kept(name: str, pipe: Any) -> OpenedFile:
+    """What comes out of a pipe, in a temporary file without a name."""
+    try:
+        kept = tempfile.TemporaryFile()  # noqa: SIM115  (OpenedFile closes it)
+    except OSError as error:
+        raise AudioError(f"{name} comes from a pipe, which needs a temporary file: {error.strerror}") from None
+    try:
+        while kept.tell() <= _PIPE_BYTES and (data := pipe.read(1 << 20)):
+            kept.write(data)
+        size = kept.tell()
+        if size > _PIPE_BYTES:
+            raise AudioError(f"{name} sends more than {_PIPE_BYTES >> 30} GB: save it as a file first")
+        kept.seek(0)
+    except OSError as error:
+        kept.close()
+        raise AudioError(f"{name} comes from a pipe and cannot be kept in {tempfile.gettempdir()}: {error}") from None
+    except BaseException:
+        kept.close()
+        raise
+    return OpenedFile(name, kept, size, True)
