@@ -8,7 +8,8 @@ from edge_gemma.engine import Engine
 from edge_gemma.errors import ContextFullError, ModelFolderError, UsageError
 from edge_gemma.export.convert import export_checkpoint
 from tests.tiny import write_checkpoint
-from tests.tiny_audio import TOKEN_IDS, speech_like
+from tests.tiny_audio import TOKEN_IDS, speech_like, tiny_audio_config, tiny_audio_tensors
+from tests.tolerance import assert_rounding, audio_encoder, decoder
 
 TEXT, AFTER = [2, 77, 300, TOKEN_IDS["boa_token_id"]], [TOKEN_IDS["eoa_token_id"], 9, 41]
 
@@ -32,6 +33,10 @@ def soft_tokens(engine, n, seed=0):
     return np.random.default_rng(seed).normal(0, 1, (n, engine.config.hidden_size)).astype(np.float32)
 
 
+def assert_same(engine, actual, expected):
+    assert_rounding(actual, expected, decoder(engine.config, 96))
+
+
 def spoken(engine, soft, pieces=1):
     """A session that has heard `soft` between TEXT and AFTER, and its last logits."""
     session = engine.session()
@@ -47,7 +52,7 @@ def test_pieces_give_what_the_whole_gives(engine, pieces):
     whole, expected = spoken(engine, soft)
     session, logits = spoken(engine, soft, pieces)
     assert session.ids == whole.ids == [*TEXT, *[TOKEN_IDS["audio_token_id"]] * 23, *AFTER]
-    assert np.abs(logits - expected).max() <= 5e-5
+    assert_same(engine, logits, expected)
 
 
 def test_listening_gives_what_the_finished_clip_gives(engine):
@@ -63,7 +68,8 @@ def test_listening_gives_what_the_finished_clip_gives(engine):
     if len(tokens := stream.finish()):
         session.prefill_soft(tokens)
     assert session.position == len(TEXT) + len(soft)
-    assert np.abs(session.prefill(AFTER) - expected).max() <= 1e-4
+    encoder = audio_encoder(tiny_audio_tensors(engine.config.hidden_size), tiny_audio_config())
+    assert_rounding(session.prefill(AFTER), expected, [*encoder, *decoder(engine.config, 96)])
 
 
 @pytest.mark.parametrize("position", [27, 26, 20, 9, 4, 3, 0])
@@ -80,9 +86,9 @@ def test_rewinding_into_soft_tokens(engine, position):
         fresh.prefill_soft(soft[: position - len(TEXT)])
     assert session.ids == fresh.ids
     other = soft_tokens(engine, 5, seed=1)
-    assert np.abs(session.prefill_soft(other) - fresh.prefill_soft(other)).max() <= 5e-5
+    assert_same(engine, session.prefill_soft(other), fresh.prefill_soft(other))
     session.rewind(position)
-    assert np.abs(session.prefill([50, 60]) - rewound(fresh, position).prefill([50, 60])).max() <= 5e-5
+    assert_same(engine, session.prefill([50, 60]), rewound(fresh, position).prefill([50, 60]))
 
 
 def test_text_in_place_of_forgotten_soft_tokens(engine):
@@ -99,7 +105,7 @@ def test_text_in_place_of_forgotten_soft_tokens(engine):
     fresh.prefill_soft(soft[: 25 - len(TEXT)])
     fresh.prefill(text[:15])
     assert session.ids == fresh.ids
-    assert np.abs(session.prefill([7]) - fresh.prefill([7])).max() <= 5e-5
+    assert_same(engine, session.prefill([7]), fresh.prefill([7]))
 
 
 def rewound(session, position):
@@ -115,7 +121,7 @@ def test_marks_between_segments(engine):
     for seed in range(3):
         soft = soft_tokens(engine, 30, seed)
         session.prefill_soft(soft)
-        assert np.abs(session.prefill(AFTER) - spoken(engine, soft)[1]).max() <= 5e-5
+        assert_same(engine, session.prefill(AFTER), spoken(engine, soft)[1])
         session.rewind(len(TEXT))
         assert session.ids == TEXT
         assert not session._soft
@@ -133,7 +139,7 @@ def test_saved_and_loaded(engine, tmp_path):
     fresh = engine.session()
     fresh.prefill(TEXT)
     fresh.prefill_soft(soft[: 15 - len(TEXT)])
-    assert np.abs(again.prefill([7]) - fresh.prefill([7])).max() <= 5e-5
+    assert_same(engine, again.prefill([7]), fresh.prefill([7]))
 
 
 def test_a_damaged_save_is_refused(engine, tmp_path):
@@ -168,7 +174,7 @@ def test_what_cannot_be_prefilled(engine):
     with pytest.raises(ContextFullError):
         session.prefill_soft(soft_tokens(engine, 93))
     assert session.ids == TEXT
-    assert np.abs(session.prefill_soft(good) - rewound(spoken(engine, good)[0], 4).prefill_soft(good)).max() <= 5e-5
+    assert_same(engine, session.prefill_soft(good), rewound(spoken(engine, good)[0], 4).prefill_soft(good))
 
 
 def test_a_model_without_audio_says_so(tmp_path):

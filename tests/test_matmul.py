@@ -10,8 +10,10 @@ from edge_gemma.kernels import isa, reference
 from edge_gemma.kernels.assembly import ARM_LINUX, assembly
 from edge_gemma.kernels.tile import TileSpec
 from edge_gemma.linear import Activations, PanelMatrix
+from tests.tolerance import assert_rounding
 
 # bits, group, bits of a minimum; with one, those of GGUF's Q2_K, Q3_K, Q4_K, Q4_1 and Q5_K
+SCALES = 4  # roundings of a product beside its sums: activation scale, weight scale and minimum, the result
 MINIMA = [(2, 16, 4), (4, 16, 8), (4, 32, 8), (4, 32, 16), (8, 32, 8)]
 LAYOUTS = [*((bits, group, 0) for bits in qformat.BITS for group in qformat.GROUPS), *MINIMA]
 
@@ -33,12 +35,6 @@ def variant(request):
         if minimum and (per_group is False or minimum == 16 or (bits, group) == (4, 16)):
             pytest.skip("minima are the same code for every set: some stand for all")
     return request.param
-
-
-def close(got, expected, relative, what=""):
-    """Fails with the largest and mean difference, relative to the largest expected magnitude."""
-    difference = np.abs(got.astype(np.float64) - expected) / max(np.abs(expected).max(), 1e-30)
-    assert difference.max() <= relative, f"{what}: max {difference.max():.3g}, mean {difference.mean():.3g}"
 
 
 def ends(bits, minimum):
@@ -74,6 +70,7 @@ class Case:
         self.a_scale = np.empty((n, groups if per_group else 1), np.float32)
         self.sums = np.empty((n, groups), np.int32)
         reference.quantize_activations(self.x, group, self.q, self.a_scale, self.sums)
+        self.terms = groups * (2 if minimum else 1)  # float32 terms of a product; integers are summed exactly
 
     def run(self, module=kernels, rows=slice(None)):
         """float32 [n, rows]; what the padding rows of the last panel come to is nobody's business."""
@@ -90,7 +87,7 @@ def test_matmul_is_the_oracle(variant, bits, group, minimum, per_group):
     many = [(8, 32, 24), (67, 1056, 29), (187, 96, 26), (13, 544, 300)]  # through kernels/blocked.py
     for rows, k, n in [*small, (136, 64, 1), (187, 96, 2), *many]:
         case = Case(n, rows, k, bits, group, minimum, per_group)
-        close(case.run(), case.run(reference), 1e-6, f"{variant} {rows}x{k} n={n}")
+        assert_rounding(case.run(), case.run(reference), [case.terms + SCALES], f"{variant} {rows}x{k} n={n}")
 
 
 @pytest.mark.parametrize(("bits", "group", "minimum"), LAYOUTS)
@@ -142,7 +139,7 @@ def test_a_matrix_with_minima_is_its_float_values(bits, group, minimum):
     w = matrix.gather(np.arange(40))
     x = np.random.default_rng(1).integers(-127, 128, (3, 352)).astype(np.float32)
     x[:, ::16] = 127  # so that int8 holds them as they are
-    close(matrix(Activations(x)), x.astype(np.float64) @ w.T.astype(np.float64), 1e-6)
+    assert_rounding(matrix(Activations(x)), x.astype(np.float64) @ w.T.astype(np.float64), [case.terms + SCALES])
     assert np.array_equal(matrix(Activations(x), 8, 29), matrix(Activations(x))[:, 8:29])
     pairs = qformat.unpack_words(case.scales, case.factors.view(np.float16), group, 40)
     fields = qformat.unpack_panels(case.packed, bits, 40, 352).astype(np.float32) + qformat.zero_point(bits)
@@ -216,8 +213,9 @@ def test_matrices_with_static_scales(variant, bits):
     packed = qformat.pack_panels(w, bits), qformat.pack_scales(scales, 0)
     y = np.clip(np.rint(x / np.float32(step)), -128, 127) * step @ (w * scales[:, None]).astype(np.float64).T
     exact = PanelMatrix(*packed, w.shape, bits, 0, step)(Activations(x))
-    close(exact, y, 1e-6, variant)
-    close(PanelMatrix(*packed, w.shape, bits, 0, step)(Activations(x), 8, 17), y[:, 8:17], 1e-6, variant)
+    assert_rounding(exact, y, [SCALES], variant)
+    some = PanelMatrix(*packed, w.shape, bits, 0, step)(Activations(x), 8, 17)
+    assert_rounding(some, y[:, 8:17], [SCALES], variant)
     rounded = PanelMatrix(*packed, w.shape, bits, 0, step, out_step)(Activations(x))
     assert np.array_equal(rounded, np.clip(np.rint(exact / np.float32(out_step)), -128, 127) * np.float32(out_step))
 

@@ -20,7 +20,7 @@ from edge_gemma.model_folder import ModelFolder
 from edge_gemma.ort import onnxruntime
 from edge_gemma.weights import bind
 from tests.reference_decoder import reference_logits
-from tests.test_goldens import dequantised, golden, relative_error, timeline
+from tests.test_goldens import assert_close, dequantised, golden, relative_error, timeline
 from tests.tiny import KINDS, tiny_config, tiny_weights, write_checkpoint
 from tests.tiny_qat import write_qat_checkpoint
 
@@ -69,10 +69,8 @@ def test_prefill_equals_the_golden(made, kind):
     recorded = golden(kind)
     with Engine.load(made(kind)[1], backend="onnx", threads=1) as engine:
         logits = engine.session().forward(recorded["prompt"].tolist())
-    difference = np.abs(logits - recorded["logits"])
-    print(f"{kind}: max {difference.max():.2e} mean {difference.mean():.2e}")
     assert logits.dtype == np.float32
-    assert difference.max() <= 1e-4
+    assert_close(logits, recorded["logits"], kind)
 
 
 @EVERY_KIND
@@ -85,7 +83,7 @@ def test_decoding_step_by_step_equals_the_golden_and_the_reference(made, kind):
         logits = session.prefill(recorded["prompt"].tolist())
         for position, token in enumerate(recorded["continuation"].tolist(), len(recorded["prompt"])):
             assert int(logits.argmax()) == token
-            assert np.abs(logits - expected[position - 1]).max() <= 1e-4
+            assert_close(logits, expected[position - 1], kind)
             logits = session.step(token)
 
 
@@ -101,7 +99,7 @@ def test_all_rows_or_the_last_few(made, kind):
             logits, past = run(ids[:, start:stop], np.ones((1, stop), np.int64), positions, keep, past)
             kept = min(keep, stop - start) or stop - start
             assert logits.shape == (1, kept, 640)
-            assert np.abs(logits[0] - expected[stop - kept : stop]).max() <= 1e-4
+            assert_close(logits[0], expected[stop - kept : stop], kind)
 
 
 @EVERY_KIND
@@ -119,8 +117,8 @@ def test_a_padded_batch_equals_its_rows_alone(made, kind):
     stepped, _ = run(np.array([[t[-1]] for t in texts]), mask, np.array([[n] for n in lengths]), 1, past)
     for row, text in enumerate(texts):
         expected = reference_logits(tiny_weights(kind), tiny_config(kind), text)
-        assert np.abs(logits[row] - expected[-3:-1]).max() <= 1e-4
-        assert np.abs(stepped[row] - expected[-1:]).max() <= 1e-4
+        assert_close(logits[row], expected[-3:-1], kind)
+        assert_close(stepped[row], expected[-1:], kind)
 
 
 def test_names_and_shapes_are_the_ecosystems(made):
@@ -221,7 +219,7 @@ def test_with_float_products_the_logits_are_those_of_the_folders_weights(made, t
     expected = reference_logits(dequantised(model), tiny_config(kind), ids)
     with Engine.load(export_onnx(model, tmp_path / "o"), backend="onnx", threads=1) as engine:
         logits = engine.session().forward(ids)
-    assert np.abs(logits - expected).max() <= 1e-4
+    assert_close(logits, expected, kind)
     assert (logits.argmax(axis=1) == expected.argmax(axis=1)).all()
 
 
@@ -343,12 +341,10 @@ def test_logits_equal_transformers_in_prefill_and_in_every_step(made, kind):
     with torch.no_grad(), Engine.load(folder, backend="onnx", threads=1) as engine:
         session = engine.session()
         out = official(torch.tensor([ids[:24]]), use_cache=True)
-        worst = [np.abs(session.forward(ids[:24]) - out.logits[0].numpy()).max()]
+        assert_close(session.forward(ids[:24]), out.logits[0].numpy(), kind)
         for token in ids[24:]:
             out = official(torch.tensor([[token]]), past_key_values=out.past_key_values, use_cache=True)
-            worst.append(np.abs(session.step(token) - out.logits[0, -1].numpy()).max())
-    print(f"{kind}: prefill {worst[0]:.2e}, {len(worst) - 1} steps {max(worst[1:]):.2e}")
-    assert max(worst) <= 1e-4
+            assert_close(session.step(token), out.logits[0, -1].numpy(), kind)
 
 
 @pytest.mark.real
