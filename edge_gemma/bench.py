@@ -1,7 +1,7 @@
 """The command behind every published speed: a model measured on this machine, beside what its memory could give.
 
-Owns: what is timed and how (`measure`), bytes a token costs (`bytes_per_token`), the memory's read bandwidth
-(`ReadBandwidth`). Does not know: other runtimes (benchmarks/ compares with them).
+Owns: what is timed and how (`measure`), bytes a token costs (`bytes_per_token`). Does not know: other runtimes
+(benchmarks/ compares with them).
 
 Method. Prompts and continuations are random ids, so that rows of the per-layer-embedding table come from everywhere;
 every repetition has its own. One untimed run first: it compiles kernels where their cache is empty, and brings the
@@ -9,11 +9,6 @@ weights into memory. Then, `repeat` times: the prompt, a prompt of 20 tokens, th
 time (each after `depth` tokens), and the read bandwidth, so that a machine with other work to do disturbs both alike.
 Results are medians. Sampling is not in the decoding speed; the choice of the likeliest token is in the time to first
 token.
-
-The bandwidth is that of a plain sum over the very pages the weights are mapped from, by as many threads, each reading
-from four places at a time with software prefetch 1 kB ahead (read from one place, some machines give a quarter less;
-without prefetch, a core of some others reaches a fifth); the best of several passes. A model smaller than the CPU's
-caches is read from those, in both figures.
 """
 
 import itertools
@@ -24,25 +19,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numba
 import numpy as np
-from numba import types
-from numba.extending import intrinsic
 
 from edge_gemma import kernels
+from edge_gemma.bandwidth import ReadBandwidth
 from edge_gemma.engine import Engine
 from edge_gemma.errors import UsageError
-from edge_gemma.kernels import isa
 from edge_gemma.memory import resident
 from edge_gemma.model_folder import PER_LAYER, WEIGHTS, ModelFolder
 from edge_gemma.session import Session
 
 SHORT_PROMPT = 20  # tokens
-_PASS_BYTES = 256_000_000  # read at least for one timing of the bandwidth
-_PASSES = 4
-_LINE = 8  # 64-bit words in a cache line
-_STREAMS = 4  # places a thread reads from
-_AHEAD = 16 * _LINE  # 1 kB
 
 Note = Callable[[str], None]
 
@@ -116,7 +103,7 @@ def measure(
         "ttft_20_s": list(short),
         "bandwidth_gb_s": bandwidths,
     }
-    counts = {"prompt": prompt, "generate": generate, "depth": depth, "repeat": repeat}
+    counts = {"threads": engine.threads, "prompt": prompt, "generate": generate, "depth": depth, "repeat": repeat}
     return _result(folder, str(model), counts, runs, load_s, statistics.median(first), memory, disk)
 
 
@@ -130,7 +117,7 @@ def _repetitions(
         seconds.append(_repetition(session, random, engine, prompt, generate))
         if i == 0:  # the bandwidth's own mapping would count from here on
             memory = [resident(key) for key in ("VmHWM", "VmRSS", "RssAnon")]
-            bandwidth = ReadBandwidth(engine.path / WEIGHTS)
+            bandwidth = ReadBandwidth(engine.path / WEIGHTS, engine.threads)
         bandwidths.append(bandwidth.measure())
     return seconds, bandwidths, memory
 
@@ -157,7 +144,6 @@ def _result(
         model=model,
         recipe=str(folder.manifest.get("recipe")),
         kernels=kernels.variant(),
-        threads=kernels.threads(),
         **counts,
         ttft_s=ttft_s,
         load_s=load_s,
@@ -278,59 +264,3 @@ def disk_bytes() -> int | None:
 
 def _mb(count: int | None) -> float | None:
     return None if count is None else count / 1e6
-
-
-class ReadBandwidth:
-    """The speed at which this machine's threads read a file's pages once they are in memory."""
-
-    def __init__(self, file: Path) -> None:
-        words = file.stat().st_size // 8
-        self._words = np.asarray(np.memmap(file, np.uint64, "r", shape=(words,)))
-        self._parts = kernels.threads()
-        if words < _LINE * _STREAMS * self._parts:
-            raise UsageError(f"{file} is too small to measure a bandwidth with it")
-        numba.set_num_threads(self._parts)
-        _sum(self._words, self._parts)  # compiles, and maps every page
-
-    def measure(self) -> float:
-        """GB/s of the best of several passes."""
-        rounds = -(-_PASS_BYTES // self._words.nbytes)
-        best = 0.0
-        for _ in range(_PASSES):
-            start = time.perf_counter()
-            for _ in range(rounds):
-                _sum(self._words, self._parts)
-            best = max(best, rounds * self._read / (time.perf_counter() - start) / 1e9)
-        return best
-
-    @property
-    def _read(self) -> int:
-        whole = _LINE * _STREAMS * self._parts
-        return len(self._words) // whole * whole * 8
-
-
-@intrinsic
-def _prefetch(typing_context, array, index):  # type: ignore[no-untyped-def]
-    def emit(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
-        data = context.make_array(signature.args[0])(context, builder, arguments[0]).data
-        isa.prefetch(builder, builder.gep(data, [arguments[1]]))
-        return context.get_dummy_value()
-
-    return types.void(array, types.int64), emit
-
-
-@numba.njit(parallel=True, nogil=True)
-def _sum(words, parts):  # type: ignore[no-untyped-def]
-    """The sum of uint64 words; each part is read by one thread, in _STREAMS runs side by side."""
-    run = len(words) // (parts * _STREAMS * _LINE) * _LINE
-    total = np.uint64(0)
-    for part in numba.prange(parts):
-        partial = np.uint64(0)
-        for line in range(part * _STREAMS * run, (part * _STREAMS + 1) * run, _LINE):
-            for stream in range(_STREAMS):
-                first = line + stream * run
-                _prefetch(words, first + _AHEAD)  # type: ignore[call-arg]  # ignored beyond the end
-                for word in range(_LINE):
-                    partial += words[first + word]
-        total += partial
-    return total

@@ -30,7 +30,11 @@ DEFAULT_CONTEXT = 4096  # tokens
 
 
 class Engine:
-    """A loaded model. Read-only: sessions hold all state, and any number may be open."""
+    """A loaded model. Read-only: sessions hold all state, and any number may be open.
+
+    After `fork` a child cannot use what its parent has used: its calls raise UsageError. multiprocessing's method
+    "spawn" has no such trouble.
+    """
 
     def __init__(self, folder: ModelFolder, *, context: int | None, threads: int | None, kv_dtype: str | None) -> None:
         from edge_gemma import kernels
@@ -39,8 +43,7 @@ class Engine:
         require("kv_dtype", kv_dtype, good, "float16 or float32")
         self._read(folder, context)
         self._kv_dtype = kv_dtype or "float16"
-        kernels.set_threads(threads)
-        self._threads = kernels.threads()
+        self._threads = kernels.checked_threads(threads)
         self._weights = bind(folder)
         self._decoder = Decoder(self.config, self._weights)
 
@@ -74,7 +77,8 @@ class Engine:
     ) -> "Engine":
         """Open a model folder, a GGUF file (converted once into the user's cache), or the default model (None).
 
-        context: most tokens a session holds, 4096 by default; threads: all cores by default;
+        context: most tokens a session holds, 4096 by default; threads: as many as there are CPUs by default, or as a
+        container's quota gives time on;
         kv_dtype: "float16" (default) or "float32"; backend: "onnx" runs a folder that was exported for onnxruntime.
         Raises EdgeGemmaError subclasses, one line each.
         """
@@ -105,7 +109,15 @@ class Engine:
         context = self._checked_context(context, self.context)
         section = self._folder.audio
         placeholder = section.audio_token_id if section else None
-        return Session(self._decoder, context, self._kv_dtype, str(self.manifest["digest"]), placeholder)
+        identity = str(self.manifest["digest"])
+        return Session(self._decoder, context, self._kv_dtype, identity, placeholder, self._threads)
+
+    @property
+    def threads(self) -> int:
+        """CPU threads that this model's arithmetic uses."""
+        from edge_gemma import kernels
+
+        return self._threads or kernels.threads()
 
     @property
     def audio(self) -> "AudioEncoder":
@@ -113,7 +125,7 @@ class Engine:
         if self._audio is None:
             from edge_gemma.audio.encoder import AudioEncoder
 
-            self._audio = AudioEncoder.load(self._folder, self._threads)
+            self._audio = AudioEncoder.load(self._folder, self.threads)
         return self._audio
 
     def release_audio(self) -> None:

@@ -10,7 +10,6 @@ A folder holds
     onnx/audio_encoder.onnx, ...                    the encoders of the model folder it was made from, if any
 """
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -51,9 +50,14 @@ class OnnxEngine(Engine):
     """An ONNX folder, loaded."""
 
     def __init__(self, folder: OnnxFolder, *, context: int | None, threads: int | None) -> None:
+        from edge_gemma import kernels
+
         self._read(folder, context)
         self._identity = folder.manifest["digest"]
-        self._graphs = {graph: _load(folder.path / FOLDER / f"{graph}.onnx", threads) for graph in (EMBED, DECODER)}
+        self._threads = kernels.checked_threads(threads)
+        self._graphs = {
+            graph: _load(folder.path / FOLDER / f"{graph}.onnx", self.threads) for graph in (EMBED, DECODER)
+        }
 
     def session(self, context: int | None = None) -> "OnnxSession":  # type: ignore[override]
         """A new, empty timeline."""
@@ -64,12 +68,12 @@ class OnnxEngine(Engine):
         self._graphs = {}
 
 
-def _load(path: Path, threads: int | None) -> Any:
+def _load(path: Path, threads: int) -> Any:
     """An onnxruntime.InferenceSession on the CPU. Raises ModelFolderError where onnxruntime refuses the graph."""
     from edge_gemma.ort import onnxruntime
 
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads or os.cpu_count() or 1
+    options.intra_op_num_threads = threads
     options.log_severity_level = 3  # errors, which are raised
     try:
         return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])

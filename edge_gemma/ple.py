@@ -1,23 +1,24 @@
 """Rows of the per-layer-embedding table, read from disk as tokens need them.
 
 The table holds 2.35 of E2B's 4.63 billion text parameters and a token touches one row of 8,960, so it is never mapped
-or loaded: a row is one `pread`. Owns: the file descriptor and decoding. Does not know: what is done with the rows.
+or loaded: a row is one `pread`. Owns: the open file and decoding. Does not know: what is done with the rows.
 """
 
 import os
+import weakref
 from pathlib import Path
 
 import numpy as np
 
 from edge_gemma import kernels
 from edge_gemma.buffers import empty
-from edge_gemma.errors import ModelFolderError
+from edge_gemma.errors import ModelFolderError, UsageError
 from edge_gemma.linear import widen
 from edge_gemma.model_folder import Tensor
 
 
 class DiskRows:
-    """A row-major matrix on disk. `gather` is all there is; closing it closes the file."""
+    """A row-major matrix on disk; `gather` is all there is. `close` closes its file, or the last reference's end."""
 
     def __init__(self, folder: Path, tensor: Tensor) -> None:
         self._tensor = tensor
@@ -28,10 +29,13 @@ class DiskRows:
             self._fd = os.open(self._path, os.O_RDONLY)
         except OSError as error:
             raise ModelFolderError(f"{self._path}: {error.strerror}") from None
+        self._file = weakref.finalize(self, os.close, self._fd)
         os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_RANDOM)
 
     def gather(self, ids: np.ndarray) -> np.ndarray:
-        """Rows ids [n] of the table: float32 [n, columns]. Raises ModelFolderError if the disk fails."""
+        """Rows ids [n] of the table: float32 [n, columns]. Raises ModelFolderError if the disk fails, UsageError if it
+        was closed.
+        """
         records = empty((len(ids), self._record), np.uint8)
         for record, offset in zip(records, self._offsets(ids), strict=True):
             self._read(record, offset)
@@ -47,6 +51,8 @@ class DiskRows:
             os.posix_fadvise(self._fd, offset, self._record, os.POSIX_FADV_WILLNEED)
 
     def _offsets(self, ids: np.ndarray) -> list[int]:
+        if self._fd < 0:
+            raise UsageError("the model was closed: load it again")
         return [self._part.offset + row * self._record for row in ids.tolist()]
 
     def _read(self, record: np.ndarray, offset: int) -> None:
@@ -61,6 +67,5 @@ class DiskRows:
             done += got
 
     def close(self) -> None:
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+        self._fd = -1
+        self._file()

@@ -4,12 +4,14 @@ Owns: the ids, the soft tokens among them, the KV cache, chunking, rewinding, sa
 sampling, where soft tokens come from.
 """
 
+import contextlib
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
+from edge_gemma import kernels
 from edge_gemma.arguments import file_path, is_integer, shown, token_ids
 from edge_gemma.atomic import write_file
 from edge_gemma.buffers import reuse
@@ -28,12 +30,19 @@ class Session:
     """A timeline of at most `context` tokens. Not thread-safe; any number may share one model."""
 
     def __init__(
-        self, decoder: Decoder, context: int, kv_dtype: str, identity: str, audio_token_id: int | None = None
+        self,
+        decoder: Decoder,
+        context: int,
+        kv_dtype: str,
+        identity: str,
+        audio_token_id: int | None = None,
+        threads: int | None = None,
     ) -> None:
         self.context = context
         self._decoder = decoder
         self._identity = identity
         self._audio_token_id = audio_token_id
+        self._threads = threads
         self._soft: SoftTokens = {}  # kept for rewinding and saving: about as many bytes a token as the KV cache
         self._cache = KVCache(decoder.config, context, CHUNK, kv_dtype)
         self._step = Step(decoder, self._cache)
@@ -53,10 +62,11 @@ class Session:
         ids = self._check(ids)
         if len(ids) == 1:
             self._settle()
-            logits = self._step(ids[0])
+            with kernels.use_threads(self._threads):
+                logits = self._step(ids[0])
             self.ids.append(ids[0])
             return logits
-        with reuse():
+        with self._computing():
             return self._decoder.logits(self._run(ids, keep=1))[0]
 
     def prefill_soft(self, embeddings: np.ndarray, *, logits: bool = True) -> np.ndarray | None:
@@ -81,7 +91,7 @@ class Session:
         ids = [self._audio_token_id] * len(embeddings)
         self._check(ids)
         soft = {self.position + i: row for i, row in enumerate(embeddings.copy())}
-        with reuse():
+        with self._computing():
             hidden = self._run(ids, keep=int(logits), soft=soft)
             return self._decoder.logits(hidden)[0] if logits else None
 
@@ -91,17 +101,18 @@ class Session:
 
     def forward(self, ids: Sequence[int]) -> np.ndarray:
         """Append ids. Returns the logits after each of them: float32 [len(ids), vocab_size]. Raises as `prefill`."""
-        return self._decoder.logits(self.hidden(ids))
+        return self.logits(self.hidden(ids))
 
     def hidden(self, ids: Sequence[int]) -> np.ndarray:
         """Append ids. Returns what enters the head: float32 [len(ids), hidden_size]. Raises as `prefill`."""
         ids = self._check(ids)
-        with reuse():
+        with self._computing():
             return self._run(ids, keep=len(ids))
 
     def logits(self, hidden: np.ndarray) -> np.ndarray:
         """The head on rows from `hidden`: float32 [n, vocab_size]; a few rows at a time where memory matters."""
-        return self._decoder.logits(hidden)
+        with kernels.use_threads(self._threads):
+            return self._decoder.logits(hidden)
 
     def rewind(self, position: int) -> None:
         """Forget all tokens from `position` on; what follows is as in a session that never saw them.
@@ -194,6 +205,12 @@ class Session:
     def _check(self, ids: Sequence[int]) -> list[int]:
         return check_ids(ids, self._decoder.config.vocab_size, self.position, self.context)
 
+    @contextlib.contextmanager
+    def _computing(self) -> Iterator[None]:
+        """Around a prompt's arithmetic: this model's threads, and memory that is used again."""
+        with kernels.use_threads(self._threads), reuse():
+            yield
+
     def _run(self, ids: list[int], keep: int, soft: SoftTokens | None = None) -> np.ndarray:
         """Append ids; the last `keep` rows that enter the head. An interruption leaves whole chunks behind.
 
@@ -220,7 +237,7 @@ class Session:
             self._cache.restore(self._marks[-1])
         else:
             self._cache.resume(0, 0)
-        with reuse():
+        with self._computing():
             for _ in self._chunks(self.ids[self._cache.position :], 0, self._soft):
                 pass
 

@@ -13,9 +13,7 @@ A group's weights are scale * q - minimum here, whatever the format: without a m
 Owns: integers, scales and minima of a block of rows. Does not know: where H comes from (calibrate.py), files.
 """
 
-import hashlib
 from dataclasses import dataclass
-from pathlib import Path
 
 import numba
 import numpy as np
@@ -23,7 +21,6 @@ import numpy as np
 from edge_gemma import qformat
 from edge_gemma.kernels import jit
 from edge_gemma.kernels.convert import as_float, to_half
-from edge_gemma.quant.search import KEY as SEARCH_KEY
 from edge_gemma.quant.search import Rounded, levels, lines_of, search_scales
 
 _DAMPING = 0.01  # of the mean diagonal of H, added to it: directions the text never showed still count a little
@@ -32,7 +29,6 @@ _UNDO = 0.5  # of the drift: undoing all of it fits the text rather than the mod
 _SWEEPS = 2
 _BLOCK = 64  # columns rounded between two matrix products: whole groups
 _LANES = 64  # rows rounded side by side; with 16 the checks before each inner loop cost more than the loop
-_KEY = SEARCH_KEY + hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)
@@ -73,7 +69,7 @@ class Curvature:
     jit.array(np.float32, 2), jit.array(np.float32, 2), jit.array(np.float32, 2), jit.array(np.float32, 3),
     numba.int64, numba.int64, numba.int64, numba.int64,
     jit.array(np.int8, 2, written=True), jit.array(np.float32, 2, written=True),
-    fastmath={"reassoc", "contract", "nsz"}, key=_KEY,
+    fastmath={"reassoc", "contract", "nsz"},
 )  # fmt: skip
 def _round_block(carried, weights, feedback, lines, start, group, lowest, highest, values, errors):
     """Columns start, start + 1, ... of every row; carried float32 [rows, width] is what earlier columns ask for.
@@ -174,7 +170,7 @@ def _move_integers(hessian, start, begin, end, low, high, scale, q, g):
     jit.array(np.float32, 2), jit.array(np.float32, 2), jit.array(np.float32, 3),
     numba.int64, numba.int64, numba.int64, numba.int64, numba.int64, numba.int64,
     jit.array(np.int8, 2, written=True), jit.array(np.float32, 3, written=True), jit.array(np.float32, 2, written=True),
-    fastmath={"reassoc", "contract", "nsz"}, key=_KEY,
+    fastmath={"reassoc", "contract", "nsz"},
 )  # fmt: skip
 def _improve_block(slope, hessian, units, start, group, lowest, highest, free, top, values, lines, errors):
     """Columns start, start + 1, ... of every row, whole groups: each group's scale and minimum, then its integers.

@@ -11,9 +11,6 @@ Owns: integers, scales, minima and factors of whole rows. Does not know: what ot
 (feedback.py).
 """
 
-import hashlib
-from pathlib import Path
-
 import numba
 import numpy as np
 
@@ -26,7 +23,6 @@ _SHORTEST = {2: 0.55, 4: 0.8}
 _PLACES = 5  # lowest levels tried for each, from the smallest weight to where the highest level is the largest
 _AROUND = 1  # integers tried on either side of a group's scale and minimum
 _NOTHING = np.float32(1e-30)
-KEY = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16]  # compiled code is kept under it
 
 
 @numba.njit(fastmath={"reassoc", "contract", "nsz"}, error_model="numpy")
@@ -98,7 +94,7 @@ def _pair(w, c, levels, step, minimum, d, e, top):
 @jit.kernel(
     jit.array(np.float32, 2), jit.array(np.float32, 1), numba.float32, numba.float32, numba.int64, numba.int64,
     jit.array(np.uint8, 3, written=True), jit.array(np.float32, 3, written=True),
-    parallel=True, key=KEY,
+    parallel=True,
 )  # fmt: skip
 def _search(weights, importance, levels, shortest, group, top, pairs, factors):
     rows, columns = weights.shape

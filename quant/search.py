@@ -10,9 +10,7 @@ Groups with a minimum have their scales from minima.py.
 Owns: scales and integers of whole rows. Does not know: what other columns' errors do together (feedback.py).
 """
 
-import hashlib
 from collections.abc import Sequence
-from pathlib import Path
 
 import numba
 import numpy as np
@@ -30,12 +28,11 @@ integers, pairs uint8 [rows, groups, 2] and factors float32 [rows, blocks, 2]. q
 _TRIES = 10  # scales tried on each side of zero
 # Where the largest weight lands, in steps: from well inside the range to cut off beyond its end. The end is among them.
 _REACH = {2: (0.8, 2.6), 4: (5.0, 9.5)}
-KEY = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16]  # compiled code is kept under it
 
 
 @jit.kernel(
     jit.array(np.float32, 2), jit.array(np.float32, 1), numba.int64, numba.int64, numba.float32, numba.float32,
-    jit.array(np.float32, 2, written=True), parallel=True, fastmath={"reassoc", "contract", "nsz"}, key=KEY,
+    jit.array(np.float32, 2, written=True), parallel=True, fastmath={"reassoc", "contract", "nsz"},
 )  # fmt: skip
 def _search(weights, importance, lowest, group, near, far, scales):
     rows, columns = weights.shape
@@ -69,7 +66,7 @@ def _search(weights, importance, lowest, group, near, far, scales):
 
 @jit.kernel(
     jit.array(np.float32, 2), jit.array(np.float32, 3), numba.int64, numba.int64, numba.int64,
-    jit.array(np.int8, 2, written=True), parallel=True, key=KEY,
+    jit.array(np.int8, 2, written=True), parallel=True,
 )  # fmt: skip
 def _nearest(weights, lines, lowest, highest, group, values):
     low, high = np.float32(lowest), np.float32(highest)

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from edge_gemma import bench, memory
+from edge_gemma import bench, kernels, memory
+from edge_gemma.bandwidth import ReadBandwidth
 from edge_gemma.cli import cli
 from edge_gemma.config import GemmaConfig
 from edge_gemma.engine import Engine
@@ -138,10 +139,10 @@ def test_the_bandwidth_is_that_of_reading_every_word(parts: int) -> None:
 def test_the_bandwidth_is_of_the_order_of_a_memory(tmp_path: Path) -> None:
     file = tmp_path / "data"
     np.arange(1 << 20, dtype=np.uint64).tofile(file)
-    assert 0.05 < bench.ReadBandwidth(file).measure() < 10_000
+    assert 0.05 < ReadBandwidth(file, kernels.threads()).measure() < 10_000
     file.write_bytes(b"short")
     with pytest.raises(UsageError, match="too small"):
-        bench.ReadBandwidth(file)
+        ReadBandwidth(file, 1)
 
 
 # --- the command ------------------------------------------------------------------------------------------------------

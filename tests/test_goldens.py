@@ -4,7 +4,7 @@ and against the NumPy reference: every kind, every recipe, every way of feeding 
 import numpy as np
 import pytest
 
-from edge_gemma import kernels, qformat
+from edge_gemma import qformat
 from edge_gemma import session as session_module
 from edge_gemma.config import GemmaConfig
 from edge_gemma.engine import Engine
@@ -159,12 +159,10 @@ def test_a_float16_cache_is_close(load, kind, recipe):
 def test_the_number_of_threads_changes_nothing(load, kind, recipe):
     ids, engine = timeline(kind), load(kind, recipe)
     expected = engine.session().forward(ids)
-    try:
-        kernels.set_threads(2)
-        assert_same(engine.session().forward(ids), expected, kind, recipe)
-        assert_same(engine.session().prefill(ids), expected[-1], kind, recipe)
-    finally:
-        kernels.set_threads(1)
+    with Engine.load(engine.path, threads=2, kv_dtype="float32") as other:
+        assert (engine.threads, other.threads) == (1, 2)
+        assert_same(other.session().forward(ids), expected, kind, recipe)
+        assert_same(other.session().prefill(ids), expected[-1], kind, recipe)
 
 
 # -- the same tokens fed in other ways ---------------------------------------------------------------------------------

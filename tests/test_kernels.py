@@ -265,9 +265,10 @@ def test_compiled_code_is_kept_and_damage_is_compiled_again(tmp_path):
 
 def test_code_of_sources_that_changed_meanwhile_is_not_kept(tmp_path, monkeypatch):
     jit.set_cache_root(tmp_path)
-    monkeypatch.setattr(jit, "_source_digest", lambda: "of the files as they are now")
     try:
-        assert doubles(small_kernel())
+        kernel = small_kernel()
+        monkeypatch.setattr(jit.sources, "digest", lambda modules: "of the files as they are now")
+        assert doubles(kernel)
         assert not list(tmp_path.rglob("*.bin"))
     finally:
         jit.set_cache_root(None)

@@ -87,7 +87,7 @@ def measure(
             model=str(model),
             recipe=str(engine.manifest.get("recipe")),
             kernels=kernels.variant(),
-            threads=kernels.threads(),
+            threads=engine.threads,
             repeat=repeat,
             load_s=load_s,
             encoder_load_s=encoder_load_s,

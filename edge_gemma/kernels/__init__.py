@@ -17,17 +17,19 @@ from edge_gemma.kernels.jit import (
     announce_compiling,
     cache_directory,
     cache_note,
+    checked_threads,
     set_cache_root,
     set_threads,
     threads,
+    use_threads,
 )
 
 __all__ = [
     "add_rms_norm", "add_scaled", "announce_compiling", "attention", "available_variants", "block_maxima",
-    "cache_directory", "cache_note", "dequantize_records", "exp_sums", "gather_panels", "gelu_tanh_mul", "matmul",
-    "matmul_bfloat16", "matmul_float", "quantize_activations", "quantize_static", "rms_norm", "rms_norm_rope",
-    "round_to_step", "scale", "set_cache_root", "set_threads", "set_variant", "softcap", "store_kv", "threads",
-    "variant",
+    "cache_directory", "cache_note", "checked_threads", "dequantize_records", "exp_sums", "gather_panels",
+    "gelu_tanh_mul", "matmul", "matmul_bfloat16", "matmul_float", "quantize_activations", "quantize_static", "rms_norm",
+    "rms_norm_rope", "round_to_step", "scale", "set_cache_root", "set_threads", "set_variant", "softcap", "store_kv",
+    "threads", "use_threads", "variant",
 ]  # fmt: skip
 
 

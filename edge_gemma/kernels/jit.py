@@ -1,13 +1,14 @@
 """Compiling kernels, and keeping the machine code on disk.
 
-Owns: the `kernel` decorator (numba, compiled at the first call), the on-disk cache and the number of threads.
-Does not know: what any kernel computes.
+Owns: the `kernel` decorator (numba, compiled at the first call), the on-disk cache, the number of threads, and what
+must not happen meanwhile: Ctrl-C and fork. Does not know: what any kernel computes.
 
-The cache is a folder of the user's cache, named after a digest of this package's sources, the numba and llvmlite
-versions and Python's: an edited intrinsic never meets old code (numba's own cache would not notice). One file a
-compiled function, named after its key, its signature and the CPU with its features, written beside and renamed,
-begun with a digest of its content: processes may share the folder, and a damaged file is compiled again. numba's index
-files are not used: two processes writing one can leave an entry that points at another function's code.
+The cache is a folder of the user's cache, named after a digest of the kernels' sources (sources.py), the numba and
+llvmlite versions and Python's: an edited intrinsic never meets old code (numba's own cache would not notice). One file
+a compiled function, named after its key, its signature, its own module's sources and the CPU with its features, written
+beside and renamed, begun with a digest of its content: processes may share the folder, and a damaged file is compiled
+again. numba's index files are not used: two processes writing one can leave an entry that points at another function's
+code.
 
 A folder is touched once by every process that loads code from it. Whoever makes a new one removes those of other
 sources that nobody touched for _KEEP_DAYS.
@@ -27,7 +28,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import llvmlite
@@ -39,7 +40,9 @@ from numba.core.bytecode import FunctionIdentity
 from numba.core.caching import _Cache
 from numba.core.ccallback import CFunc
 
+from edge_gemma import cpus, interrupts
 from edge_gemma.errors import UsageError
+from edge_gemma.kernels import sources
 
 log = logging.getLogger(__name__)
 
@@ -50,29 +53,34 @@ FunctionIdentity._unique_ids = itertools.count(secrets.randbits(60))
 
 recording = threading.local()  # .recorder: who writes down this thread's kernel calls (kernels/program.py), or None
 PART_ARGUMENTS = (types.int64, types.int64, types.int64)
-_caller = threading.local()
+_caller = threading.local()  # .threads: what this thread told numba; .limit: what `use_threads` asks for here
 # Turns a thread of libgomp spins for the others before it sleeps, half a millisecond at most. The default, thirty times
 # more, is as fast on an idle machine and 4 to 8 times slower on a busy one: a thread that spins keeps its partner off
 # the core. With a tenth of it, waking costs 50 us a launch on some virtual machines.
 _SPIN_COUNT = "10000"
 _announce: Callable[[], object] | None = None
 _launch = threading.Lock()  # numba's workqueue layer aborts the process when two threads launch at once
-_threads = numba.config.NUMBA_NUM_THREADS
+_threads: int | None = None
+_orphaned = False  # forked from a process that had started OpenMP's threads: they are not here, and it waits for them
 _cache_root: Path | None = None
 _KEEP_DAYS = 14
 _FOLDER_NAME = re.compile(r"[0-9a-f]{24}")
 _unwritable = False
 
 
-def _source_digest() -> str:
-    """Changes whenever cached machine code could be stale."""
-    digest = hashlib.sha256(f"{numba.__version__} {llvmlite.__version__} {np.__version__} {sys.version}".encode())
-    for path in sorted(Path(__file__).parent.glob("*.py")):
-        digest.update(path.name.encode() + b"\0" + path.read_bytes())
-    return digest.hexdigest()[:24]
+def _kernel_sources() -> str:
+    """Changes whenever machine code of the kernels in this package could be stale."""
+    versions = f"{numba.__version__} {llvmlite.__version__} {np.__version__} {sys.version}"
+    modules = (f"{__package__}.{path.stem}" for path in Path(__file__).parent.glob("*.py") if path.stem != "__init__")
+    return hashlib.sha256(f"{versions} {sources.digest(modules)}".encode()).hexdigest()[:24]
 
 
-_SOURCES = _source_digest()  # of the sources this process runs, as they were when it imported them
+_SOURCES = _kernel_sources()  # of the sources this process runs, as they were when it imported them
+
+
+@functools.cache
+def _sources_at_import(module: str) -> str:
+    return sources.digest([module])
 
 
 def cache_directory() -> Path:
@@ -103,7 +111,9 @@ class _KernelCache(_Cache):
 
     def __init__(self, py_func, key):
         self._name = py_func.__name__
-        self._key = f"{py_func.__module__} {key or self._name}"
+        self._module = py_func.__module__
+        self._sources = _sources_at_import(self._module)
+        self._key = f"{self._module} {self._sources} {key or self._name}"
         self._enabled = True
 
     @property
@@ -145,7 +155,7 @@ class _KernelCache(_Cache):
         global _unwritable
         if not self._enabled or data.lifted or data.library.has_dynamic_globals:
             return
-        if _source_digest() != _SOURCES:  # edited or upgraded under a running process: this code is not the folder's
+        if sources.digest([self._module]) != self._sources:  # edited or upgraded under a running process
             return
         path = self._path(sig, data.codegen)
         body = serialize.dumps(data._reduce())
@@ -224,7 +234,8 @@ class Part:
     @property
     def address(self) -> int:
         if self._compiled.address is None:
-            self._compiled.compile()
+            with interrupts.held():
+                self._compiled.compile()
         return self._compiled.address
 
 
@@ -234,30 +245,72 @@ def part(key: str):
 
 
 def launch(dispatcher, *args) -> bool:
-    """Call a kernel with the chosen number of threads, one launch at a time. False: the arguments do not fit."""
+    """Call a kernel with the chosen number of threads, one launch at a time. False: the arguments do not fit.
+
+    Raises UsageError in a process that cannot launch any more, because it was forked.
+    """
+    if _orphaned:
+        raise UsageError(
+            "this process was forked from one that had used a model, and GNU OpenMP does not work here: start it with "
+            "multiprocessing's method 'spawn', or fork before the first use"
+        )
     with _launch:
         if not dispatcher.overloads:
             os.environ.setdefault("GOMP_SPINCOUNT", _SPIN_COUNT)  # read when libgomp is loaded, with the first kernel
-            dispatcher.compile(dispatcher.kernel_signature)
+            with interrupts.held():
+                dispatcher.compile(dispatcher.kernel_signature)
             dispatcher.disable_compile()
-        if getattr(_caller, "threads", 0) != _threads:  # numba keeps the number per calling thread
-            numba.set_num_threads(_threads)
-            _caller.threads = _threads
+        if getattr(_caller, "threads", 0) != (wanted := threads()):  # numba keeps the number per calling thread
+            numba.set_num_threads(wanted)
+            _caller.threads = wanted
         try:
             return dispatcher(*args)
         except TypeError:  # another dtype, number of axes or memory order
             return False
 
 
-def set_threads(threads: int | None) -> None:
-    """Threads of every later kernel call, in every thread of this process. None: all cores."""
-    global _threads
+def _after_fork() -> None:
+    """In the child. Its parent's other threads are gone, and with them whoever holds the lock."""
+    global _launch, _orphaned
+    _launch = threading.Lock()
+    with contextlib.suppress(ValueError):  # no kernel has run yet
+        _orphaned = _orphaned or numba.threading_layer() == "omp"
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
+def checked_threads(threads: int | None) -> int | None:
+    """`threads`, None for the default. Raises UsageError for a number that this machine does not have."""
     most = numba.config.NUMBA_NUM_THREADS
     if threads is not None and not 1 <= threads <= most:
         raise UsageError(f"{threads} threads, expected 1 to {most} on this machine")
-    _threads = most if threads is None else threads
+    return threads
+
+
+def set_threads(threads: int | None) -> None:
+    """Threads of every later kernel call outside `use_threads`, in every thread of this process. None: the default."""
+    global _threads
+    _threads = checked_threads(threads)
+
+
+@contextlib.contextmanager
+def use_threads(threads: int | None) -> Iterator[None]:
+    """Inside, kernels that this thread calls use so many threads. None: as many as outside."""
+    outside = getattr(_caller, "limit", None)
+    _caller.limit = threads or outside
+    try:
+        yield
+    finally:
+        _caller.limit = outside
 
 
 def threads() -> int:
-    """Threads a kernel call uses."""
-    return _threads
+    """Threads a kernel call uses here: what `use_threads` or `set_threads` say, else one for each CPU (cpus.py)."""
+    return getattr(_caller, "limit", None) or _threads or _default_threads()
+
+
+@functools.cache
+def _default_threads() -> int:
+    return min(numba.config.NUMBA_NUM_THREADS, cpus.available())
