@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from edge_gemma import bench, kernels, memory
+from edge_gemma import bandwidth, bench, kernels, memory
 from edge_gemma.bandwidth import ReadBandwidth
 from edge_gemma.cli import cli
 from edge_gemma.config import GemmaConfig
 from edge_gemma.engine import Engine
 from edge_gemma.errors import UsageError
 from edge_gemma.export.synth import TEXT_CONFIGS, plan_model, synthesize
+from edge_gemma.kernels.jit import launch
 from edge_gemma.model_folder import TOKENIZER, ModelFolder
 
 CONTRACT = {
@@ -133,7 +134,9 @@ def test_an_untied_embedding_costs_a_row() -> None:
 @pytest.mark.parametrize("parts", [1, 2, 3])
 def test_the_bandwidth_is_that_of_reading_every_word(parts: int) -> None:
     words = np.random.default_rng(0).integers(0, 1 << 63, parts * 32 * 7 + 5, np.uint64)
-    assert bench._sum(words, parts) == words[: parts * 32 * 7].sum()
+    total = np.zeros(1, np.uint64)
+    assert launch(bandwidth._sum, words, parts, total)
+    assert total[0] == words[: parts * 32 * 7].sum()
 
 
 def test_the_bandwidth_is_of_the_order_of_a_memory(tmp_path: Path) -> None:

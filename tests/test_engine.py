@@ -1,0 +1,209 @@
+"""What engines share with each other and with the process around them: open files, threads, forks."""
+
+import gc
+import multiprocessing
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from edge_gemma import kernels
+from edge_gemma.engine import Engine
+from edge_gemma.errors import UsageError
+from edge_gemma.export.convert import export_checkpoint
+from edge_gemma.kernels import jit
+from tests.open_files import open_below
+from tests.tiny import write_checkpoint
+
+several_cpus = pytest.mark.skipif(kernels.threads() < 2, reason="this machine has one CPU")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("engine")
+    return export_checkpoint(write_checkpoint(root / "source", "e2b"), root / "model", "q4")
+
+
+# --- open files -------------------------------------------------------------------------------------------------------
+
+
+def test_an_engine_that_is_dropped_leaves_no_file_open(model: Path) -> None:
+    session = Engine.load(model).session()
+    session.prefill([2, 5])
+    gc.collect()
+    assert open_below(model), "the session still reads rows"
+    session.prefill([7, 9])
+    del session
+    gc.collect()
+    assert not open_below(model)
+
+
+def test_a_closed_engine_says_so(model: Path) -> None:
+    with Engine.load(model) as engine:
+        session = engine.session()
+        session.prefill([2])
+    engine.close()  # twice is once
+    assert not [file for file in open_below(model) if "per_layer" in file]
+    for ids in ([5], [5, 6, 7]):
+        with pytest.raises(UsageError, match="was closed: load it again"):
+            session.prefill(ids)
+
+
+# --- threads ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The number of threads of every kernel call."""
+    import numba
+
+    found: list[int] = []
+    launch = jit.launch
+
+    def note(dispatcher, *arguments) -> bool:
+        result = launch(dispatcher, *arguments)
+        found.append(numba.get_num_threads())
+        return result
+
+    monkeypatch.setattr(jit, "launch", note)
+    return found
+
+
+@several_cpus
+def test_every_engine_has_its_own_threads(model: Path, launched: list[int]) -> None:
+    engines = {n: Engine.load(model, threads=n) for n in (1, 2)}
+    engines[None] = Engine.load(model)
+    assert [engine.threads for engine in engines.values()] == [1, 2, kernels.threads()]
+    sessions = {n: engine.session() for n, engine in engines.items()}
+
+    def used(act) -> dict[int | None, set[int]]:
+        found = {}
+        for n, session in sessions.items():
+            launched.clear()
+            act(session)
+            found[n] = set(launched)
+        return found
+
+    expected = {1: {1}, 2: {2}, None: {kernels.threads()}}
+    assert used(lambda session: session.prefill([2, 5, 6])) == expected
+    for _ in range(3):  # recorded, and run as recorded
+        assert used(lambda session: session.step(7)) == expected
+    assert used(lambda session: session.forward([1, 2])) == expected
+    hidden = {session: session.hidden([3, 4]) for session in sessions.values()}
+    assert used(lambda session: session.logits(hidden[session])) == expected
+    kernels.set_threads(1)
+    try:
+        assert used(lambda session: session.prefill([2, 5, 6])) == expected | {None: {1}}
+        assert [engine.threads for engine in engines.values()] == [1, 2, 1]
+    finally:
+        kernels.set_threads(None)
+
+
+@several_cpus
+def test_engines_of_two_threads_do_not_change_each_other(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wrong, launch, wanted = [], jit.launch, threading.local()
+
+    def check(dispatcher, *arguments) -> bool:
+        if (got := jit.threads()) != wanted.threads:
+            wrong.append(got)
+        return launch(dispatcher, *arguments)
+
+    monkeypatch.setattr(jit, "launch", check)
+
+    def work(n: int) -> None:
+        wanted.threads = n
+        session = Engine.load(model, threads=n).session()
+        for _ in range(10):
+            session.prefill([2, 5, 6])
+            session.step(7)
+
+    workers = [threading.Thread(target=work, args=(n,)) for n in (1, 2)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert not wrong
+
+
+def test_use_threads_ends_with_its_block() -> None:
+    outside = kernels.threads()
+    with kernels.use_threads(1):
+        assert kernels.threads() == 1
+        with kernels.use_threads(None):
+            assert kernels.threads() == 1
+        with pytest.raises(UsageError), kernels.use_threads(outside):
+            raise UsageError
+        assert kernels.threads() == 1
+    assert kernels.threads() == outside
+
+
+def test_threads_that_the_machine_does_not_have_are_refused(model: Path) -> None:
+    before = kernels.threads()
+    with pytest.raises(UsageError, match="99999 threads, expected 1 to"):
+        Engine.load(model, threads=99_999)
+    assert kernels.threads() == before
+
+
+# --- forks ------------------------------------------------------------------------------------------------------------
+
+FORK = """
+import multiprocessing, os, sys
+from edge_gemma import Engine
+from edge_gemma.errors import UsageError
+from edge_gemma.kernels import jit
+engine = Engine.load(sys.argv[1])
+def work(i):
+    try:
+        return int(engine.session().prefill([2, 5, 6, 7]).argmax())
+    except UsageError as error:
+        return str(error)
+before = sys.argv[2] == "before"
+expected = None if before else work(0)
+jit._launch.acquire()  # as if another thread were computing at the moment of the fork
+pid = os.fork()
+if pid == 0:
+    print("child", work(1), flush=True)
+    os._exit(0)
+jit._launch.release()
+print("exit", os.waitpid(pid, 0)[1], flush=True)
+with multiprocessing.get_context("fork").Pool(2) as pool:
+    print("pool", *set(pool.map_async(work, range(2)).get(timeout=60)), flush=True)
+print("parent", work(0), expected, flush=True)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+@pytest.mark.parametrize(
+    ("layer", "when", "works"), [("omp", "after", False), ("omp", "before", True), ("workqueue", "after", True)]
+)
+def test_a_forked_child_gets_an_error_or_works(model: Path, layer: str, when: str, works: bool) -> None:
+    """GNU OpenMP kills a child that uses it after its parent did; numba's own threads begin anew."""
+    done = subprocess.run(
+        [sys.executable, "-c", FORK, str(model), when], capture_output=True, text=True, timeout=300,
+        env=os.environ | {"NUMBA_THREADING_LAYER": layer}, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    child, status, pool, parent = done.stdout.splitlines()
+    assert status == "exit 0"
+    result, expected = parent.split()[1:]
+    assert result.isdigit()
+    assert expected in (result, "None")
+    if works:
+        assert (child, pool) == (f"child {result}", f"pool {result}")
+    else:
+        for line in (child, pool):
+            assert "forked" in line
+            assert "'spawn'" in line
+
+
+def _answer(model: str) -> int:
+    return int(Engine.load(model).session().prefill([2, 5, 6, 7]).argmax())
+
+
+def test_spawned_processes_work_beside_a_used_engine(model: Path) -> None:
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        assert np.array_equal(pool.apply(_answer, [str(model)]), _answer(str(model)))
