@@ -2,6 +2,7 @@
 main paths, in an empty home, each system call seen (tests/watched.py). Whatever tries to go out is refused.
 """
 
+import errno
 import os
 import shutil
 import subprocess
@@ -15,7 +16,7 @@ from benchmarks.listening import measure
 from edge_gemma import kernels
 from edge_gemma.cli import cli
 from edge_gemma.ort import onnxruntime
-from tests import hub_stand_in
+from tests import hub_stand_in, watched
 from tests.watched import Record, Watched, why_not
 
 ROOT = Path(__file__).parent.parent
@@ -53,12 +54,12 @@ class Home:
             **variables,
         }  # fmt: skip
         before = self._foreign_files()
-        watched = Watched(
+        program = Watched(
             [sys.executable, *command], env=environment, cwd=self.out, stdin=subprocess.PIPE,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, encoding="utf-8",
         )  # fmt: skip
-        output, _ = watched.process.communicate(stdin, timeout=600)
-        return Run(watched.wait(10), output, watched.record, sorted(self._foreign_files() - before))
+        output, _ = program.process.communicate(stdin, timeout=600)
+        return Run(program.wait(10), output, program.record, sorted(self._foreign_files() - before))
 
     def _foreign_files(self) -> set[str]:
         files = (path.relative_to(self.path) for path in self.path.rglob("*") if not path.is_dir())
@@ -246,7 +247,7 @@ def test_telemetry_would_be_seen(tmp_path: Path) -> None:
 
 
 SENDING = {
-    "urllib, a name": ("from urllib.request import urlopen\nurlopen('http://sound.example/')", "sound.example"),
+    "urllib, a name": ("from urllib.request import urlopen\nurlopen('http://sound.example/')", "looks up"),
     "urllib, an address": ("from urllib.request import urlopen\nurlopen('http://192.0.2.1:80/')", "192.0.2.1 port 80"),
     "a name from a file": ("import socket\nsocket.getaddrinfo('localhost', 80)", "/etc/hosts is read"),
     "another program": (
@@ -305,10 +306,31 @@ def test_what_is_written_would_be_seen(home: Home, tmp_path: Path, code: str) ->
 
 
 def test_io_uring_is_refused(home: Home) -> None:
-    run = home.run(
-        "-c", "import ctypes\nprint(ctypes.CDLL(None, use_errno=True).syscall(425, 1, ctypes.c_char_p(bytes(120))))"
-    )
-    assert run.output.strip() == "-1"
+    code = """
+import ctypes
+libc = ctypes.CDLL(None, use_errno=True)
+print(libc.syscall(425, 1, ctypes.create_string_buffer(120)), ctypes.get_errno())
+"""
+    assert home.run("-c", code).output.split() == ["-1", str(errno.ENOSYS)]
+
+
+def test_where_sockets_of_others_cannot_be_looked_at(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In many containers: look-ups are still seen, and refused."""
+
+    def refused(process: int, number: int) -> int:
+        raise PermissionError
+
+    monkeypatch.setattr(watched, "_descriptor", refused)
+    run = home.run("-c", SENDING["urllib, a name"][0])
+    assert any("by the name server" in line for line in run.record.went_out)
+    assert run.status != 0
+
+
+def test_where_it_cannot_be_watched_it_says_so(home: Home) -> None:
+    """Within a watched program: the kernel allows one listener."""
+    run = home.run("-c", "from tests.watched import why_not\nprint(why_not())")
+    assert "cannot be watched here" in run.output
+    assert "no seccomp filter can be installed" in run.output
 
 
 def test_loopback_is_reached(home: Home) -> None:

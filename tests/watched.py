@@ -97,22 +97,18 @@ class Watched:
             starter = [sys.executable, "-I", "-S", __file__, str(theirs.fileno()), *map(str, command)]
             self.process = subprocess.Popen(starter, pass_fds=[theirs.fileno()], **options)
             theirs.close()
-            number = ours.recv(4)
-            if len(number) < 4 or (listener := struct.unpack("i", number)[0]) < 0:
+            told, descriptors, *_ = socket.recv_fds(ours, 4, 1)
+            if not descriptors:
+                ours.close()
                 self.process.wait()
-                raise OSError(-listener if len(number) == 4 else 0, "no seccomp filter can be installed")
-            try:
-                self._listener = _descriptor(self.process.pid, listener)
-            except OSError:
-                self.process.kill()
-                self.process.wait()
-                raise
+                raise OSError(int.from_bytes(told, sys.byteorder), "no seccomp filter can be installed")
+            self._listener = descriptors[0]
             self._thread = threading.Thread(target=self._serve, daemon=True)
             self._thread.start()
             ours.sendall(b"go")
 
     def wait(self, timeout: float | None = None) -> int:
-        """The program's exit status, after all that it started has ended too or `stop` was called."""
+        """The program's exit status, after all that it started has ended too (10 s at most). Raises what went wrong."""
         status = self.process.wait(timeout)
         self._thread.join(10)
         if self._failure is not None:
@@ -198,7 +194,8 @@ class Watched:
         text = f"{call} {host} port {_port(address)}"
         if call == "connect" and _port(address) == _DNS:
             self.record.lookups.append(f"by the name server {host}")
-            # Connecting a datagram socket sends nothing, and the name comes with the first datagram.
+            # Connecting a datagram socket sends nothing, and the name comes with the first datagram; where containers
+            # do not let us look at sockets of others (pidfd_getfd), names stay unknown.
             return 0 if task.is_datagram(descriptor) else errno.ENETUNREACH
         if host.is_loopback:
             self.record.loopback.append(text)
@@ -256,7 +253,7 @@ class _Task:
 
     def peer(self, descriptor: int) -> bytes:
         """What a socket is connected to, as a sockaddr; nothing but for the internet's."""
-        with suppress(OSError), self._socket(descriptor) as copy:  # not connected, or no socket
+        with suppress(OSError), self._socket(descriptor) as copy:  # not connected, no socket, not allowed
             if copy.family in (socket.AF_INET, socket.AF_INET6):
                 host, port, *_ = copy.getpeername()
                 return _pack(copy.family, host, port)
@@ -365,14 +362,27 @@ def _start() -> None:
     class Program(ctypes.Structure):
         _fields_ = (("length", ctypes.c_ushort), ("steps", ctypes.c_char_p))
 
+    installed = threading.Event()
+    listener = failure = -1
+
+    def tell() -> None:
+        """In a thread of its own, which has no filter: this very call would be handed over, to nobody yet."""
+        installed.wait()
+        if listener < 0:
+            channel.sendall(struct.pack("=i", failure))
+        else:
+            socket.send_fds(channel, [b"fd"], [listener])
+
+    threading.Thread(target=tell, daemon=True).start()
     program = Program(len(steps) // 8, steps)
     libc = ctypes.CDLL(None, use_errno=True)
     libc.prctl(_NO_NEW_PRIVS, ctypes.c_ulong(1), ctypes.c_ulong(0), ctypes.c_ulong(0), ctypes.c_ulong(0))
     flags = ctypes.c_ulong(_NEW_LISTENER | _SPEC_ALLOW)
     number = ctypes.c_long(_SECCOMP[platform.machine()])
     listener = libc.syscall(number, ctypes.c_ulong(_SET_MODE_FILTER), flags, ctypes.byref(program))
-    os.write(channel.fileno(), struct.pack("i", listener if listener >= 0 else -ctypes.get_errno()))
-    if listener < 0 or os.read(channel.fileno(), 2) != b"go":
+    failure = ctypes.get_errno()
+    installed.set()
+    if os.read(channel.fileno(), 2) != b"go":
         os._exit(1)
     os.close(channel.fileno())
     os.execvp(command[0], command)
