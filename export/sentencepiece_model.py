@@ -23,7 +23,7 @@ be a new dependency of the exporter, and its generated module costs more to impo
 import json
 import re
 import struct
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -36,8 +36,13 @@ MAX_VOCABULARY = 4_000_000  # sixteen times Gemma's; a larger claim is not a Gem
 MAX_MERGES = 1 << 24  # scores are float32: integers up to here are exact
 MAX_PIECE_BYTES = 256  # Gemma's longest is 93
 BYTE_PIECES = tuple(f"<0x{byte:02X}>" for byte in range(256))
-SPECIAL_SPELLING = re.compile(r'<\|[a-z_"]+>|<[a-z_]+\|>|<\|[a-z_"]+\|>|<(?:start|end)_of_(?:turn|image)>')
+# In the vocabularies of Gemma 3 and 4 these fit the tokens that Google's tokenizer.json calls special, and no others;
+# <mask> is special in Gemma 4 alone, where Gemma 3 has ordinary added tokens.
+SPECIAL_SPELLING = re.compile(
+    r'<(?:pad|eos|bos|unk)>|<\|[a-z_"]+>|<[a-z_]+\|>|<\|[a-z_"]+\|>|<(?:start|end)_of_(?:turn|image)>'
+)
 PLAIN_SPELLING = re.compile(r"<unused\d+>|<mask>")
+GEMMA_4_MARK = "<|turn>"  # a vocabulary with this token is Gemma 4's
 
 Merges = list[tuple[int, int, int]]  # ids of left half, right half and joined piece, best rank first
 
@@ -78,8 +83,9 @@ def from_tokenizer_json(data: bytes, vocab_size: int | None = None) -> bytes:
 def from_gguf_metadata(metadata: Mapping[str, object]) -> bytes:
     """The serialised SentencePiece ModelProto with the ids of a GGUF file's `tokenizer.ggml.*` metadata.
 
-    tokenizer.ggml.model "llama" takes the stored scores, "gemma4" and "gpt2" the stored merges. Lists may be lists or
-    arrays. CheckpointError, one line, as in `from_tokenizer_json`.
+    Merges are taken wherever there are any: Ollama writes tokenizer.ggml.model "llama", merges, and the ids as scores.
+    Only a "llama" file without merges takes its scores. Lists may be lists or arrays. CheckpointError, one line, as in
+    `from_tokenizer_json`.
     """
     kind = metadata.get("tokenizer.ggml.model")
     if not isinstance(kind, str) or kind not in ("llama", "gemma4", "gpt2"):
@@ -91,12 +97,17 @@ def from_gguf_metadata(metadata: Mapping[str, object]) -> bytes:
         raise CheckpointError(
             f"GGUF: tokenizer.ggml.add_space_prefix is {_show(prefix)}, expected False; not a Gemma tokenizer"
         )
-    vocabulary = _gguf_vocabulary(metadata, scored=kind == "llama")
-    if kind == "llama":
+    merges = metadata.get("tokenizer.ggml.merges")
+    none = merges is None or (isinstance(merges, Sized) and len(merges) == 0)
+    scored = kind == "llama" and none and metadata.get("tokenizer.ggml.pre") != "gemma4"
+    vocabulary = _gguf_vocabulary(metadata, scored=scored)
+    if scored:
         return _serialise(vocabulary, _gguf_scores(metadata, vocabulary))
     ids = vocabulary.ids()
-    merges = _merges(_gguf_list(metadata, "merges", None), vocabulary, ids)
-    return _serialise(vocabulary, _scores_of_merges(vocabulary, ids, merges))
+    return _serialise(
+        vocabulary,
+        _scores_of_merges(vocabulary, ids, _merges(_gguf_list(metadata, "merges", None), vocabulary, ids)),
+    )
 
 
 # --- tokenizer.json ---------------------------------------------------------------------------------------------------
@@ -159,10 +170,9 @@ def _json_vocabulary(root: dict, model: dict, vocab_size: int | None) -> _Vocabu
             )
     by_id = _dense("tokenizer.json", pieces)
     types = [NORMAL] * len(by_id)
-    for text, index, special in added:
-        types[index] = CONTROL if special or SPECIAL_SPELLING.fullmatch(text) else USER_DEFINED
-    roles = {role: f"<{role}>" if f"<{role}>" in pieces else "" for role in ("bos", "eos", "pad")}
-    return _typed("tokenizer.json", by_id, types, unk, **roles)
+    for _text, index, special in added:
+        types[index] = CONTROL if special else USER_DEFINED
+    return _typed("tokenizer.json", by_id, types, unk)
 
 
 def _added_token(entry: object) -> tuple[str, int, bool]:
@@ -238,8 +248,8 @@ def _gguf_vocabulary(metadata: Mapping[str, object], *, scored: bool) -> _Vocabu
             raise CheckpointError(
                 f"GGUF: ids {pieces[piece]} and {index} are both {_show(piece)}, expected each token once"
             )
-        types[index] = _gguf_type(piece, types[index], scored)
     by_id = list(pieces)
+    types = [_gguf_type(piece, kind, scored, GEMMA_4_MARK in pieces) for piece, kind in zip(by_id, types, strict=True)]
     roles = {
         role: _gguf_role(metadata, key, by_id) for role, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"))
     }
@@ -249,15 +259,13 @@ def _gguf_vocabulary(metadata: Mapping[str, object], *, scored: bool) -> _Vocabu
     return _typed("GGUF", by_id, types, unk, **roles)
 
 
-def _gguf_type(piece: str, kind: int, scored: bool) -> int:
-    """The type as the checkpoint's own tokenizer has it, where llama.cpp's converter writes another.
+def _gguf_type(piece: str, kind: int, scored: bool, gemma4: bool) -> int:
+    """The type as the checkpoint's own tokenizer has it, where the writer of the file chose another.
 
-    It writes some of Gemma's special tokens as USER_DEFINED (Gemma 4's tool and channel tokens, so that they are
-    printed; Gemma 3's image tokens), and Gemma 3's `<unusedN>` and `<mask>`, ordinary added tokens, as CONTROL.
+    llama.cpp's converter writes Gemma 3's `<unusedN>` and `<mask>`, ordinary added tokens, as CONTROL. Special tokens
+    are put right in `_typed`.
     """
-    if kind == USER_DEFINED and SPECIAL_SPELLING.fullmatch(piece):
-        return CONTROL
-    if scored and kind == CONTROL and PLAIN_SPELLING.fullmatch(piece):
+    if not gemma4 and kind in (CONTROL, UNUSED) and PLAIN_SPELLING.fullmatch(piece):
         return USER_DEFINED
     if not scored and kind == UNUSED:
         return NORMAL  # a merge list has no such notion
@@ -276,6 +284,11 @@ def _gguf_role(metadata: Mapping[str, object], key: str, pieces: list[str]) -> s
 
 def _gguf_scores(metadata: Mapping[str, object], vocabulary: _Vocabulary) -> list[float]:
     scores = _gguf_list(metadata, "scores", len(vocabulary.pieces))
+    if len(scores) > 1 and list(scores) == list(range(len(scores))):
+        raise CheckpointError(
+            "GGUF: tokenizer.ggml.scores are the ids and there are no merges, so that text cannot be tokenised; "
+            "use another conversion"
+        )
     for index, score in enumerate(scores):
         if not isinstance(score, int | float) or not abs(score) < 3.4e38:
             raise CheckpointError(f"GGUF: token {index} has score {_show(score)}, expected a finite float32")
@@ -403,14 +416,23 @@ def _check_count(source: str, count: int) -> None:
 
 
 def _typed(source: str, pieces: list[str], types: list[int], unk: str, **roles: str) -> _Vocabulary:
-    """The vocabulary with its byte, unknown and role tokens typed, and every piece fit for SentencePiece."""
+    """The vocabulary with its byte, unknown, special and role tokens typed, every piece fit for SentencePiece.
+
+    A token that is spelled like one of Gemma's special tokens is CONTROL whatever type the file gives it: files were
+    written with `<eos>` as an ordinary word and with the tool tokens as text that is to be shown. So are the roles'
+    spellings: `<eos>` is the end of text even where a file names the end of a turn.
+    """
     ids = {piece: index for index, piece in enumerate(pieces)}
+    roles = {role: f"<{role}>" if f"<{role}>" in ids else roles.get(role, "") for role in ("bos", "eos", "pad")}
     for byte_piece in BYTE_PIECES:
         if byte_piece not in ids:
             raise CheckpointError(
                 f"{source}: there is no byte token {byte_piece}, expected all 256; not a Gemma tokenizer"
             )
     types = [NORMAL if kind == BYTE else CONTROL if kind == UNKNOWN else kind for kind in types]
+    for index, piece in enumerate(pieces):
+        if piece[:1] == "<" and (SPECIAL_SPELLING.fullmatch(piece) or (piece == "<mask>" and GEMMA_4_MARK in ids)):
+            types[index] = CONTROL
     for role in filter(None, roles.values()):
         types[ids[role]] = CONTROL
     for byte_piece in BYTE_PIECES:

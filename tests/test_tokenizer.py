@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from edge_gemma.errors import CheckpointError, TokenizerError
 from edge_gemma.export.sentencepiece_model import from_gguf_metadata, from_tokenizer_json
 from edge_gemma.tokenizer import Detokenizer, Tokenizer
+from tests.released_tokenizer import SPECIAL_IDS, ollama_metadata, unsloth_metadata
 from tests.tiny_tokenizer import SPECIAL_TOKENS, gguf_metadata, tokenizer_json
 from tests.tokenizer_texts import KINDS, mixed_texts
 
@@ -83,26 +84,81 @@ def test_merges_may_be_strings_or_pairs() -> None:
     assert from_tokenizer_json(_bytes(joined)) == from_tokenizer_json(_bytes(content))
 
 
-def test_the_scored_gguf_form_of_gemma_3() -> None:
+def test_merges_win_over_scores() -> None:
+    """Ollama's files call the vocabulary scored and give the ids as scores; one sign that it is not is enough."""
+    content = tokenizer_json()
+    metadata = ollama_metadata(content)
+    expected = from_tokenizer_json(_bytes(content))
+    assert from_gguf_metadata(metadata) == expected
+    assert from_gguf_metadata(metadata | {"tokenizer.ggml.pre": "default"}) == expected
+    scores = [-float(index) for index in range(len(content["model"]["vocab"]))]  # true ones beside merges
+    assert from_gguf_metadata(metadata | {"tokenizer.ggml.scores": scores}) == expected
+    with pytest.raises(CheckpointError, match="merges is None, expected a list"):
+        from_gguf_metadata(metadata | {"tokenizer.ggml.merges": None})
+
+
+@pytest.mark.parametrize("kind", [1, 3, 4, 5])
+def test_special_tokens_are_known_by_their_spelling_whatever_type_a_gguf_file_gives_them(kind: int) -> None:
+    content = tokenizer_json()
+    metadata = gguf_metadata(content)
+    types = np.array(metadata["tokenizer.ggml.token_type"])
+    types[[content["model"]["vocab"][piece] for piece in SPECIAL_TOKENS]] = kind
+    assert from_gguf_metadata(metadata | {"tokenizer.ggml.token_type": types}) == from_tokenizer_json(_bytes(content))
+
+
+@pytest.mark.parametrize("listed", [True, False], ids=["not special", "not listed"])
+def test_special_tokens_are_known_by_their_spelling_whatever_a_tokenizer_json_calls_them(listed: bool) -> None:
+    """Older files have seven of them as added tokens that are not special."""
+    content = tokenizer_json()
+    other = copy.deepcopy(content)
+    other["added_tokens"] = [token | {"special": False} for token in content["added_tokens"]] if listed else []
+    assert from_tokenizer_json(_bytes(other)) == from_tokenizer_json(_bytes(content))
+
+
+def test_unsloths_form_is_the_json_form() -> None:
+    """`<eos>` stays the end of text where a file names the end of a turn instead."""
+    content = tokenizer_json()
+    model = from_gguf_metadata(unsloth_metadata(content))
+    assert model == from_tokenizer_json(_bytes(content))
+    assert Tokenizer.from_bytes(model).eos_id == SPECIAL_TOKENS.index("<eos>")
+
+
+def of_gemma_3(content: dict) -> dict:
+    """The content with Gemma 3's turn tokens, and its `<mask>`, an added token that is not special."""
+    text = json.dumps(content)
+    for new, old in {"<start_of_turn>": "<|turn>", "<end_of_turn>": "<turn|>"}.items():
+        text = text.replace(json.dumps(old), json.dumps(new))
+    content = json.loads(text)
+    content["added_tokens"] = [
+        t | {"special": t["special"] and t["content"] != "<mask>"} for t in content["added_tokens"]
+    ]
+    return content
+
+
+@pytest.mark.parametrize("merged", [False, True], ids=["scores", "scores and merges"])
+def test_the_scored_gguf_form_of_gemma_3(merged: bool) -> None:
     """Scores as in Google's own models: the piece order; runs stored with spaces; converter's types put right."""
-    content = tokenizer_json(runs_are_added=True)
+    content = of_gemma_3(tokenizer_json(runs_are_added=True))
     vocab = content["model"]["vocab"]
     added = {token["content"]: token["special"] for token in content["added_tokens"]}
-    metadata = gguf_metadata(content) | {
+    metadata = gguf_metadata(tokenizer_json(runs_are_added=True)) | {
         "tokenizer.ggml.model": "llama",
         "tokenizer.ggml.tokens": [p.replace(SPACE, " ") if added.get(p) is False else p for p in vocab],
         "tokenizer.ggml.scores": [-1000.0 if piece in added else -float(index) for piece, index in vocab.items()],
     }
+    if not merged:
+        del metadata["tokenizer.ggml.merges"]
     types = np.array(metadata["tokenizer.ggml.token_type"])
     for piece, special in added.items():
         types[vocab[piece]] = 3 if special else 4
-    types[vocab["<|turn>"]] = 4
+    types[vocab["<start_of_turn>"]], types[vocab["<mask>"]] = 4, 3
     rebuilt = Tokenizer.from_bytes(from_gguf_metadata(metadata | {"tokenizer.ggml.token_type": types}))
-    for text in mixed_texts(100_000, seed=3):
-        if "<mask>" not in text:  # this form takes <mask> for the ordinary added token that it is in Gemma 3
-            assert rebuilt.encode(text) == tiny(True).encode(text)
-    assert rebuilt.encode("a<mask>") == [vocab["a"], vocab["<mask>"]]
-    assert set(tiny(True).special_tokens) - set(rebuilt.special_tokens) == {"<mask>"}
+    expected = Tokenizer.from_bytes(from_tokenizer_json(_bytes(content)))
+    assert rebuilt.special_tokens == expected.special_tokens
+    assert "<mask>" not in rebuilt.special_tokens
+    assert "<start_of_turn>" in rebuilt.special_tokens
+    for text in ["a<mask>", *mixed_texts(100_000, seed=3)]:
+        assert rebuilt.encode(text) == expected.encode(text)
 
 
 def trained(vocab_size: int, text: list[str]) -> dict:
@@ -172,6 +228,10 @@ def test_a_merge_list_that_cannot_be_followed_names_its_counter_example() -> Non
     with pytest.raises(CheckpointError, match=f"the merges leave '{SPACE}the' as '{SPACE}th' and 'e'"):
         from_tokenizer_json(_bytes(content))
     assert oracle(content).encode(" the", add_special_tokens=False).tokens == [SPACE + "th", "e"]
+
+
+def test_the_special_tokens_of_the_tiny_tokenizer_are_the_released_ones() -> None:
+    assert set(SPECIAL_TOKENS) == set(SPECIAL_IDS)
 
 
 # --- user text, prompts, guards ---------------------------------------------------------------------------------------

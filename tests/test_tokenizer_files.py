@@ -187,14 +187,25 @@ BAD_GGUF: dict[str, tuple[dict[str, object], str]] = {
     "bos beyond the end": ({"bos_token_id": 640}, "bos_token_id is 640, expected an id below 640"),
     "bos negative": ({"bos_token_id": -1}, "bos_token_id is -1, expected an id below 640"),
     "unk is text": ({"unknown_token_id": "3"}, "unknown_token_id is '3', expected an id below 640"),
-    "no scores": ({"model": "llama", "scores": None}, "tokenizer.ggml.scores is None, expected a list"),
-    "short scores": ({"model": "llama", "scores": [0.0]}, "holds 1 entries, expected 640"),
+    "no scores": ({"model": "llama", "merges": None, "scores": None}, "tokenizer.ggml.scores is None, expected a list"),
+    "short scores": ({"model": "llama", "merges": None, "scores": [0.0]}, "holds 1 entries, expected 640"),
     "score is nan": (
-        {"model": "llama", "scores": np.full(640, np.nan)},
+        {"model": "llama", "merges": None, "scores": np.full(640, np.nan)},
         "token 0 has score nan, expected a finite float32",
     ),
-    "score too large": ({"model": "llama", "scores": [1e300] * 640}, "token 0 has score 1e+300, expected a finite"),
-    "score is text": ({"model": "llama", "scores": ["0"] * 640}, "token 0 has score '0', expected a finite float32"),
+    "score too large": (
+        {"model": "llama", "merges": None, "scores": [1e300] * 640},
+        "token 0 has score 1e+300, expected a finite",
+    ),
+    "scores are the ids": (
+        {"model": "llama", "merges": None, "scores": np.arange(640, dtype=np.float32)},
+        "tokenizer.ggml.scores are the ids and there are no merges",
+    ),
+    "Ollama's form without merges": ({"model": "llama", "pre": "gemma4", "merges": None}, "merges is None, expected"),
+    "score is text": (
+        {"model": "llama", "merges": None, "scores": ["0"] * 640},
+        "token 0 has score '0', expected a finite float32",
+    ),
 }
 
 

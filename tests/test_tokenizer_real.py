@@ -1,16 +1,32 @@
 """The tokenizer on the real vocabularies of Gemma 3 and Gemma 4: the `tokenizers` library and recorded vectors."""
 
+import json
 import random
+import subprocess
+import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
 import tokenizers
 
+from edge_gemma.chat import ChatFormat
 from edge_gemma.export.gguf_container import GgufFile
 from edge_gemma.export.sentencepiece_model import from_gguf_metadata, from_tokenizer_json
 from edge_gemma.tokenizer import Tokenizer
+from tests.released_tokenizer import (
+    RECORDED,
+    RECORDED_TEXT,
+    SPECIAL_IDS,
+    dumped,
+    official_templates,
+    ollama_metadata,
+    released_tokenizer_json,
+    shared_file,
+    unsloth_metadata,
+)
+from tests.tiny import CHAT_TEMPLATE
 from tests.tokenizer_texts import SPELLINGS, mixed_texts
 
 pytestmark = pytest.mark.real
@@ -62,6 +78,22 @@ def gemma3(gemma3_tokenizer_json: Path) -> Tokenizer:
 @pytest.fixture(scope="module")
 def gemma3_reference(gemma3_tokenizer_json: Path) -> tokenizers.Tokenizer:
     return tokenizers.Tokenizer.from_file(str(gemma3_tokenizer_json))
+
+
+@pytest.fixture(scope="module")
+def released() -> dict:
+    """The released tokenizer.json."""
+    return json.loads(released_tokenizer_json())
+
+
+@pytest.fixture(scope="module")
+def released_reference(released: dict) -> tokenizers.Tokenizer:
+    return tokenizers.Tokenizer.from_str(json.dumps(released))
+
+
+@pytest.fixture(scope="module")
+def released_tokenizer(released: dict) -> Tokenizer:
+    return Tokenizer.from_bytes(from_tokenizer_json(dumped(released)))
 
 
 def assert_equal_ids(tokenizer: Tokenizer, reference: tokenizers.Tokenizer, texts: Iterable[str]) -> None:
@@ -167,3 +199,63 @@ def test_gemma3_scores_equal_gemma3_merges(gemma3: Tokenizer, gemma3_gguf: Path)
 def test_gemma4_as_tokenizer_json(gemma4_metadata: dict, gemma4_reference: tokenizers.Tokenizer) -> None:
     """The tokenizer.json that the library writes for Gemma 4's tokens and merges gives the GGUF form, byte for byte."""
     assert from_tokenizer_json(gemma4_reference.to_str().encode()) == from_gguf_metadata(gemma4_metadata)
+
+
+def test_the_released_special_tokens(released_tokenizer: Tokenizer) -> None:
+    assert released_tokenizer.special_tokens == SPECIAL_IDS
+
+
+def test_gemma4_special_tokens_have_the_released_ids(gemma4: Tokenizer) -> None:
+    assert gemma4.special_tokens == SPECIAL_IDS
+
+
+def test_the_released_tokenizer_equals_tokenizers(
+    released_tokenizer: Tokenizer, released_reference: tokenizers.Tokenizer
+) -> None:
+    texts = mixed_texts(1_000_000, seed=12)
+    assert_equal_ids(released_tokenizer, released_reference, texts)
+    assert_round_trip(released_tokenizer, texts)
+
+
+def test_gemma4_vocabulary_is_the_released_one(gemma4_metadata: dict, released: dict) -> None:
+    """So what is shown on the one holds for the other, and a clone without the released file loses nothing."""
+    assert from_gguf_metadata(gemma4_metadata) == from_tokenizer_json(dumped(released))
+
+
+def test_ollamas_file_equals_the_released_tokenizer(
+    tmp_path: Path, released: dict, released_reference: tokenizers.Tokenizer
+) -> None:
+    """A file with the metadata that `ollama show` prints: 1 MB of mixed text, and byte for byte the same model."""
+    pytest.importorskip("gguf", reason="the gguf package is not installed")
+    path = tmp_path / "ollama.gguf"
+    subprocess.run([sys.executable, shared_file("make_ollama_gguf.py"), path, "ollama-q4km"], check=True)
+    model = from_gguf_metadata(gguf_metadata(path))
+    assert_equal_ids(Tokenizer.from_bytes(model), released_reference, mixed_texts(1_000_000, seed=13))
+    assert model == from_tokenizer_json(dumped(released))
+
+
+@pytest.mark.parametrize("form", [ollama_metadata, unsloth_metadata])
+def test_other_forms_equal_the_vocabulary_they_were_made_of(form: Callable, gemma4_metadata: dict) -> None:
+    """The same from the registry's vocabulary: what the real files' oddities change is put right."""
+    tokens = gemma4_metadata["tokenizer.ggml.tokens"]
+    content = {
+        "model": {
+            "vocab": {token: index for index, token in enumerate(tokens)},
+            "merges": [merge.split(" ") for merge in gemma4_metadata["tokenizer.ggml.merges"]],
+        },
+        "added_tokens": [{"id": index} for index in SPECIAL_IDS.values()],
+    }
+    assert from_gguf_metadata(form(content)) == from_gguf_metadata(gemma4_metadata)
+
+
+@pytest.mark.parametrize("case", RECORDED)
+def test_prompts_have_the_recorded_ids(gemma4: Tokenizer, case: str) -> None:
+    """With the demonstration's template, and with each of Google's for E2B and E4B that is there."""
+    messages, expected = RECORDED[case]
+    released = {name: text for name, text in official_templates().items() if "-E2B-it/" in name or "-E4B-it/" in name}
+    for name, template in {"demonstration": CHAT_TEMPLATE, **released}.items():
+        assert ChatFormat(template, gemma4).prompt_ids(messages) == expected, name
+
+
+def test_a_text_has_the_recorded_ids(gemma4: Tokenizer) -> None:
+    assert gemma4.encode(RECORDED_TEXT[0], bos=True) == RECORDED_TEXT[1]

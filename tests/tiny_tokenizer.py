@@ -165,7 +165,7 @@ def gguf_metadata(content: dict) -> dict[str, object]:
     kinds[vocab["<|tool_call>"]] = kinds[vocab["<|channel>"]] = 4  # as in the real file: tokens that are to be printed
     return {
         "tokenizer.ggml.model": "gemma4",
-        "tokenizer.ggml.tokens": list(vocab),
+        "tokenizer.ggml.tokens": sorted(vocab, key=vocab.__getitem__),
         "tokenizer.ggml.scores": np.full(len(vocab), -1000.0, np.float32),
         "tokenizer.ggml.token_type": np.array([kinds.get(index, 1) for index in range(len(vocab))], np.int32),
         "tokenizer.ggml.merges": [" ".join(pair) for pair in content["model"]["merges"]],
