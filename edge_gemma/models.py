@@ -24,6 +24,7 @@ EMBEDDED_NOTE = (
 )
 GEMMA3_NAME = "gemma3-270m"
 _GGUF_RECIPE = "q8"
+_SAMPLES, _SAMPLE_BYTES = 65, 4096  # of a GGUF file, spread over it
 
 
 def cache_folder() -> Path:
@@ -106,7 +107,7 @@ def _names() -> list[str]:
 
 
 def _converted(path: Path, progress: Progress | None) -> Path:
-    """A GGUF file's folder in the cache. The key is where the file lies, its size and its time."""
+    """A GGUF file's folder in the cache."""
     with path.open("rb") as file:
         if file.read(4) != b"GGUF":
             advice = ""
@@ -114,9 +115,23 @@ def _converted(path: Path, progress: Progress | None) -> Path:
                 folder = path.absolute().parent
                 advice = f"; with the files beside it: edge-gemma export {path.parent} ./{folder.name}-q4"
             raise UsageError(f"{path} is not a model: expected a model folder or a GGUF file{advice}")
+    return _convert(path, cache_folder() / f"{path.stem}-{_GGUF_RECIPE}-{_key(path)}", _GGUF_RECIPE, progress)
+
+
+def _key(path: Path) -> str:
+    """Another one where a file lies elsewhere or was replaced: its path, size and time, and samples of what it holds.
+
+    Samples tell a file that was copied with the time of the one before. The same file under a new inode is the same.
+    """
     status = path.stat()
-    key = hashlib.sha256(f"{path.resolve()}\0{status.st_size}\0{status.st_mtime_ns}".encode()).hexdigest()[:12]
-    return _convert(path, cache_folder() / f"{path.stem}-{_GGUF_RECIPE}-{key}", _GGUF_RECIPE, progress)
+    digest = hashlib.sha256(f"{path.resolve()}\0{status.st_size}\0{status.st_mtime_ns}".encode())
+    with path.open("rb") as file:
+        for i in range(_SAMPLES):
+            file.seek(i * (status.st_size - 1) // (_SAMPLES - 1))
+            digest.update(file.read(_SAMPLE_BYTES))
+        file.seek(-min(_SAMPLE_BYTES, status.st_size), os.SEEK_END)
+        digest.update(file.read())
+    return digest.hexdigest()[:12]
 
 
 def _gemma3(progress: Progress | None) -> Path:

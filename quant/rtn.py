@@ -13,8 +13,8 @@ def round_to_nearest(weights: np.ndarray, bits: int, group: int) -> tuple[np.nda
     float16 in groups and float32 for one scale a row (group 0), and `values` are rounded against the stored scale.
 
     The element of largest magnitude takes -2^(b-1), the end of the range that has one more step, so a scale carries
-    that element's sign turned round (as llama.cpp's Q4_0 does); at 8 bits it takes -127. A last group cut short by
-    the row's end is scaled over what it has.
+    that element's sign turned round (as llama.cpp's Q4_0 does); at 8 bits it takes -127. Of two as large the negative
+    one counts, wherever they stand. A last group cut short by the row's end is scaled over what it has.
     """
     rows, columns = weights.shape
     width = group or columns

@@ -68,6 +68,38 @@ def test_both_spellings_of_the_global_layers_resolve_alike() -> None:
     assert GemmaConfig.from_text_config(other).layers == GemmaConfig.from_text_config(E2B).layers
 
 
+SLIDING_AT_THE_END = {"layer_types": ([SLIDING] * 4 + [FULL]) * 6 + [SLIDING] * 5, "num_kv_shared_layers": 0}
+
+
+def test_the_last_layer_of_gemma4_is_full_whatever_the_file_says() -> None:
+    layers = GemmaConfig.from_text_config(E2B | SLIDING_AT_THE_END).layers
+    assert [layer.index for layer in layers if layer.layer_type == FULL] == [4, 9, 14, 19, 24, 29, 34]
+    last = layers[-1]
+    assert (last.sliding_window, last.head_dim, last.rotary_dim, last.rope_theta) == (None, 512, 128, 1e6)
+    by_pattern = {key: value for key, value in E2B.items() if key != "layer_types"}
+    layers = GemmaConfig.from_text_config(by_pattern | {"num_kv_shared_layers": 0}).layers  # every sixth, and the last
+    assert [layer.index for layer in layers if layer.layer_type == FULL] == [5, 11, 17, 23, 29, 34]
+
+
+def test_the_last_layer_of_gemma3_is_what_the_file_says() -> None:
+    types = [SLIDING] * 5 + [FULL] + [SLIDING] * 12
+    layers = GemmaConfig.from_text_config(GEMMA3_270M | {"layer_types": types}).layers
+    assert [layer.layer_type for layer in layers] == types
+
+
+@pytest.mark.oracle
+def test_the_reference_forces_the_last_layer_too() -> None:
+    transformers = pytest.importorskip("transformers")
+    for changed, reference in ((E2B, transformers.Gemma4TextConfig), (GEMMA3_270M, transformers.Gemma3TextConfig)):
+        depth = changed["num_hidden_layers"]
+        types = ([SLIDING] * 4 + [FULL]) * 7
+        for given in ({"layer_types": [*types[: depth - 1], SLIDING]}, {}):
+            words = {key: value for key, value in changed.items() if key != "layer_types"} | given
+            words |= {"num_kv_shared_layers": 0} if changed is E2B else {}
+            layers = GemmaConfig.from_text_config(words).layers
+            assert [layer.layer_type for layer in layers] == reference(**words).layer_types
+
+
 @pytest.mark.parametrize(
     ("change", "named"),
     [

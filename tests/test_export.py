@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from safetensors.numpy import load_file
@@ -56,12 +56,24 @@ def plain_rounding(row: list[float], bits: int, group: int) -> tuple[list[int], 
     st.sampled_from([2, 4, 8]),
     st.sampled_from([0, 16, 32]),
 )
+@example(np.float32([[3, 1, -3, 2]]), 4, 0)  # of two as large, the negative one counts
+@example(np.float32([[-3, 1, 3, 2]]), 4, 32)
+@example(np.float32([[0.5, -0.5] * 16]), 2, 16)
+@example(np.float32([[7, -7, 1]]), 8, 0)
 def test_rounding_equals_the_plain_form(weights: np.ndarray, bits: int, group: int) -> None:
     values, scales = round_to_nearest(weights, bits, group)
     for row, got, got_scales in zip(weights, values, scales, strict=True):
         expected, expected_scales = plain_rounding(row.tolist(), bits, group)
         assert got.tolist() == expected
         assert got_scales.tolist() == expected_scales
+
+
+def test_of_two_weights_as_large_the_negative_one_takes_the_longer_end() -> None:
+    for row in ([3, 1, -3, 2], [-3, 2, 3, 1]):
+        values, scales = round_to_nearest(np.float32([row]), 4, 0)
+        assert scales[0, 0] == np.float32(3 / 8)
+        assert values[0, row.index(-3)] == -8
+        assert values[0, row.index(3)] == 7
 
 
 @settings(deadline=None, max_examples=40)

@@ -1,5 +1,6 @@
 """What -m means: folders, GGUF files converted once, names, the variable, the embedded default."""
 
+import os
 import re
 import shutil
 import sys
@@ -62,6 +63,48 @@ def test_a_gguf_is_converted_once_and_again_when_it_changed(tmp_path: Path, cach
     assert models.resolve(first.name) == first  # cached models have names
     names = [p.name for p in cache.iterdir() if p.name[0] != "."]
     assert sorted(names) == sorted(["tiny-q8-" + name[-12:] for name in names])
+
+
+def replaced(path: Path, at: int, *, later_s: int) -> None:
+    """The file with another byte at `at`, of the same size, `later_s` after the one before."""
+    before, data = path.stat(), bytearray(path.read_bytes())
+    data[at] ^= 1
+    path.write_bytes(data)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns + later_s * 10**9))
+    assert path.stat().st_size == before.st_size
+
+
+def test_a_gguf_of_the_same_size_and_another_time_is_converted_anew(tmp_path: Path) -> None:
+    path = tmp_path / "tiny.gguf"
+    write_gguf(path, "gemma3")
+    first = models.resolve(path)
+    # at a place that the samples leave out, so that the time alone tells
+    places = [i * (path.stat().st_size - 1) // (models._SAMPLES - 1) for i in range(models._SAMPLES)]
+    gap = places[40] + models._SAMPLE_BYTES
+    assert gap < places[41]
+    replaced(path, gap, later_s=3)
+    second = models.resolve(path)
+    assert second != first
+    os.utime(path, ns=(0, path.stat().st_mtime_ns - 3 * 10**9))
+    assert models.resolve(path) == first
+
+
+@pytest.mark.parametrize("at", [-1, -33, 0.5])
+def test_a_gguf_of_the_same_size_and_time_with_other_content_is_converted_anew(tmp_path: Path, at: float) -> None:
+    path = tmp_path / "tiny.gguf"
+    write_gguf(path, "gemma3")
+    first = models.resolve(path)
+    replaced(path, int(at) if at < 0 else int(path.stat().st_size * at), later_s=0)
+    assert models.resolve(path) != first
+
+
+def test_the_same_gguf_under_a_new_inode_is_not_converted_again(tmp_path: Path) -> None:
+    path = tmp_path / "tiny.gguf"
+    write_gguf(path, "gemma3")
+    first = models.resolve(path)
+    shutil.copy2(path, tmp_path / "copy")
+    os.replace(tmp_path / "copy", path)
+    assert models.resolve(path) == first
 
 
 def test_a_damaged_cached_model_is_converted_again(tmp_path: Path) -> None:

@@ -73,6 +73,26 @@ def test_ties_go_to_the_lowest_id():
     assert candidates(np.zeros(GEMMA_VOCAB, np.float32), Sampling(top_k=3, top_p=1))[0].tolist() == [0, 1, 2]
 
 
+@pytest.mark.parametrize("rest", [1, 2, 63, 127, 128])
+@pytest.mark.parametrize("k", [1, 2, 9, 200, 1000])
+def test_a_vocabulary_that_ends_within_a_block(rest: int, k: int):
+    """Only blocks of 128 that may hold the largest are looked at: the last may be short, and nothing lies behind it."""
+    n = 40 * 128 + rest
+    logits = random_logits(n, rest) - np.float32(50)  # whatever is made up for the missing ones must not win
+    for at in ([n - 1], [n - 1, 0], [n - rest, n - rest - 1], range(n - rest, n), range(n)):
+        spiked = logits.copy()
+        spiked[list(at)] = -5
+        expected = np.argsort(-spiked, kind="stable")[:k]
+        assert (candidates(spiked, Sampling(top_k=k, top_p=1))[0] == expected).all()
+        assert [i for i, _ in Sampler(Sampling()).likeliest(spiked, k)] == expected.tolist()
+        ids, probabilities = candidates(spiked, Sampling(top_k=0, top_p=0.9))
+        assert (ids == np.argsort(-spiked, kind="stable")[: len(ids)]).all()
+        weights = np.exp(spiked.astype(np.float64) + 5)
+        share = np.cumsum(np.sort(weights)[::-1]) / weights.sum()
+        assert abs(len(ids) - int(np.searchsorted(share, 0.9)) - 1) <= 1
+        assert probabilities.sum() == pytest.approx(1)
+
+
 @pytest.mark.parametrize("sampling", [Sampling(temperature=0), Sampling(top_k=1), Sampling(temperature=1e-9, top_p=1)])
 def test_greedy(sampling):
     sampler = Sampler(sampling)
