@@ -79,7 +79,7 @@ def test_a_vocabulary_that_ends_within_a_block(rest: int, k: int):
     """Only blocks of 128 that may hold the largest are looked at: the last may be short, and nothing lies behind it."""
     n = 40 * 128 + rest
     logits = random_logits(n, rest) - np.float32(50)  # whatever is made up for the missing ones must not win
-    for at in ([n - 1], [n - 1, 0], [n - rest, n - rest - 1], range(n - rest, n), range(n)):
+    for at in ([n - 1], [n - 1, 0], [n - rest - 1], [n - rest, n - rest - 1], range(n - rest, n), range(n)):
         spiked = logits.copy()
         spiked[list(at)] = -5
         expected = np.argsort(-spiked, kind="stable")[:k]
