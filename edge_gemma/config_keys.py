@@ -86,8 +86,13 @@ def with_defaults(config: Mapping[str, Any], defaults: Mapping[str, Any]) -> dic
     return {**said, **{key: defaults.get(key) if value is None else value for key, value in config.items()}}
 
 
+def passed_over(key: str) -> bool:
+    """Whether a key cannot change the arithmetic."""
+    return key in PASSED_OVER or _PASSED_OVER.fullmatch(key) is not None
+
+
 def _says_nothing(key: str, value: Any, defaults: Mapping[str, Any]) -> bool:
-    if key in PASSED_OVER or _PASSED_OVER.fullmatch(key):
+    if passed_over(key):
         return True
     nothing = any(value is empty or (type(value) is type(empty) and value == empty) for empty in _NOTHING)
     return nothing or (key in defaults and type(value) is type(defaults[key]) and value == defaults[key])
