@@ -87,10 +87,9 @@ def usable_settings(given: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]
     Other programs' words of a clear meaning are put into ours: a top_k of -1 is off, 64.0 is 64. A value that cannot be
     meant is dropped, so that Gemma's own holds, and named in a line.
     """
-    settings, notes = {}, []
-    if type(given.get("do_sample")) is bool:
-        settings["do_sample"] = given["do_sample"]
-    for name in _SETTINGS:
+    settings: dict[str, Any] = {}
+    notes = []
+    for name in (*_SETTINGS, "do_sample"):
         value = given.get(name)
         if value is None:
             continue
@@ -99,12 +98,19 @@ def usable_settings(given: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]
         if name == "top_k" and type(value) is int and value == -1:
             value = 0
         try:
+            require("do_sample", value, name != "do_sample" or type(value) is bool, "true or false")
             Sampling.from_generation_config({"temperature": 0.0, name: value})
         except UsageError as error:
-            notes.append(f"left out of the generation settings: {str(error)[:160]}")
+            notes.append(f"left out of the generation settings: {_plain(str(error))}")
         else:
             settings[name] = value
     return settings, notes
+
+
+def _plain(text: str, most: int = 160) -> str:
+    """Text with a file's words in it, fit for a line."""
+    text = text[:most]
+    return text if text.isprintable() else ascii(text)[1:-1]
 
 
 class Sampler:
