@@ -378,6 +378,10 @@ class GgufCheckpoint:
             for name, tensor in self._stored.items()
             if tensor.dtype in PACKED_TYPES and len(tensor.shape) == 2
         }
+        if any(name.startswith(_TOWER_TENSORS) for name in canonical):
+            self.notes.append(
+                "the towers in this file are left out: for speech take the model's safetensors checkpoint"
+            )
         self.license = self._text("general.license")
         self.chat_template = self._text("tokenizer.chat_template")
         self.generation_config = self._generation_config()
@@ -431,7 +435,7 @@ class GgufCheckpoint:
         return from_gguf_metadata(self.metadata)
 
     def audio_tower(self) -> None:
-        """None: GGUF keeps towers in a file of their own, which is not read."""
+        """None: towers in GGUF, in a file of their own or in Ollama's single file, are not read."""
 
     def digest(self) -> str:
         """sha256 over the file's size and everything before the tensor data."""

@@ -199,6 +199,9 @@ def test_stop_ids_come_from_checkpoint_and_vocabulary():
     assert stop_ids_of({}, TOKENIZER) == own
     assert stop_ids_of({"eos_token_id": 77}, TOKENIZER) == own | {77}
     assert stop_ids_of({"eos_token_id": [77, 78]}, TOKENIZER) == own | {77, 78}
+    turn_ends_text = FakeTokenizer()  # a file that names <turn|> as the end of text: <eos> ends a reply all the same
+    turn_ends_text.eos_id = END
+    assert stop_ids_of({}, turn_ends_text) == own
     for bad in ("1", [1, "2"], [True], -1, {}):
         with pytest.raises(UsageError, match="eos_token_id"):
             stop_ids_of({"eos_token_id": bad}, TOKENIZER)

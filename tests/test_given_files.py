@@ -18,7 +18,7 @@ from edge_gemma.export.onnx_folder import export_onnx
 from edge_gemma.generate import Generation, stop_ids_of
 from edge_gemma.sampler import Sampler, Sampling, usable_settings
 from tests.tiny import VOCAB, tiny_weights, write_checkpoint
-from tests.tiny_gguf import gguf_name, tiny_tensors, write_gguf
+from tests.tiny_gguf import gguf_name, tiny_tensors, tokenizer_metadata, write_gguf
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"ab" * 32 + b"\nsize 10246621918\n"
 
@@ -249,6 +249,18 @@ def test_stop_tokens_come_from_every_place(tmp_path: Path, place: str) -> None:
         edit_json(folder / "tokenizer_config.json", eos_token=token if place == "tokenizer" else {"content": token})
     expected = {"<eos>", "<turn|>", "<|tool_response>"} | (set() if place == "nowhere" else {"piece 300"})
     assert stop_pieces(export_checkpoint(folder, tmp_path / "m", "float")) == expected
+
+
+def test_end_tokens_typed_as_text_still_end_a_reply(tmp_path: Path) -> None:
+    """Unsloth's GGUF files: <eos> and <|tool_response> are NORMAL, and the only end that is listed is <turn|>."""
+    metadata = tokenizer_metadata()
+    pieces, types = metadata["tokenizer.ggml.tokens"], list(metadata["tokenizer.ggml.token_type"])
+    for piece in ("<eos>", "<|tool_response>"):
+        types[pieces.index(piece)] = 1
+    words = {"token_type": types, "eos_token_id": pieces.index("<turn|>")}
+    changes = {f"tokenizer.ggml.{key}": value for key, value in words.items()}
+    path = write_gguf(tmp_path / "x.gguf", "e2b", metadata=changes)
+    assert stop_pieces(export_checkpoint(path, tmp_path / "m", "float")) == {"<eos>", "<turn|>", "<|tool_response>"}
 
 
 @pytest.mark.parametrize("key", ["eos_token_id", "eos_token_ids", "eot_token_id", "eom_token_id"])

@@ -143,6 +143,8 @@ def test_ollamas_single_file_opens(tmp_path: Path) -> None:
     assert GemmaConfig.from_text_config(checkpoint.text_config) == expected
     assert set(checkpoint.tensors) == set(expected.tensor_shapes())
     assert checkpoint.generation_config == {"eos_token_id": [1, 106, 50]}
+    assert checkpoint.audio_tower() is None
+    assert ["towers" in note for note in checkpoint.notes] == [True]
     checkpoint.close()
 
 
