@@ -134,12 +134,12 @@ def load(model: str | None, options: dict[str, Any]) -> "Engine":
     return load_engine(model, context=options["context"], threads=options["threads"], backend=options.get("backend"))
 
 
-def check_memory(model: str | None, context: int | None, memory_limit: int | None) -> None:
-    """Before anything is loaded; memory_limit in MB, None: no limit."""
+def check_memory(model: str | None, context: int | None, memory_limit: int | None, *, audio: bool = False) -> None:
+    """Before anything is loaded; memory_limit in MB, None: no limit. audio: for a command that hears."""
     if memory_limit is not None:
         from edge_gemma.memory import check_limit
 
-        check_limit(open_folder(model), context, memory_limit * 1_000_000)
+        check_limit(open_folder(model), context, memory_limit * 1_000_000, audio=audio)
 
 
 @functools.cache

@@ -4,25 +4,29 @@ Owns: the estimate (`footprint`), this process's own figures (`resident`), and t
 Does not know: how to measure speed (bench.py). MB are 10^6 bytes.
 
 Resident is what counts against a board's memory: the interpreter with its libraries, the vocabulary, the mapped
-weights a token touches, the KV cache of the whole context and the activations of the longest chunk. Rows of the
-per-layer-embedding table are read from disk and stay in the system's own cache, which gives way to everything else.
+weights a token touches, the KV cache of the whole context, the snapshots of its rings that a chat goes back to, the
+activations of the longest chunk, and, where speech is heard, the audio encoder. Rows of the per-layer-embedding table
+are read from disk and stay in the system's own cache, which gives way to everything else.
 """
 
 from dataclasses import dataclass, fields
 from pathlib import Path
 
 from edge_gemma import kernels, qformat
-from edge_gemma.config import GemmaConfig
+from edge_gemma.config import GemmaConfig, LayerSpec
 from edge_gemma.engine import DEFAULT_CONTEXT
 from edge_gemma.errors import UsageError
-from edge_gemma.model_folder import PER_LAYER, TOKENIZER, ModelFolder
-from edge_gemma.session import CHUNK
+from edge_gemma.model_folder import AUDIO_DATA, PER_LAYER, TOKENIZER, ModelFolder
+from edge_gemma.session import CHUNK, MARKS
 
 # Measured with `edge-gemma bench` on x86-64 Linux, Python 3.11 to 3.13, numba 0.61 to 0.66.
 _KERNEL_CODE = 60_000_000  # compiled kernels loaded from their cache, and the parts of LLVM that takes
 _COMPILER = 100_000_000  # on top when they are compiled first; kept until the process ends
 _TOKENIZER_FACTOR = 15  # SentencePiece's tables per byte of tokenizer.model
 _PAGE = 4096
+# An encoder in onnxruntime, after 30 s of sound: of 6 MB of weights 93 MB, of 303 MB 553 MB.
+_ENCODER = 83_000_000  # the library and a long step's arrays
+_ENCODER_FACTOR = 1.55  # weights, and their copy in the order that the CPU multiplies them in
 
 
 @dataclass(frozen=True)
@@ -33,7 +37,9 @@ class Footprint:
     tokenizer: int
     weights: int
     kv_cache: int
+    snapshots: int
     activations: int
+    audio: int
 
     @property
     def total(self) -> int:
@@ -52,9 +58,9 @@ def resident(key: str = "VmRSS") -> int | None:
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{key}:")), None)
 
 
-def footprint(folder: ModelFolder, context: int | None = None) -> Footprint:
-    """The estimate for a session of `context` tokens (None: the default). Within 15% of the measured peak
-    (tests/test_bench.py).
+def footprint(folder: ModelFolder, context: int | None = None, *, audio: bool = False) -> Footprint:
+    """The estimate for a session of `context` tokens (None: the default), audio: that hears. Within 15% of the measured
+    peak (tests/test_bench.py).
     """
     config = folder.config
     context = context or min(DEFAULT_CONTEXT, config.max_position_embeddings)
@@ -64,17 +70,22 @@ def footprint(folder: ModelFolder, context: int | None = None) -> Footprint:
         tokenizer=_TOKENIZER_FACTOR * folder.manifest["files"][TOKENIZER]["bytes"],
         weights=_weights(folder, context),
         kv_cache=_kv_cache(config, context),
+        snapshots=MARKS * _rings(config, context),
         activations=_activations(folder, min(context, CHUNK)),
+        audio=_encoder(folder) if audio else 0,
     )
 
 
-def check_limit(folder: ModelFolder, context: int | None, limit: int) -> None:
-    """Raise UsageError, saying what would fit, if a session of `context` tokens needs more than `limit` bytes."""
+def check_limit(folder: ModelFolder, context: int | None, limit: int, *, audio: bool = False) -> None:
+    """Raise UsageError, saying what would fit, if a session of `context` tokens needs more than `limit` bytes.
+
+    audio: as in `footprint`.
+    """
     context = context or min(DEFAULT_CONTEXT, folder.config.max_position_embeddings)
-    needed = footprint(folder, context)
+    needed = footprint(folder, context, audio=audio)
     if needed.total <= limit:
         return
-    if shorter := next((c for c in _shorter(context) if footprint(folder, c).total <= limit), None):
+    if shorter := next((c for c in _shorter(context) if footprint(folder, c, audio=audio).total <= limit), None):
         advice = f"--context {shorter} would fit"
     elif (at_4_bits := needed.total - needed.weights + _weights_at_4_bits(folder)) <= limit:
         advice = f"exported with --recipe q4 it needs about {at_4_bits / 1e6:.0f} MB"
@@ -108,9 +119,28 @@ def _weights_at_4_bits(folder: ModelFolder) -> int:
 
 
 def _kv_cache(config: GemmaConfig, context: int) -> int:
-    """float16 K and V (kv_cache.py): rings of the window and a chunk, or the whole context."""
-    slots = ((layer, min(context, (layer.sliding_window or context) + CHUNK)) for layer in config.layers)
-    return sum(n * layer.num_key_value_heads * layer.head_dim * 2 * 2 for layer, n in slots if layer.owns_kv)
+    """K and V (kv_cache.py): rings of the window and a chunk, or the whole context."""
+    return sum(_layer_cache(layer, context) for layer in config.layers if layer.owns_kv)
+
+
+def _rings(config: GemmaConfig, context: int) -> int:
+    """Of these, the rings that a snapshot copies: those that do not hold the whole context."""
+    rings = (layer for layer in config.layers if layer.owns_kv and layer.sliding_window)
+    return sum(_layer_cache(layer, context) for layer in rings if _slots(layer, context) < context)
+
+
+def _slots(layer: LayerSpec, context: int) -> int:
+    return min(context, (layer.sliding_window or context) + CHUNK)
+
+
+def _layer_cache(layer: LayerSpec, context: int) -> int:
+    """float16 K and V."""
+    return _slots(layer, context) * layer.num_key_value_heads * layer.head_dim * 2 * 2
+
+
+def _encoder(folder: ModelFolder) -> int:
+    entry = folder.manifest["files"].get(AUDIO_DATA)
+    return 0 if entry is None else _ENCODER + int(_ENCODER_FACTOR * entry["bytes"])
 
 
 def _activations(folder: ModelFolder, chunk: int) -> int:

@@ -21,7 +21,7 @@ from edge_gemma.kv_cache import KVCache, Snapshot
 from edge_gemma.step import Step
 
 CHUNK = 128  # tokens prefilled at a time
-_MARKS = 4  # snapshots kept
+MARKS = 4  # snapshots kept
 _PAD = 0  # the token whose per-layer embedding soft tokens take
 SoftTokens = dict[int, np.ndarray]  # position -> float32 [hidden_size], what enters layer 0 there
 
@@ -131,7 +131,7 @@ class Session:
         """Remember the present position, so that rewinding to it (or soon after it) stays cheap."""
         self._settle()
         if not self._marks or self._marks[-1].position != self.position:
-            self._marks = [*self._marks[1 - _MARKS :], self._cache.snapshot()]
+            self._marks = [*self._marks[1 - MARKS :], self._cache.snapshot()]
 
     def save(self, path: Path | str) -> None:
         """Write the timeline and its KV cache, whole or not at all (safetensors). Raises OSError where it cannot."""

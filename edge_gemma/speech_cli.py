@@ -43,10 +43,12 @@ def _tell(text: str) -> None:
 @click.option("--force", is_flag=True, help="Replace a FILE.srt that is there already.")
 @common.context
 @common.threads
+@common.memory_limit
 @common.as_json
 def transcribe(
     model: str | None, files: tuple[Path, ...], srt: bool, force: bool, as_json: bool, context: int | None,
-    threads: int | None, language: str | None, translate_to: str | None, num_beams: int | None, track: int | None,
+    threads: int | None, memory_limit: int | None, language: str | None, translate_to: str | None,
+    num_beams: int | None, track: int | None,
 ) -> None:  # fmt: skip
     """Write down the speech in sound files (or videos) of any length.
 
@@ -65,6 +67,7 @@ def transcribe(
         for path in files:
             _refuse_to_replace(_subtitle_file(path))
     task = Task(language, translate_to)
+    common.check_memory(model, context, memory_limit, audio=True)
     engine = common.load_engine(model, context=context, threads=threads)
     transcriber = Transcriber(engine, task, num_beams=num_beams, note=_tell)
     failed = 0
@@ -125,7 +128,9 @@ def _refuse_to_replace(path: Path) -> None:
 
 
 @click.command()
-@common.refuse("model device ask system language translate_to num_beams pause context threads", beside="list_devices")
+@common.refuse(
+    "model device ask system language translate_to num_beams pause context threads memory_limit", beside="list_devices"
+)
 @common.refuse("language translate_to", beside="ask")  # which --system can say
 @common.refuse("system", without="ask")
 @common.model
@@ -139,11 +144,12 @@ def _refuse_to_replace(path: Path) -> None:
               help="Seconds of silence that end an utterance.")  # fmt: skip
 @common.context
 @common.threads
+@common.memory_limit
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object a line for each event.")
 def listen(
     model: str | None, device: str | None, list_devices: bool, ask: bool, system: str | None, pause: float,
     as_json: bool, context: int | None, threads: int | None, language: str | None, translate_to: str | None,
-    num_beams: int | None,
+    memory_limit: int | None, num_beams: int | None,
 ) -> None:  # fmt: skip
     """Write down what a microphone hears as it is said, or answer it. Ctrl-C ends; what was said last still comes.
 
@@ -163,6 +169,7 @@ def listen(
 
     task = Task(language, translate_to)
     screen = Screen()
+    common.check_memory(model, context, memory_limit, audio=True)
     engine = common.load_engine(model, context=context, threads=threads)
     rules = live_rules(pause)
     listener = Listener(engine, task, ask=ask, system=system, num_beams=num_beams, rules=rules, note=screen.note)
