@@ -146,6 +146,8 @@ class SafetensorsCheckpoint:
             raise
 
     def _open(self) -> None:
+        if self._folder.has("adapter_model.safetensors") and not self._folder.has("model.safetensors"):
+            raise CheckpointError(f"{self._name} is an adapter: merge it into its model first, then save the whole")
         config_bytes = self._folder.read("config.json", _MAX_JSON)
         self._top = top = parse_json(config_bytes, f"{self._name}/config.json")
         text = hub_config.text_config(top, self.ignored)
@@ -203,8 +205,6 @@ class SafetensorsCheckpoint:
         elif self._folder.has(index):
             weight_map = _weight_map(parse_json(self._folder.read(index, _MAX_JSON), f"{self._name}'s shard index"))
             names = sorted(set(weight_map.values()))
-        elif self._folder.has("adapter_config.json"):
-            raise CheckpointError(f"{self._name} is an adapter: merge it into its model first, then save the whole")
         else:
             raise CheckpointError(f"{self._name} has neither model.safetensors nor model.safetensors.index.json")
         stored: dict[str, StoredTensor] = {}

@@ -115,7 +115,7 @@ def from_gguf_metadata(metadata: Mapping[str, object]) -> bytes:
 
 def _parse_json(data: bytes) -> dict:
     try:
-        root = json.loads(data.decode("utf-8"))
+        root = json.loads(data.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"tokenizer.json: not readable as JSON ({_show(str(error))}); fetch it again") from None
     if not isinstance(root, dict):

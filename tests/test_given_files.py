@@ -73,6 +73,19 @@ def test_a_pointer_in_place_of_a_shard_or_a_gguf_file(tmp_path: Path) -> None:
             open_checkpoint(source)
 
 
+def test_a_byte_order_mark_before_json_is_left_out(tmp_path: Path) -> None:
+    plain = write_checkpoint(tmp_path / "plain", "e2b")
+    marked = write_checkpoint(tmp_path / "marked", "e2b")
+    for name in ("config.json", "generation_config.json", "tokenizer.json", "chat_template.jinja"):
+        (marked / name).write_bytes(b"\xef\xbb\xbf" + (marked / name).read_bytes())
+    one, other = (open_checkpoint(folder) for folder in (plain, marked))
+    assert one.text_config == other.text_config
+    assert one.tokenizer_model() == other.tokenizer_model()
+    assert one.chat_template == other.chat_template
+    one.close()
+    other.close()
+
+
 @pytest.mark.parametrize("content", [b"", b"no model", b"<html>not found</html>"])
 def test_a_tokenizer_model_that_is_none_is_not_exported(tmp_path: Path, content: bytes) -> None:
     folder = write_checkpoint(tmp_path / "s", "e2b")

@@ -172,6 +172,7 @@ def test_what_mlx_quantised_says_so(tmp_path: Path) -> None:
 def test_an_adapters_folder_says_so(tmp_path: Path) -> None:
     folder = write_checkpoint(tmp_path, "e2b")
     (folder / "model.safetensors").rename(folder / "adapter_model.safetensors")
+    (folder / "config.json").unlink()
     (folder / "adapter_config.json").write_text("{}")
     with pytest.raises(CheckpointError, match="is an adapter: merge it"):
         open_checkpoint(folder)
