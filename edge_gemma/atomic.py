@@ -1,45 +1,61 @@
 """Writing so that an interruption leaves the old or the new, never half: aside, fsync, rename.
 
 Owns: one file (`write_file`) and one folder (`new_folder`). Does not know what is written.
+
+Links are followed: what they name is replaced, beside it lies what is being written. What is replaced keeps its
+permissions; what is new gets those of the umask.
 """
 
 import contextlib
-import ctypes
-import fcntl
+import glob
 import os
+import secrets
 import shutil
-import tempfile
+import stat
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from edge_gemma import system
 from edge_gemma.errors import UsageError
 
 _ASIDE, _REPLACED = ".partial", ".replaced"
-
-
-def sync_folder(path: Path) -> None:
-    """Make a folder's entries durable."""
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+_ABANDONED_S = 86_400.0  # without locks: what nobody wrote to for so long belongs to a run that is gone
+_SHOWN = 40  # characters of a file's name in that of the file aside, which must not be too long
 
 
 def write_file(path: Path, data: bytes) -> None:
-    """Write `data` to `path` whole or not at all."""
-    fd, aside = tempfile.mkstemp(prefix=f".{path.name}.", suffix=_ASIDE, dir=path.parent)
+    """Write `data` to `path` whole or not at all; a device or a pipe is written to as it is. Raises OSError."""
     try:
+        mode = os.stat(path).st_mode
+    except FileNotFoundError:
+        mode = stat.S_IFREG | 0o666
+    if not stat.S_ISREG(mode):
+        path.write_bytes(data)
+        return
+    path, permissions = Path(os.path.realpath(path)), stat.S_IMODE(mode)
+    aside = path.with_name(f".{path.name[:_SHOWN]}.{secrets.token_hex(4)}{_ASIDE}")
+    try:
+        fd = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | system.BINARY, permissions)
         with os.fdopen(fd, "wb") as file:
             file.write(data)
             file.flush()
-            os.fsync(file.fileno())
+            system.flush(file.fileno())
+        _take_permissions(path, aside)
         os.replace(aside, path)
-    except BaseException:
+    except BaseException as error:
         with contextlib.suppress(OSError):
             os.unlink(aside)
+        if isinstance(error, OSError):
+            error.filename, error.filename2 = os.fspath(path), None
         raise
-    sync_folder(path.parent)
+    system.flush_folder(path.parent)
+
+
+def _take_permissions(old: Path, new: Path) -> None:
+    """Where there is an `old`, and the file system has permissions."""
+    with contextlib.suppress(OSError):
+        os.chmod(new, stat.S_IMODE(os.stat(old).st_mode))
 
 
 @contextlib.contextmanager
@@ -56,17 +72,14 @@ def scratch_folder(
     dest.parent.mkdir(parents=True, exist_ok=True)
     kept = dest.with_name(f".{dest.name}.{key}{_ASIDE}") if key else None
     _clear_leftovers(dest, kept)
-    if kept:
-        kept.mkdir(0o700, exist_ok=True)
-    scratch = kept or Path(tempfile.mkdtemp(prefix=f".{dest.name}.", suffix=_ASIDE, dir=dest.parent))
-    lock = os.open(scratch, os.O_RDONLY | os.O_DIRECTORY)
+    scratch = kept or dest.with_name(f".{dest.name}.{secrets.token_hex(4)}{_ASIDE}")
+    scratch.mkdir(exist_ok=kept is not None)
+    try:
+        lock = system.lock_folder(scratch)
+    except BlockingIOError:
+        raise UsageError(f"{dest} is being written by another run: wait for it, or choose another name") from None
     keep = False
     try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            keep = True
-            raise UsageError(f"{dest} is being written by another run: wait for it, or choose another name") from None
         yield scratch
     except keep_on:
         keep = kept is not None
@@ -74,7 +87,8 @@ def scratch_folder(
     finally:
         if not keep:
             shutil.rmtree(scratch, ignore_errors=True)
-        os.close(lock)
+        if lock is not None:
+            os.close(lock)
 
 
 @contextlib.contextmanager
@@ -87,7 +101,7 @@ def new_folder(
     an interrupted run with the same key is resumed. keep_on: what counts as an interruption.
     Raises UsageError if `dest` exists without `force`, is not a folder, or is being written with this key.
     """
-    dest = dest.absolute()
+    dest = _real(dest)
     with scratch_folder(dest, key, keep_on) as aside:
         if dest.exists() and (not force or not dest.is_dir()):
             raise UsageError(f"{dest} exists already: choose another name, or --force to replace a model folder")
@@ -97,37 +111,39 @@ def new_folder(
             if path.is_dir():
                 folders.append(path)
                 continue
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
+            with path.open("r+b") as file:
+                system.flush(file.fileno())
                 # what was written piece by piece lies in the cache in small pages: the first to read it gets large ones
-                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+                system.advise(file.fileno(), "DONTNEED")
         for folder in reversed(folders):
-            sync_folder(folder)
+            system.flush_folder(folder)
         _rename(aside, dest)
 
 
 def left_aside(dest: Path) -> list[Path]:
     """What interrupted runs have left for the next one that writes `dest`."""
-    return [path for path in dest.absolute().parent.glob(f".{dest.name}.*{_ASIDE}") if path.is_dir()]
+    dest = _real(dest)
+    pattern = f".{glob.escape(dest.name)}.*{_ASIDE}"
+    found = [path for path in dest.parent.glob(pattern) if path.is_dir() and not path.is_symlink()]
+    # a dot more: it was left for another folder, dest.something
+    return [path for path in found if "." not in path.name[len(dest.name) + 2 : -len(_ASIDE)]]
+
+
+def _real(dest: Path) -> Path:
+    """Where a path leads, every link followed."""
+    return Path(os.path.realpath(dest))
 
 
 def _rename(aside: Path, dest: Path) -> None:
-    aside.chmod(0o755)
+    _take_permissions(dest, aside)
     if not dest.exists():
         os.rename(aside, dest)
-    elif not _exchange(aside, dest):  # after an exchange the old folder lies aside, and goes with the scratch folder
+    elif not system.exchange(aside, dest):  # after an exchange the old folder lies aside, and goes with the scratch one
         old = dest.with_name(f".{dest.name}{_REPLACED}")
         os.rename(dest, old)
         os.rename(aside, dest)
         shutil.rmtree(old, ignore_errors=True)
-    sync_folder(dest.parent)
-
-
-def _exchange(a: Path, b: Path) -> bool:
-    """Swap two names in one step, where the system and the file system can (Linux `renameat2`, RENAME_EXCHANGE)."""
-    renameat2 = getattr(ctypes.CDLL(None), "renameat2", None)
-    at_cwd, exchange = -100, 2
-    return renameat2 is not None and renameat2(at_cwd, os.fsencode(a), at_cwd, os.fsencode(b), exchange) == 0
+    system.flush_folder(dest.parent)
 
 
 def _clear_leftovers(dest: Path, kept: Path | None = None) -> None:
@@ -138,11 +154,20 @@ def _clear_leftovers(dest: Path, kept: Path | None = None) -> None:
     for left in [*left_aside(dest), old]:
         if left == kept or not left.is_dir():
             continue
-        fd = os.open(left, os.O_RDONLY | os.O_DIRECTORY)
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(left, ignore_errors=True)
+            lock = system.lock_folder(left)
         except BlockingIOError:
-            pass  # another export is writing there now
-        finally:
-            os.close(fd)
+            continue  # another export is writing there now
+        if lock is not None or _last_written(left) < time.time() - _ABANDONED_S:
+            shutil.rmtree(left, ignore_errors=True)
+        if lock is not None:
+            os.close(lock)
+
+
+def _last_written(folder: Path) -> float:
+    """Seconds since 1970."""
+    times = [folder.stat().st_mtime]
+    for path in folder.rglob("*"):
+        with contextlib.suppress(OSError):  # gone meanwhile
+            times.append(path.stat().st_mtime)
+    return max(times)

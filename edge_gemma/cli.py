@@ -295,7 +295,7 @@ def info(model: str | None, as_json: bool) -> None:
         "source_digest": source.get("digest"),
         "license": source.get("license"),
         "kernels": kernels.variant(),
-        "kernel_cache": str(kernels.cache_directory()),
+        "kernel_cache": str(kernels.cache_directory() or "none"),
         "threads": kernels.threads(),
         "version": __version__,
     }

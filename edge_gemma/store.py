@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from edge_gemma import system
 from edge_gemma.errors import UsageError
 from edge_gemma.model_folder import MANIFEST
 
@@ -94,11 +95,7 @@ def _source(path: Path) -> dict[str, Any]:
 
 def _bytes(path: Path) -> int:
     """What a folder takes on the disk: containers that are being filled have holes."""
-    return sum(
-        getattr(status := file.stat(), "st_blocks", -(-status.st_size // 512)) * 512
-        for file in path.rglob("*")
-        if file.is_file()
-    )
+    return sum(system.allocated(file) for file in path.rglob("*") if file.is_file())
 
 
 def _touch(folder: Path, name: str) -> None:

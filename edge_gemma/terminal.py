@@ -5,6 +5,7 @@ models, tokens, options of the command line.
 """
 
 import contextlib
+import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -243,7 +244,7 @@ class ChatLoop:
         if not argument:
             self._screen.note("/save needs a file name")
             return
-        path = Path(argument).expanduser()
+        path = Path(os.path.expanduser(argument))
         try:
             saved = self._save(self._saved.setdefault(path.resolve(), SessionFile(path)))
         except UsageError:

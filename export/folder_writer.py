@@ -18,7 +18,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from edge_gemma import __version__
+from edge_gemma import __version__, system
 from edge_gemma.errors import UsageError
 from edge_gemma.model_folder import (
     ALIGNMENT,
@@ -75,7 +75,7 @@ class FolderWriter:
             for key, part in tensor.parts.items():
                 by_file.setdefault(part.file, []).append((name, key, part))
         needed = beside + sum(part.nbytes for parts in by_file.values() for _, _, part in parts)
-        free = shutil.disk_usage(folder).free + sum(512 * path.stat().st_blocks for path in folder.iterdir())
+        free = shutil.disk_usage(folder).free + sum(system.allocated(path) for path in folder.iterdir())
         if needed > free:
             raise UsageError(
                 f"the model needs {needed / 1e9:.2f} GB, {folder.parent} has {free / 1e9:.2f} GB free: "
@@ -98,10 +98,10 @@ class FolderWriter:
         header = json.dumps(entries, separators=(",", ":")).encode()
         header += b" " * (-(len(header) + 8) % ALIGNMENT)
         start = 8 + len(header)
-        fd = os.open(self.folder / file, os.O_RDWR | os.O_CREAT, 0o644)
+        fd = os.open(self.folder / file, os.O_RDWR | os.O_CREAT | system.BINARY, 0o666)
         self._fds[file] = fd
         os.ftruncate(fd, start + offset)
-        os.pwrite(fd, len(header).to_bytes(8, "little") + header, 0)
+        system.write_at(fd, len(header).to_bytes(8, "little") + header, 0)
         self._files[file] = {"bytes": start + offset}
         for name, key, part, begin in spans:
             self._growing[name, key] = _Growing(replace(part, offset=start + begin))
@@ -112,9 +112,9 @@ class FolderWriter:
         data = np.ascontiguousarray(values).reshape(-1).view(np.uint8).data
         if growing.written + len(data) > growing.part.nbytes:
             raise AssertionError(f"{name}.{key} was given more than its {growing.part.nbytes} bytes")
-        done = 0
+        fd, done = self._fds[growing.part.file], 0
         while done < len(data):
-            done += os.pwrite(self._fds[growing.part.file], data[done:], growing.part.offset + growing.written + done)
+            done += system.write_at(fd, data[done:], growing.part.offset + growing.written + done)
         growing.digest.update(data)
         growing.written += len(data)
 
@@ -122,7 +122,7 @@ class FolderWriter:
         """Rows (or panels) start to stop - 1 of a part, as they lie in the file."""
         part = self._growing[name, key].part
         row = part.nbytes // part.shape[0] if part.nbytes else 0
-        data = os.pread(self._fds[part.file], (stop - start) * row, part.offset + start * row)
+        data = system.read(self._fds[part.file], (stop - start) * row, part.offset + start * row)
         return np.frombuffer(data, part.numpy_dtype).reshape(stop - start, *part.shape[1:])
 
     def digests(self, name: str) -> dict[str, str]:
@@ -138,7 +138,7 @@ class FolderWriter:
     def sync(self) -> None:
         """Flush the containers to the disk."""
         for fd in self._fds.values():
-            os.fsync(fd)
+            system.flush(fd)
 
     def adopt_file(self, name: str, entry: dict[str, Any]) -> bool:
         """A file that an earlier run has written, if it still is what `entry` says."""

@@ -8,7 +8,6 @@ Disk: the folder, and one tensor that is on its way. Everything that has arrived
 
 import hashlib
 import json
-import os
 import shutil
 import tempfile
 import time
@@ -20,7 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from edge_gemma import __version__
+from edge_gemma import __version__, system
 from edge_gemma.atomic import new_folder, write_file
 from edge_gemma.engine import DEFAULT_CONTEXT
 from edge_gemma.errors import CheckpointError, UsageError
@@ -360,7 +359,7 @@ class _Run:
             self._writer.sync()
             if (path := self._writer.folder / JOURNAL).exists():
                 with path.open("rb") as file:
-                    os.fsync(file.fileno())
+                    system.flush(file.fileno())
             for used in self._used:
                 self._drop(used)
             self._used = []

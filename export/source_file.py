@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from edge_gemma import system
 from edge_gemma.config import GemmaConfig
 from edge_gemma.errors import CheckpointError, ConfigError
 from edge_gemma.export.gguf_types import ElementType, dequantize_into
@@ -67,7 +68,7 @@ class SourceFile:
         self._fd = -1
         try:
             # Not blocking, so that a pipe or a device in place of a file is refused instead of waited for.
-            fd = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+            fd = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | system.BINARY)
         except (OSError, ValueError) as e:
             raise CheckpointError(f"cannot read {self.name}: {getattr(e, 'strerror', None) or e}") from e
         status = os.fstat(fd)
@@ -96,7 +97,7 @@ class SourceFile:
         done = 0
         while done < len(buffer):
             try:
-                got = os.preadv(self._fd, [buffer[done : done + (1 << 30)]], offset + done)
+                got = system.read_at(self._fd, buffer[done : done + (1 << 30)], offset + done)
             except OSError as e:
                 raise CheckpointError(f"cannot read {self.name}: {e.strerror}") from e
             if not got:

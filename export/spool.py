@@ -9,12 +9,12 @@ files reach; after the machine itself went down only as far as was flushed to th
 
 import bisect
 import contextlib
-import os
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from edge_gemma import system
 from edge_gemma.errors import CheckpointError, EdgeGemmaError
 from edge_gemma.export.source_file import SourceFile, show
 
@@ -170,7 +170,7 @@ class SpooledFile(SourceFile):
         with kept.path.open("ab", buffering=0) as file:
             file.write(data)
             if kept.ordered and kept.have + len(data) - kept.synced >= _SYNC_BYTES:
-                os.fsync(file.fileno())
+                system.flush(file.fileno())
                 kept.synced = kept.have + len(data)
                 kept.path.with_suffix(".flushed").write_text(str(kept.synced))
         with self._spool.changed:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from edge_gemma import atomic
+from edge_gemma import atomic, system
 from edge_gemma.errors import UsageError
 
 
@@ -53,7 +53,7 @@ def test_replacing_without_an_exchange_survives_a_crash_between_the_renames(tmp_
     dest = tmp_path / "model"
     dest.mkdir()
     fill(dest, "old")
-    monkeypatch.setattr(atomic, "_exchange", lambda a, b: False)
+    monkeypatch.setattr(system, "exchange", lambda a, b: False)
     renames = []
 
     def dying_rename(a: Path, b: Path) -> None:
@@ -74,7 +74,7 @@ def test_replacing_without_an_exchange_survives_a_crash_between_the_renames(tmp_
 KILLED = """
 import sys, time
 from pathlib import Path
-from edge_gemma import atomic
+from edge_gemma import atomic, system
 with atomic.new_folder(Path(sys.argv[1])) as aside:
     (aside / "a.txt").write_text("half")
     print("ready", flush=True)
@@ -117,3 +117,115 @@ def test_a_file_is_replaced_whole(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.undo()
     assert path.read_bytes() == b"old"
     assert [p.name for p in tmp_path.iterdir()] == ["chat.json"]
+
+
+def test_a_folder_is_not_taken_for_the_leftover_of_another(tmp_path: Path) -> None:
+    others = [tmp_path / ".model.q4.0123456789abcdef.partial", tmp_path / ".model.q4.replaced"]
+    for other in others:
+        other.mkdir()
+        fill(other)
+    with atomic.new_folder(tmp_path / "model") as aside:
+        fill(aside)
+    assert atomic.left_aside(tmp_path / "model") == []
+    assert atomic.left_aside(tmp_path / "model.q4") == others[:1]
+    odd = tmp_path / "mod[e]l*"
+    (tmp_path / ".mod[e]l*.0123.partial").mkdir()
+    assert [path.name for path in atomic.left_aside(odd)] == [".mod[e]l*.0123.partial"]
+
+
+@pytest.fixture
+def umask():
+    """Sets the umask, which is what it was afterwards."""
+    before = os.umask(0o022)
+    yield os.umask
+    os.umask(before)
+
+
+def mode(path: Path) -> str:
+    return oct(path.stat().st_mode & 0o7777)
+
+
+@pytest.mark.parametrize("mask", [0o002, 0o022, 0o077])
+def test_what_is_new_obeys_the_umask_and_what_is_replaced_stays_as_it_was(tmp_path: Path, umask, mask: int) -> None:
+    old_file, old_folder = tmp_path / "old", tmp_path / "old-model"
+    old_file.touch()
+    old_folder.mkdir()
+    old_file.chmod(0o664)
+    old_folder.chmod(0o750)
+    umask(mask)
+    for path in (old_file, tmp_path / "new"):
+        atomic.write_file(path, b"text")
+    for folder in (old_folder, tmp_path / "new-model"):
+        with atomic.new_folder(folder, force=True) as aside:
+            fill(aside)
+    assert (mode(old_file), mode(tmp_path / "new")) == ("0o664", oct(0o666 & ~mask))
+    assert (mode(old_folder), mode(tmp_path / "new-model")) == ("0o750", oct(0o777 & ~mask))
+    assert mode(old_folder / "a.txt") == oct(0o666 & ~mask)
+
+
+def test_a_private_file_is_private_while_it_is_written(tmp_path: Path, umask, monkeypatch) -> None:
+    path = tmp_path / "mine"
+    path.touch(0o600)
+    seen = []
+    flush = os.fsync
+    monkeypatch.setattr(os, "fsync", lambda fd: (seen.append(oct(os.fstat(fd).st_mode & 0o7777)), flush(fd)))
+    atomic.write_file(path, b"secret")
+    assert seen[0] == "0o600"
+
+
+def test_links_stay_links(tmp_path: Path) -> None:
+    real = tmp_path / "real"
+    real.mkdir()
+    (real / "chat.json").write_bytes(b"old")
+    (real / "model").mkdir()
+    fill(real / "model", "old")
+    for name in ("chat.json", "model", "absent.json", "absent"):
+        (tmp_path / name).symlink_to(real / name)
+    for name in ("chat.json", "absent.json"):
+        atomic.write_file(tmp_path / name, b"new")
+        assert (real / name).read_bytes() == b"new"
+    with pytest.raises(UsageError, match="exists already"), atomic.new_folder(tmp_path / "model"):
+        pass
+    for name in ("model", "absent"):
+        with atomic.new_folder(tmp_path / name, force=True, key="0123") as aside:
+            assert atomic.left_aside(tmp_path / name) == [aside]
+            fill(aside)
+        assert (real / name / "a.txt").read_text() == "new"
+    links = [path for path in tmp_path.iterdir() if path != real]
+    assert all(path.is_symlink() and path.exists() for path in links)
+    assert {path.name for path in real.iterdir()} == {path.name for path in links}
+
+
+def test_a_link_to_itself_is_told(tmp_path: Path) -> None:
+    path = tmp_path / "loop"
+    path.symlink_to(path)
+    with pytest.raises(OSError, match="symbolic links"):
+        atomic.write_file(path, b"text")
+    assert path.is_symlink()
+
+
+def test_a_device_or_a_pipe_is_written_to_as_it_is(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        atomic.write_file(pipe, b"text")
+        assert os.read(reader, 9) == b"text"
+    finally:
+        os.close(reader)
+    assert pipe.is_fifo()
+    with pytest.raises(IsADirectoryError):
+        atomic.write_file(tmp_path, b"text")
+
+
+def test_a_name_as_long_as_names_may_be(tmp_path: Path) -> None:
+    path = tmp_path / ("n" * 255)
+    atomic.write_file(path, b"text")
+    assert path.read_bytes() == b"text"
+
+
+def test_an_error_names_the_file_and_not_the_one_aside(tmp_path: Path) -> None:
+    path = tmp_path / "absent" / "file"
+    with pytest.raises(FileNotFoundError) as caught:
+        atomic.write_file(path, b"text")
+    assert caught.value.filename == str(path)

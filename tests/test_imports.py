@@ -7,11 +7,11 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 ORDER = [
-    "errors", "extras", "arguments", "ort", "text_input", "atomic", "config_keys", "config", "qformat", "model_folder",
-    "hub_name", "store", "buffers", "cpus", "interrupts", "kernels", "linear", "ple", "weights", "kv_cache", "ops",
-    "decoder", "tokenizer", "tool_call", "template", "chat", "sampler", "models", "step", "session", "engine",
-    "memory", "provenance", "onnx_backend", "bandwidth", "bench", "timeline", "beams", "generate", "transcript",
-    "conversation", "audio", "terminal", "common", "speech_cli", "hub_cli", "cli", "__main__",
+    "errors", "extras", "arguments", "ort", "text_input", "system", "places", "atomic", "config_keys", "config",
+    "qformat", "model_folder", "hub_name", "store", "buffers", "cpus", "interrupts", "kernels", "linear", "ple",
+    "weights", "kv_cache", "ops", "decoder", "tokenizer", "tool_call", "template", "chat", "sampler", "models", "step",
+    "session", "engine", "memory", "provenance", "onnx_backend", "bandwidth", "bench", "timeline", "beams", "generate",
+    "transcript", "conversation", "audio", "terminal", "common", "speech_cli", "hub_cli", "cli", "__main__",
 ]  # fmt: skip
 # The places of the runtime that may reach into export/ and quant/, and only inside a function.
 CONVERTERS = {"cli", "common", "hub_cli", "models"}

@@ -34,13 +34,12 @@ from pathlib import Path
 import llvmlite
 import numba
 import numpy as np
-import platformdirs
 from numba.core import compiler, serialize, types
 from numba.core.bytecode import FunctionIdentity
 from numba.core.caching import _Cache
 from numba.core.ccallback import CFunc
 
-from edge_gemma import cpus, interrupts
+from edge_gemma import cpus, interrupts, places
 from edge_gemma.errors import UsageError
 from edge_gemma.kernels import sources
 
@@ -83,10 +82,12 @@ def _sources_at_import(module: str) -> str:
     return sources.digest([module])
 
 
-def cache_directory() -> Path:
-    """Where compiled kernels are kept. It need not exist."""
-    root = _cache_root or Path(platformdirs.user_cache_dir("edge-gemma", appauthor=False)) / "kernels"
-    return root / _SOURCES
+def cache_directory() -> Path | None:
+    """Where compiled kernels are kept. It need not exist. None: the user has no place for them."""
+    if _cache_root:
+        return _cache_root / _SOURCES
+    cache = places.cache()
+    return cache and cache / "kernels" / _SOURCES
 
 
 def set_cache_root(root: Path | None) -> None:
@@ -103,7 +104,11 @@ def announce_compiling(announce: Callable[[], object] | None) -> None:
 
 def cache_note() -> str | None:
     """One line for the user when compiled kernels cannot be kept, else None."""
-    return f"kernels are compiled at every start: {cache_directory()} is not writable" if _unwritable else None
+    if not _unwritable:
+        return None
+    folder = cache_directory()
+    why = f"{folder} is not writable" if folder else "there is no home folder to keep them in"
+    return f"kernels are compiled at every start: {why}; {places.CACHE_VARIABLE} may name another folder"
 
 
 class _KernelCache(_Cache):
@@ -118,7 +123,7 @@ class _KernelCache(_Cache):
 
     @property
     def cache_path(self):
-        return str(cache_directory())
+        return str(cache_directory() or "")
 
     def enable(self):
         self._enabled = True
@@ -127,12 +132,16 @@ class _KernelCache(_Cache):
         self._enabled = False
 
     def flush(self):
-        for path in cache_directory().glob(f"{self._name}-*.bin"):
+        folder = cache_directory()
+        for path in folder.glob(f"{self._name}-*.bin") if folder else ():
             path.unlink(missing_ok=True)
 
     def _path(self, sig, codegen) -> Path:
-        key = repr((self._key, sig, codegen.magic_tuple()))
-        return cache_directory() / f"{self._name}-{hashlib.sha256(key.encode()).hexdigest()[:32]}.bin"
+        """Raises FileNotFoundError where there is no cache."""
+        folder, key = cache_directory(), repr((self._key, sig, codegen.magic_tuple()))
+        if folder is None:
+            raise FileNotFoundError
+        return folder / f"{self._name}-{hashlib.sha256(key.encode()).hexdigest()[:32]}.bin"
 
     def load_overload(self, sig, target_context):
         if not self._enabled:
@@ -157,9 +166,9 @@ class _KernelCache(_Cache):
             return
         if sources.digest([self._module]) != self._sources:  # edited or upgraded under a running process
             return
-        path = self._path(sig, data.codegen)
-        body = serialize.dumps(data._reduce())
         try:
+            path = self._path(sig, data.codegen)
+            body = serialize.dumps(data._reduce())
             if not path.parent.exists():
                 path.parent.mkdir(parents=True, exist_ok=True)
                 prune(path.parent.parent)

@@ -324,10 +324,11 @@ def pause(typing_context):
 
 @intrinsic
 def offer_core(typing_context):
-    """sched_yield(): let another process run."""
+    """sched_yield(), on Windows SwitchToThread(): let another process run."""
 
     def emit(context, builder, signature, arguments):
-        call(builder, "sched_yield", I32)
+        windows = "windows" in context.codegen().magic_tuple()[0]
+        call(builder, "SwitchToThread" if windows else "sched_yield", I32)
         return context.get_dummy_value()
 
     return types.void(), emit

@@ -1,0 +1,146 @@
+"""System calls on files that not every platform and not every file system has, and what is done without them.
+
+Owns: reading and writing at an offset, mapping a file, flushing, locks, swapping two names, advice about reading. Does
+not know: what files hold.
+
+The first two are needed and have a way around. The others are extras: where there are none, work goes on without.
+"""
+
+import contextlib
+import ctypes
+import errno
+import mmap
+import os
+import sys
+import threading
+from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+BINARY = getattr(os, "O_BINARY", 0)  # a flag of os.open: bytes as they are, which only Windows must be told
+# What a failing or full disk says. Any other refusal to flush means that the file system knows no flushing.
+_DISK_FAULTS = {errno.EIO, errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)}
+_position = threading.Lock()  # of all files, where reading at an offset must move it
+
+
+def read_at(fd: int, buffer: memoryview, offset: int) -> int:
+    """Fill `buffer`, or its beginning, from `offset` of a file. Returns the bytes read, 0 at the file's end."""
+    if hasattr(os, "preadv"):
+        return os.preadv(fd, [buffer], offset)
+    with _position:
+        os.lseek(fd, offset, os.SEEK_SET)
+        data = os.read(fd, len(buffer))
+    buffer[: len(data)] = data
+    return len(data)
+
+
+def read(fd: int, length: int, offset: int) -> bytes:
+    """`length` bytes at `offset` of a file, fewer at its end."""
+    data, done = bytearray(length), 0
+    while got := read_at(fd, memoryview(data)[done:], offset + done):
+        done += got
+    return bytes(data[:done])
+
+
+def write_at(fd: int, data: bytes | memoryview, offset: int) -> int:
+    """Write `data`, or its beginning, at `offset` of a file. Returns the bytes written."""
+    if hasattr(os, "pwrite"):
+        return os.pwrite(fd, data, offset)
+    with _position:
+        os.lseek(fd, offset, os.SEEK_SET)
+        return os.write(fd, data)
+
+
+def allocated(path: Path) -> int:
+    """Bytes that a file takes on the disk: one that is being filled has holes. Its size where nothing else is known."""
+    status = path.stat()
+    return 512 * status.st_blocks if hasattr(status, "st_blocks") else status.st_size
+
+
+def map_file(path: Path) -> mmap.mmap:
+    """A whole file, mapped read-only. Raises OSError.
+
+    Some file systems (9p, FUSE) map only privately, which is the same to who only reads.
+    """
+    with path.open("rb") as file:
+        try:
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        except OSError:
+            if not hasattr(mmap, "MAP_PRIVATE"):
+                raise
+            return mmap.mmap(file.fileno(), 0, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ)
+
+
+def flush(fd: int) -> None:
+    """Make what was written durable, where the file system can. Raises OSError if the disk fails or is full."""
+    try:
+        os.fsync(fd)
+    except OSError as error:
+        if error.errno in _DISK_FAULTS:
+            raise
+
+
+def flush_folder(path: Path) -> None:
+    """Make a folder's entries durable, where the system can. Raises OSError if the disk fails or is full."""
+    if not hasattr(os, "O_DIRECTORY"):
+        return
+    with contextlib.suppress(PermissionError):  # a folder that may be written and not read
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            flush(fd)
+        finally:
+            os.close(fd)
+
+
+def lock_folder(path: Path) -> int | None:
+    """Hold a folder until the descriptor that is returned is closed, or the process ends. None: there are no locks.
+
+    Raises BlockingIOError while another holds it.
+    """
+    if fcntl is None:
+        return None
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(fd)
+        raise
+    except OSError:  # CIFS, NFS, FUSE
+        os.close(fd)
+        return None
+    return fd
+
+
+def exchange(a: Path, b: Path) -> bool:
+    """Swap two names in one step, where the system and the file system can (Linux `renameat2`, RENAME_EXCHANGE)."""
+    if sys.platform != "linux":
+        return False
+    renameat2 = getattr(ctypes.CDLL(None), "renameat2", None)
+    at_cwd, exchange = -100, 2
+    return renameat2 is not None and renameat2(at_cwd, os.fsencode(a), at_cwd, os.fsencode(b), exchange) == 0
+
+
+def advise(fd: int, advice: str, offset: int = 0, length: int = 0) -> None:
+    """Say how a part of a file will be read: "RANDOM", "WILLNEED", "DONTNEED" of posix_fadvise. length 0: the rest."""
+    if hasattr(os, "posix_fadvise"):
+        with contextlib.suppress(OSError):
+            os.posix_fadvise(fd, offset, length, getattr(os, f"POSIX_FADV_{advice}"))
+
+
+def read_in_order(mapped: mmap.mmap) -> None:
+    """Bring a mapped file in from start to end, in large pages where the system has them for files.
+
+    Every token reads all of it, so nothing is read in vain. In order it comes in 2 MB pages (Linux 6.16 on ext4, and
+    others), which decode 9% faster than the 4 kB pages that random faults bring (docs/LOG.md); what is there already is
+    only mapped, in milliseconds. A system that knows neither advice reads on demand.
+    """
+    if sys.platform != "linux":
+        return
+    populate_read = 22  # MADV_POPULATE_READ, Linux 5.14
+    for advice in (getattr(mmap, "MADV_HUGEPAGE", None), populate_read):
+        if advice is not None:
+            with contextlib.suppress(OSError):
+                mapped.madvise(advice)
