@@ -24,7 +24,7 @@ Kind = Literal["chat", "continuation"]  # turns through a chat template, or a te
 
 @dataclass(frozen=True)
 class Transcript:
-    """model: its name, for the reader only. kind: None where nothing was said yet."""
+    """model: its name, for the reader only. kind: "chat" where it is not given, None where nothing was said yet."""
 
     messages: tuple[Message, ...] = ()
     system: str | None = None
@@ -36,6 +36,8 @@ class Transcript:
         check_messages(self.messages)
         for name in ("system", "model"):
             require(f"a transcript's {name}", value := getattr(self, name), isinstance(value, str | None), "a text")
+        if self.kind is None and (self.messages or self.system):
+            object.__setattr__(self, "kind", "chat")
         kinds = get_args(Kind)
         require(
             "a transcript's kind",
@@ -84,7 +86,7 @@ class Transcript:
         if content.get("version") != VERSION:
             raise UsageError(f"{path} has version {shown(content.get('version'))}, this edge_gemma reads {VERSION}")
         messages, system, model = content.get("messages"), content.get("system"), content.get("model")
-        kind = content.get("kind", "chat")  # which files had not before
+        kind = content.get("kind")  # which files had not before
         try:
             if not isinstance(messages, list):
                 raise UsageError(f"messages is {shown(messages)}, expected a list")

@@ -205,6 +205,13 @@ def test_a_conversation_of_the_other_kind_is_refused(kind):
     open_conversation(engine, earlier=Transcript())
 
 
+@pytest.mark.parametrize("earlier", [Transcript((HI,)), Transcript(system="Be kind"), Transcript((HI,), "Be kind")])
+def test_a_transcript_that_does_not_say_its_kind_is_a_chat(earlier):
+    assert Transcript.from_bytes(earlier.as_bytes(), "x").kind == "chat"
+    with pytest.raises(UsageError, match="the conversation is a chat"):
+        open_conversation(Engine(chat_template=None), earlier=earlier)
+
+
 @pytest.mark.parametrize("raw", [True, False])
 @pytest.mark.parametrize(
     ("option", "told"), [({"system": "Be kind"}, "a system prompt"), ({"think": True}, "thinking"),
