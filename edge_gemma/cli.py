@@ -6,6 +6,7 @@ anything works.
 """
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -467,8 +468,10 @@ for _command in (*speech_cli.COMMANDS, *hub_cli.COMMANDS):
 
 def main() -> None:
     """The entry point."""
-    for stream in (sys.stdin, sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # closed by the shell (>&-), or a program without a terminal
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 (until the end)
+        if hasattr(stream := getattr(sys, name), "reconfigure"):
             stream.reconfigure(errors="replace")  # whatever the locale, text passes
     cli()
 

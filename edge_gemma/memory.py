@@ -18,11 +18,11 @@ from edge_gemma.engine import DEFAULT_CONTEXT
 from edge_gemma.errors import UsageError
 from edge_gemma.model_folder import AUDIO_DATA, PER_LAYER, TOKENIZER, ModelFolder
 from edge_gemma.session import CHUNK, MARKS
+from edge_gemma.tokenizer import TABLES_FACTOR
 
 # Measured with `edge-gemma bench` on x86-64 Linux, Python 3.11 to 3.13, numba 0.61 to 0.66.
 _KERNEL_CODE = 60_000_000  # compiled kernels loaded from their cache, and the parts of LLVM that takes
 _COMPILER = 100_000_000  # on top when they are compiled first; kept until the process ends
-_TOKENIZER_FACTOR = 15  # SentencePiece's tables per byte of tokenizer.model
 _PAGE = 4096
 # An encoder in onnxruntime, after 30 s of sound: of 6 MB of weights 93 MB, of 303 MB 553 MB.
 _ENCODER = 83_000_000  # the library and a long step's arrays
@@ -68,7 +68,7 @@ def footprint(folder: ModelFolder, context: int | None = None, *, audio: bool = 
     compiled = cache is not None and any(cache.glob("*.bin"))
     return Footprint(
         process=(resident() or 100_000_000) + _KERNEL_CODE + (0 if compiled else _COMPILER),
-        tokenizer=_TOKENIZER_FACTOR * folder.manifest["files"][TOKENIZER]["bytes"],
+        tokenizer=TABLES_FACTOR * folder.manifest["files"][TOKENIZER]["bytes"],
         weights=_weights(folder, context),
         kv_cache=_kv_cache(config, context),
         snapshots=MARKS * _rings(config, context),

@@ -74,6 +74,8 @@ def transcribe(
     for path in files:
         try:
             _transcribe_file(transcriber, path, track, several=len(files) > 1, srt=srt, force=force, as_json=as_json)
+        except BrokenPipeError:
+            raise  # nobody reads on: the others need not be written down
         except (EdgeGemmaError, OSError) as error:
             failed += 1
             if as_json:

@@ -1,7 +1,7 @@
 """System calls on files that not every platform and not every file system has, and what is done without them.
 
-Owns: reading and writing at an offset, mapping a file, flushing, locks, swapping two names, advice about reading. Does
-not know: what files hold.
+Owns: reading and writing at an offset, mapping a file, flushing, locks, swapping two names, advice about reading, and
+asking for memory beforehand. Does not know: what files hold.
 
 The first two are needed and have a way around. The others are extras: where there are none, work goes on without.
 """
@@ -72,6 +72,17 @@ def map_file(path: Path) -> mmap.mmap:
             if not hasattr(mmap, "MAP_PRIVATE"):
                 raise
             return mmap.mmap(file.fileno(), 0, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ)
+
+
+def need_memory(nbytes: int) -> None:
+    """Raise MemoryError if this process may not have so much more: before a library that would crash instead.
+
+    Only addresses are asked for, which limits on them (`ulimit -v`) and strict accounting refuse. Nothing is touched.
+    """
+    try:
+        mmap.mmap(-1, nbytes).close()
+    except OSError:
+        raise MemoryError from None
 
 
 def flush(fd: int) -> None:

@@ -20,8 +20,10 @@ from pathlib import Path
 
 import sentencepiece
 
+from edge_gemma import system
 from edge_gemma.errors import TokenizerError
 
+TABLES_FACTOR = 15  # bytes of memory that SentencePiece takes for a byte of the model
 _IDS_AT_ONCE = 4096  # a list of all 262,144 would be 20 MB
 SPACE = "\u2581"  # how SentencePiece spells " "
 MARK = "\ufdd0"
@@ -69,9 +71,10 @@ class Tokenizer:
 
     @classmethod
     def from_bytes(cls, model: bytes, name: str = "the tokenizer") -> "Tokenizer":
-        """Read a serialised SentencePiece ModelProto; TokenizerError naming it when it is none."""
+        """Read a serialised SentencePiece ModelProto. Raises TokenizerError naming it when it is none, MemoryError."""
         if not model:
             raise TokenizerError(f"{name} is empty, expected a SentencePiece model; export again")
+        system.need_memory(TABLES_FACTOR * len(model))
         try:
             return cls(sentencepiece.SentencePieceProcessor(model_proto=model))
         except (RuntimeError, ValueError, TypeError) as error:

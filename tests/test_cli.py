@@ -445,6 +445,13 @@ def test_a_tiny_model_end_to_end(tiny_model, tmp_path):
     assert "oldest" in talk.stderr
 
 
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_a_closed_stream_is_none_to_write_to(tiny_model, closed):
+    command = f"'{sys.executable}' -m edge_gemma run -m '{tiny_model}' --raw --max-tokens 2 hi {closed}"
+    result = subprocess.run(command, shell=True, capture_output=True, text=True)
+    assert (result.returncode, "Traceback" in result.stderr) == (0, False)
+
+
 def test_facts_of_a_tiny_model(tiny_model, tmp_path):
     facts = json.loads(invoke("info", "-m", tiny_model, "--json").stdout)
     assert (facts["recipe"], facts["model_type"], facts["layers"]) == ("q8", "gemma4_text", 10)

@@ -1,5 +1,6 @@
 """transcribe and listen as a user meets them."""
 
+import errno
 import json
 import signal
 
@@ -103,6 +104,26 @@ def test_subtitles_do_not_replace_a_file_without_being_told_to(engine, speech, t
     result = invoke("transcribe", speech, other, "--srt")
     assert (result.exit_code, result.stderr.count("exists already")) == (1, 1)
     assert mine.read_text() == "another's"
+
+
+def test_who_reads_no_further_ends_it_quietly(engine, speech, monkeypatch):
+    echo, transcribe_file = speech_cli.click.echo, speech_cli._transcribe_file
+    printed, begun = [], []
+
+    def read_one_line(text="", **options):
+        if printed and not options.get("err"):
+            raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+        printed.append(text)
+        echo(text, **options)
+
+    def counted(transcriber, path, *arguments, **options):
+        begun.append(path)
+        transcribe_file(transcriber, path, *arguments, **options)
+
+    monkeypatch.setattr(speech_cli.click, "echo", read_one_line)
+    monkeypatch.setattr(speech_cli, "_transcribe_file", counted)
+    result = invoke("transcribe", *[speech] * 4)
+    assert (len(begun), result.stderr) == (1, "")
 
 
 def test_an_unreadable_file_does_not_stop_the_others(engine, speech, tmp_path):

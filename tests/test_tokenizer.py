@@ -2,8 +2,11 @@
 
 import copy
 import json
+import os
 import random
 import re
+import subprocess
+import sys
 from functools import cache
 
 import numpy as np
@@ -419,3 +422,27 @@ def test_long_texts_are_not_quadratic(text: str) -> None:
 def test_guarding_a_long_text_is_not_quadratic(text: str) -> None:
     tokenizer = tiny()
     assert tokenizer.encode_prompt(tokenizer.guard(text)) == tokenizer.encode(text)
+
+
+def test_little_memory_is_told_instead_of_a_crash() -> None:
+    """SentencePiece ends the process, by a signal, where it gets no memory."""
+    script = """
+import os, resource
+from edge_gemma.export.synth import tokenizer_model
+from edge_gemma.tokenizer import Tokenizer
+model = tokenizer_model(65536)
+pages = int(open("/proc/self/statm").read().split()[0])
+for extra in range(0, 20_000_000, 500_000):
+    if not (child := os.fork()):
+        resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + extra,) * 2)
+        try:
+            Tokenizer.from_bytes(model)
+        except MemoryError:
+            os._exit(1)
+        os._exit(0)
+    print(os.waitpid(child, 0)[1])
+"""
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    ends = [os.waitstatus_to_exitcode(int(line)) for line in result.stdout.split()]
+    assert ends == sorted(ends, reverse=True)  # too little, then enough
+    assert set(ends) == {0, 1}
