@@ -255,13 +255,15 @@ class ChatLoop:
 
     def _keep(self, file: SessionFile) -> None:
         """Bring the session file up to date, or begin one beside it where another chat has written it."""
-        try:
-            self._save(file)
-        except UsageError:
-            self._session_file = beside = file.beside()
-            self._saved[beside.path.resolve()] = beside
-            if self._save(beside):
-                self._screen.note(f"another program has written {file.path}: this chat is kept in {beside.path} now")
+        for each in (file, file.beside()):
+            try:
+                if self._save(each) and each is not file:
+                    self._session_file = self._saved[each.path.resolve()] = each
+                    self._screen.note(f"another program has written {file.path}: this chat is kept in {each.path} now")
+                return
+            except UsageError as error:
+                told = str(error)
+        self._screen.note(f"not saved: {told}")
 
     def _save(self, file: SessionFile) -> bool:
         try:

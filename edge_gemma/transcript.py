@@ -4,9 +4,13 @@ Owns: the file's form, reading it strictly, writing it whole or not at all, and 
 written. Does not know: models, screens.
 """
 
+import contextlib
 import hashlib
 import itertools
 import json
+import os
+import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
@@ -15,9 +19,11 @@ from edge_gemma.arguments import file_path, is_one_of, require, shown
 from edge_gemma.atomic import write_file
 from edge_gemma.chat import Message, check_messages
 from edge_gemma.errors import UsageError
+from edge_gemma.system import lock_folder
 
 FORMAT, VERSION = "edge_gemma conversation", 1
 _SIZE_LIMIT = 64 << 20  # bytes
+_PATIENCE_S = 5.0  # with another chat that saves into the same folder
 
 Kind = Literal["chat", "continuation"]  # turns through a chat template, or a text and what a base model adds to it
 
@@ -113,16 +119,36 @@ class SessionFile:
 
     def save(self, transcript: Transcript) -> None:
         """Replace the file. Raises OSError, UsageError where another program has written it since."""
-        if self.path.exists() and _digest(self.path.read_bytes()) != self._seen:
-            raise UsageError(f"{self.path} was written by another program meanwhile: choose another name")
         data = transcript.as_bytes()
-        write_file(self.path, data)
+        with _alone_in(self.path.resolve().parent):
+            if self.path.exists() and _digest(self.path.read_bytes()) != self._seen:
+                raise UsageError(f"{self.path} was written by another program meanwhile: choose another name")
+            write_file(self.path, data)
         self._seen = _digest(data)
 
     def beside(self) -> "SessionFile":
         """A file of a free name: monday-2.json beside monday.json."""
         names = (self.path.with_stem(f"{self.path.stem}-{i}") for i in itertools.count(2))
         return SessionFile(next(path for path in names if not path.exists()))
+
+
+@contextlib.contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """No other chat looks at a file of `folder` and replaces it meanwhile, where the file system has locks."""
+    lock, deadline = None, time.monotonic() + _PATIENCE_S
+    while time.monotonic() < deadline:
+        try:
+            lock = lock_folder(folder)
+            break
+        except BlockingIOError:
+            time.sleep(0.01)
+        except OSError:  # a folder that may be written but not read
+            break
+    try:
+        yield
+    finally:
+        if lock is not None:
+            os.close(lock)
 
 
 def _digest(data: bytes) -> str:

@@ -1,5 +1,6 @@
 """Long conversations, several at once, and the files they are kept in."""
 
+import contextlib
 import itertools
 import json
 import threading
@@ -253,3 +254,24 @@ def test_what_another_program_wrote_is_never_replaced(tmp_path):
     assert first.beside().path == tmp_path / "x-2.json"
     first.beside().save(one)
     assert first.beside().path == tmp_path / "x-3.json"
+
+
+def test_chats_that_save_at_the_same_moment_lose_nothing(tmp_path):
+    """Each has seen that there is no file. One of them is the first to write it, the others notice."""
+    for round_ in range(5):
+        path, start, kept = tmp_path / f"{round_}.json", threading.Barrier(6), []
+
+        def save(i, path=path, start=start, kept=kept):
+            file = SessionFile(path)
+            file.load()
+            start.wait()
+            with contextlib.suppress(UsageError):
+                file.save(Transcript((Message("user", str(i)),)))
+                kept.append(i)
+
+        chats = [threading.Thread(target=save, args=(i,)) for i in range(6)]
+        for chat in chats:
+            chat.start()
+        for chat in chats:
+            chat.join()
+        assert [str(i) for i in kept] == [m.content for m in Transcript.load(path).messages]
