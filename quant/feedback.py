@@ -262,6 +262,4 @@ def round_with_feedback(
 def compile_kernels() -> None:
     """Before threads share them."""
     for kernel in (_round_block, _improve_block):
-        if not kernel.overloads:
-            kernel.compile(kernel.kernel_signature)
-            kernel.disable_compile()
+        jit.make_ready(kernel)

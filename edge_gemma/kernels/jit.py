@@ -253,6 +253,15 @@ def part(key: str):
     return lambda function: Part(function, key)
 
 
+def make_ready(dispatcher) -> None:
+    """Compile a kernel, or load it, if it was not used yet."""
+    if not dispatcher.overloads:
+        os.environ.setdefault("GOMP_SPINCOUNT", _SPIN_COUNT)  # read when libgomp is loaded, with the first kernel
+        with interrupts.held():
+            dispatcher.compile(dispatcher.kernel_signature)
+        dispatcher.disable_compile()
+
+
 def launch(dispatcher, *args) -> bool:
     """Call a kernel with the chosen number of threads, one launch at a time. False: the arguments do not fit.
 
@@ -264,11 +273,7 @@ def launch(dispatcher, *args) -> bool:
             "multiprocessing's method 'spawn', or fork before the first use"
         )
     with _launch:
-        if not dispatcher.overloads:
-            os.environ.setdefault("GOMP_SPINCOUNT", _SPIN_COUNT)  # read when libgomp is loaded, with the first kernel
-            with interrupts.held():
-                dispatcher.compile(dispatcher.kernel_signature)
-            dispatcher.disable_compile()
+        make_ready(dispatcher)
         if getattr(_caller, "threads", 0) != (wanted := threads()):  # numba keeps the number per calling thread
             numba.set_num_threads(wanted)
             _caller.threads = wanted
