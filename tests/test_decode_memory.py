@@ -1,4 +1,6 @@
-"""A token leaves nothing behind: what decoding allocates, it gives back, and it allocates little."""
+"""A token leaves nothing behind: decoding allocates the logits that it returns, rows of the embedding tables and a few
+small objects, and gives them back. Activations have their places since the first token.
+"""
 
 import tracemalloc
 from pathlib import Path
@@ -27,6 +29,7 @@ def test_a_step_gives_back_what_it_allocates(tmp_path: Path, recipe: str) -> Non
             session.step(7)
         after, peak = tracemalloc.get_traced_memory()
         tracemalloc.stop()
-    # ids may grow by one list allocation; 640 logits and activations of 64 columns live for a moment
-    assert after - before < 2_000
-    assert peak - before < 64_000
+    logits = 4 * engine.config.vocab_size
+    print(f"{peak - before} bytes at most, {logits} of them logits")
+    assert after - before < 2_000  # ids may grow by one list allocation
+    assert peak - before < logits + 6_000
