@@ -2,7 +2,7 @@
 #   make chat   sets up .venv and starts a chat with the demonstration model
 #   make test   sets up .venv, fetches what the tests need, and runs linters, types and all tests
 # `make test-arm` runs only the part that is emulated as a Raspberry Pi's code (docs/ARM.md, part of `make test`).
-# `make test-quick` runs the tests without fetching models and without emulating AArch64.
+# `make test-quick` runs the tests without fetching models, without emulating AArch64, and without those that take long.
 
 PYTHON ?= python3
 VENV := .venv
@@ -11,6 +11,10 @@ BIN := $(VENV)/bin
 # "externally managed"; nothing is installed outside .venv.
 PIP := $(PYTHON) -m pip --python $(BIN)/python install --quiet --disable-pip-version-check
 
+# A process a core, which takes whole files: fixtures and compiled kernels are shared. test_aarch64.py begins first, for
+# emulation takes long and goes on beside the rest.
+PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
+
 .PHONY: chat test test-quick test-arm check docs clean
 
 chat: $(VENV)/chat.done
@@ -18,10 +22,10 @@ chat: $(VENV)/chat.done
 
 test: $(VENV)/test.done $(VENV)/gemma3.done check
 	$(BIN)/python tests/fetch_downloads.py
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 test-quick: $(VENV)/test.done check
-	$(BIN)/python -m pytest -m "not real and not aarch64"
+	$(PYTEST) -m "not real and not aarch64 and not slow"
 
 test-arm: $(VENV)/test.done
 	$(BIN)/python -m pytest -rs tests/test_aarch64.py

@@ -9,6 +9,7 @@ activations of the longest chunk, and, where speech is heard, the audio encoder.
 are read from disk and stay in the system's own cache, which gives way to everything else.
 """
 
+import mmap
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from edge_gemma.tokenizer import TABLES_FACTOR
 # Measured with `edge-gemma bench` on x86-64 Linux, Python 3.11 to 3.13, numba 0.61 to 0.66.
 _KERNEL_CODE = 60_000_000  # compiled kernels loaded from their cache, and the parts of LLVM that takes
 _COMPILER = 100_000_000  # on top when they are compiled first; kept until the process ends
-_PAGE = 4096
+_PAGE = mmap.PAGESIZE  # 16 kB on a Raspberry Pi 5
 # An encoder in onnxruntime, after 30 s of sound: of 6 MB of weights 93 MB, of 303 MB 553 MB.
 _ENCODER = 83_000_000  # the library and a long step's arrays
 _ENCODER_FACTOR = 1.55  # weights, and their copy in the order that the CPU multiplies them in

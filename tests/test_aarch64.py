@@ -19,7 +19,9 @@ HERE = os.path.dirname(__file__)
 TAIL, WIDTH = 60, 200  # lines of output in a failure, and characters of a line
 LIMIT = 3600  # seconds, of a run that hangs; how long one takes: docs/ARM.md
 
-# ONNX recipe -> how far its logits may be, relative, from those of this machine
+LOGITS = os.path.join(HERE, "aarch64", "logits.py")
+# Recipe -> how far its logits may be, relative, from those of this machine: of our own decoder, and of ONNX graphs
+RECIPES = {"float": 1e-5, "q4": 0.1}
 ONNX_RECIPES = {"float": 1e-5, "float16": 1e-5, "q8": 0.1, "q4": 0.1, "q2mix": 0.2, "mobile": 0.1}
 
 pytestmark = [pytest.mark.aarch64, pytest.mark.timeout(LIMIT + 900)]
@@ -91,34 +93,88 @@ def test_the_chosen_tests_pass_on_a_board(runs, board):
 
 
 @pytest.fixture(scope="session")
-def onnx_folders(tmp_path_factory):
-    """Recipe -> an ONNX folder of a tiny E2B, and its logits on this machine beside it."""
+def folders(tmp_path_factory):
+    """Folder of a tiny E2B -> its logits on this machine: model folders, and ONNX folders of every recipe."""
     pytest.importorskip("onnx")
+    from edge_gemma.export.convert import export_checkpoint
     from edge_gemma.export.onnx_folder import export_onnx
     from tests.tiny import write_checkpoint
     from tests.tiny_qat import write_qat_checkpoint
 
-    at = tmp_path_factory.mktemp("onnx")
+    at = tmp_path_factory.mktemp("logits")
     write_checkpoint(at / "source", "e2b")
     write_qat_checkpoint(at / "source-mobile")
-    made = {r: export_onnx(at / ("source-mobile" if r == "mobile" else "source"), at / r, r) for r in ONNX_RECIPES}
-    subprocess.run(
-        [sys.executable, os.path.join(HERE, "aarch64", "onnx_logits.py"), *map(str, made.values())], check=True
-    )
-    return {recipe: (path, np.load(f"{path}.npy")) for recipe, path in made.items()}
+    sources = {r: at / ("source-mobile" if r == "mobile" else "source") for r in ONNX_RECIPES}
+    made = [export_onnx(source, at / f"onnx-{r}", r) for r, source in sources.items()]
+    made += [export_checkpoint(sources[r], at / f"folder-{r}", r) for r in RECIPES]
+    subprocess.run([sys.executable, LOGITS, str(at), *map(str, made)], check=True)
+    return {path: np.load(f"{path}.npy") for path in made}
+
+
+@pytest.fixture(scope="session")
+def computed(folder, folders, tmp_path_factory):
+    """computed(board) -> (where its logits are, its system calls); the boards run side by side."""
+    started = {}
+    for name, board in BOARDS.items():
+        at = tmp_path_factory.mktemp(f"logits-{name}")
+        arguments = command(folder, board, LOGITS, at, *folders, trace=at / "calls")
+        with open(at / "output", "w") as output:
+            started[name] = (
+                at,
+                subprocess.Popen(
+                    arguments, env=environment(folder, board), stdin=subprocess.DEVNULL, stdout=output, stderr=output
+                ),
+            )
+
+    def finished(name):
+        at, process = started[name]
+        end = ending(process.wait(timeout=LIMIT))
+        assert end == "exit status 0", f"{name}: {end}; {(at / 'output').read_text(errors='replace')[-1000:]}"
+        return at, at / "calls"
+
+    yield finished
+    for _, process in started.values():
+        process.kill()
+        process.wait()
 
 
 @pytest.mark.parametrize("board", BOARDS)
-def test_onnx_graphs_give_the_same_logits_on_a_board(folder, onnx_folders, board):
-    """Every operator of every recipe has an implementation there. With int8 products two runs differ as everywhere."""
-    script = os.path.join(HERE, "aarch64", "onnx_logits.py")
-    done = subprocess.run(
-        command(folder, BOARDS[board], script, *(path for path, _ in onnx_folders.values())),
-        env=environment(folder, BOARDS[board]), capture_output=True, text=True, timeout=LIMIT,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-1000:]
-    for recipe, (path, expected) in onnx_folders.items():
-        got = np.load(f"{path}.npy")
+def test_a_board_gives_the_same_logits(folders, computed, board):
+    """Every operator of every ONNX recipe has an implementation there. With int8 products two runs differ as
+    everywhere."""
+    at, _ = computed(board)
+    for path, expected in folders.items():
+        got = np.load(at / f"{path.name}.npy")
+        backend, recipe = path.name.split("-")
         error = np.linalg.norm(got - expected) / np.linalg.norm(expected)
-        print(f"{board} {recipe}: relative difference {error:.1e}")
-        assert error < ONNX_RECIPES[recipe]
+        print(f"{board} {path.name}: relative difference {error:.1e}")
+        assert error < (ONNX_RECIPES if backend == "onnx" else RECIPES)[recipe]
+
+
+# System calls whose first argument is an address the kernel wants on a page, and the one with an offset in a file.
+ON_A_PAGE = re.compile(r" (?:mprotect|munmap|madvise|mremap|msync|mlock)\((0x[0-9a-f]+|\d+),")
+MAPPED = re.compile(r" mmap\((\S+?),.*,(0x[0-9a-f]+|\d+)\) = ")
+
+
+def off_the_page(calls, page_bytes):
+    """Lines of system calls that name an address or an offset off a page: with such pages the kernel refuses them."""
+    for line in calls:
+        values = [m[1] for m in [ON_A_PAGE.search(line)] if m] or [m[2] for m in [MAPPED.search(line)] if m]
+        if any(int(value, 0) % page_bytes for value in values):
+            yield line.strip()
+
+
+def test_pages_of_16_kb(folder, computed):
+    """A Pi 5's kernel has them. The emulator tells programs their size, but does not refuse what they get wrong."""
+    done = subprocess.run(
+        command(folder, BOARDS["pi5"], "-c", "import mmap; print(mmap.PAGESIZE)"),
+        env=environment(folder, BOARDS["pi5"]), capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    if done.stdout.strip() != str(BOARDS["pi5"].page_bytes):
+        pytest.skip(f"this emulator has pages of {done.stdout.strip()} bytes only (QEMU 9 and later)")
+    calls = computed("pi5")[1].read_text(errors="replace").splitlines()
+    assert sum(" mmap(" in line for line in calls) > 100
+    assert not list(off_the_page(calls, BOARDS["pi5"].page_bytes))
+    mapped = "7 mmap(NULL,4096,PROT_READ,MAP_PRIVATE,3,0x1000) = 0x4000800000"
+    unmapped = "7 munmap(0x0000004000801000,4096) = 0"
+    assert list(off_the_page([mapped, unmapped], 16384)) == [mapped, unmapped]

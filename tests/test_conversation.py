@@ -66,6 +66,7 @@ MESSAGES = st.lists(st.builds(Message, ROLES, SAID), max_size=30)
     system=st.none() | st.just("s" * 50), max_tokens=st.none() | st.integers(1, 300),
 )  # fmt: skip
 @example(messages=[HI] * 200, last="", context=300, first=0, system="s" * 90, max_tokens=None)
+@pytest.mark.slow
 def test_the_same_turns_are_kept_as_if_they_were_left_out_one_by_one(
     messages, last, context, first, system, max_tokens
 ):

@@ -127,12 +127,14 @@ def live(listener: Listener, sound: np.ndarray) -> str:
     return " ".join(event.text for event in listener.events(blocks) if event.kind == "segment")
 
 
+@pytest.mark.slow
 def test_live_and_file_transcripts_are_the_same(engine: Engine) -> None:
     transcriber, listener = Transcriber(engine, Task("en")), Listener(engine, Task("en"))
     for sound, said in clips():
         assert live(listener, sound) == transcriber.transcribe(sound).text, said
 
 
+@pytest.mark.slow
 def test_it_hears_commands_live(engine: Engine) -> None:
     """With the silence around them that a microphone hears."""
     listener = Listener(engine, Task("en"))
@@ -147,6 +149,7 @@ def log_probability(engine: Engine, sound: np.ndarray, text: str) -> float:
     return float(_log_softmax(reply_logits(engine, sound, text))[range(len(tokens)), tokens].sum())
 
 
+@pytest.mark.slow
 def test_beams_write_what_the_model_finds_likelier(engine: Engine) -> None:
     """Of sound in noise, where the first guess is often not the best."""
     draw, gains = np.random.default_rng(5), []

@@ -217,6 +217,7 @@ export_checkpoint(Path(sys.argv[1]), Path(sys.argv[2]), recipe, calibration=text
     ("recipe", "delay"),  # seconds after the start; the whole takes about half a second, calibrated a few
     [("q8", 0.02), ("q8", 0.1), ("q8", 0.25), ("q3mix", 0.3), ("q3mix", 1.0)],
 )
+@pytest.mark.slow
 def test_an_export_ended_at_any_moment_leaves_nothing_or_all(
     tmp_path: Path, ending: int, recipe: str, delay: float
 ) -> None:

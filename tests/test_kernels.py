@@ -334,6 +334,7 @@ def run_python(script: str, *arguments: str, **environment: str) -> subprocess.P
     )
 
 
+@pytest.mark.slow
 def test_processes_may_share_a_cache(tmp_path):
     script = """
 import sys, pathlib, numpy as np
@@ -348,6 +349,7 @@ print(x.tolist())
     assert len(list(tmp_path.rglob("*"))) == 2
 
 
+@pytest.mark.slow
 def test_cached_closures_of_two_processes_stay_apart(tmp_path):
     """Two processes each compile one closure of a name; a third loads both, and must not run one for the other."""
     script = """

@@ -258,6 +258,7 @@ def test_losses_are_counted_and_told(portaudio):
     assert len(notes) == 2
 
 
+@pytest.mark.slow
 def test_ten_minutes_through_queue_and_listener_drop_nothing_and_stay_flat(portaudio):
     """Faster than real time: the callback runs in its own thread, as far ahead as half of the queue."""
     fake, notes = portaudio(), []

@@ -143,6 +143,7 @@ def test_every_command_is_here() -> None:
 
 
 @pytest.mark.parametrize(("command", "stdin"), COMMANDS)
+@pytest.mark.slow
 def test_commands_keep_to_themselves(home: Home, material: dict[str, Path], command: str, stdin: str) -> None:
     run = home.run("-m", "edge_gemma", *(part.format(**material) for part in command.split()), stdin=stdin)
     listening = command.startswith("listen")
@@ -202,6 +203,7 @@ with Engine.load(onnx, backend="onnx") as engine:
 """
 
 
+@pytest.mark.slow
 def test_the_library_keeps_to_itself(home: Home, material: dict[str, Path]) -> None:
     run = home.run("-c", LIBRARY, material["wav"], material["onnx"], "session.safetensors")
     assert run.status == 0, run.output

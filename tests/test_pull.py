@@ -177,6 +177,7 @@ def test_interrupted_anywhere_it_goes_on(
     assert sorted(p.name for p in tmp_path.iterdir()) == ["pulled"]
 
 
+@pytest.mark.slow
 def test_killed_at_random_moments(tmp_path: Path, checkpoint: Path, exported: Path, serve) -> None:
     """SIGKILL: what had arrived and what was converted stays, as long as the machine does."""
     stand_in = serve(checkpoint)

@@ -135,6 +135,7 @@ def test_sparse_gemma3_4b_has_the_references_sizes(tmp_path: Path) -> None:
     assert {layer.attention_scale for layer in config.layers} == {1 / 16}
 
 
+@pytest.mark.slow
 def test_ollamas_single_file_opens(tmp_path: Path) -> None:
     path = write_gguf_release(tmp_path / "sha256-0123", "ollama")
     assert gguf_parameters(path) == 5_123_179_235

@@ -47,6 +47,7 @@ def rounded(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
 
 
 @pytest.mark.parametrize("recipe", ["q4", "q2mix"])
+@pytest.mark.slow
 def test_an_interrupted_export_goes_on_to_the_same_bytes(tmp_path: Path, recipe: str, rounded) -> None:
     write_checkpoint(tmp_path / "in", "e2b")
     expected = contents(export_checkpoint(tmp_path / "in", tmp_path / "whole", recipe, calibration=TEXT))

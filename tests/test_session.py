@@ -149,6 +149,7 @@ class Life(RuleBasedStateMachine):
         self.check_ids()
 
 
+@pytest.mark.slow
 def test_a_session_is_its_ids_whatever_happened_before(model, tmp_path, monkeypatch):
     monkeypatch.setattr(session_module, "CHUNK", CHUNK)
     engine, oracle, sums = model

@@ -43,6 +43,7 @@ def test_refused_templates_end_in_one_line(name):
     assert str(error.value).startswith("the chat template ")
 
 
+@pytest.mark.slow
 def test_hostile_templates_end_soon_and_in_little_memory():
     """In a process of their own with 400 MB more than it starts with: a MemoryError there would be told."""
     command = [sys.executable, "-m", "tests.hostile_templates", "7", str(GENERATED)]
@@ -87,7 +88,7 @@ def test_numbers_of_any_size_pass(source, number):
     assert Template(source).render(n=number, d={}) == expected
 
 
-@pytest.mark.parametrize("turns", [10, 1000, 3000])
+@pytest.mark.parametrize("turns", [10, 1000, pytest.param(3000, marks=pytest.mark.slow)])
 def test_long_conversations_render_and_the_budget_grows_with_them(turns):
     """Templates that look back from each message to all earlier ones, as Gemma 4's of April 2026 do."""
     source = (

@@ -86,6 +86,7 @@ def test_the_vocabulary_has_its_size_and_gemmas_special_tokens_first() -> None:
     assert (tokenizer().pad_id, tokenizer().eos_id, tokenizer().bos_id, tokenizer().unk_id) == (0, 1, 2, 3)
 
 
+@pytest.mark.slow
 def test_the_files_are_a_checkpoints(tmp_path) -> None:
     folder = write(tmp_path)
     real = load_tokenizer(folder)
@@ -344,6 +345,7 @@ def test_an_exported_checkpoint_has_the_same_ids(exported) -> None:
     assert Sampling.from_generation_config(engine.generation_config).num_beams == 8
 
 
+@pytest.mark.slow
 def test_replies_are_scored_through_the_engine(exported, capsys) -> None:
     score_dialogue.main([str(exported[1]), "--count", "4", "--show", "1"])
     assert "all replies" in capsys.readouterr().out

@@ -268,6 +268,7 @@ def test_as_json():
     assert list(entry["segments"][0]) == ["start", "end", "text"]
 
 
+@pytest.mark.slow
 def test_an_hour_in_one_file_keeps_memory_flat_and_covers_every_sample(tmp_path, monkeypatch):
     pytest.importorskip("av", reason="the audio extra is not installed")
     talk = say(*(w for i in range(20) for w in (*range(10 * i, 10 * i + 40), -12)))  # 3 minutes, to be repeated

@@ -41,13 +41,16 @@ class Board:
     name: str
     cpu: str  # QEMU's name, which is also LLVM's
     variant: str  # the kernels' name of its instruction set
+    page_bytes: int  # of its usual kernel
 
     @property
     def cpuinfo(self) -> Path:
         return HERE / f"{self.name}.cpuinfo"
 
 
-BOARDS = {b.name: b for b in (Board("pi5", "cortex-a76", "neon-dotprod"), Board("pi4", "cortex-a72", "neon"))}
+BOARDS = {
+    b.name: b for b in (Board("pi5", "cortex-a76", "neon-dotprod", 16384), Board("pi4", "cortex-a72", "neon", 4096))
+}
 
 
 class Unavailable(Exception):
@@ -58,12 +61,13 @@ def default_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "edge-gemma" / "aarch64-root"
 
 
-def command(folder: Path, board: Board, *arguments: str | Path) -> list[str]:
-    """Python with `arguments`, emulated, at low priority."""
+def command(folder: Path, board: Board, *arguments: str | Path, trace: Path | None = None) -> list[str]:
+    """Python with `arguments`, emulated, at low priority. trace: a file for its system calls."""
     qemu = shutil.which(QEMU) or str(folder / "qemu" / "usr" / "bin" / QEMU)
     root = folder / board.name
-    return ["nice", "-n", "10", qemu, "-cpu", board.cpu, "-L", str(root), str(root / "usr/bin/python3"),
-            *map(str, arguments)]  # fmt: skip
+    traced = ["-d", "strace", "-D", str(trace)] if trace else []
+    return ["nice", "-n", "10", qemu, "-cpu", board.cpu, "-p", str(board.page_bytes), *traced, "-L", str(root),
+            str(root / "usr/bin/python3"), *map(str, arguments)]  # fmt: skip
 
 
 def environment(folder: Path, board: Board) -> dict[str, str]:
