@@ -66,7 +66,8 @@ def main(
     """Pull CHECKPOINT into SCRATCH/pulled."""
     scratch.mkdir(parents=True)
     dest, size = scratch / "pulled", sum(path.stat().st_size for path in checkpoint.iterdir())
-    moments = sorted(random.Random(seed).uniform(0.01, 0.99) * size for _ in range(kills))
+    rng = random.Random(seed)
+    moments = sorted(rng.uniform(0.01, 0.99) * size for _ in range(kills))
     command = [sys.executable, "-m", "edge_gemma", "pull", REPO, str(dest), *options]
     most_memory = most_disk = runs = 0
     with hub_stand_in.running({REPO: checkpoint}) as hub:
