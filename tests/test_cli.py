@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -404,17 +403,11 @@ def test_a_base_model_chat_continues_and_enter_goes_on(fake):
     assert spoken(engine) == "<bos>Once upon a time"
 
 
-def test_help_is_instant_and_imports_nothing_heavy():
-    code = (
-        "import sys; from edge_gemma import cli; print(sorted({'numba', 'numpy', 'jinja2', 'rich'} & set(sys.modules)))"
-    )
+def test_help_imports_nothing_heavy():
+    """So that it is there at once."""
+    heavy = {"numba", "numpy", "jinja2", "rich", "onnxruntime", "sentencepiece", "huggingface_hub", "safetensors"}
+    code = f"import sys; from edge_gemma import cli; print(sorted({heavy} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
-    times = []
-    for _ in range(5):
-        begin = time.perf_counter()
-        subprocess.run([sys.executable, "-m", "edge_gemma.cli", "--help"], capture_output=True, check=True)
-        times.append(time.perf_counter() - begin)
-    assert min(times) < 0.3
 
 
 # --- a whole model, tiny ----------------------------------------------------------------------------------------------
