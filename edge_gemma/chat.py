@@ -103,9 +103,11 @@ def _call(entry: Any) -> ToolCall:
     function = entry.get("function") if isinstance(entry, Mapping) else None
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
         raise UsageError("a message's tool call has no function name")
-    if not isinstance(function.get("arguments"), Mapping):
+    arguments: Any = function.get("arguments")
+    if not isinstance(arguments, Mapping | str | None):
         raise UsageError(f"the arguments of the tool call {shown(function['name'])} are not an object")
-    return ToolCall(function["name"], dict(function["arguments"]))
+    given: Any = dict(arguments) if isinstance(arguments, Mapping) else arguments
+    return ToolCall(function["name"], given)
 
 
 def check_messages(messages: Any) -> None:

@@ -11,11 +11,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from edge_gemma.arguments import require, shown
+
 QUOTE = object()  # stands for the token <|"|>
 _DEPTH = 64
 _NAME = re.compile(r"\s*call:\s*([\w.\-/:]+)\s*")
 _KEY = re.compile(r"\s*([^\s:{}\[\],\"][^:{}\[\],\"]*?)\s*:")
-_NUMBER = re.compile(r"-?(0|[1-9]\d{0,300})(\.\d+)?([eE][+-]?\d{1,4})?(?![\w.])")
+_NUMBER = re.compile(r"-?(0|[1-9]\d{0,4298})(\.\d+)?([eE][+-]?\d{1,4})?(?![\w.])")
 _STRING = re.compile(r'"(?:[^"\\\n]|\\.)*"')
 _WORDS = {"true": True, "false": False, "null": None, "True": True, "False": False, "None": None}
 _WORD = re.compile(r"[A-Za-z]+(?![\w.])")
@@ -24,10 +26,29 @@ _SPACE = re.compile(r"\s*")
 
 @dataclass(frozen=True)
 class ToolCall:
-    """What the model wants done. arguments: JSON values by name."""
+    """What the model wants done. arguments: JSON values by name.
+
+    The arguments may be given as OpenAI's clients send them, as the text of a JSON object; nothing at all is none.
+    Templates get a mapping: Gemma 4's of July 2026 refuse a text. Raises UsageError for a text that is no JSON object.
+    """
 
     name: str
     arguments: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        given: Any = self.arguments
+        if given is None or isinstance(given, str):
+            object.__setattr__(self, "arguments", _decoded(self.name, given or "{}"))
+
+
+def _decoded(name: str, text: str) -> dict[str, Any]:
+    try:
+        arguments = json.loads(text)
+    except (ValueError, RecursionError):
+        arguments = None
+    good = isinstance(arguments, dict)
+    require(f"the text of the arguments of the tool call {shown(name)}", text, good, "a JSON object")
+    return arguments
 
 
 def call_text(parts: Sequence[str | object]) -> str:

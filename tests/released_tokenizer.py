@@ -77,11 +77,12 @@ def released_tokenizer_json() -> bytes:
 
 
 def official_templates() -> dict[str, str]:
-    """Google's chat templates by folder and file name, those of all dates; none where the files are not there."""
+    """Google's chat templates by folder and file name, those of all dates, each once; none without the files."""
     for folder in Path(__file__).resolve().parents:
         if (root := folder / "shared" / "released").is_dir():
             found = sorted(root.glob("*/*.jinja"))
-            return {f"{path.parent.name}/{path.name}": path.read_text("utf-8") for path in found}
+            names = {path.read_text("utf-8"): f"{path.parent.name}/{path.name}" for path in found}
+            return {name: text for text, name in names.items()}
     return {}
 
 

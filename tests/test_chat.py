@@ -7,6 +7,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from edge_gemma.audio.prompts import audio_prompt
 from edge_gemma.chat import ChatFormat, Message, Piece, ReplyParser
 from edge_gemma.errors import TemplateError, UsageError
 from edge_gemma.tool_call import QUOTE, ToolCall, call_text, parse_call
@@ -131,7 +132,7 @@ def test_messages_survive_a_session_file():
         None, "Hi", [], {}, {"role": "user"}, {"role": "user", "content": None}, {"role": "pope", "content": "x"},
         {"role": "user", "content": "x", "mood": "good"}, {"role": "user", "content": "x", "name": 5},
         {"role": "assistant", "content": "x", "tool_calls": [1]}, {"role": 5, "content": "x"},
-        {"role": "assistant", "content": "x", "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}]},
+        {"role": "assistant", "content": "x", "tool_calls": [{"function": {"name": "f", "arguments": [1]}}]},
         {"role": "assistant", "content": "x", "tool_calls": [{"function": {"arguments": {}}}]},
     ],
 )  # fmt: skip
@@ -139,6 +140,37 @@ def test_entries_that_are_no_message_are_one_line_errors(entry):
     with pytest.raises(UsageError) as error:
         Message.from_dict(entry)
     assert "\n" not in str(error.value)
+
+
+def test_arguments_may_be_the_text_of_a_json_object():
+    """As OpenAI's clients send them, wherever a message comes in; the template gets a mapping."""
+    arguments = {"city": "Oslo", "at": 1734567890, "deep": {"list": [1.5, None, True, "ö"]}}
+    text = json.dumps(arguments)
+    entry = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": text}}]}
+    message = Message("assistant", "", tool_calls=(ToolCall("f", text),))
+    assert Message.from_dict(entry) == message
+    assert message.tool_calls[0].arguments == arguments
+    assert json.loads(json.dumps(message.as_dict()))["tool_calls"][0]["function"]["arguments"] == arguments
+    assert rendered([HI, message]) == rendered([HI, Message("assistant", "", tool_calls=(ToolCall("f", arguments),))])
+    assert "at:1734567890" in rendered([HI, message])
+    prompt = audio_prompt(CHAT_TEMPLATE, TOKENIZER, "", earlier=[HI, message, Message("tool", "ok", name="f")])
+    assert "at:1734567890" in TOKENIZER.spell(prompt.before)
+
+
+@pytest.mark.parametrize("nothing", ["", None, "{}"])
+def test_no_arguments(nothing):
+    entry = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": nothing}}]}
+    assert Message.from_dict(entry).tool_calls == (ToolCall("f"),)
+
+
+@pytest.mark.parametrize(
+    "text", ["[1]", '"x"', "5", "null", "{", "{'a': 1}", "a=1", "[" * 100_000, '{"a": ' + "1" * 5000]
+)
+def test_arguments_whose_text_is_no_json_object(text):
+    with pytest.raises(UsageError, match=r"arguments of the tool call 'get_it' is .*, expected a JSON object") as error:
+        ToolCall("get_it", text)
+    assert "\n" not in str(error.value)
+    assert len(str(error.value)) < 200
 
 
 def test_a_message_of_other_than_json_values_is_refused():
@@ -228,7 +260,7 @@ def test_two_calls_amid_thought_and_text():
         "call:f{a:[1}", "call:f{a:[1,,2]}", "call:f{a:{b}}", "call:f{}{}", "call:f{}tail", "f{a:1}", "call:{a:1}",
         'call:f{a:"x}', "call:f{a:truely}", "call:f{a:nan}", "call:f{a:1,a:2}",
         "call:f{a:" + "[" * 200 + "]" * 200 + "}",
-        'call:f{a:"\\q"}', 'call:f{a:"<|"|>x<|"|>"}', "call:f{a:\0}", "call:f{a:--1}", "call:f{a:" + "9" * 400 + "}",
+        'call:f{a:"\\q"}', 'call:f{a:"<|"|>x<|"|>"}', "call:f{a:\0}", "call:f{a:--1}", "call:f{a:" + "9" * 5000 + "}",
     ],
 )  # fmt: skip
 def test_malformed_calls_stay_text(body):
@@ -270,6 +302,7 @@ def written(value) -> list:
 @settings(deadline=None, max_examples=300)
 @given(st.dictionaries(KEYS, VALUES, max_size=5))
 @example({"a": 'x<|"|>{}[],:"\\\n\0'})
+@example({"a": 10**4000, "b": -(10**18), "c": 1e300})
 def test_what_is_written_is_read_back(arguments):
     parts = ["call:some_tool", *written(arguments)]
     assert parse_call(parts) == ToolCall("some_tool", arguments)
