@@ -125,7 +125,7 @@ class Engine:
         if self._audio is None:
             from edge_gemma.audio.encoder import AudioEncoder
 
-            self._audio = AudioEncoder.load(self._folder, self.threads)
+            self._audio = AudioEncoder.load(self._folder, self.threads, self._folder.graphs_in)
         return self._audio
 
     def release_audio(self) -> None:

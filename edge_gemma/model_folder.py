@@ -34,7 +34,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -161,6 +161,7 @@ class ModelFolder:
     tensors: dict[str, Tensor]
     manifest: dict[str, Any]
     audio: AudioSection | None = None  # None: the model does not listen
+    graphs_in: ClassVar[str] = ""  # where below `path` the encoders' graphs lie
 
     @classmethod
     def open(cls, path: Path | str) -> "ModelFolder":
@@ -170,7 +171,7 @@ class ModelFolder:
         tensors = {
             name: _read_tensor(name, entry) for name, entry in _field(manifest, "tensors", dict).items()
         }  # fmt: skip
-        folder = cls(path, config, tensors, manifest, _read_audio(manifest, config))
+        folder = cls(path, config, tensors, manifest, read_audio(manifest, config))
         folder._check_tensor_set()
         folder._check_files()
         return folder
@@ -377,7 +378,8 @@ def _static_scales(name: str, entry: dict[str, Any], layout: str, group: int) ->
     return scales
 
 
-def _read_audio(manifest: dict[str, Any], config: GemmaConfig) -> AudioSection | None:
+def read_audio(manifest: dict[str, Any], config: GemmaConfig, graphs_in: str = "") -> AudioSection | None:
+    """What a manifest says of the audio encoder, None if nothing. Raises ModelFolderError."""
     if "audio" not in manifest:
         return None
     of, entry = "the manifest's audio section", _field(manifest, "audio", dict)
@@ -386,7 +388,8 @@ def _read_audio(manifest: dict[str, Any], config: GemmaConfig) -> AudioSection |
     for name in ("audio_token_id", "boa_token_id", "eoa_token_id"):
         if not 0 <= getattr(section, name) < config.vocab_size:
             raise ModelFolderError(f"{of}: {name} is {getattr(section, name)}, outside the vocabulary")
-    if missing := {AUDIO_BATCH, AUDIO_STREAM, AUDIO_DATA} - _field(manifest, "files", dict).keys():
+    graphs = {os.path.join(graphs_in, name) for name in (AUDIO_BATCH, AUDIO_STREAM, AUDIO_DATA)}
+    if missing := graphs - _field(manifest, "files", dict).keys():
         raise ModelFolderError(f"the manifest has an audio section and lacks {min(missing)}: export the model again")
     return section
 

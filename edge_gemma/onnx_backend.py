@@ -21,8 +21,8 @@ from edge_gemma.atomic import write_file
 from edge_gemma.config import GemmaConfig
 from edge_gemma.engine import Engine
 from edge_gemma.errors import ModelFolderError, UsageError
-from edge_gemma.model_folder import ONNX_FORMAT, ONNX_VERSION, ModelFolder, read_manifest
-from edge_gemma.session import CHUNK, check_ids
+from edge_gemma.model_folder import ONNX_FORMAT, ONNX_VERSION, ModelFolder, read_audio, read_manifest
+from edge_gemma.session import CHUNK, PAD, check_ids, soft_tokens
 
 FOLDER, EMBED, DECODER = "onnx", "embed_tokens", "decoder_model_merged"
 FILES = tuple(f"{FOLDER}/{graph}{suffix}" for graph in (EMBED, DECODER) for suffix in (".onnx", ".onnx_data"))
@@ -31,12 +31,14 @@ FILES = tuple(f"{FOLDER}/{graph}{suffix}" for graph in (EMBED, DECODER) for suff
 class OnnxFolder(ModelFolder):
     """An opened ONNX folder: version, configuration and file sizes checked, no graph loaded."""
 
+    graphs_in = FOLDER
+
     @classmethod
     def open(cls, path: Path | str) -> "OnnxFolder":
         """Raises ModelFolderError, one line."""
         path = Path(path)
         manifest, config = read_manifest(path, ONNX_FORMAT, ONNX_VERSION)
-        folder = cls(path, config, {}, manifest)
+        folder = cls(path, config, {}, manifest, read_audio(manifest, config, FOLDER))
         folder._check_files()
         if missing := [file for file in FILES if file not in manifest["files"]]:
             raise ModelFolderError(f"{path}: the manifest lacks {missing[0]}")
@@ -62,9 +64,12 @@ class OnnxEngine(Engine):
     def session(self, context: int | None = None) -> "OnnxSession":  # type: ignore[override]
         """A new, empty timeline."""
         context = self._checked_context(context, self.context)
-        return OnnxSession(self._graphs, self.config, context, self._identity)
+        section = self._folder.audio
+        placeholder = section.audio_token_id if section else None
+        return OnnxSession(self._graphs, self.config, context, self._identity, placeholder)
 
     def close(self) -> None:
+        self.release_audio()
         self._graphs = {}
 
 
@@ -83,13 +88,15 @@ def _load(path: Path, threads: int) -> Any:
 
 
 class OnnxSession:
-    """A timeline of at most `context` tokens; what of `edge_gemma.session.Session` runs and scores text."""
+    """A timeline of at most `context` tokens; what of `edge_gemma.session.Session` runs and scores text and hears."""
 
-    def __init__(self, graphs: dict[str, Any], config: GemmaConfig, context: int, identity: str) -> None:
+    def __init__(
+        self, graphs: dict[str, Any], config: GemmaConfig, context: int, identity: str, audio_token_id: int | None
+    ) -> None:
         self.context = context
         self._identity = identity
         self.ids: list[int] = []
-        self._config = config
+        self._config, self._audio_token_id = config, audio_token_id
         self._embed, self._decoder = graphs[EMBED], graphs[DECODER]
         self._outputs = [output.name for output in self._decoder.get_outputs()]
         self._past: dict[str, Any] = {}  # past_key_values.N.{key, value} -> OrtValue float32 [1, KV, position, hd]
@@ -105,6 +112,14 @@ class OnnxSession:
         for start in range(0, len(ids), CHUNK):
             logits = self._run(ids[start : start + CHUNK], keep=1)
         return logits[0]
+
+    def prefill_soft(self, embeddings: np.ndarray, *, logits: bool = True) -> np.ndarray | None:
+        """Append soft tokens. Takes, returns and raises what `edge_gemma.session.Session.prefill_soft` does."""
+        embeddings, ids = soft_tokens(embeddings, self._config.hidden_size, self._audio_token_id)
+        self._check(ids)
+        for start in range(0, len(ids), CHUNK):
+            found = self._run(ids[start : start + CHUNK], keep=1, soft=embeddings[start : start + CHUNK])
+        return found[0] if logits else None
 
     def step(self, token: int) -> np.ndarray:
         """Append one token. Returns the logits after it: float32 [vocab_size]."""
@@ -181,8 +196,11 @@ class OnnxSession:
     def _check(self, ids: Sequence[int]) -> list[int]:
         return check_ids(ids, self._config.vocab_size, self.position, self.context)
 
-    def _run(self, ids: list[int], keep: int) -> np.ndarray:
-        """Logits of the last `keep` of ids (0: of all): float32 [n, vocab_size]."""
+    def _run(self, ids: list[int], keep: int, soft: np.ndarray | None = None) -> np.ndarray:
+        """Logits of the last `keep` of ids (0: of all): float32 [n, vocab_size].
+
+        soft: float32 [len(ids), hidden_size], what enters layer 0 instead of the ids' embeddings.
+        """
         from edge_gemma.ort import onnxruntime
 
         first, end = self.position, self.position + len(ids)
@@ -192,9 +210,12 @@ class OnnxSession:
             "num_logits_to_keep": np.array(keep, np.int64),
         }
         feeds = {name: onnxruntime.OrtValue.ortvalue_from_numpy(value) for name, value in numpy_inputs.items()}
-        input_ids = onnxruntime.OrtValue.ortvalue_from_numpy(np.array([ids], np.int64))
+        text = ids if soft is None else [PAD] * len(ids)
+        input_ids = onnxruntime.OrtValue.ortvalue_from_numpy(np.array([text], np.int64))
         names = [output.name for output in self._embed.get_outputs()]
         feeds |= dict(zip(names, self._embed.run_with_ort_values(names, {"input_ids": input_ids}), strict=True))
+        if soft is not None:
+            feeds["inputs_embeds"] = onnxruntime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(soft[None]))
         results = self._decoder.run_with_ort_values(self._outputs, feeds | self._past)
         outputs = dict(zip(self._outputs, results, strict=True))
         self._past = {name: outputs[name.replace("past_key_values", "present")] for name in self._past}

@@ -22,7 +22,7 @@ from edge_gemma.step import Step
 
 CHUNK = 128  # tokens prefilled at a time
 MARKS = 4  # snapshots kept
-_PAD = 0  # the token whose per-layer embedding soft tokens take
+PAD = 0  # the token whose per-layer embedding soft tokens take
 SoftTokens = dict[int, np.ndarray]  # position -> float32 [hidden_size], what enters layer 0 there
 
 
@@ -77,18 +77,7 @@ class Session:
         per-layer embedding is the pad token's. Raises ContextFullError if they do not fit, UsageError if there are
         none, they are not finite or of another width, or the model does not listen; the session is then as it was.
         """
-        width = self._decoder.config.hidden_size
-        if self._audio_token_id is None:
-            raise UsageError("this model has no audio tower: export one that has, without --no-audio")
-        try:
-            embeddings = np.asarray(embeddings, np.float32)
-        except (TypeError, ValueError):
-            raise UsageError(f"soft tokens are {shown(embeddings)}, expected an array of floats") from None
-        if embeddings.ndim != 2 or embeddings.shape[1] != width or not len(embeddings):
-            raise UsageError(f"soft tokens have shape {list(embeddings.shape)}, expected one or more rows of {width}")
-        if not np.isfinite(embeddings).all():
-            raise UsageError("a soft token is not finite: the audio it was made from is damaged")
-        ids = [self._audio_token_id] * len(embeddings)
+        embeddings, ids = soft_tokens(embeddings, self._decoder.config.hidden_size, self._audio_token_id)
         self._check(ids)
         soft = {self.position + i: row for i, row in enumerate(embeddings.copy())}
         with self._computing():
@@ -257,10 +246,25 @@ class Session:
             text, merged = np.array(part, np.int64), None
             if here:
                 at = np.array(list(here)) - span.start
-                text[at] = _PAD
+                text[at] = PAD
                 merged = self._decoder.embed(text)
                 merged[at] = list(here.values())
             yield part, here, self._decoder.forward(text, self._cache, wanted, merged)
+
+
+def soft_tokens(embeddings: np.ndarray, width: int, audio_token_id: int | None) -> tuple[np.ndarray, list[int]]:
+    """Soft tokens as float32 [n, width], and the ids that stand for them. Raises UsageError as `prefill_soft` says."""
+    if audio_token_id is None:
+        raise UsageError("this model has no audio tower: export one that has, without --no-audio")
+    try:
+        embeddings = np.asarray(embeddings, np.float32)
+    except (TypeError, ValueError):
+        raise UsageError(f"soft tokens are {shown(embeddings)}, expected an array of floats") from None
+    if embeddings.ndim != 2 or embeddings.shape[1] != width or not len(embeddings):
+        raise UsageError(f"soft tokens have shape {list(embeddings.shape)}, expected one or more rows of {width}")
+    if not np.isfinite(embeddings).all():
+        raise UsageError("a soft token is not finite: the audio it was made from is damaged")
+    return embeddings, [audio_token_id] * len(embeddings)
 
 
 def check_ids(ids: Sequence[int], vocab_size: int, position: int, context: int) -> list[int]:

@@ -87,6 +87,8 @@ def export_onnx(
             "config": dict(folder.config.text_config),
             "files": files,
         }
+        if audio and "audio" in folder.manifest:
+            manifest["audio"] = folder.manifest["audio"]
         manifest["digest"] = manifest_digest(manifest)
         (out / MANIFEST).write_text(json.dumps(manifest, indent=1))
     return dest

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from edge_gemma.audio.features import SAMPLES_PER_TOKEN, token_count
+from edge_gemma.audio.features import SAMPLE_RATE, SAMPLES_PER_TOKEN, token_count
 from edge_gemma.audio.vad import WINDOW
 from tests.fakes import TEMPLATE, FakeEngine, FakeSession, reply
 
@@ -69,18 +69,20 @@ class FakeEncoder:
         return np.stack([levels, np.ones(n)], axis=1).astype(np.float32)
 
     def stream(self, step_ms: int) -> "FakeStream":
-        return FakeStream(self)
+        return FakeStream(self, step_ms * SAMPLE_RATE // 1000 // SAMPLES_PER_TOKEN)
 
 
 class FakeStream:
-    def __init__(self, encoder: FakeEncoder) -> None:
-        self._encoder, self._samples, self._done = encoder, np.zeros(0, np.float32), 0
+    """Gives tokens a whole step at a time, as the encoder does."""
+
+    def __init__(self, encoder: FakeEncoder, step: int) -> None:
+        self._encoder, self._samples, self._done, self._step = encoder, np.zeros(0, np.float32), 0, step
 
     def feed(self, samples: np.ndarray) -> np.ndarray:
         self._encoder.streamed.append(samples.copy())
         self._samples = np.concatenate([self._samples, samples])
         final = max(0, (len(self._samples) - 1) // SAMPLES_PER_TOKEN)
-        return self._tokens(final)
+        return self._tokens(final // self._step * self._step)
 
     def finish(self) -> np.ndarray:
         return self._tokens(token_count(len(self._samples)))

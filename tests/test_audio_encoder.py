@@ -8,7 +8,7 @@ import pytest
 
 from edge_gemma import kernels
 from edge_gemma.audio import features
-from edge_gemma.audio.encoder import AudioEncoder
+from edge_gemma.audio.encoder import TOKEN_MS, AudioEncoder
 from edge_gemma.audio.encoder import _options as session_options
 from edge_gemma.engine import Engine
 from edge_gemma.errors import UsageError
@@ -182,6 +182,24 @@ def test_tokens_are_final_as_early_as_they_can_be(graphs):
     audio, stream = speech_like(3300), encoder.stream(40)
     counts = np.cumsum([len(stream.feed(audio[i : i + 1])) for i in range(len(audio))])
     assert [int(np.argmax(counts > t)) + 1 for t in range(5)] == [640 * (t + 1) + 1 for t in range(5)]
+
+
+@pytest.mark.parametrize("step_ms", [40, 160, 640])
+def test_a_stream_is_never_more_than_a_step_behind(graphs, step_ms):
+    """And encodes nothing twice: as many steps as fit into the sound."""
+    encoder, calls = graphs[0], []
+    stream, step = encoder.stream(step_ms), step_ms // TOKEN_MS
+    run = encoder.step
+    encoder.step = lambda *given: calls.append(len(given[0])) or run(*given)
+    try:
+        tokens = 0
+        for fed in range(512, 100_000, 512):
+            tokens += len(stream.feed(speech_like(512)))
+            final = max(0, (fed - 1) // features.SAMPLES_PER_TOKEN)
+            assert tokens == final // step * step
+        assert calls == [step * features.FRAMES_PER_TOKEN] * (tokens // step)
+    finally:
+        del encoder.step
 
 
 def test_two_streams_do_not_meet(graphs):

@@ -9,9 +9,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from edge_gemma.audio import mic
-from edge_gemma.audio.features import SAMPLE_RATE, token_count
+from edge_gemma.audio.features import SAMPLE_RATE, SAMPLES_PER_TOKEN, token_count
 from edge_gemma.audio.listen import Listener
 from edge_gemma.audio.prompts import Task
+from edge_gemma.audio.scribe import STEP_MS
 from edge_gemma.errors import AudioError
 from tests.fake_speech import LevelDetector, SpeechEngine, say, text_of, understand
 
@@ -69,6 +70,24 @@ def test_sound_is_prefilled_while_it_arrives():
     assert next(n for what, n in engine.timeline.log if what == "prefill") > 100, "the instruction, once"
 
 
+def test_soft_tokens_follow_the_sound_within_a_step():
+    """Whoever speaks is heard at once: at any moment all but a second of it is prefilled."""
+    engine, given, late = SpeechEngine(), 0, []
+
+    def blocks():
+        nonlocal given
+        for block in blocks_of(say(*range(50))):  # 10 s
+            given += len(block)
+            yield block
+            soft = sum(n for what, n in engine.timeline.log if what == "soft")
+            late.append(given - soft * SAMPLES_PER_TOKEN)
+
+    list(listener(engine).events(blocks()))
+    assert max(late) <= (STEP_MS * SAMPLE_RATE // 1000) + 2 * SAMPLES_PER_TOKEN
+    assert max(late) <= SAMPLE_RATE
+    assert late[-1] <= SAMPLE_RATE
+
+
 def test_the_encoder_hears_what_was_said_sample_by_sample():
     engine, samples = SpeechEngine(), say(*range(80), -10)
     list(listener(engine).events(blocks_of(samples, 777)))
@@ -100,6 +119,66 @@ def test_asking_answers_each_utterance_after_the_system_prompt():
     assert heard(events) == ["You said w7.", "You said w8."]
     prompt = engine.tokenizer.spell(engine.timeline.prompts[-1]).replace("<pad>", "")
     assert prompt == ("<bos><|turn>system\nBe brief.<turn|>\n<|turn>user\n<|audio><audio|><turn|>\n<|turn>model\n")
+
+
+def test_an_utterance_without_a_pause_is_answered_once():
+    """In clips of at most 30 s of one turn, each sample in one of them."""
+    words = range(280)  # 56 s
+    engine = SpeechEngine(lambda levels: understand(levels))
+    events = list(listener(engine, ask=True).events(blocks_of(say(*words, -15, 7, -15))))
+    assert [e.kind for e in events if e.kind != "text"] == ["speech", "segment"] * 2
+    first, second = [e for e in events if e.kind == "segment"]
+    assert (first.start, first.end) == (0, pytest.approx(56.2, abs=0.1))
+    said = text_of(words).split()
+    got = first.text.split()
+    assert [w for w in got if w[0] != "~"] == [w for w in said if w in got]
+    assert len(set(said) - set(got)) <= 1, "but for the word at the seam"
+    assert second.text == "w7"
+    assert max(engine.audio.clips) <= 480_000
+    prompt = next(p for p in engine.timeline.prompts if len(p) > 1400)
+    text = engine.tokenizer.spell(prompt).replace("<pad>", "")
+    assert text == "<bos><|turn>user\n<|audio><audio|><|audio><audio|><turn|>\n<|turn>model\n"
+    streamed = np.concatenate(engine.audio.streamed)[: 56 * SAMPLE_RATE]
+    assert np.array_equal(streamed, say(*words))
+
+
+def test_an_utterance_beyond_the_context_is_answered_in_parts():
+    notes = []
+    engine = SpeechEngine(lambda levels: "ok", context=2600)
+    events = list(listener(engine, ask=True, note=notes.append).events(blocks_of(say(*range(500), -15))))  # 100 s
+    assert heard(events) == ["ok"] * 2
+    assert notes == ["this is longer than the context holds: it is answered in parts"]
+    assert len(engine.timeline.ids) <= 2600
+
+
+@pytest.mark.parametrize("seconds", [40, 90])
+def test_a_translation_has_each_word_once_at_cuts(seconds):
+    words = range(seconds * 5)
+    engine = SpeechEngine(lambda levels: f"{understand(levels)}\nFrench: {understand(levels).replace('w', 'f')}")
+    events = list(listener(engine, task=Task("en", "fr")).events(blocks_of(say(*words, -15, 3, -15))))
+    segments = [e for e in events if e.kind == "segment"]
+    text = text_of([*words, 3])
+    assert " ".join(e.text for e in segments) == text
+    assert " ".join(e.translation for e in segments) == text.replace("w", "f")
+
+
+def test_what_gave_no_text_is_told():
+    notes = []
+    events = listener(SpeechEngine(lambda levels: ""), note=notes.append).events(blocks_of(say(-10, 7, -15)))
+    assert heard(events) == [""]
+    assert len(notes) == 1
+    assert notes[0].endswith("s gave no text")
+
+
+def test_what_is_very_quiet_is_heard_again_louder():
+    """A session that understands nothing below full level; the fake's detector, unlike Silero, hears by level too."""
+    notes, engine = [], SpeechEngine(lambda levels: "loud" if levels.max(initial=0) > 0.05 else "h")
+    detector = type("", (), {"probability": lambda self, window: float(np.abs(window).max() > 1e-4)})
+    sound = np.concatenate([say(1, 2, 3, -15)] * 2) / 300
+    events = Listener(engine, detector=detector, note=notes.append).events(blocks_of(sound.astype(np.float32)))
+    assert heard(events) == ["loud"] * 2
+    assert len(notes) == 1, "told once"
+    assert "very quiet, -69 dB" in notes[0]
 
 
 def test_translation_and_loops():

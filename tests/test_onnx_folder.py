@@ -5,9 +5,11 @@ import re
 import shutil
 import subprocess
 import sys
+import wave
 from collections import namedtuple
 from pathlib import Path
 
+import numpy as np
 import pytest
 from click.testing import CliRunner
 
@@ -18,10 +20,12 @@ from edge_gemma.export.convert import export_checkpoint
 from edge_gemma.export.onnx_folder import export_onnx
 from edge_gemma.export.synth import synthesize
 from edge_gemma.model_folder import manifest_digest
+from edge_gemma.models import EMBEDDED
 from edge_gemma.onnx_backend import FILES
 from edge_gemma.ort import onnxruntime
 from tests.test_goldens import assert_close, timeline
 from tests.tiny import write_checkpoint
+from tests.tiny_audio import speech_like
 from tests.tiny_gguf import write_gguf
 
 ROOT = Path(__file__).parent.parent
@@ -62,6 +66,44 @@ def test_the_encoders_come_along(tmp_path):
     with Engine.load(folder, backend="onnx") as engine:
         assert engine.session().step(2).shape == (1024,)
     assert not (export_onnx(model, tmp_path / "p", audio=False) / "onnx" / "audio_encoder.onnx").exists()
+
+
+def test_an_onnx_engine_hears(tmp_path):
+    """As the model folder does that it was made from: the same soft tokens, logits as near as those of text."""
+    model = synthesize("tiny", tmp_path / "m", "float", audio=True)
+    sound = speech_like(20_000)
+    with Engine.load(model) as engine, Engine.load(export_onnx(model, tmp_path / "o"), backend="onnx") as onnx:
+        tokens = engine.audio.encode(sound)
+        assert np.array_equal(onnx.audio.encode(sound), tokens)
+        assert len(tokens) > 16
+        sessions = [e.session() for e in (engine, onnx)]
+        logits = []
+        for session in sessions:
+            session.prefill([2, 3, 4])
+            assert session.prefill_soft(tokens[:10], logits=False) is None
+            logits.append([session.prefill_soft(tokens[10:]), session.step(7)])
+        assert np.abs(np.array(logits[0]) - logits[1]).max() < 1e-3 * np.abs(logits[0]).max()
+        assert sessions[0].ids == sessions[1].ids
+        sessions[1].rewind(13)
+        assert np.allclose(sessions[1].prefill_soft(tokens[10:]), logits[1][0], atol=1e-5)
+        for wrong in (tokens[:0], tokens[:, :-1], np.full_like(tokens, np.nan)):
+            with pytest.raises(UsageError):
+                sessions[1].prefill_soft(wrong)
+    deaf = export_onnx(model, tmp_path / "p", audio=False)
+    with Engine.load(deaf, backend="onnx") as engine:
+        with pytest.raises(UsageError, match="no audio tower"):
+            _ = engine.audio
+        with pytest.raises(UsageError, match="no audio tower"):
+            engine.session().prefill_soft(tokens)
+
+
+def test_the_demonstration_model_transcribes_and_listens_as_onnx(tmp_path):
+    with wave.open(str(ROOT / "examples" / "timer.wav")) as file:
+        sound = np.frombuffer(file.readframes(file.getnframes()), np.int16)
+    with Engine.load(export_onnx(EMBEDDED, tmp_path / "o"), backend="onnx") as engine:
+        assert engine.transcribe(sound, num_beams=1).text == "set a timer for ten minutes"
+        events = engine.listen([sound, np.zeros(16_000, np.int16)], num_beams=1)
+        assert [e.text for e in events if e.kind == "segment"] == ["set a timer for ten minutes"]
 
 
 def test_an_interrupted_export_leaves_nothing(made, tmp_path):

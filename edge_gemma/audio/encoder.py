@@ -57,13 +57,16 @@ class AudioEncoder:
         self._names = [item.name for item in session.get_outputs()]
 
     @classmethod
-    def load(cls, folder: ModelFolder, threads: int) -> "AudioEncoder":
-        """Load the folder's encoder. Raises UsageError if it has none, ModelFolderError if it cannot be loaded."""
+    def load(cls, folder: ModelFolder, threads: int, graphs_in: str = "") -> "AudioEncoder":
+        """Load the folder's encoder. graphs_in: where below the folder its graphs lie.
+
+        Raises UsageError if it has none, ModelFolderError if it cannot be loaded.
+        """
         if folder.audio is None:
             raise UsageError(f"{folder.path} has no audio tower: export a model that has, without --no-audio")
         from edge_gemma.ort import onnxruntime
 
-        path = folder.path / AUDIO_STREAM
+        path = folder.path / graphs_in / AUDIO_STREAM
         try:
             session = onnxruntime.InferenceSession(str(path), _options(threads), providers=["CPUExecutionProvider"])
             return cls(session, folder.config.hidden_size)

@@ -6,21 +6,22 @@ Owns: the order of work while someone speaks, and the events that come of it. Do
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
 
 from edge_gemma.audio import segments as cut
 from edge_gemma.audio.features import SAMPLE_RATE
+from edge_gemma.audio.levels import QUIET_DB, louder, loudest_db
 from edge_gemma.audio.mic import Microphone
 from edge_gemma.audio.prompts import Task, audio_prompt
 from edge_gemma.audio.samples import Note, Samples, checked_rate, live_blocks, silent
-from edge_gemma.audio.scribe import STEP_MS, Scribe, SpeechEngine, Stream
-from edge_gemma.audio.texts import go_on, hold_back
-from edge_gemma.audio.transcribe import Transcriber, reply_limit
+from edge_gemma.audio.scribe import STEP_MS, Reply, Scribe, SpeechEngine, Stream
+from edge_gemma.audio.texts import Telling
+from edge_gemma.audio.transcribe import Transcriber, no_text, reply_limit
 from edge_gemma.audio.vad import Detector, open_detector
 from edge_gemma.chat import Message
 from edge_gemma.errors import UsageError
@@ -89,7 +90,8 @@ class Listener:
         else:
             self._transcriber = Transcriber(engine, self.task, num_beams=num_beams, note=note)
             self._scribe = self._transcriber.scribe
-        self._last, self._held = "", ""  # of a segment cut in speech: its text, and the last word, not told yet
+        self._texts, self._translations = Telling(), Telling()
+        self._quiet = False  # that the sound is very quiet was told
 
     def events(self, blocks: Iterable[Samples], rate: int = SAMPLE_RATE) -> Iterator[Event]:
         """blocks: samples as they arrive, each as `samples.as_samples` takes it, `rate` a second. Ends when they do.
@@ -98,47 +100,85 @@ class Listener:
         """
         segmenter, stream = cut.Segmenter(self._detector(), self._rules), None
         heard: list[np.ndarray] = []
+        start, again = 0, 0  # where the utterance began; samples of it that a cut has heard twice
         for step in segmenter.steps(live_blocks(blocks, rate, self._note)):
-            if isinstance(step, cut.Opened):
-                stream, heard = self._encoder.stream(STEP_MS), []
+            if isinstance(step, cut.Opened) and stream is None:
+                stream, heard, start, again = self._encoder.stream(STEP_MS), [], step.start, 0
                 self._scribe.begin()
                 yield Event("speech", start=step.start / SAMPLE_RATE)
             elif isinstance(step, cut.Heard):
                 assert stream is not None
-                heard.append(step.samples)
-                self._scribe.hear(stream.feed(step.samples))
-            elif step.segment.speech:
+                heard.append(step.samples[again:])
+                again = max(0, again - len(step.samples))
+                self._scribe.hear(stream.feed(heard[-1]))
+            elif isinstance(step, cut.Closed) and step.segment.speech:
                 assert stream is not None
-                yield from self._reply(step.segment, stream, np.concatenate(heard))
-                stream, heard = None, []
+                if step.segment.cut and self._goes_on(stream):
+                    stream, again = self._encoder.stream(STEP_MS), cut.OVERLAP
+                    continue
+                yield from self._reply(replace(step.segment, start=start), stream, np.concatenate(heard))
+                stream = None
+
+    def _goes_on(self, stream: Stream) -> bool:
+        """True if an utterance without a pause is answered as one, in several clips of one turn."""
+        if self._transcriber is not None:
+            return False
+        context = self._scribe.session.context
+        if self._scribe.room_for_clip(min(self._max_tokens or context, context // 4)):
+            self._scribe.hear(stream.finish())
+            self._scribe.next_clip()
+            return True
+        self._note("this is longer than the context holds: it is answered in parts")
+        return False
 
     def _reply(self, segment: cut.Segment, stream: Stream, heard: np.ndarray) -> Iterator[Event]:
-        start = time.perf_counter()
-        scribe, limit = self._scribe, self._max_tokens
-        scribe.hear(stream.finish())
-        if not scribe.heard:
+        begun, start, end = time.perf_counter(), segment.start / SAMPLE_RATE, segment.end / SAMPLE_RATE
+        self._scribe.hear(stream.finish())
+        if not self._scribe.heard:
             return
-        if self._transcriber is not None:
-            limit = min(limit or 10**9, reply_limit(scribe.heard, self.task))
-        for piece in scribe.write(limit, since=start):
-            yield Event("text", piece)
-        assert scribe.last is not None
-        first, text, translation = scribe.last.first_token_s, scribe.last.text, None
-        if self._transcriber is not None:
-            text, translation = self.task.read(text)
-            if scribe.last.looped or not text:
-                text, translation, _ = self._transcriber.text(heard)
-            text = self._told(segment, text)
-        yield Event("segment", text, segment.start / SAMPLE_RATE, segment.end / SAMPLE_RATE, translation, first)
+        quiet = self._tell_quiet(heard)
+        if self._transcriber is None:
+            yield from self._written(self._max_tokens, begun)
+            text, translation, first = self._last.text, None, self._last.first_token_s
+        else:
+            text, translation, first = yield from self._transcribed(self._transcriber, heard, quiet, begun)
+            text = self._texts.next(text, joined=segment.joined, cut=segment.cut)
+            translation = self._translations.next(translation or "", joined=segment.joined, cut=segment.cut) or None
+        if not text and not segment.cut:
+            self._note(no_text(start, end))
+        yield Event("segment", text, start, end, translation, first)
 
-    def _told(self, segment: cut.Segment, text: str) -> str:
-        """The segment's text with the words left out that the segment before had, and with the one it held back."""
-        if segment.joined:
-            text = go_on(self._last, self._held, text)
-        if segment.cut:
-            text, self._held = hold_back(text)
-            self._last = text
-        return text
+    def _transcribed(
+        self, transcriber: Transcriber, heard: np.ndarray, quiet: bool, begun: float
+    ) -> Generator[Event, None, tuple[str, str | None, float]]:
+        """Text, translation and seconds to the first token of a segment; what is very quiet is heard again, louder."""
+        if quiet:
+            text, translation, _ = transcriber.text(louder(heard, loudest_db(heard)))
+            return text, translation, time.perf_counter() - begun
+        limit = min(self._max_tokens or 10**9, reply_limit(self._scribe.heard, self.task))
+        yield from self._written(limit, begun)
+        text, translation = self.task.read(self._last.text)
+        first = self._last.first_token_s
+        if self._last.looped or not text:
+            text, translation, _ = transcriber.text(heard)
+        return text, translation, first
+
+    def _written(self, limit: int | None, begun: float) -> Iterator[Event]:
+        for piece in self._scribe.write(limit, since=begun):
+            yield Event("text", piece)
+
+    @property
+    def _last(self) -> Reply:
+        assert self._scribe.last is not None
+        return self._scribe.last
+
+    def _tell_quiet(self, heard: np.ndarray) -> bool:
+        """Whether a segment is very quiet; the first is told."""
+        quiet = (loudest := loudest_db(heard)) < QUIET_DB
+        if quiet and not self._quiet:
+            self._quiet = True
+            self._note(f"the sound is very quiet, {loudest:.0f} dB of full scale at its loudest: speak closer")
+        return quiet
 
 
 def listen(

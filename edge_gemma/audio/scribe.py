@@ -21,7 +21,8 @@ from edge_gemma.timeline import Timeline
 
 SEGMENT_TOKENS = 750  # soft tokens of 30 s
 STEP_MS = 640  # sound encoded at a time while listening; a shorter step reads all weights as well
-_BATCH = 16  # soft tokens prefilled at a time: those of a step
+_STEP_TOKENS = STEP_MS // 40
+_BATCH = _STEP_TOKENS  # soft tokens prefilled at a time
 _LEAST_REPLY = 64  # tokens
 
 
@@ -106,6 +107,16 @@ class Scribe:
         """A new segment: back to the instruction."""
         self.session.rewind(len(self._prompt.before))
         self._pending, self.heard, self.last = [], 0, None
+
+    def room_for_clip(self, reply: int) -> bool:
+        """True if this turn may have one more clip: the context holds it, what is left of this one, and the reply."""
+        needed = 2 * _STEP_TOKENS + SEGMENT_TOKENS + len(self._prompt.after) + 2 + reply
+        return self.session.position + needed <= self.session.context
+
+    def next_clip(self) -> None:
+        """What is heard next is another clip of the same turn: one has 30 s at most."""
+        self._prefill()
+        self.session.prefill([self._prompt.after[0], self._prompt.before[-1]])
 
     def hear(self, tokens: np.ndarray) -> None:
         """tokens: float32 [n, hidden_size], the next soft tokens. They are prefilled once there are a few."""

@@ -56,6 +56,22 @@ def go_on(told: str, held: str, after: str) -> str:
     return glue(held, after) if match is None else after[match[1].end :].lstrip()
 
 
+class Telling:
+    """Texts of segments, each told as soon as it ends: words at a seam once, in the one text or the other."""
+
+    def __init__(self) -> None:
+        self._last = self._held = ""  # of a segment cut in speech: its text, and the last word, not told yet
+
+    def next(self, text: str, *, joined: bool, cut: bool) -> str:
+        """What to tell of a segment. joined: its first words end the segment before; cut: its last begin the next."""
+        if joined:
+            text = go_on(self._last, self._held, text)
+        if cut:
+            text, self._held = hold_back(text)
+            self._last = text
+        return text
+
+
 def _match(before: str, after: str) -> tuple[_Word, _Word] | None:
     """The last of the words heard twice, in each of the texts."""
     a, b = _words(before)[-_LOOKED_AT:], _words(after)[:_LOOKED_AT]

@@ -14,6 +14,7 @@ import numpy as np
 from edge_gemma.audio import segments as cut
 from edge_gemma.audio.features import SAMPLE_RATE
 from edge_gemma.audio.files import AudioFile
+from edge_gemma.audio.levels import levelled
 from edge_gemma.audio.prompts import Task, audio_prompt
 from edge_gemma.audio.samples import (
     SAMPLE_TYPES,
@@ -167,7 +168,7 @@ class Transcriber:
                 if progress:
                     progress(samples / SAMPLE_RATE, duration_s)
 
-        for segment, joined in self._segments(counted()):
+        for segment, joined in self._segments(levelled(counted(), self._note)):
             if joined and found:
                 found[-1], segment = joined_pair(found[-1], segment)
             if found:
@@ -192,7 +193,7 @@ class Transcriber:
 
         blocks: as in `run`.
         """
-        return self._segments(live_blocks(blocks, rate, self._note))
+        return self._segments(levelled(live_blocks(blocks, rate, self._note), self._note))
 
     def _segments(self, blocks: Iterable[np.ndarray]) -> Iterator[tuple[TextSegment, bool]]:
         heard: list[np.ndarray] = []
@@ -209,7 +210,10 @@ class Transcriber:
         if not segment.cut:  # what follows its end is the pause
             heard = heard[: segment.end - segment.heard_from]
         text, translation, note = self.text(heard)
-        return TextSegment(segment.start / SAMPLE_RATE, segment.end / SAMPLE_RATE, text, translation, note)
+        start, end = segment.start / SAMPLE_RATE, segment.end / SAMPLE_RATE
+        if note == "empty":
+            self._note(no_text(start, end))
+        return TextSegment(start, end, text, translation, note)
 
     def text(self, samples: np.ndarray) -> tuple[str, str | None, str | None]:
         """One segment, float32 [n], at most 30 s: its text, its translation and a note, as in TextSegment.
@@ -242,6 +246,11 @@ class Transcriber:
         reply = self.scribe.last
         assert reply is not None
         return *self.task.read(reply.text), reply.looped
+
+
+def no_text(start: float, end: float) -> str:
+    """The note on speech that was found and gave no text. Times are seconds."""
+    return f"what was heard from {start:.1f} to {end:.1f} s gave no text"
 
 
 def reply_limit(soft_tokens: int, task: Task) -> int:
