@@ -20,6 +20,8 @@ Layouts of a tensor's parts (qformat.py draws them):
             scales: U8, U16 or U32 [panels, groups, 8]; factors: F16 [panels, blocks, 2, 8]
     rows    records: U8 [rows, record bytes]
 
+Two tensors may name the same bytes: token embeddings and a head that were trained apart and are equal all the same.
+
 Minima came with version 2: a folder that has none says version 1, and older programs read it.
 
 Tensors trained with static activation scales have them in the manifest, as numbers that are float32 values:
@@ -103,6 +105,7 @@ class Tensor:
     input_scale: float = 0.0
     output_scale: float = 0.0
     cache_scale: float = 0.0  # of the K or V this projection makes; kept, not applied (as in transformers)
+    same_as: str = ""  # in an exporter's plan: the tensor whose bytes are this one's too, stored once
 
 
 def plan_tensor(
@@ -238,7 +241,8 @@ class ModelFolder:
             by_file[part.file].append((name, part))
         for file, parts in by_file.items():
             whole = [(file, 0, files[file]["bytes"], files[file].get("sha256"))]
-            spans = [(n, p.offset, p.nbytes, p.sha256) for n, p in parts] if parts else whole
+            once = {(p.offset, p.nbytes, p.sha256): n for n, p in parts}  # tensors may share their bytes
+            spans = [(n, *span) for span, n in once.items()] if parts else whole
             with (self.path / file).open("rb") as handle:
                 for name, offset, nbytes, expected in spans:
                     digest = hashlib.sha256()
@@ -364,7 +368,8 @@ def _read_tensor(name: str, entry: Any) -> Tensor:
         raise ModelFolderError(f"tensor {name}: has parts {sorted(parts)}, expected {sorted(plan.parts)}")
     found = {key: _read_part(name, key, parts[key], planned) for key, planned in plan.parts.items()}
     origin = _field(entry, "origin", str, of) if "origin" in entry else ""
-    return Tensor(shape, layout, found, bits, group, minimum, origin, *_static_scales(name, entry, layout, group))
+    input_scale, output_scale, cache_scale = _static_scales(name, entry, layout, group)
+    return Tensor(shape, layout, found, bits, group, minimum, origin, input_scale, output_scale, cache_scale)
 
 
 def _static_scales(name: str, entry: dict[str, Any], layout: str, group: int) -> list[float]:

@@ -37,6 +37,7 @@ class Provenance:
 def provenance(folder: ModelFolder) -> list[Provenance]:
     """One entry for each class, format and origin, in the order of the classes."""
     found: dict[tuple[int, str, str], Provenance] = {}
+    counted: set[tuple[str, int]] = set()
     for name, tensor in folder.tensors.items():
         place = next(i for i, (_, pattern) in enumerate(_CLASSES) if fnmatchcase(name, pattern))
         origin = tensor.origin or "not recorded"
@@ -44,7 +45,9 @@ def provenance(folder: ModelFolder) -> list[Provenance]:
         entry = found.setdefault(key, Provenance(_CLASSES[place][0], key[1], origin))
         entry.count += 1
         entry.parameters += math.prod(tensor.shape)
-        entry.bytes += sum(part.nbytes for part in tensor.parts.values())
+        parts = {(part.file, part.offset): part.nbytes for part in tensor.parts.values()}
+        entry.bytes += sum(nbytes for place, nbytes in parts.items() if place not in counted)  # shared bytes once
+        counted |= parts.keys()
     return [found[key] for key in sorted(found)]
 
 

@@ -14,6 +14,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from edge_gemma.atomic import new_folder
 from edge_gemma.config import GemmaConfig
 from edge_gemma.errors import CheckpointError, TokenizerError, UsageError
@@ -23,6 +25,7 @@ from edge_gemma.export.folder_writer import FolderWriter
 from edge_gemma.export.on_grid import grid_matrix
 from edge_gemma.export.packed import PackedMatrix
 from edge_gemma.export.resume import Journal, export_key
+from edge_gemma.export.source_file import same_bytes
 from edge_gemma.export.stream import TensorStream
 from edge_gemma.generate import stop_ids_of
 from edge_gemma.model_folder import GENERATION, TEMPLATE, TOKENIZER, Progress, Tensor, plan_tensor
@@ -30,6 +33,7 @@ from edge_gemma.quant.calibrate import CALIBRATED_BITS, Calibration, calibration
 from edge_gemma.quant.recipes import DENSE, tensor_format
 from edge_gemma.tokenizer import Tokenizer
 
+_EMBEDDINGS, _HEAD = "embed_tokens.weight", "lm_head.weight"
 _GLANCES = 16  # looks at once: a checkpoint elsewhere answers each after a while
 
 
@@ -112,6 +116,8 @@ class Conversion:
         recipe = choose_recipe(checkpoint, recipe)
         carried = carried_matrices(checkpoint, config, recipe, glance=glance, off_grid=off_grid)
         plan = {name: plan_weight(checkpoint, config, recipe, carried, name) for name in config.tensor_shapes()}
+        if _head_is_embeddings(checkpoint, carried):
+            plan[_EMBEDDINGS] = _stored_once(plan)
         model = checkpoint.tokenizer_model()
         generation = generation_config(checkpoint, _tokenizer(model, config))
         tower = checkpoint.audio_tower() if audio else None
@@ -223,6 +229,21 @@ def plan_weight(
         return replace(dense, origin="as in the checkpoint")
     rounded = plan_tensor(name, shape, layout, bits=fmt.bits, group=fmt.group, minimum=fmt.minimum)
     return replace(rounded, origin=f"rounded by recipe {recipe}")
+
+
+def _head_is_embeddings(checkpoint: Checkpoint, carried: dict[str, PackedMatrix]) -> bool:
+    """Whether both are carried over and are the same integers and scales."""
+    a, b = carried.get(_EMBEDDINGS), carried.get(_HEAD)
+    if a is None or b is None or (a.bits, a.group, a.minimum, len(a.stored)) != (b.bits, b.group, 0, len(b.stored)):
+        return False
+    first = zip(a.read(0, 8), b.read(0, 8), strict=True)
+    return all(map(same_bytes, a.stored, b.stored)) and all(np.array_equal(*pair) for pair in first)
+
+
+def _stored_once(plan: dict[str, Tensor]) -> Tensor:
+    """Token embeddings that are read out of the head's panels."""
+    embeddings, head = plan[_EMBEDDINGS], plan[_HEAD]
+    return replace(embeddings, layout=head.layout, parts=head.parts, same_as=_HEAD)
 
 
 def encoder_bytes(tower: AudioTower | None, recipe: str) -> int:

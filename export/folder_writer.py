@@ -72,7 +72,7 @@ class FolderWriter:
         self._growing: dict[tuple[str, str], _Growing] = {}
         by_file: dict[str, list[tuple[str, str, Part]]] = {}
         for name, tensor in plan.items():
-            for key, part in tensor.parts.items():
+            for key, part in _own_parts(tensor).items():
                 by_file.setdefault(part.file, []).append((name, key, part))
         needed = beside + sum(part.nbytes for parts in by_file.values() for _, _, part in parts)
         free = shutil.disk_usage(folder).free + sum(system.allocated(path) for path in folder.iterdir())
@@ -83,6 +83,9 @@ class FolderWriter:
             )
         for file, parts in by_file.items():
             self._lay_out(file, parts)
+        for name, tensor in plan.items():
+            for key in tensor.parts if tensor.same_as else ():
+                self._growing[name, key] = self._growing[tensor.same_as, key]
 
     def _lay_out(self, file: str, parts: list[tuple[str, str, Part]]) -> None:
         """A safetensors file whose every part starts on a cache line; fillers leave no holes, as it asks."""
@@ -107,7 +110,9 @@ class FolderWriter:
             self._growing[name, key] = _Growing(replace(part, offset=start + begin))
 
     def append(self, name: str, key: str, values: np.ndarray) -> None:
-        """Append whole rows (or panels) to a part, in order."""
+        """Append whole rows (or panels) to a part, in order. Bytes that another tensor brings are not written again."""
+        if self._plan[name].same_as:
+            return
         growing = self._growing[name, key]
         data = np.ascontiguousarray(values).reshape(-1).view(np.uint8).data
         if growing.written + len(data) > growing.part.nbytes:
@@ -126,8 +131,8 @@ class FolderWriter:
         return np.frombuffer(data, part.numpy_dtype).reshape(stop - start, *part.shape[1:])
 
     def digests(self, name: str) -> dict[str, str]:
-        """sha256 of each of a tensor's parts as far as they have been appended."""
-        return {key: self._growing[name, key].digest.hexdigest() for key in self._plan[name].parts}
+        """sha256 of each of a tensor's own parts as far as they have been appended."""
+        return {key: self._growing[name, key].digest.hexdigest() for key in _own_parts(self._plan[name])}
 
     def adopt(self, name: str, digests: dict[str, str]) -> None:
         """A tensor that an earlier run has written to its end; digests: sha256 of its parts."""
@@ -157,9 +162,9 @@ class FolderWriter:
         return dict(self._files)
 
     def stored_digests(self, name: str) -> dict[str, str]:
-        """sha256 of each of a tensor's parts as they lie in the file, whoever wrote them."""
+        """sha256 of each of a tensor's own parts as they lie in the file, whoever wrote them."""
         found = {}
-        for key, part in self._plan[name].parts.items():
+        for key, part in _own_parts(self._plan[name]).items():
             digest, rows = hashlib.sha256(), part.shape[0]
             step = max(1, _READ * rows // max(1, part.nbytes))
             for start in range(0, rows, step):
@@ -215,6 +220,11 @@ class FolderWriter:
     ) -> None:
         for fd in self._fds.values():
             os.close(fd)
+
+
+def _own_parts(tensor: Tensor) -> dict[str, Part]:
+    """Without those that another tensor brings."""
+    return {} if tensor.same_as else tensor.parts
 
 
 def _entry(dtype: str, shape: tuple[int, ...], offset: int, nbytes: int) -> dict[str, Any]:

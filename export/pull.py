@@ -392,7 +392,8 @@ def _units(conversion: Conversion) -> list[Unit]:
 
 def _folder_bytes(conversion: Conversion) -> int:
     """About what the model folder takes."""
-    parts = sum(part.nbytes for tensor in conversion.plan.values() for part in tensor.parts.values())
+    stored = [tensor for tensor in conversion.plan.values() if not tensor.same_as]
+    parts = sum(part.nbytes for tensor in stored for part in tensor.parts.values())
     return parts + encoder_bytes(conversion.tower, conversion.recipe) + len(conversion.tokenizer)
 
 

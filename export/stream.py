@@ -128,6 +128,9 @@ class TensorStream:
 
         Values are float32, or integers and scales where those are carried; tensors are in the plan's order.
         """
+        for name, tensor in self._plan.items():
+            if tensor.same_as and self._digests[name] != self._digests[tensor.same_as]:
+                raise CheckpointError(f"{name} changed while it was read: export again")
         return hashlib.sha256("".join(self._digests[name] for name in self._plan).encode()).hexdigest()
 
     def _append(self, name: str, block: Future[_Block], content: Any) -> None:

@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 
 from edge_gemma import Engine, kernels, qformat
 from edge_gemma.errors import CheckpointError, ConfigError, UsageError
-from edge_gemma.export import gemma_quant
+from edge_gemma.export import convert, gemma_quant
 from edge_gemma.export.checkpoint import open_checkpoint
 from edge_gemma.export.convert import export_checkpoint
 from edge_gemma.model_folder import ModelFolder
+from tests import tiny_qat
 from tests.make_goldens import GOLDENS
 from tests.tiny import write_safetensors
 from tests.tiny_qat import PLE, QUANTIZATION, bits_of, qat_tensors, text_config, write_qat_checkpoint
@@ -302,3 +303,33 @@ def test_odd_widths_unpack(bits, columns):
 def test_the_tiny_checkpoint_is_in_the_released_words():
     assert text_config()["hidden_size_per_layer_input"] == PLE == 256
     assert QUANTIZATION["quant_method"] == "gemma"
+
+
+def test_a_head_equal_to_the_embeddings_is_stored_once(tmp_path, monkeypatch):
+    """As in the released files. The reference stores both, in the layouts that each had by itself."""
+    tensors = qat_tensors()
+    tensors["lm_head.weight"] = tensors["embed_tokens.embedding_quantized"].copy()
+    tensors["lm_head.weight_scale"] = tensors["embed_tokens.embedding_scale"].copy()
+    monkeypatch.setattr(tiny_qat, "qat_tensors", lambda *_, **__: tensors)
+    checkpoint = write_qat_checkpoint(tmp_path / "checkpoint")
+    once = export_checkpoint(checkpoint, tmp_path / "once")
+    with monkeypatch.context() as patch:
+        patch.setattr(convert, "_head_is_embeddings", lambda *_: False)
+        twice = export_checkpoint(checkpoint, tmp_path / "twice")
+    tables = [ModelFolder.open(folder).tensors for folder in (once, twice)]
+    assert tables[0]["embed_tokens.weight"].parts == tables[0]["lm_head.weight"].parts
+    assert (tables[0]["embed_tokens.weight"].layout, tables[1]["embed_tokens.weight"].layout) == ("panels", "rows")
+    sizes = [sum(path.stat().st_size for path in folder.glob("*.safetensors")) for folder in (once, twice)]
+    records = tables[1]["embed_tokens.weight"].parts["records"].nbytes
+    assert sizes[1] - sizes[0] >= records
+    assert ModelFolder.open(once).verify() < ModelFolder.open(twice).verify() - records + 4096
+    ids = np.arange(64)
+    with Engine.load(once) as a, Engine.load(twice) as b:
+        logits = [engine.session().forward(ids) for engine in (a, b)]
+    assert np.array_equal(*logits)
+    contents = [json.loads((f / "manifest.json").read_text())["source"]["content_sha256"] for f in (once, twice)]
+    assert contents[0] == contents[1]
+    tensors["lm_head.weight"][-1, -1] ^= 1
+    other = write_qat_checkpoint(tmp_path / "other")
+    apart = ModelFolder.open(export_checkpoint(other, tmp_path / "apart")).tensors
+    assert apart["embed_tokens.weight"].layout == "rows"
