@@ -106,17 +106,18 @@ class Conversion:
         *,
         audio: bool = True,
         glance: bool = False,
-        off_grid: Collection[str] = (),
+        mistaken: Collection[str] = (),
     ) -> "Conversion":
-        """recipe, audio: as for `export_checkpoint`. glance, off_grid: as for `carried_matrices`.
+        """recipe, audio: as for `export_checkpoint`. glance: a few bytes of each matrix decide, and writing may raise
+        GlanceError; mistaken: matrices of which a glance has promised too much.
 
         Raises CheckpointError, ConfigError, UsageError: one line each.
         """
         config = GemmaConfig.from_text_config(checkpoint.text_config)
         recipe = choose_recipe(checkpoint, recipe)
-        carried = carried_matrices(checkpoint, config, recipe, glance=glance, off_grid=off_grid)
+        carried = carried_matrices(checkpoint, config, recipe, glance=glance, mistaken=mistaken)
         plan = {name: plan_weight(checkpoint, config, recipe, carried, name) for name in config.tensor_shapes()}
-        if _head_is_embeddings(checkpoint, carried):
+        if _EMBEDDINGS not in mistaken and _head_is_embeddings(carried):
             plan[_EMBEDDINGS] = _stored_once(plan)
         model = checkpoint.tokenizer_model()
         generation = generation_config(checkpoint, _tokenizer(model, config))
@@ -182,13 +183,13 @@ def choose_recipe(checkpoint: Checkpoint, recipe: str | None) -> str:
 
 
 def carried_matrices(
-    checkpoint: Checkpoint, config: GemmaConfig, recipe: str, *, glance: bool = False, off_grid: Collection[str] = ()
+    checkpoint: Checkpoint, config: GemmaConfig, recipe: str, *, glance: bool = False, mistaken: Collection[str] = ()
 ) -> dict[str, PackedMatrix]:
     """The matrices a recipe leaves as the source has them: packed, in no more bits than it asks for.
 
     That includes floats that lie on a grid of so few bits, and excludes tables read by row that have minima.
-    glance: a look at a matrix's first rows decides whether it lies on a grid; reading the rest may raise OffGridError.
-    off_grid: matrices that are known to lie on none.
+    glance: a look at a matrix's first rows decides whether it lies on a grid; reading the rest may raise GlanceError.
+    mistaken: matrices that are known to lie on none.
     """
     if recipe == checkpoint.trained_recipe:
         return checkpoint.packed
@@ -198,7 +199,7 @@ def carried_matrices(
         given = checkpoint.packed.get(name)
         if given is not None and given.minimum and config.read_by_row(name):
             return None
-        if given is not None or not bits[name] or name in off_grid:
+        if given is not None or not bits[name] or name in mistaken:
             return given
         return grid_matrix(checkpoint, name, bits[name], glance=glance)
 
@@ -231,7 +232,7 @@ def plan_weight(
     return replace(rounded, origin=f"rounded by recipe {recipe}")
 
 
-def _head_is_embeddings(checkpoint: Checkpoint, carried: dict[str, PackedMatrix]) -> bool:
+def _head_is_embeddings(carried: dict[str, PackedMatrix]) -> bool:
     """Whether both are carried over and are the same integers and scales."""
     a, b = carried.get(_EMBEDDINGS), carried.get(_HEAD)
     if a is None or b is None or (a.bits, a.group, a.minimum, len(a.stored)) != (b.bits, b.group, 0, len(b.stored)):

@@ -19,11 +19,11 @@ _BLOCK_WEIGHTS = 1 << 18
 _FORMATS = ((2, 0), (4, 0), (4, 32), (8, 0))
 
 
-class OffGridError(CheckpointError):
-    """`matrix` is not on the grid that its first rows lie on."""
+class GlanceError(CheckpointError):
+    """What a glance at `matrix` promised is not so."""
 
-    def __init__(self, matrix: str) -> None:
-        super().__init__(f"{matrix} is not on the grid its first rows lie on, or changed while it was read")
+    def __init__(self, matrix: str, finding: str) -> None:
+        super().__init__(f"{matrix} {finding}, or changed while it was read")
         self.matrix = matrix
 
 
@@ -31,7 +31,7 @@ def grid_matrix(checkpoint: Checkpoint, name: str, most_bits: int, *, glance: bo
     """The matrix as integers and scales that restore every weight, in at most this many bits; None if it has none.
 
     Reads all of a matrix that is on a grid, else a few rows of it; with `glance` never more than a few rows, and
-    reading the matrix then raises OffGridError where the rest lies on none.
+    reading the matrix then raises GlanceError where the rest lies on none.
     """
     info = checkpoint.tensors[name]
     if len(info.shape) != 2 or info.dtype not in ("BF16", "F16", "F32"):
@@ -60,5 +60,5 @@ def _on_grid(
 def _read(checkpoint: Checkpoint, name: str, bits: int, group: int, start: int, stop: int) -> tuple[Integers, Scales]:
     found = _on_grid(checkpoint, name, bits, group, start, stop)
     if found is None:
-        raise OffGridError(name)
+        raise GlanceError(name, "is not on the grid its first rows lie on")
     return found

@@ -29,7 +29,7 @@ from edge_gemma.export.download import Download, Unit, in_order, room_needed
 from edge_gemma.export.folder_writer import FolderWriter
 from edge_gemma.export.gguf_reader import GgufCheckpoint
 from edge_gemma.export.hub import ANEW, ChangedError, Hub, HubFile, Repository
-from edge_gemma.export.on_grid import OffGridError
+from edge_gemma.export.on_grid import GlanceError
 from edge_gemma.export.resume import JOURNAL, Journal
 from edge_gemma.export.safetensors_reader import SafetensorsCheckpoint
 from edge_gemma.export.source_file import SourceFolder, show
@@ -79,18 +79,18 @@ class _State:
     """What the next run must know: kept in the folder aside."""
 
     repository: Repository
-    off_grid: list[str] = field(default_factory=list)
+    mistaken: list[str] = field(default_factory=list)
     resumed: bool = False
 
     def save(self, path: Path) -> None:
-        state = {"repository": self.repository.as_dict(), "off_grid": self.off_grid}
+        state = {"repository": self.repository.as_dict(), "mistaken": self.mistaken}
         write_file(path, json.dumps(state).encode())
 
     @classmethod
     def load(cls, path: Path) -> "_State | None":
         try:
             state = json.loads(path.read_bytes())
-            return cls(Repository.from_dict(state["repository"]), state["off_grid"], resumed=True)
+            return cls(Repository.from_dict(state["repository"]), state["mistaken"], resumed=True)
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
@@ -146,8 +146,8 @@ class Puller:
             try:
                 with new_folder(dest, force=force, key=self._key(), keep_on=BaseException) as aside:
                     return self._pull(dest, aside)
-            except OffGridError as error:
-                self.note(f"{error}: it is rounded, and the pull begins anew")
+            except GlanceError as error:
+                self.note(f"{error}: the pull begins anew, knowing it")
 
     def forecast(self, dest: Path) -> Forecast:
         """What `pull` to `dest` would take. Fetches headers, a few rows and a sample; leaves nothing.
@@ -234,8 +234,8 @@ class Puller:
                     verified = _verified([file for _, file in at.folder.opened], digests)
                     at.conversion.write_side_files(writer)
                     at.conversion.finish(writer, _source(at.state.repository), content, section)
-            except OffGridError as error:
-                at.state.off_grid.append(error.matrix)
+            except GlanceError as error:
+                at.state.mistaken.append(error.matrix)
                 at.state.save(aside / _STATE)
                 (aside / JOURNAL).unlink(missing_ok=True)
                 raise
@@ -258,7 +258,7 @@ class Puller:
             try:
                 with closing(self._checkpoint(folder, state.repository)) as checkpoint:
                     conversion = Conversion.plan_of(
-                        checkpoint, self.recipe, audio=self.audio, glance=True, off_grid=state.off_grid
+                        checkpoint, self.recipe, audio=self.audio, glance=True, mistaken=state.mistaken
                     )
                     yield _Opened(hub, state, spool, folder, conversion)
             finally:

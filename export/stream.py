@@ -14,7 +14,7 @@ import numpy as np
 from edge_gemma.errors import CheckpointError
 from edge_gemma.export.checkpoint import Checkpoint
 from edge_gemma.export.folder_writer import FolderWriter
-from edge_gemma.export.on_grid import OffGridError
+from edge_gemma.export.on_grid import GlanceError
 from edge_gemma.export.packed import PackedMatrix, encode_packed
 from edge_gemma.export.resume import Journal
 from edge_gemma.model_folder import Progress, Tensor
@@ -130,13 +130,13 @@ class TensorStream:
         """
         for name, tensor in self._plan.items():
             if tensor.same_as and self._digests[name] != self._digests[tensor.same_as]:
-                raise CheckpointError(f"{name} changed while it was read: export again")
+                raise GlanceError(name, f"is not {tensor.same_as}, though both begin and end alike")
         return hashlib.sha256("".join(self._digests[name] for name in self._plan).encode()).hexdigest()
 
     def _append(self, name: str, block: Future[_Block], content: Any) -> None:
         try:
             read, parts = block.result()
-        except OffGridError:
+        except GlanceError:
             raise
         except CheckpointError as error:
             raise CheckpointError(f"{name}: {error}") from None

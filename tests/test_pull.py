@@ -25,7 +25,7 @@ from edge_gemma.export.convert import export_checkpoint
 from edge_gemma.export.pull import Puller
 from edge_gemma.hub_name import HubName
 from edge_gemma.model_folder import MANIFEST, ModelFolder
-from tests import hub_stand_in
+from tests import hub_stand_in, tiny_qat
 from tests.test_carried import on_grids
 from tests.tiny import tiny_weights, write_checkpoint, write_safetensors
 from tests.tiny_gguf import write_blocks_gguf
@@ -140,6 +140,25 @@ def test_a_matrix_that_leaves_its_grid_is_rounded(tmp_path: Path, serve) -> None
     pull(tmp_path / "pulled", recipe="q8", note=notes.append)
     assert contents(tmp_path / "pulled") == contents(export_checkpoint(tmp_path / "in", tmp_path / "exported", "q8"))
     assert sum("not on the grid" in note for note in notes) == 2
+
+
+@pytest.mark.parametrize("differ", [False, True])
+def test_a_head_that_is_the_embeddings(tmp_path: Path, serve, monkeypatch: pytest.MonkeyPatch, differ: bool) -> None:
+    """It is stored once; a head that only begins and ends like them is found out when all of it has arrived."""
+    tensors = tiny_qat.qat_tensors()
+    tensors["lm_head.weight"] = tensors["embed_tokens.embedding_quantized"].copy()
+    tensors["lm_head.weight_scale"] = tensors["embed_tokens.embedding_scale"].copy()
+    tensors["lm_head.weight"][len(tensors["lm_head.weight"]) // 2] ^= 1 if differ else 0
+    monkeypatch.setattr(tiny_qat, "qat_tensors", lambda *_, **__: tensors)
+    monkeypatch.setattr("edge_gemma.export.source_file._COMPARED", 64)
+    source = write_qat_checkpoint(tmp_path / "in")
+    serve(source)
+    notes: list[str] = []
+    pull(tmp_path / "pulled", note=notes.append)
+    assert contents(tmp_path / "pulled") == contents(export_checkpoint(source, tmp_path / "exported"))
+    tables = ModelFolder.open(tmp_path / "pulled").tensors
+    assert (tables["embed_tokens.weight"].parts == tables["lm_head.weight"].parts) is not differ
+    assert any("begin and end alike" in note for note in notes) is differ
 
 
 class _Interruption(BaseException): ...
