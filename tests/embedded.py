@@ -41,13 +41,14 @@ class _Dequantised:
     license = None
     packed: dict[str, Any] = {}  # noqa: RUF012
     trained_recipe = None
+    stop_pieces = ignored = notes = ()
 
     def __init__(self, folder: ModelFolder) -> None:
         self._path, self._weights = folder.path, dequantised(folder.path)
         self.text_config = folder.manifest["config"]
         self.tensors = {name: TensorInfo(name, w.shape, "F32") for name, w in self._weights.items()}
         self.chat_template = folder.read_text("chat_template.jinja")
-        self.generation_config: dict[str, Any] = {}
+        self.generation_config: dict[str, Any] = {"eos_token_id": []}
 
     def rows(self, name: str, start: int, stop: int) -> np.ndarray:
         return self._weights[name][start:stop].copy()
@@ -69,7 +70,7 @@ def in_recipe(recipe: str, dest: Path, monkeypatch: pytest.MonkeyPatch) -> Engin
     """The embedded decoder, widened to float and exported again with `recipe`; it hears with its own encoder."""
     embedded = ModelFolder.open(FOLDER)
     with monkeypatch.context() as patch:
-        patch.setattr(convert, "open_checkpoint", lambda source: _Dequantised(embedded))
+        patch.setattr(convert, "open_checkpoint", lambda *_: _Dequantised(embedded))
         folder = ModelFolder.open(convert.export_checkpoint(FOLDER, dest, recipe, audio=False))
     engine = Engine(replace(folder, audio=embedded.audio), context=None, threads=None, kv_dtype=None)
     original = Engine.load(FOLDER)

@@ -150,3 +150,14 @@ def test_the_command(tmp_path, monkeypatch):
     result = CliRunner().invoke(cli, ["wer", str(tmp_path), "--limit", "1"])
     assert result.exit_code == 0
     assert result.stdout.splitlines()[-1].startswith("WER 33.3% over 3 words in 1 files")
+
+
+def test_transcripts_are_text_as_people_have_it(tmp_path):
+    """A byte order mark belongs to no name; another encoding is told, not counted as words that are wrong."""
+    (tmp_path / "a.wav").touch()
+    (tmp_path / "transcripts.tsv").write_bytes("\ufeffa\tone two\r\n".encode())
+    assert [text for _, text in transcripts(tmp_path)] == ["one two"]
+    (tmp_path / "transcripts.tsv").unlink()
+    (tmp_path / "a.txt").write_bytes("one two".encode("utf-16"))
+    with pytest.raises(UsageError, match=r"a.txt is UTF-16 text: convert it to UTF-8"):
+        transcripts(tmp_path)

@@ -19,6 +19,7 @@ from typing import Any
 
 from edge_gemma.audio.transcribe import Transcriber
 from edge_gemma.errors import AudioError, UsageError
+from edge_gemma.text_input import read_text
 
 _SOUND = {".wav", ".flac", ".ogg", ".opus", ".mp3", ".m4a", ".g722", ".aac", ".aiff", ".webm", ".mp4"}
 _LISTS = ("transcripts.tsv", "transcripts.txt")
@@ -194,7 +195,7 @@ def transcripts(folder: Path) -> list[tuple[Path, str]]:
     """Recordings with what is said in them: NAME.txt beside NAME.wav, LibriSpeech's *.trans.txt, or transcripts.tsv
     (or .txt) with lines `FILE<tab>TEXT` or `FILE: TEXT`, FILE with or without its suffix.
 
-    Raises UsageError if there are none.
+    Raises UsageError if there are none, or for a text that is not UTF-8.
     """
     if not folder.is_dir():
         raise UsageError(f"{folder} is not a folder")
@@ -206,13 +207,13 @@ def transcripts(folder: Path) -> list[tuple[Path, str]]:
         if listing.is_file():
             inside = listing.parent.relative_to(folder)
             separator = r"\s+" if listing.name.endswith(".trans.txt") else r"\t|:\s"
-            for line in listing.read_text(encoding="utf-8", errors="replace").splitlines():
+            for line in read_text(listing).splitlines():
                 name, *text = re.split(separator, line, maxsplit=1)
                 if text and text[0] and (path := by_name.get(str(inside / name))) is not None:
                     found[path] = text[0]
     for path in sound.values():
         if path not in found and (beside := path.with_suffix(".txt")).is_file():
-            found[path] = beside.read_text(encoding="utf-8", errors="replace")
+            found[path] = read_text(beside)
     if not found:
         raise UsageError(
             f"{folder} holds no recordings with transcripts: expected NAME.txt beside NAME.wav, "
