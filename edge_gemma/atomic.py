@@ -13,7 +13,7 @@ import secrets
 import shutil
 import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from edge_gemma import system
@@ -22,6 +22,21 @@ from edge_gemma.errors import UsageError
 _ASIDE, _REPLACED = ".partial", ".replaced"
 _ABANDONED_S = 86_400.0  # without locks: what nobody wrote to for so long belongs to a run that is gone
 _SHOWN = 40  # characters of a file's name in that of the file aside, which must not be too long
+
+
+def sync_tree(folder: Path) -> None:
+    """Make all that lies in a folder durable."""
+    folders = [folder]
+    for path in folder.rglob("*"):
+        if path.is_dir():
+            folders.append(path)
+            continue
+        with path.open("r+b") as file:
+            system.flush(file.fileno())
+            # what was written piece by piece lies in the cache in small pages: the first to read it gets large ones
+            system.advise(file.fileno(), "DONTNEED")
+    for path in reversed(folders):
+        system.flush_folder(path)
 
 
 def write_file(path: Path, data: bytes) -> None:
@@ -82,7 +97,7 @@ def scratch_folder(
     try:
         yield scratch
     except keep_on:
-        keep = kept is not None
+        keep = kept is not None and any(kept.iterdir())
         raise
     finally:
         if not keep:
@@ -93,30 +108,26 @@ def scratch_folder(
 
 @contextlib.contextmanager
 def new_folder(
-    dest: Path, *, force: bool = False, key: str | None = None, keep_on: type[BaseException] = KeyboardInterrupt
+    dest: Path,
+    *,
+    force: bool = False,
+    having: Collection[str] = (),
+    key: str | None = None,
+    keep_on: type[BaseException] = KeyboardInterrupt,
 ) -> Iterator[Path]:
     """Fill a folder aside; on a normal exit it takes `dest`'s name, on any other it is gone.
 
-    With `force`, an existing folder at `dest` is replaced after the new one is whole. key: of what the folder is made;
-    an interrupted run with the same key is resumed. keep_on: what counts as an interruption.
-    Raises UsageError if `dest` exists without `force`, is not a folder, or is being written with this key.
+    With `force`, an existing folder at `dest` is replaced after the new one is whole; `having` names files of which it
+    must have one, unless it is empty. key: of what the folder is made; an interrupted run with the same key is resumed.
+    keep_on: what counts as an interruption.
+    Raises UsageError if `dest` exists without `force` or must not be replaced, or is being written with this key.
     """
     dest = _real(dest)
     with scratch_folder(dest, key, keep_on) as aside:
-        if dest.exists() and (not force or not dest.is_dir()):
-            raise UsageError(f"{dest} exists already: choose another name, or --force to replace a model folder")
+        _refuse_to_replace(dest, force, having)
         yield aside
-        folders = [aside]
-        for path in aside.rglob("*"):
-            if path.is_dir():
-                folders.append(path)
-                continue
-            with path.open("r+b") as file:
-                system.flush(file.fileno())
-                # what was written piece by piece lies in the cache in small pages: the first to read it gets large ones
-                system.advise(file.fileno(), "DONTNEED")
-        for folder in reversed(folders):
-            system.flush_folder(folder)
+        sync_tree(aside)
+        _refuse_to_replace(dest, force, having)  # another run may have ended first
         _rename(aside, dest)
 
 
@@ -132,6 +143,32 @@ def left_aside(dest: Path) -> list[Path]:
 def _real(dest: Path) -> Path:
     """Where a path leads, every link followed."""
     return Path(os.path.realpath(dest))
+
+
+@contextlib.contextmanager
+def unused(aside: Path) -> Iterator[None]:
+    """Holds a folder that an interrupted run has left. Raises UsageError while a run is writing there."""
+    try:
+        lock = system.lock_folder(aside)
+    except BlockingIOError:
+        raise UsageError(f"{aside} is being written by another run: wait for it, or end it first") from None
+    try:
+        yield
+    finally:
+        if lock is not None:
+            os.close(lock)
+
+
+def _refuse_to_replace(dest: Path, force: bool, having: Collection[str]) -> None:
+    """Raises UsageError for what must stay: anything without `force`; with it what has none of the files `having`."""
+    if not os.path.lexists(dest):
+        return
+    if not force:
+        raise UsageError(f"{dest} exists already: choose another name, or --force to replace a model folder")
+    if not dest.is_dir():
+        raise UsageError(f"{dest} is no folder, --force replaces nothing else: choose another name")
+    if having and any(dest.iterdir()) and not any((dest / name).is_file() for name in having):
+        raise UsageError(f"{dest} has none of {', '.join(having)}: --force replaces models only, choose another name")
 
 
 def _rename(aside: Path, dest: Path) -> None:

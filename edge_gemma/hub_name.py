@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from edge_gemma.errors import UsageError
 
 _NAME = re.compile(
-    r"(?P<repo>[a-z0-9][\w.-]*/[a-z0-9_][\w.-]*?)(?:/(?P<file>[a-z0-9_][\w./-]*\.gguf))?(?:@(?P<revision>[\w./-]+?))?(?::(?P<type>[\w.-]+))?",
+    r"(?P<repo>[a-z0-9][\w.-]*/[a-z0-9_][\w.-]*?)(?:/(?P<file>(?:[a-z0-9_][\w.-]*/)*[a-z0-9_][\w.-]*\.gguf))?(?:@(?P<revision>[\w./-]+?))?(?::(?P<type>[\w.-]+))?",
     re.ASCII | re.IGNORECASE,
 )
 _SAYING = "expected a short name (edge-gemma pull --help lists them), owner/repo[@revision], or owner/repo/FILE.gguf"

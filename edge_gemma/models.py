@@ -69,7 +69,7 @@ def resolve(model: Path | str | None = None, progress: Progress | None = None) -
 
 def _folder(path: Path) -> Path:
     """A folder without a manifest, for who opens it to say what it lacks. Raises UsageError for a checkpoint."""
-    if (path / "config.json").is_file() or any(path.glob("*.safetensors")):
+    if (path / "config.json").is_file():
         raise UsageError(
             f"{path} is a checkpoint, expected a model folder: edge-gemma export {path} ./{path.absolute().name}-q4, "
             f"then -m ./{path.absolute().name}-q4"

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from edge_gemma import system
+from edge_gemma.atomic import unused
 from edge_gemma.errors import UsageError
 from edge_gemma.model_folder import MANIFEST
 
@@ -58,10 +59,14 @@ def remove(name: str, folders: Sequence[Path]) -> list[Entry]:
     if not found:
         names = ", ".join(sorted({entry.name for entry in entries(folders)})) or "none"
         raise UsageError(f"there is no model {name!r} to remove: there are {names}")
-    for entry in found:
+    for entry in sorted(found, key=lambda entry: not entry.unfinished):  # a removal that was interrupted goes first
         aside = entry.path.with_name(f".{name}.removed.partial")
-        os.rename(entry.path, aside)  # gone at once, whatever happens to the rest
-        shutil.rmtree(aside)
+        if entry.path.is_symlink():
+            entry.path.unlink()
+            continue
+        with unused(entry.path):
+            os.rename(entry.path, aside)  # gone at once, whatever happens to the rest
+            shutil.rmtree(aside)
         with contextlib.suppress(OSError):
             (entry.path.parent / _USED / name).unlink()
     return found

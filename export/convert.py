@@ -28,7 +28,7 @@ from edge_gemma.export.resume import Journal, export_key
 from edge_gemma.export.source_file import same_bytes
 from edge_gemma.export.stream import TensorStream
 from edge_gemma.generate import stop_ids_of
-from edge_gemma.model_folder import GENERATION, TEMPLATE, TOKENIZER, Progress, Tensor, plan_tensor
+from edge_gemma.model_folder import GENERATION, REPLACEABLE, TEMPLATE, TOKENIZER, Progress, Tensor, plan_tensor
 from edge_gemma.quant.calibrate import CALIBRATED_BITS, Calibration, calibration_ids, refuse_unused
 from edge_gemma.quant.recipes import DENSE, tensor_format
 from edge_gemma.tokenizer import Tokenizer
@@ -73,7 +73,7 @@ def export_checkpoint(
         if calibration is not None:
             key = export_key(checkpoint.digest(), conversion.recipe, calibration, audio)
         with (
-            new_folder(dest, force=force, key=key) as folder,
+            new_folder(dest, force=force, having=REPLACEABLE, key=key) as folder,
             FolderWriter(folder, conversion.plan, beside=encoder_bytes(conversion.tower, conversion.recipe)) as writer,
         ):
             section = write_tower(writer, conversion.tower, conversion.recipe, progress)

@@ -19,6 +19,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from edge_gemma import __version__, system
+from edge_gemma.atomic import sync_tree, write_file
 from edge_gemma.errors import UsageError
 from edge_gemma.model_folder import (
     ALIGNMENT,
@@ -103,8 +104,11 @@ class FolderWriter:
         start = 8 + len(header)
         fd = os.open(self.folder / file, os.O_RDWR | os.O_CREAT | system.BINARY, 0o666)
         self._fds[file] = fd
+        head = len(header).to_bytes(8, "little") + header
+        if system.read(fd, len(head), 0) != head:
+            os.ftruncate(fd, 0)  # what lies here was laid out otherwise: its bytes would show between the parts
         os.ftruncate(fd, start + offset)
-        system.write_at(fd, len(header).to_bytes(8, "little") + header, 0)
+        system.write_at(fd, head, 0)
         self._files[file] = {"bytes": start + offset}
         for name, key, part, begin in spans:
             self._growing[name, key] = _Growing(replace(part, offset=start + begin))
@@ -187,7 +191,10 @@ class FolderWriter:
     def finish(
         self, text_config: dict[str, Any], recipe: str, source: dict[str, Any], audio: dict[str, Any] | None = None
     ) -> None:
-        """Write the manifest. Every part must be complete. audio: its section, where an encoder was written."""
+        """Write the manifest, once all else is on the disk: where it lies, the folder is whole.
+
+        Every part must be complete. audio: its section, where an encoder was written.
+        """
         tensors = {}
         for name, tensor in self._plan.items():
             parts = {}
@@ -210,7 +217,8 @@ class FolderWriter:
         if audio is not None:
             manifest["audio"] = audio
         manifest["digest"] = manifest_digest(manifest)
-        (self.folder / MANIFEST).write_text(json.dumps(manifest, indent=1))
+        sync_tree(self.folder)
+        write_file(self.folder / MANIFEST, json.dumps(manifest, indent=1).encode())
 
     def __enter__(self) -> "FolderWriter":
         return self

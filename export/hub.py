@@ -4,6 +4,7 @@ Owns: talking to the hub through huggingface_hub, so that tokens, mirrors (HF_EN
 them; every error in one line; going on after a lost connection. Does not know: what the files are.
 """
 
+import json
 import re
 import threading
 import time
@@ -11,6 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
 from typing import Any
+from urllib.parse import quote
 
 from edge_gemma import __version__
 from edge_gemma.errors import HubError
@@ -22,6 +24,7 @@ _FIRST_WAIT_S, _LONGEST_WAIT_S = 0.5, 30.0
 _CHUNK = 1 << 20
 ANEW = "the same command begins anew"
 _MAX_FILES = 10_000
+_MAX_LISTING = 32 << 20  # bytes
 
 
 @dataclass(frozen=True)
@@ -72,27 +75,45 @@ class Hub:
 
     def repository(self, repo_id: str, revision: str | None = None) -> Repository:
         """The repository as it is now; revision: a branch, tag or commit. Raises HubError."""
-        from huggingface_hub import HfApi
+        from huggingface_hub.errors import HFValidationError
+        from huggingface_hub.utils import validate_repo_id
 
-        def ask() -> Any:
-            api = HfApi(endpoint=self.endpoint, library_name="edge_gemma", library_version=__version__)
-            return api.model_info(repo_id, revision=revision, files_metadata=True, timeout=_TIMEOUT_S)
+        what = f"{repo_id}{f'@{revision}' if revision else ''}"
+        try:
+            validate_repo_id(repo_id)
+        except HFValidationError as error:
+            raise _told(error, repo_id, self.endpoint) from error
+        commit, files = self._patiently(lambda: self._listing(repo_id, revision), what)
+        return Repository(repo_id, commit, {file.name: file for file in files})
 
-        info = self._patiently(ask, f"{repo_id}{f'@{revision}' if revision else ''}")
-        siblings = info.siblings or []
-        if not re.fullmatch(r"[0-9a-f]{40}", str(info.sha)) or len(siblings) > _MAX_FILES:
-            raise HubError(f"{self.endpoint} answers with no commit for {repo_id}: it is no model hub, or a broken one")
-        files = [
-            HubFile(s.rfilename, s.size, s.lfs.sha256 if s.lfs else None)
-            for s in siblings
-            if type(s.size) is int and s.size >= 0
-        ]
-        return Repository(repo_id, info.sha, {file.name: file for file in files})
+    def _listing(self, repo_id: str, revision: str | None) -> tuple[str, list[HubFile]]:
+        """Commit and files, as the hub lists them."""
+        from huggingface_hub import get_session
+
+        url = f"{self.endpoint}/api/models/{repo_id}"
+        url += f"/revision/{quote(revision, safe='')}" if revision else ""
+        with get_session().stream(
+            "GET", url, headers=_headers(), params={"blobs": True}, follow_redirects=True, timeout=_TIMEOUT_S
+        ) as response:
+            _raise_for_status(response)
+            data = _body(response, _MAX_LISTING)
+        try:
+            listing = json.loads(data)
+            commit, siblings = listing["sha"], listing["siblings"]
+            if not re.fullmatch(r"[0-9a-f]{40}", commit) or len(siblings) > _MAX_FILES:
+                raise ValueError
+            return commit, [file for sibling in siblings if (file := _hub_file(sibling)) is not None]
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+            raise HubError(
+                f"{self.endpoint} does not list the files of {repo_id} at a commit: it is no model hub, or a broken one"
+            ) from error
 
     def read(self, repository: Repository, file: HubFile, start: int, stop: int) -> Iterator[bytes]:
         """The bytes [start, stop) of a file in pieces of up to 1 MB; 0 and its size ask for all. Raises HubError."""
         at = start
         while at < stop:
+            if self._patience.closed.is_set():
+                raise HubError(f"{show(file.name, 160)} was given up")
             try:
                 for chunk in self._stream(repository, file, at, stop):
                     at += len(chunk)
@@ -109,20 +130,16 @@ class Hub:
         import httpx2
         from huggingface_hub import get_session, hf_hub_url
         from huggingface_hub.errors import RevisionNotFoundError
-        from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
 
         url = hf_hub_url(repository.repo_id, file.name, revision=repository.commit, endpoint=self.endpoint)
-        headers = build_hf_headers(library_name="edge_gemma", library_version=__version__)
-        headers["Accept-Encoding"] = "identity"
+        headers = _headers()
         if (start, stop) != (0, file.size):
             headers["Range"] = f"bytes={start}-{stop - 1}"
         try:
             with get_session().stream(
                 "GET", url, headers=headers, follow_redirects=True, timeout=_TIMEOUT_S
             ) as response:
-                if response.is_error:
-                    response.read()
-                hf_raise_for_status(response)
+                _raise_for_status(response)
                 self._check(response, repository, file, start, stop)
                 left = stop - start
                 for data in response.iter_raw():  # as it comes: what has come counts when the rest does not
@@ -143,8 +160,13 @@ class Hub:
         tags = [tag for r in answers if (tag := r.headers.get("X-Linked-Etag"))] or [response.headers.get("ETag")]
         if tags[0] and self._tags.setdefault((repository.commit, file.name), tags[0]) != tags[0]:
             raise self._changed(file, "its ETag differs")
-        if response.status_code == 200 and (start, stop) != (0, file.size):
+        asked_whole = (start, stop) == (0, file.size)
+        if response.status_code == 200 and not asked_whole:
             raise HubError(f"{response.url.host} sends whole files only, no ranges: pull cannot go on where it stopped")
+        if response.status_code != 206 and not (response.status_code == 200 and asked_whole):
+            raise HubError(f"{response.url.host} answers {response.status_code} for {show(file.name, 160)}")
+        if (encoding := response.headers.get("Content-Encoding", "identity")) != "identity":
+            raise HubError(f"{response.url.host} sends {show(file.name, 160)} encoded ({show(encoding)}), unasked")
         whole = file.size
         if response.status_code == 206:
             given = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+)", response.headers.get("Content-Range", ""))
@@ -190,22 +212,65 @@ class _Patience:
 
     def __init__(self, seconds: float, note: Callable[[str], None]) -> None:
         self._seconds, self._note = seconds, note
+        self._since: float | None = None  # when the first of the tries in vain ended
         self.closed = threading.Event()
         self.renew()
 
     def renew(self) -> None:
         """A byte came."""
-        self._since, self._pause = time.monotonic(), _FIRST_WAIT_S
+        self._since, self._pause = None, _FIRST_WAIT_S
 
     def wait(self, lost: _Lost, what: str) -> None:
         """Pause before the next try. Raises HubError when nothing came for too long."""
         pause = min(self._pause if lost.after_s is None else lost.after_s, 10 * _LONGEST_WAIT_S)
         self._pause = min(2 * self._pause, _LONGEST_WAIT_S)
-        if time.monotonic() + pause - self._since > self._seconds:
+        now = time.monotonic()
+        self._since = now if self._since is None else self._since
+        if now + pause - self._since > self._seconds:
             raise HubError(f"{show(what, 160)}: {lost}; the same command goes on from here when the network is back")
         self._note(f"{show(what, 160)}: {lost}; trying again in {pause:.0f} s")
         if self.closed.wait(pause):
             raise HubError(f"{show(what, 160)} was given up")
+
+
+def _hub_file(sibling: dict[str, Any]) -> HubFile | None:
+    """A file as the hub lists it, None without a size. Raises HubError for a name that no file beside others has."""
+    name, size = sibling["rfilename"], sibling.get("size")
+    if not isinstance(name, str) or not name.isprintable() or {"", ".", ".."} & set(re.split(r"[/\\]", name)):
+        raise HubError(f"the hub lists a file {show(repr(name))}, expected a path inside the repository")
+    digest = str((sibling.get("lfs") or {}).get("sha256")).lower()
+    digest_known = re.fullmatch(r"[0-9a-f]{64}", digest)
+    return HubFile(name, size, digest if digest_known else None) if type(size) is int and size >= 0 else None
+
+
+def _headers() -> dict[str, str]:
+    from huggingface_hub.utils import build_hf_headers
+
+    headers = build_hf_headers(library_name="edge_gemma", library_version=__version__)
+    return headers | {"Accept-Encoding": "identity"}
+
+
+def _body(response: Any, limit: int) -> bytes:
+    """An answer of at most `limit` bytes, within the time that a connection may be silent. Raises HubError, _Lost."""
+    data, begin = bytearray(), time.monotonic()
+    for chunk in response.iter_bytes(1 << 16):
+        data += chunk
+        if len(data) > limit:
+            raise HubError(f"{response.url.host} answers with more than {limit} bytes, where few were expected")
+        if time.monotonic() - begin > _TIMEOUT_S:
+            raise _Lost(f"{response.url.host} answers too slowly")
+    return bytes(data)
+
+
+def _raise_for_status(response: Any) -> None:
+    """huggingface_hub's own, without the body of a refusal: it has no bound, and the headers say what is needed."""
+    import httpx2
+    from huggingface_hub.utils import hf_raise_for_status
+
+    framing = ("content-encoding", "content-length", "transfer-encoding")
+    headers = {name: value for name, value in response.headers.items() if name.lower() not in framing}
+    if response.is_error:
+        hf_raise_for_status(httpx2.Response(response.status_code, headers=headers, request=response.request))
 
 
 def _told(error: Exception, what: str, endpoint: str) -> Exception:

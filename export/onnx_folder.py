@@ -25,6 +25,7 @@ from edge_gemma.model_folder import (
     MANIFEST,
     ONNX_FORMAT,
     ONNX_VERSION,
+    REPLACEABLE,
     TEMPLATE,
     TOKENIZER,
     ModelFolder,
@@ -61,7 +62,7 @@ def export_onnx(
     from edge_gemma.export import onnx_graph  # noqa: F401  (says at once that the onnx package is missing)
 
     with (
-        new_folder(dest, force=force) as out,
+        new_folder(dest, force=force, having=REPLACEABLE) as out,
         _model_folder(
             source,
             dest,

@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from edge_gemma import __version__, system
-from edge_gemma.atomic import new_folder, write_file
+from edge_gemma.atomic import new_folder, sync_tree, write_file
 from edge_gemma.engine import DEFAULT_CONTEXT
-from edge_gemma.errors import CheckpointError, UsageError
+from edge_gemma.errors import CheckpointError
 from edge_gemma.export.checkpoint import Checkpoint
 from edge_gemma.export.convert import Conversion, encoder_bytes, write_tower
 from edge_gemma.export.download import Download, Unit, in_order, room_needed
@@ -37,9 +37,9 @@ from edge_gemma.export.spool import Spool, SpooledFile
 from edge_gemma.export.stream import TensorStream
 from edge_gemma.hub_name import HubName
 from edge_gemma.memory import footprint
-from edge_gemma.model_folder import TOKENIZER, ModelFolder, Progress
+from edge_gemma.model_folder import MANIFEST, REPLACEABLE, TOKENIZER, ModelFolder, Progress
 
-_FETCHED, _STATE, _ENCODER = "fetched", "pull.json", "encoder.json"
+_FETCHED, _STATE, _ENCODER = "fetched", "state.pull", "encoder.pull"  # names that no file of a checkpoint has
 _SYNC_BYTES = 16 << 20  # of ranges that have been used: then the containers are flushed, and the ranges go
 _ENCODER_UNIT = "audio encoder"
 _SAMPLE, _SAMPLE_S = 64 << 20, 3.0  # bytes and seconds that the speed of the link is measured for
@@ -140,12 +140,10 @@ class Puller:
         Raises HubError, CheckpointError, ConfigError, UsageError: one line each.
         """
         dest = dest.absolute()
-        if dest.exists() and (not force or not dest.is_dir()):
-            raise UsageError(f"{dest} exists already: choose another name, or --force to replace a model folder")
         while True:
             try:
-                with new_folder(dest, force=force, key=self._key(), keep_on=BaseException) as aside:
-                    return self._pull(dest, aside)
+                with self._new_folder(dest, "pull", force) as aside:
+                    return _finished(dest, aside) or self._pull(dest, aside)
             except GlanceError as error:
                 self.note(f"{error}: the pull begins anew, knowing it")
 
@@ -187,7 +185,7 @@ class Puller:
     def keep(self, dest: Path, *, force: bool = False) -> Pulled:
         """Store the checkpoint's files in the folder `dest` as they are. Resumed and checked as `pull` is."""
         with (
-            new_folder(dest, force=force, key=self._key("keep"), keep_on=BaseException) as aside,
+            self._new_folder(dest, "keep", force) as aside,
             closing(Hub(note=self.note)) as hub,
         ):
             state = self._state(aside, hub)
@@ -197,19 +195,30 @@ class Puller:
             for file in wanted:
                 path = aside / file.name
                 path.parent.mkdir(parents=True, exist_ok=True)
-                have = path.stat().st_size if path.exists() else 0
+                have = path.stat().st_size if path.exists() and file.sha256 else 0  # no digest: nothing to trust
                 had += have
-                with path.open("ab") as out:
+                with path.open("ab" if have else "wb") as out:
                     for chunk in hub.read(state.repository, file, have, file.size):
                         out.write(chunk)
                         if self.progress:
                             self.progress(had + hub.fetched, total, file.name)
                 with path.open("rb") as whole:
                     digests[file.name] = hashlib.file_digest(whole, "sha256").hexdigest()
-            (aside / _STATE).unlink()
             verified = _verified(wanted, digests)
+            sync_tree(aside)
+            (aside / _STATE).unlink()
         unverified = tuple(file.name for file in wanted if file.name not in verified)
         return Pulled(dest, state.repository, hub.fetched, verified, unverified)
+
+    @contextmanager
+    def _new_folder(self, dest: Path, what: str, force: bool) -> Iterator[Path]:
+        """`new_folder` for `what`, "pull" or "keep". What the hub has changed meanwhile is not gone on with."""
+        with new_folder(dest, force=force, having=REPLACEABLE, key=self._key(what), keep_on=BaseException) as aside:
+            try:
+                yield aside
+            except ChangedError:
+                (aside / _STATE).unlink(missing_ok=True)
+                raise
 
     def _wanted(self, repository: Repository) -> list[HubFile]:
         """The files of the checkpoint that `keep` stores."""
@@ -239,12 +248,7 @@ class Puller:
                 at.state.save(aside / _STATE)
                 (aside / JOURNAL).unlink(missing_ok=True)
                 raise
-            except ChangedError:
-                (aside / _STATE).unlink()
-                raise
-        shutil.rmtree(aside / _FETCHED)
-        for name in (JOURNAL, _STATE, _ENCODER):
-            (aside / name).unlink(missing_ok=True)
+        _clear(aside)
         unverified = tuple(file.name for _, file in at.folder.opened if file.name not in verified)
         return Pulled(dest, at.state.repository, self._fetched, verified, unverified)
 
@@ -279,7 +283,7 @@ class Puller:
             return GgufCheckpoint(folder.open(gguf), self.ignore_keys)
         return SafetensorsCheckpoint(folder, self.ignore_keys)
 
-    def _key(self, what: str = "pull") -> str:
+    def _key(self, what: str) -> str:
         told = [__version__, what, asdict(self.name), self.recipe, self.audio, list(self.ignore_keys)]
         return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
 
@@ -328,6 +332,7 @@ class _Run:
                     self._flush(unit)
                 self._flush()
                 download.join()
+                self._at.spool.check()
         return section, stream.content(), download.digests
 
     def _download(self, left: Sequence[Unit]) -> Download:
@@ -383,6 +388,22 @@ class _Run:
             return None
         kept = json.loads(path.read_bytes())
         return kept["section"] if all(self._writer.adopt_file(*item) for item in kept["files"].items()) else None
+
+
+def _finished(dest: Path, aside: Path) -> Pulled | None:
+    """What an earlier run has done, where it was interrupted after the manifest, which is written last."""
+    if not (aside / MANIFEST).exists():
+        return None
+    source = json.loads((aside / MANIFEST).read_bytes())["source"]
+    _clear(aside)
+    return Pulled(dest, Repository(source["repository"], source["revision"], {}), 0, (), ())
+
+
+def _clear(aside: Path) -> None:
+    """Remove what is there for the next run to go on with."""
+    shutil.rmtree(aside / _FETCHED, ignore_errors=True)
+    for name in (JOURNAL, _ENCODER, _STATE):
+        (aside / name).unlink(missing_ok=True)
 
 
 def _units(conversion: Conversion) -> list[Unit]:

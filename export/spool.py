@@ -9,6 +9,7 @@ files reach; after the machine itself went down only as far as was flushed to th
 
 import bisect
 import contextlib
+import os
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -25,7 +26,10 @@ _BOOT = Path("/proc/sys/kernel/random/boot_id")
 
 @dataclass
 class Range:
-    """Bytes [start, stop) of the file, of which the first `have` are here."""
+    """Bytes [start, stop) of the file, of which the first `have` are here.
+
+    coming: the others are on their way. They are not in a range that an earlier run left, until it is ordered again.
+    """
 
     start: int
     stop: int
@@ -33,28 +37,52 @@ class Range:
     have: int = 0
     synced: int = 0
     ordered: bool = False  # a tensor's: it goes when it has been used
+    coming: bool = True
+
+    @property
+    def readable_to(self) -> int:
+        """Where the bytes end that are here or on their way."""
+        return self.stop if self.coming else self.start + self.have
 
 
 class Spool:
     """The ranges of all files of a checkpoint below one folder, shared by the reader and the download.
 
-    `held` counts the bytes of ordered ranges. One lock for all: `changed` is told of every byte that comes or goes.
+    `held` counts the bytes of ordered ranges, `readers` who waits for some. One lock for all: `changed` is told of
+    every byte that comes or goes, and of every reader.
     """
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(exist_ok=True)
-        self.folder, self.held = folder, 0
+        self.folder, self.held, self.readers = folder, 0, 0
         self.changed = threading.Condition()
         self.failure: BaseException | None = None
-        self.taken_over = self._boot_marker()
+        self._trust_what_was_flushed()
 
-    def _boot_marker(self) -> bool:
-        """Whether what lies here was written since this machine started: then all of it counts, flushed or not."""
+    def _trust_what_was_flushed(self) -> None:
+        """What was written since this machine started counts as it lies; of the rest only what had been flushed.
+
+        All ranges are cut before the new start is noted: a run that ends in between leaves nothing else to trust.
+        """
         boot = _BOOT.read_bytes() if _BOOT.exists() else b""
         marker = self.folder / "boot_id"
-        same = bool(boot) and marker.exists() and marker.read_bytes() == boot
+        if boot and marker.exists() and marker.read_bytes() == boot:
+            return
+        for path in self.folder.glob("*-[st]"):
+            with path.open("r+b") as file:
+                file.truncate(min(_flushed(path), path.stat().st_size))
+                system.flush(file.fileno())
         marker.write_bytes(boot)
-        return same
+
+    def check(self) -> None:
+        """Raises what `fail` was told, in one line."""
+        if isinstance(self.failure, EdgeGemmaError):
+            raise self.failure
+        if isinstance(self.failure, OSError):
+            reason = f"{self.folder.parent}: {self.failure.strerror or self.failure}"
+            raise CheckpointError(f"{reason}; the same command goes on from here") from self.failure
+        if self.failure:
+            raise CheckpointError("the download ended early: the same command goes on from here") from self.failure
 
     def fail(self, error: BaseException) -> None:
         """No more bytes will come: who waits for some raises this."""
@@ -74,22 +102,20 @@ class SpooledFile(SourceFile):
         """number: the file's among those of the checkpoint; fetch: gives the bytes [start, stop)."""
         self.path, self.name, self.size = Path(name), show(name, 200), size
         self._spool, self._number, self._fetch = spool, number, fetch
-        self._ranges: list[Range] = []  # by where they begin; they do not overlap
+        self._ranges: list[Range] = []  # by where they begin
         self._closed = False
         for path in spool.folder.glob(f"{number}-*[st]"):
             self._take_over(path)
 
     def _take_over(self, path: Path) -> None:
         _, start, stop, ordered = path.name.split("-")
-        kept = Range(int(start), int(stop), path, ordered=ordered == "t")
-        flushed = path.with_suffix(".flushed")
-        have = path.stat().st_size if self._spool.taken_over else int(flushed.read_text()) if flushed.exists() else 0
-        kept.have = kept.synced = min(have, path.stat().st_size, kept.stop - kept.start)
+        kept = Range(int(start), int(stop), path, ordered=ordered == "t", coming=False)
+        kept.have = min(path.stat().st_size, kept.stop - kept.start)
+        kept.synced = min(kept.have, _flushed(path))
         if not kept.ordered and kept.have < kept.stop - kept.start:
             path.unlink()
             return
-        with path.open("r+b") as file:
-            file.truncate(kept.have)
+        os.truncate(path, kept.have)
         self._insert(kept)
         self._spool.held += kept.have if kept.ordered else 0
 
@@ -99,7 +125,7 @@ class SpooledFile(SourceFile):
         at, stop = offset, offset + len(buffer)
         while at < stop:
             here = self._arrived(at, stop)
-            until = min(here.stop, stop)
+            until = min(here.readable_to, stop)
             with here.path.open("rb", buffering=0) as file:
                 file.seek(at - here.start)
                 got = file.readinto(buffer[at - offset : until - offset])
@@ -116,12 +142,14 @@ class SpooledFile(SourceFile):
         if mine:
             self._fetch_small(here)
         with self._spool.changed:
-            while here.start + here.have < min(here.stop, stop):
-                if isinstance(self._spool.failure, EdgeGemmaError):
-                    raise self._spool.failure
-                if self._spool.failure:
-                    raise CheckpointError(f"{self.name} did not arrive") from self._spool.failure
-                self._spool.changed.wait()
+            self._spool.readers += 1
+            self._spool.changed.notify_all()
+            try:
+                while here.start + here.have < min(here.readable_to, stop):
+                    self._spool.check()
+                    self._spool.changed.wait()
+            finally:
+                self._spool.readers -= 1
         return here
 
     def prefetch(self, spans: Iterable[tuple[int, int]]) -> None:
@@ -152,6 +180,7 @@ class SpooledFile(SourceFile):
         with self._spool.changed:
             for kept in self._ranges:
                 if kept.ordered and (kept.start, kept.stop) == (start, stop):
+                    kept.coming = True
                     return kept
             return self._new(start, stop, ordered=True)
 
@@ -167,8 +196,9 @@ class SpooledFile(SourceFile):
 
     def add(self, kept: Range, data: bytes) -> None:
         """The next bytes of a range."""
-        with kept.path.open("ab", buffering=0) as file:
+        with kept.path.open("ab") as file:  # buffered: a full disk may take a part of an unbuffered write in silence
             file.write(data)
+            file.flush()
             if kept.ordered and kept.have + len(data) - kept.synced >= _SYNC_BYTES:
                 system.flush(file.fileno())
                 kept.synced = kept.have + len(data)
@@ -181,8 +211,8 @@ class SpooledFile(SourceFile):
     def drop(self, start: int) -> None:
         """A tensor's range has been used."""
         with self._spool.changed:
-            kept = self._covering(start)
-            if kept is None or not kept.ordered:
+            kept = next((r for r in self._ranges if r.ordered and r.start == start), None)
+            if kept is None:
                 return
             self._ranges.remove(kept)
             self._spool.held -= kept.have
@@ -192,9 +222,9 @@ class SpooledFile(SourceFile):
                 path.unlink()
 
     def _covering(self, offset: int) -> Range | None:
-        """The range that offset lies in: a tensor's before a small one's."""
+        """The range that has the byte at offset, or will have: a tensor's before a small one's."""
         for i in range(bisect.bisect_right(self._ranges, offset, key=lambda r: r.start) - 1, -1, -1):
-            if offset < self._ranges[i].stop:
+            if offset < self._ranges[i].readable_to:
                 return self._ranges[i]
         return None
 
@@ -213,3 +243,11 @@ class SpooledFile(SourceFile):
     def close(self) -> None:
         """Idempotent."""
         self._closed = True
+
+
+def _flushed(path: Path) -> int:
+    """How many bytes of a range are noted as flushed to the disk."""
+    try:
+        return int(path.with_suffix(".flushed").read_text())
+    except (OSError, ValueError):  # none, or a note that was lost itself
+        return 0

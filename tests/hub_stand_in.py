@@ -39,6 +39,9 @@ class Faults:
     wrong_byte: int | None = None  # this byte of a large file arrives flipped
     silent_s: float = 0.0  # before the first byte
     wrong_digest: bool = False
+    listing: bytes | None = None  # instead of the list of files
+    answer: tuple[int, dict[str, str]] | None = None  # status and headers of every answer with bytes of a file
+    redirect: str | None = None  # where every request to the hub itself is sent, its path appended
 
 
 class Hub(ThreadingHTTPServer):
@@ -133,6 +136,8 @@ class _Handler(BaseHTTPRequestHandler):
         hub.log.append((self.command, path, self.headers.get("Range"), token))
         if hub.faults.deny:
             self._refuse(*hub.faults.deny)
+        elif hub.faults.redirect is not None and self.server is hub:
+            self._head(302, {"Location": hub.faults.redirect + self.path, "Content-Length": "0"})
         elif hub.faults.token and token != f"Bearer {hub.faults.token}" and not path.startswith("/cdn/"):
             self._refuse(401, "GatedRepo" if "/resolve/" in path else "")
         elif match := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/revision/(.+))?", path):
@@ -174,6 +179,7 @@ class _Handler(BaseHTTPRequestHandler):
                 sibling["lfs"] = {"sha256": digest, "size": size, "pointerSize": 134}
             siblings.append(sibling)
         data = json.dumps({"id": repo, "modelId": repo, "sha": commit, "siblings": siblings}).encode()
+        data = data if hub.faults.listing is None else hub.faults.listing
         self._head(200, {"Content-Type": "application/json", "Content-Length": str(len(data))})
         self.wfile.write(data)
 
@@ -206,6 +212,9 @@ class _Handler(BaseHTTPRequestHandler):
             start, stop, status = int(asked[1]), min(int(asked[2] or size - 1) + 1, size), 206
             headers = headers | {"Content-Range": f"bytes {start}-{stop - 1}/{size + faults.longer}"}
         time.sleep(faults.silent_s)
+        if faults.answer:
+            start, stop, status = 0, size, faults.answer[0]
+            headers = headers | faults.answer[1]
         extra = faults.longer if status == 200 else 0
         self._head(status, {"Accept-Ranges": "bytes", "Content-Length": str(stop - start + extra), **headers})
         if body:

@@ -75,7 +75,10 @@ def test_a_file_system_without(what: str, tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_a_file_system_that_maps_nothing_is_told_with_the_path(tmp_path: Path, monkeypatch) -> None:
     folder = synthesize("tiny", tmp_path / "model")
-    monkeypatch.setattr(system.mmap, "mmap", refusing(errno.ENODEV))
+    refuse, mmap = refusing(errno.ENODEV), system.mmap.mmap
+    monkeypatch.setattr(
+        system.mmap, "mmap", lambda fd, *args, **kwargs: (refuse if fd >= 0 else mmap)(fd, *args, **kwargs)
+    )
     with pytest.raises(
         ModelFolderError, match=rf"^{folder}/\w+\.safetensors cannot be mapped \(No such device\): copy"
     ):
