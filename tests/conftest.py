@@ -4,17 +4,27 @@ Real files are looked for in installed packages and in tests/downloads/ (filled 
 is missing skips with the reason.
 """
 
+import contextlib
 import functools
 import os
 import signal
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+import platformdirs
 import pytest
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # before NumPy loads: tiny matrices, and threads that compete
 # A shell starts what runs in the background with Ctrl-C ignored, and children inherit that: tests press it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+_cache = Path(platformdirs.user_cache_dir())
+with contextlib.suppress(OSError):
+    _cache.mkdir(parents=True, exist_ok=True)
+if not os.access(_cache, os.W_OK):  # no home: kernels are compiled once for all processes of this run
+    _temporary = tempfile.TemporaryDirectory(prefix="edge-gemma-tests-")
+    os.environ["XDG_CACHE_HOME"] = _temporary.name
 
 DOWNLOADS = Path(__file__).parent / "downloads"
 
