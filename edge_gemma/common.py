@@ -77,7 +77,9 @@ beams = click.option(
     "--beams", "num_beams", type=click.IntRange(1, 64), metavar="N",
     help="Keep N hypotheses of a reply side by side and take the likeliest: slower [default: the model's, or 1].",
 )  # fmt: skip
-threads = click.option("--threads", type=click.IntRange(1, 1024), metavar="N", help="CPU threads [default: all cores].")
+threads = click.option(
+    "--threads", type=click.IntRange(1, 1024), metavar="N", help="CPU threads [default: all that it may use]."
+)
 context = click.option(
     "--context", type=click.IntRange(1), metavar="N", help="Tokens the model can look back on [default: 4096]."
 )

@@ -1,4 +1,4 @@
-"""Packages that come with an extra: imported when they are first needed.
+"""Packages that are imported when they are first needed; most come with an extra.
 
 Owns: the one line about a package that is not installed, or that is and cannot be loaded. Does not know: what the
 packages are for.
@@ -10,21 +10,23 @@ from typing import Any
 from edge_gemma.errors import EdgeGemmaError
 
 
-def imported(module: str, what: str, extra: str, error: type[EdgeGemmaError]) -> Any:
-    """The package `module`. what: what needs it, the beginning of a sentence; extra: what brings it.
+def imported(module: str, what: str, extra: str, error: type[EdgeGemmaError], remedy: str = "") -> Any:
+    """The package `module`. what: what needs it, the beginning of a sentence; extra: what brings it, "" if no extra.
 
-    Raises `error`, one line: the package is not installed, or why it cannot be loaded.
+    remedy: what helps where it is installed and cannot be loaded. Raises `error`, one line: the package is not
+    installed, or why it cannot be loaded.
     """
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as missing:
         if missing.name == module:
-            raise error(f"{what} needs {module}: pip install 'edge-gemma[{extra}]'") from None
-        raise error(_broken(module, what, missing)) from None
+            package = f"'edge-gemma[{extra}]'" if extra else module
+            raise error(f"{what} needs {module}: pip install {package}") from None
+        raise error(_broken(module, what, missing, remedy)) from None
     except (ImportError, OSError, MemoryError) as reason:
-        raise error(_broken(module, what, reason)) from None
+        raise error(_broken(module, what, reason, remedy)) from None
 
 
-def _broken(module: str, what: str, reason: BaseException) -> str:
+def _broken(module: str, what: str, reason: BaseException, remedy: str) -> str:
     told = " ".join(str(reason).split())[:200] or "there is not enough memory"
-    return f"{what} needs {module}, which is installed and cannot be loaded: {told}"
+    return f"{what} needs {module}, which is installed and cannot be loaded: {told}{remedy and '; '}{remedy}"

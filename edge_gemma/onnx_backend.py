@@ -53,12 +53,13 @@ class OnnxEngine(Engine):
 
     def __init__(self, folder: OnnxFolder, *, context: int | None, threads: int | None) -> None:
         from edge_gemma import kernels
+        from edge_gemma.ort import open_graph
 
         self._read(folder, context)
         self._identity = folder.manifest["digest"]
         self._threads = kernels.checked_threads(threads)
         self._graphs = {
-            graph: _load(folder.path / FOLDER / f"{graph}.onnx", self.threads) for graph in (EMBED, DECODER)
+            graph: open_graph(folder.path / FOLDER / f"{graph}.onnx", self.threads) for graph in (EMBED, DECODER)
         }
 
     def session(self, context: int | None = None) -> "OnnxSession":  # type: ignore[override]
@@ -71,20 +72,6 @@ class OnnxEngine(Engine):
     def close(self) -> None:
         self.release_audio()
         self._graphs = {}
-
-
-def _load(path: Path, threads: int) -> Any:
-    """An onnxruntime.InferenceSession on the CPU. Raises ModelFolderError where onnxruntime refuses the graph."""
-    from edge_gemma.ort import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.log_severity_level = 3  # errors, which are raised
-    try:
-        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    except Exception as error:
-        reason, version = " ".join(str(error).split())[:300], onnxruntime.__version__
-        raise ModelFolderError(f"{path}: onnxruntime {version} cannot load it: {reason}; export it again") from None
 
 
 class OnnxSession:

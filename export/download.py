@@ -150,8 +150,8 @@ class Download(threading.Thread):
 
     def _wait_for_room(self, nbytes: int) -> None:
         with self._spool.changed:
-            # Who reads waits for bytes that come later: then there is no room to wait for.
-            while not self._stopped and not self._spool.readers and self._spool.held + nbytes > self._room:
+            # A reader that waits for bytes that come later frees no room: then there is none to wait for.
+            while not self._stopped and not self._spool.starved() and self._spool.held + nbytes > self._room:
                 self._spool.changed.wait()
             if self._stopped:
                 raise _StoppedError("the download was stopped")

@@ -169,11 +169,13 @@ class Hub:
             raise HubError(f"{response.url.host} sends {show(file.name, 160)} encoded ({show(encoding)}), unasked")
         whole = file.size
         if response.status_code == 206:
-            given = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+)", response.headers.get("Content-Range", ""))
+            given = re.fullmatch(
+                r"bytes ([0-9]{1,18})-([0-9]{1,18})/([0-9]{1,18})", response.headers.get("Content-Range", "")
+            )
             if not given or (int(given[1]), int(given[2])) != (start, stop - 1):
                 raise _Lost(f"bytes {start} to {stop - 1} were asked for, the answer is about others")
             whole = int(given[3])
-        elif (length := response.headers.get("Content-Length")) is not None and length.isdecimal():
+        elif (length := response.headers.get("Content-Length")) is not None and re.fullmatch(r"[0-9]{1,18}", length):
             whole = int(length)
         if whole != file.size:
             raise self._changed(file, f"it has {whole} bytes, expected {file.size}")

@@ -48,13 +48,14 @@ class Range:
 class Spool:
     """The ranges of all files of a checkpoint below one folder, shared by the reader and the download.
 
-    `held` counts the bytes of ordered ranges, `readers` who waits for some. One lock for all: `changed` is told of
-    every byte that comes or goes, and of every reader.
+    `held` counts the bytes of ordered ranges. One lock for all: `changed` is told of every byte that comes or goes,
+    and of every reader that waits.
     """
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(exist_ok=True)
-        self.folder, self.held, self.readers = folder, 0, 0
+        self.folder, self.held = folder, 0
+        self._awaited: list[tuple[Range, int]] = []  # by readers: a range, and up to which byte of the file
         self.changed = threading.Condition()
         self.failure: BaseException | None = None
         self._trust_what_was_flushed()
@@ -83,6 +84,21 @@ class Spool:
             raise CheckpointError(f"{reason}; the same command goes on from here") from self.failure
         if self.failure:
             raise CheckpointError("the download ended early: the same command goes on from here") from self.failure
+
+    def starved(self) -> bool:
+        """Whether a reader waits for bytes that have not come. One that has not woken up yet waits for none."""
+        return any(here.start + here.have < until for here, until in self._awaited)
+
+    @contextlib.contextmanager
+    def awaiting(self, here: Range, until: int) -> Iterator[None]:
+        """A reader waits for a range up to a byte of the file; `changed` is held."""
+        wanted = (here, until)
+        self._awaited.append(wanted)
+        self.changed.notify_all()
+        try:
+            yield
+        finally:
+            self._awaited.remove(wanted)
 
     def fail(self, error: BaseException) -> None:
         """No more bytes will come: who waits for some raises this."""
@@ -142,14 +158,11 @@ class SpooledFile(SourceFile):
         if mine:
             self._fetch_small(here)
         with self._spool.changed:
-            self._spool.readers += 1
-            self._spool.changed.notify_all()
-            try:
-                while here.start + here.have < min(here.readable_to, stop):
+            until = min(here.readable_to, stop)
+            with self._spool.awaiting(here, until):
+                while here.start + here.have < until:
                     self._spool.check()
                     self._spool.changed.wait()
-            finally:
-                self._spool.readers -= 1
         return here
 
     def prefetch(self, spans: Iterable[tuple[int, int]]) -> None:

@@ -45,7 +45,10 @@ class Faults:
 
 
 class Hub(ThreadingHTTPServer):
-    """`faults` may be changed while it runs; `sent` counts bytes of files, `log` has (method, path, range, token)."""
+    """`faults` may be changed while it runs; `sent` counts bytes of files, `log` has (method, path, range, token).
+
+    `storage_log` has (path, token) of what the second address was asked for.
+    """
 
     daemon_threads = True
     request_queue_size = 64
@@ -53,7 +56,7 @@ class Hub(ThreadingHTTPServer):
     def __init__(self, repositories: dict[str, Path], port: int = 0) -> None:
         super().__init__(("127.0.0.1", port), _Handler)
         self.repositories, self.faults = repositories, Faults()
-        self.sent, self.log = 0, []
+        self.sent, self.log, self.storage_log = 0, [], []
         self.lock = threading.Lock()
         self._digests: dict[tuple[Path, int, int], str] = {}
         self._due = time.monotonic()
@@ -134,6 +137,8 @@ class _Handler(BaseHTTPRequestHandler):
         hub, path = self.hub, unquote(self.path.partition("?")[0])
         token = self.headers.get("Authorization")
         hub.log.append((self.command, path, self.headers.get("Range"), token))
+        if self.server is hub.storage:
+            hub.storage_log.append((path, token))
         if hub.faults.deny:
             self._refuse(*hub.faults.deny)
         elif hub.faults.redirect is not None and self.server is hub:

@@ -277,6 +277,14 @@ def test_clipping_is_told(tmp_path):
     assert np.abs(read(write_float_wav(tmp_path / "y.wav", 1e30 * tone(1)))).max() == 1
 
 
+def test_too_many_channels(tmp_path):
+    path = write_wav(tmp_path / "x.wav", tone(1))
+    content = bytearray(path.read_bytes())
+    content[22] = 129
+    path.write_bytes(content)
+    assert fails(path) == f"{path} has 129 channels, expected at most 128"
+
+
 def test_impossible_rates(tmp_path):
     for rate in (1, 1_999, 4_000_000):
         assert "expected 2000 to 768000" in fails(write_wav(tmp_path / "x.wav", tone(1), rate))

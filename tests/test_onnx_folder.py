@@ -216,7 +216,7 @@ def test_damaged_and_wrong_folders_are_refused(made, tmp_path):
         )
         if name.endswith(".onnx"):
             (damaged / name).write_bytes(b"\x08" + bytes(len(data) - 1))
-            refused(ModelFolderError, lambda damaged=damaged: load(damaged), "cannot load it")
+            refused(ModelFolderError, lambda damaged=damaged: load(damaged), "cannot be loaded by onnxruntime")
         (damaged / name).unlink()
         refused(ModelFolderError, lambda damaged=damaged: load(damaged), "No such file")
 

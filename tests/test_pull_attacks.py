@@ -22,7 +22,7 @@ from edge_gemma.errors import EdgeGemmaError, HubError, UsageError
 from edge_gemma.export import download, hub, spool
 from edge_gemma.export import pull as pull_module
 from edge_gemma.export.convert import export_checkpoint
-from edge_gemma.export.download import Download, Unit, in_order
+from edge_gemma.export.download import Download, Unit, in_order, room_needed
 from edge_gemma.export.folder_writer import FolderWriter
 from edge_gemma.export.hub import Hub, HubFile
 from edge_gemma.export.pull import Puller
@@ -190,6 +190,25 @@ def test_random_layouts_cuts_and_glances(layout, chunk: int, cuts) -> None:
         in_time(lambda: run(Path(folder), source, units, done, [3, 77], whole=not cuts))
 
 
+@settings(max_examples=60, deadline=None)
+@given(layouts(), st.integers(1, 40))
+def test_no_more_than_the_room_is_held(layout, chunk: int) -> None:
+    """On a first run, however slowly readers wake up. A chunk may be on its way into the last of the room."""
+    sizes, units = layout
+    source = Source(sizes, chunk)
+    with pytest.MonkeyPatch.context() as patch, TemporaryDirectory() as folder:
+        patch.setattr(download, "_WINDOW", 16)
+        spooled = Spool(Path(folder) / "empty")
+        files = [SpooledFile(spooled, i, "f", size, lambda a, b: iter(())) for i, size in enumerate(sizes)]
+        planned = [
+            Unit(f"u{i}", tuple(StoredTensor(files[f], at, (n,), "U8", None, n) for f, at, n in unit))
+            for i, unit in enumerate(units)
+        ]
+        most: list[int] = []
+        in_time(lambda: most.append(run(Path(folder) / "spool", source, units, set(), [], whole=True)))
+        assert most[0] <= room_needed(planned, files) + chunk
+
+
 def test_what_was_not_flushed_is_never_trusted_after_a_second_start(tmp_path: Path) -> None:
     """Power loss, then a run that ends before it has opened this file: the next one trusts no more than that one."""
     first = SpooledFile(Spool(tmp_path), 1, "f", 100, None)
@@ -344,6 +363,12 @@ ANSWERS = {
     "nothing": ((204, {}), r"answers 204"),
     "not modified": ((304, {}), r"answers 304"),
     "other bytes": ((206, {"Content-Range": "bytes 5-9/100"}), "the answer is about others"),
+    "absurd numbers": ((206, {"Content-Range": f"bytes 0-{'9' * 5000}/{'9' * 5000}"}), "the answer is about others"),
+    "absurd total": ((206, {"Content-Range": f"bytes 0-9/{'9' * 5000}"}), "the answer is about others"),
+    "part, encoded": (
+        (206, {"Content-Range": "bytes 0-9/9", "Content-Encoding": "gzip"}),
+        r"encoded \(gzip\), unasked",
+    ),
 }
 
 
@@ -359,6 +384,21 @@ def test_answers_that_are_not_what_was_asked_for(serve, checkpoint: Path, kind: 
     with pytest.raises(HubError, match=message):
         list(client.read(repository, file, span[0], span[1] if span[1] > 0 else file.size))
     assert client.fetched == 0
+
+
+def test_redirects_without_end_and_to_others(tmp_path: Path, serve, checkpoint: Path, monkeypatch) -> None:
+    """A loop ends in one line; who is redirected to is given no token, not even where all of the hub moved there."""
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    stand_in = serve(checkpoint)
+    stand_in.faults.redirect = ""
+    with pytest.raises(HubError, match="redirects") as error:
+        pull(tmp_path / "dest")
+    assert "\n" not in str(error.value)
+    stand_in.faults.redirect = f"http://127.0.0.2:{stand_in.storage.server_address[1]}"
+    pull(tmp_path / "dest")
+    assert any(path.startswith("/api/") for path, _ in stand_in.storage_log)
+    assert {token for _, token in stand_in.storage_log} == {None}
+    assert "Bearer hf_secret" in {token for *_, token in stand_in.log}
 
 
 @pytest.mark.parametrize("what", ["pull", "keep"])

@@ -31,19 +31,13 @@ _WAITING = {"session.intra_op.spin_duration_us": "20", "session.force_spinning_s
 _STATE = ("mel", "conv", "kv", "glu")
 
 
-def _options(threads: int) -> Any:
+def _settings() -> dict[str, str]:
     from edge_gemma import kernels
-    from edge_gemma.ort import onnxruntime
 
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.log_severity_level = 3  # errors
-    for key, value in _WAITING.items():
-        options.add_session_config_entry(key, value)
-    if not any("vnni" in name for name in kernels.available_variants()):
-        # x86 without VNNI adds products of 8-bit integers in 16 bits, which overflow: ask for the slower, exact way
-        options.add_session_config_entry("session.x64quantprecision", "1")
-    return options
+    if any("vnni" in name for name in kernels.available_variants()):
+        return _WAITING
+    # x86 without VNNI adds products of 8-bit integers in 16 bits, which overflow: ask for the slower, exact way
+    return _WAITING | {"session.x64quantprecision": "1"}
 
 
 class AudioEncoder:
@@ -64,14 +58,13 @@ class AudioEncoder:
         """
         if folder.audio is None:
             raise UsageError(f"{folder.path} has no audio tower: export a model that has, without --no-audio")
-        from edge_gemma.ort import onnxruntime
+        from edge_gemma.ort import open_graph
 
         path = folder.path / graphs_in / AUDIO_STREAM
         try:
-            session = onnxruntime.InferenceSession(str(path), _options(threads), providers=["CPUExecutionProvider"])
-            return cls(session, folder.config.hidden_size)
-        except Exception as error:  # onnxruntime's exceptions have no base of their own
-            raise ModelFolderError(f"{path} cannot be loaded: {' '.join(str(error).split())[:300]}") from None
+            return cls(open_graph(path, threads, _settings()), folder.config.hidden_size)
+        except KeyError as missing:
+            raise ModelFolderError(f"{path} lacks the input {missing}: export the model again") from None
 
     def encode(self, samples: np.ndarray) -> np.ndarray:
         """Soft tokens of a whole clip: float32 [features.token_count(n), hidden_size]; none for less than 161 samples.

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from edge_gemma.audio.lengths import is_cut
-from edge_gemma.audio.samples import Converter, Note, silent
+from edge_gemma.audio.samples import CHANNELS, Converter, Note, silent
 from edge_gemma.audio.sources import Source, opened
 from edge_gemma.errors import AudioError, UsageError
 from edge_gemma.extras import imported
@@ -142,6 +142,8 @@ class AudioFile:
         stamped = self._container.format.name in _STAMPED
         clock = _Clock(start / 1e6 if start is not None and stamped else None)
         for rate, frames in self._gathered(clock, stamped):
+            if frames.ndim == 2 and frames.shape[1] > CHANNELS:
+                raise AudioError(f"{self.name} has {frames.shape[1]} channels, expected at most {CHANNELS}")
             if converter is None or rate != converter.rate:  # a rate may change midway
                 if converter is not None:
                     yield converter.finish()

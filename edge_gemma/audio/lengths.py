@@ -13,6 +13,16 @@ from typing import BinaryIO
 _UNKNOWN = 0x7F00_0000  # bytes; sizes from here on in a header of 32 bits
 _PAGE = 65_307  # bytes of an Ogg page at most
 _BOXES = 100_000  # of an MP4 file looked at: a fragment of two seconds has two
+_ELEMENTS = 1 << 20  # of a live WebM stream looked at: a block is 20 ms or more
+_SEGMENT, _CLUSTER = b"\x18\x53\x80\x67", b"\x1f\x43\xb6\x75"
+_FRAMES = 8  # of an MP3 file's end looked at
+_FRAME = 1_729  # bytes of an MP3 frame at most
+# Of layer III, by version 1 or 2 and 2.5: kbit/s by the header's index; Hz by its index, of version 1.
+_BITRATES = (
+    (32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320),
+    (8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160),
+)
+_HERTZ = (44_100, 48_000, 32_000)
 
 
 def is_cut(format_name: str, file: BinaryIO, size: int) -> bool:
@@ -36,19 +46,38 @@ def _riff_end(file: BinaryIO, size: int) -> int:
     return 8 + promised if head[:4] in (b"RIFF", b"FORM") and promised < _UNKNOWN else 0
 
 
+def _element(file: BinaryIO, at: int) -> tuple[bytes, int, int | None]:
+    """An EBML element: its id, where its content begins, and the content's length, None where that is unknown.
+
+    The number of leading zeros says how many bytes an id and a length have. The id is empty where there is no element.
+    """
+    head = _at(file, at, 12)
+    of_id = 9 - head[0].bit_length() if head and head[0] else 9
+    first = head[of_id] if len(head) > of_id else 0
+    width = 9 - first.bit_length()
+    if of_id > 4 or width > 8 or len(head) < of_id + width:
+        return b"", at, 0
+    most = (1 << 7 * width) - 1
+    length = int.from_bytes(head[of_id : of_id + width], "big") & most
+    return head[:of_id], at + of_id + width, None if length == most else length
+
+
 def _matroska_end(file: BinaryIO, size: int) -> int:
-    """The EBML header and the one Segment after it; a live stream's has no size."""
-    end = 0
-    for element in (b"\x1a\x45\xdf\xa3", b"\x18\x53\x80\x67"):
-        head = _at(file, end, 12)
-        width = 9 - head[4].bit_length() if len(head) > 4 and head[4] else 9  # the leading zeros say how many bytes
-        if head[:4] != element or width > 8:
+    """The EBML header and the one Segment after it; of a live stream, whose Segment has no size, the last element."""
+    at = 0
+    for expected in (b"\x1a\x45\xdf\xa3", _SEGMENT):
+        found, start, length = _element(file, at)
+        if found != expected:
             return 0
-        value = int.from_bytes(head[4 : 4 + width], "big") & ((1 << 7 * width) - 1)
-        if value == (1 << 7 * width) - 1:
-            return 0
-        end += 4 + width + value
-    return end
+        at = start if length is None else start + length
+    if length is not None:
+        return at
+    for _ in range(_ELEMENTS):
+        found, start, length = _element(file, at)
+        if not found or (length is None and found != _CLUSTER):
+            break
+        at = start if length is None else start + length  # a live cluster's elements follow
+    return at
 
 
 def _ogg_end(file: BinaryIO, size: int) -> int:
@@ -78,17 +107,47 @@ def _mp4_end(file: BinaryIO, size: int) -> int:
 
 
 def _mp3_end(file: BinaryIO, size: int) -> int:
-    """The bytes that the first frame's Xing or Info header counts, from that frame on."""
+    """The bytes that the first frame's Xing or Info header counts, from that frame on; without one the last frame."""
     tag, start = _at(file, 0, 10), 0
     if tag[:3] == b"ID3" and len(tag) == 10:
         start = 10 + sum((byte & 127) << shift for byte, shift in zip(tag[6:], (21, 14, 7, 0), strict=True))
     head = _at(file, start, 64)
     at = max(head.find(b"Xing"), head.find(b"Info"))
-    if at < 0 or head[0] != 0xFF:
+    if not head or head[0] != 0xFF:
         return 0
+    if at < 0:
+        return _last_mp3_frame(file, size)
     flags = int.from_bytes(head[at + 4 : at + 8], "big")
     at += 8 + 4 * (flags & 1)  # the number of frames comes first
     return start + int.from_bytes(head[at : at + 4], "big") if flags & 2 else 0
+
+
+def _last_mp3_frame(file: BinaryIO, size: int) -> int:
+    """The end of the last of a chain of frames, 0 where there is none. What follows it (a tag) does not matter."""
+    start = max(0, size - _FRAMES * _FRAME)
+    tail = _at(file, start, _FRAMES * _FRAME)
+    for first in range(min(_FRAME, len(tail))):
+        at, frames = first, 0
+        while length := _mp3_frame(tail[at : at + 4]):
+            at, frames = at + length, frames + 1
+        if frames > _FRAMES // 2:
+            return start + at
+    return 0
+
+
+def _mp3_frame(header: bytes) -> int:
+    """The bytes of the frame that begins with this header, 0 where it is none.
+
+    Source: ISO/IEC 11172-3 2.4.1.3 and 13818-3; version 2.5 as decoders know it.
+    """
+    bits = int.from_bytes(header, "big")
+    version, layer = bits >> 19 & 3, bits >> 17 & 3  # 3: version 1, 2: 2, 0: 2.5; 1: layer III
+    rate, hertz, padding = bits >> 12 & 15, bits >> 10 & 3, bits >> 9 & 1
+    if len(header) < 4 or bits >> 21 != 0x7FF or version == 1 or layer != 1 or rate in (0, 15) or hertz == 3:
+        return 0
+    later = version != 3
+    sampled = _HERTZ[hertz] >> {3: 0, 2: 1, 0: 2}[version]
+    return (72 if later else 144) * 1000 * _BITRATES[later][rate - 1] // sampled + padding
 
 
 _ENDS: dict[str, Callable[[BinaryIO, int], int]] = {

@@ -18,6 +18,7 @@ import numpy as np
 from edge_gemma.audio.features import SAMPLE_RATE
 from edge_gemma.audio.samples import Converter, Note, silent
 from edge_gemma.errors import AudioError
+from edge_gemma.extras import imported
 
 PIECE_MS = 32  # sound handed over by one callback
 _QUEUE_S = 120
@@ -37,13 +38,8 @@ class Device:
 
 
 def _sounddevice() -> Any:
-    try:
-        import sounddevice
-    except ImportError:
-        raise AudioError("a microphone needs sounddevice: pip install 'edge-gemma[mic]'") from None
-    except OSError:
-        raise AudioError("a microphone needs the PortAudio library: apt install libportaudio2, or its like") from None
-    return sounddevice
+    remedy = "the PortAudio library is missing where nothing else is said: apt install libportaudio2, or its like"
+    return imported("sounddevice", "a microphone", "mic", AudioError, remedy)
 
 
 def devices() -> list[Device]:

@@ -15,7 +15,7 @@ from edge_gemma.errors import AudioError, UsageError
 from edge_gemma.extras import imported
 
 RATES = (2_000, 768_000)  # Hz
-_CHANNELS = 128  # at most; an array that is wider is [channels, n]
+CHANNELS = 128  # at most; an array that is wider is [channels, n]
 _FULL_SCALE = 0.999
 _CLIPPED_SHARE = 0.01  # of the samples at full scale: worth telling
 _WRONG_SCALE = 16.0  # floats beyond it are not in [-1, 1] at all: integers as floats
@@ -66,7 +66,7 @@ def as_samples(value: Any) -> np.ndarray:
         raise UsageError(f"samples are {samples.dtype} of shape {list(samples.shape)}, {_EXPECTED}")
     if samples.dtype.kind == "i" and samples.dtype.itemsize > 4:
         raise UsageError(f"samples are {samples.dtype}, whose full scale is not known, {_EXPECTED}")
-    if samples.ndim == 2 and samples.shape[1] > _CHANNELS:
+    if samples.ndim == 2 and samples.shape[1] > CHANNELS:
         raise UsageError(f"samples have shape {list(samples.shape)}, expected [n, channels]: transpose them")
     return samples
 

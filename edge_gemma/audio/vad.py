@@ -32,11 +32,9 @@ class SileroDetector:
     """Silero VAD, versions 5 and 6, at 16 kHz."""
 
     def __init__(self, model: Path) -> None:
-        from edge_gemma.ort import onnxruntime
+        from edge_gemma.ort import open_graph
 
-        options = onnxruntime.SessionOptions()
-        options.inter_op_num_threads = options.intra_op_num_threads = 1  # 0.1 ms a window: threads only cost
-        self._network = onnxruntime.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
+        self._network = open_graph(model, threads=1)  # 0.1 ms a window: threads only cost
         self._state = np.zeros((2, 1, 128), np.float32)
         self._rate = np.array(SAMPLE_RATE, np.int64)
         self._heard = np.zeros((1, _CONTEXT + WINDOW), np.float32)

@@ -19,6 +19,7 @@ from typing import Any
 
 from edge_gemma.audio.transcribe import Transcriber
 from edge_gemma.errors import AudioError, UsageError
+from edge_gemma.extras import imported
 from edge_gemma.text_input import read_text
 
 _SOUND = {".wav", ".flac", ".ogg", ".opus", ".mp3", ".m4a", ".g722", ".aac", ".aiff", ".webm", ".mp4"}
@@ -241,10 +242,7 @@ class Score:
         cls, pairs: Sequence[tuple[str, str]], *, failed: int = 0, duration_s: float = 0.0, work_s: float = 0.0
     ) -> "Score":
         """pairs: (what was said, what was written). Raises UsageError if jiwer is missing."""
-        try:
-            import jiwer
-        except ImportError:
-            raise UsageError("counting wrong words needs jiwer: pip install 'edge-gemma[wer]'") from None
+        jiwer = imported("jiwer", "counting wrong words", "wer", UsageError)
         said, written = [], []
         silent_insertions = 0  # jiwer takes no empty reference
         for reference, hypothesis in pairs:

@@ -28,7 +28,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import llvmlite
@@ -309,15 +309,21 @@ def set_threads(threads: int | None) -> None:
     _threads = checked_threads(threads)
 
 
-@contextlib.contextmanager
-def use_threads(threads: int | None) -> Iterator[None]:
-    """Inside, kernels that this thread calls use so many threads. None: as many as outside."""
-    outside = getattr(_caller, "limit", None)
-    _caller.limit = threads or outside
-    try:
-        yield
-    finally:
-        _caller.limit = outside
+class use_threads:
+    """Inside, kernels that this thread calls use so many threads. None: as many as outside.
+
+    Not a generator, which would cost 3 us at every token.
+    """
+
+    def __init__(self, threads: int | None) -> None:
+        self._threads = threads
+
+    def __enter__(self) -> None:
+        self._outside = getattr(_caller, "limit", None)
+        _caller.limit = self._threads or self._outside
+
+    def __exit__(self, *_: object) -> None:
+        _caller.limit = self._outside
 
 
 def threads() -> int:
