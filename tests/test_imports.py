@@ -85,7 +85,9 @@ def test_onnxruntime_is_imported_in_one_place() -> None:
         for node in ast.walk(ast.parse(path.read_text())):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
-            if isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("import_module", "importorskip")):
+            if isinstance(node, ast.Call) and ast.unparse(node.func).endswith(
+                ("import_module", "importorskip", "imported")
+            ):
                 names += [argument.value for argument in node.args if isinstance(argument, ast.Constant)]
             importing |= {path.relative_to(ROOT).as_posix() for name in names if name.split(".")[0] == "onnxruntime"}
     assert importing == {"edge_gemma/ort.py"}
