@@ -52,6 +52,22 @@ def largest_tensor(checkpoint: Path) -> int:
     return max(entry["data_offsets"][1] - entry["data_offsets"][0] for entry in header.values())
 
 
+def waits(link: list[tuple[float, int]], rate: float) -> dict[str, float]:
+    """Seconds in which the link carried less than half of its rate: before 1% had come, between, and after the last."""
+    if not rate:
+        return {}
+    first = next(at for at, sent in link if sent > link[-1][1] / 100)
+    last = next(at for at, sent in link if sent == link[-1][1])
+    between = 0.0
+    mark, carried = first, next(sent for at, sent in link if at == first)
+    for at, sent in link:
+        if first < at <= last and at - mark >= 1.0:
+            between += at - mark if sent - carried < rate * (at - mark) / 2 else 0.0
+            mark, carried = at, sent
+    idle = {"idle_before_s": first, "idle_between_s": between, "after_last_byte_s": link[-1][0] - last}
+    return {name: round(seconds, 1) for name, seconds in idle.items()}
+
+
 @click.command()
 @click.argument("checkpoint", type=click.Path(exists=True, path_type=Path))
 @click.argument("scratch", type=click.Path(path_type=Path))
@@ -70,6 +86,7 @@ def main(
     moments = sorted(rng.uniform(0.01, 0.99) * size for _ in range(kills))
     command = [sys.executable, "-m", "edge_gemma", "pull", REPO, str(dest), *options]
     most_memory = most_disk = runs = 0
+    link: list[tuple[float, int]] = []  # (time, bytes sent so far)
     with hub_stand_in.running({REPO: checkpoint}) as hub:
         hub.digest(checkpoint / "model.safetensors")  # its own work, before the clock runs
         hub.faults.rate = rate
@@ -81,6 +98,7 @@ def main(
             while process.poll() is None:
                 most_memory = max(most_memory, high_water(process.pid))
                 most_disk = max(most_disk, disk(scratch))
+                link.append((time.perf_counter() - start, hub.sent))
                 if moments and hub.sent >= moments[0]:
                     moments.pop(0)
                     process.send_signal(signal.SIGKILL)
@@ -93,6 +111,7 @@ def main(
         "runs": runs,
         "seconds": round(seconds, 1),
         "seconds_the_link_needs": round(hub.sent / rate, 1) if rate else None,
+        **waits(link, rate),
         "checkpoint_bytes": size,
         "fetched_bytes": hub.sent,
         "fetched_share": round(hub.sent / size, 4),

@@ -15,6 +15,7 @@ from edge_gemma.errors import CheckpointError, EdgeGemmaError
 from edge_gemma.export.checkpoint import open_checkpoint
 from edge_gemma.export.convert import export_checkpoint
 from edge_gemma.export.onnx_folder import export_onnx
+from edge_gemma.export.source_file import StoredTensor, same_bytes
 from edge_gemma.generate import Generation, stop_ids_of
 from edge_gemma.sampler import Sampler, Sampling, usable_settings
 from tests.tiny import VOCAB, tiny_weights, write_checkpoint
@@ -283,3 +284,32 @@ def test_stop_tokens_of_gguf(tmp_path: Path, key: str) -> None:
     found = stop_pieces(export_checkpoint(path, tmp_path / "m", "float"))
     listed = {"<|tool>", "<tool|>"} if key.endswith("ids") else {"<|tool>"}
     assert found == {"<eos>", "<turn|>", "<|tool_response>"} | listed
+
+
+@pytest.mark.parametrize("elsewhere", [False, True])
+@pytest.mark.parametrize("nbytes", [1, 63, 64, 65, 127, 128, 1000])
+def test_two_tensors_are_compared_in_few_reads(elsewhere: bool, nbytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At sizes around what is read at a time; elsewhere only both ends."""
+    monkeypatch.setattr("edge_gemma.export.source_file._COMPARED", 64)
+    content = bytes(i % 251 for i in range(nbytes))
+    reads: list[int] = []
+
+    class File:
+        def __init__(self, data: bytes) -> None:
+            self.data, self.elsewhere = data, elsewhere
+
+        def read(self, offset: int, length: int) -> bytes:
+            reads.append(length)
+            return self.data[offset : offset + length]
+
+    def tensor(data: bytes) -> StoredTensor:
+        return StoredTensor(File(data), 0, (nbytes,), "U8", None, nbytes)
+
+    assert same_bytes(tensor(content), tensor(content))
+    assert len(reads) <= (4 if elsewhere else 2 * -(-nbytes // 64))
+    assert max(reads) <= 64
+    for at in (0, nbytes - 1, nbytes // 2):
+        changed = bytearray(content)
+        changed[at] ^= 1
+        seen = not elsewhere or at < 64 or at >= nbytes - 64
+        assert same_bytes(tensor(content), tensor(bytes(changed))) is not seen
