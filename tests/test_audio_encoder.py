@@ -8,8 +8,7 @@ import pytest
 
 from edge_gemma import kernels
 from edge_gemma.audio import features
-from edge_gemma.audio.encoder import TOKEN_MS, AudioEncoder
-from edge_gemma.audio.encoder import _options as session_options
+from edge_gemma.audio.encoder import TOKEN_MS, AudioEncoder, _settings
 from edge_gemma.engine import Engine
 from edge_gemma.errors import UsageError
 from edge_gemma.export.audio_encoder import write_audio_encoder
@@ -17,7 +16,7 @@ from edge_gemma.export.audio_tower import AudioConfig, AudioTower
 from edge_gemma.export.convert import export_checkpoint
 from edge_gemma.export.folder_writer import FolderWriter
 from edge_gemma.model_folder import AUDIO_BATCH, AUDIO_STREAM
-from edge_gemma.ort import onnxruntime
+from edge_gemma.ort import open_graph
 from tests.make_audio_goldens import CLIPS, KINDS, SPOKEN, golden
 from tests.reference_audio import reference_encoder
 from tests.tiny import write_checkpoint
@@ -43,7 +42,7 @@ def write(folder, tensors, **options):
     with FolderWriter(folder, {}) as writer:
         section = write_audio_encoder(writer, tiny_tower(tensors), **options)
     described = SimpleNamespace(path=folder, audio=section, config=SimpleNamespace(hidden_size=D))
-    batch = onnxruntime.InferenceSession(str(folder / AUDIO_BATCH), session_options(1))
+    batch = open_graph(folder / AUDIO_BATCH, 1, _settings())
     return AudioEncoder.load(described, 1), batch
 
 
