@@ -14,7 +14,9 @@ from edge_gemma.export.hub import HubFile
 from edge_gemma.export.source_file import StoredTensor
 from edge_gemma.export.spool import Range, Spool, SpooledFile
 
-_WINDOW = 32 << 20  # bytes that may wait beyond what must, so that the link never does
+# Bytes that may wait beyond what must, so that the link never does while something large is converted (the audio tower
+# takes 10 s and more): a fourth of the largest tensor, within these.
+_WINDOW, _WIDEST = 32 << 20, 512 << 20
 _SKIP = 1 << 18  # bytes nobody needs are skipped by another request from so many on
 
 Fetch = Callable[[HubFile, int, int], Iterator[bytes]]
@@ -51,7 +53,8 @@ def room_needed(units: Sequence[Unit], files: Sequence[SpooledFile]) -> int:
         most = max(most, held)
         if last[name] == place:
             held -= waiting.pop(name)
-    return most + _WINDOW
+    largest = max((nbytes for _, nbytes, _ in arriving), default=0)
+    return most + min(max(_WINDOW, largest // 4), _WIDEST)
 
 
 class Download(threading.Thread):
