@@ -102,6 +102,7 @@ class Download(threading.Thread):
         self._stop()
         self._spool.fail(_StoppedError("the download was stopped"))
         self.join(timeout=5)
+        self._spool.flusher.shutdown(cancel_futures=True)
 
     def run(self) -> None:
         try:

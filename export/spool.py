@@ -12,6 +12,7 @@ import contextlib
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,6 +37,7 @@ class Range:
     path: Path
     have: int = 0
     synced: int = 0
+    flushing: bool = False
     ordered: bool = False  # a tensor's: it goes when it has been used
     coming: bool = True
 
@@ -57,6 +59,7 @@ class Spool:
         self.folder, self.held = folder, 0
         self._awaited: list[tuple[Range, int]] = []  # by readers: a range, and up to which byte of the file
         self.changed = threading.Condition()
+        self.flusher = ThreadPoolExecutor(1, "flush")  # a card takes a second for what a link brings in half of one
         self.failure: BaseException | None = None
         self._trust_what_was_flushed()
 
@@ -211,15 +214,27 @@ class SpooledFile(SourceFile):
         """The next bytes of a range."""
         with kept.path.open("ab") as file:  # buffered: a full disk may take a part of an unbuffered write in silence
             file.write(data)
-            file.flush()
-            if kept.ordered and kept.have + len(data) - kept.synced >= _SYNC_BYTES:
-                system.flush(file.fileno())
-                kept.synced = kept.have + len(data)
-                kept.path.with_suffix(".flushed").write_text(str(kept.synced))
         with self._spool.changed:
             kept.have += len(data)
             self._spool.held += len(data) if kept.ordered else 0
             self._spool.changed.notify_all()
+            if kept.ordered and not kept.flushing and kept.have - kept.synced >= _SYNC_BYTES:
+                kept.flushing = True
+                self._spool.flusher.submit(self._flush, kept, kept.have)
+
+    def _flush(self, kept: Range, have: int) -> None:
+        """Bring a range to the disk, as far as it has come; meanwhile more of it comes."""
+        try:
+            with kept.path.open("rb") as file:
+                system.flush(file.fileno())
+            with self._spool.changed:
+                kept.synced, kept.flushing = have, False
+                if kept in self._ranges:
+                    kept.path.with_suffix(".flushed").write_text(str(have))
+        except FileNotFoundError:  # it has been used meanwhile
+            pass
+        except BaseException as error:
+            self._spool.fail(error)
 
     def drop(self, start: int) -> None:
         """A tensor's range has been used."""
