@@ -18,9 +18,9 @@ import numpy as np
 from edge_gemma.engine import Engine
 from edge_gemma.export import onnx_weights
 from edge_gemma.export.onnx_folder import export_onnx
-from edge_gemma.linear import DenseMatrix
+from edge_gemma.model.linear import DenseMatrix
+from edge_gemma.model.weights import _Binder
 from edge_gemma.quant.score import log_probabilities
-from edge_gemma.weights import _Binder
 
 OURS, HALF, FLOAT = "ours", "ours, float16 cache", "ours, float32 products"
 ONNX, ONNX_FLOAT = "onnx", "onnx, float32 products"

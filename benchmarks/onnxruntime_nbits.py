@@ -28,7 +28,7 @@ def onnxruntime_pass(rows: int, k: int, bits: int, group: int, tokens: int, copi
     """A function that multiplies by `copies` matrices, one after another, and the bytes of one matrix."""
     from onnx import TensorProto, helper, numpy_helper
 
-    from edge_gemma.ort import onnxruntime
+    from edge_gemma.host.ort import onnxruntime
 
     rng = np.random.default_rng(0)
     nodes, initializers, outputs = [], [], []
@@ -57,16 +57,17 @@ def onnxruntime_pass(rows: int, k: int, bits: int, group: int, tokens: int, copi
 
 def edge_gemma_pass(rows: int, k: int, bits: int, group: int, tokens: int, copies: int, threads: int):
     """The same by edge_gemma.kernels; scales are float16 in groups, float32 a row."""
-    from edge_gemma import kernels, qformat
+    from edge_gemma import kernels
+    from edge_gemma.folder import layouts
 
     kernels.set_threads(threads)
     rng = np.random.default_rng(0)
-    scales = np.full(qformat.scales_shape(rows, k, bits, group), 0.01, np.float16 if group else np.float32)
+    scales = np.full(layouts.scales_shape(rows, k, bits, group), 0.01, np.float16 if group else np.float32)
     scales = scales.view(np.uint16) if group else scales
-    shape = qformat.packed_shape(rows, k, bits, group)
+    shape = layouts.packed_shape(rows, k, bits, group)
     weights = [(rng.integers(0, 256, shape, np.uint8), scales.copy()) for _ in range(copies)]
     x = rng.standard_normal((tokens, k), np.float32)
-    groups = qformat.group_count(k, group)
+    groups = layouts.group_count(k, group)
     q = np.empty((tokens, k), np.int8)
     a_scale, sums = np.empty((tokens, groups), np.float32), np.empty((tokens, groups), np.int32)
     out = np.empty((tokens, rows), np.float32)

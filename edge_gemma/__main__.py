@@ -1,5 +1,5 @@
 """`python -m edge_gemma` is `edge-gemma`."""
 
-from edge_gemma.cli import main
+from edge_gemma.cli.main import main
 
 main()

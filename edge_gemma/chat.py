@@ -1,286 +1,320 @@
-"""Messages to prompt ids, and a model's reply back to answer, thoughts and tool calls.
+"""Talking with a model: turns in, streamed replies out, whatever happens on the way.
 
-Owns: `Message`, rendering with the checkpoint's own template (user text guarded, so that it cannot forge a control
-token), and `ReplyParser`, which tells the parts of a reply apart as its tokens arrive. Does not know: sessions,
-sampling, screens.
-
-The chat template writes `<|channel>thought\\n...<channel|>` and `<|tool_call>call:NAME{...}<tool_call|>`, and replies
-follow it. Vocabularies without these tokens (Gemma 3) have replies of answer text only.
+Owns: the transcript, which part of it still fits the context, what an interrupted reply leaves behind, that replies
+come one at a time. Two kinds: `Chat` for models with a chat template, `Continuation` for base models. Does not know:
+screens, files.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+import functools
+import itertools
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, ClassVar, Protocol
 
-from edge_gemma.arguments import is_one_of, require, shown
-from edge_gemma.errors import TemplateError, UsageError
-from edge_gemma.template import Template
-from edge_gemma.tool_call import QUOTE, ToolCall, call_text, parse_call
+from edge_gemma.arguments import integer, require, texts
+from edge_gemma.errors import ContextFullError, UsageError
+from edge_gemma.generation.generate import Generation, Progress, Result, StreamTokenizer, stop_ids_of
+from edge_gemma.generation.sampler import Sampler, Sampling
+from edge_gemma.session import Timeline
+from edge_gemma.text.history import Kind, Transcript
+from edge_gemma.text.message import Message, check_messages
+from edge_gemma.text.prompt import THINKING, ChatFormat, check_tools
+from edge_gemma.text.reply import Piece
 
-THINKING = "enable_thinking"  # the template's variable
-ROLES = ("system", "developer", "user", "assistant", "tool")
-
-
-class ChatTokenizer(Protocol):
-    """What of `edge_gemma.tokenizer.Tokenizer` is used here."""
-
-    bos_id: int
-    eos_id: int
-    pad_id: int
-    unk_id: int
-    special_tokens: dict[str, int]
-
-    def encode_prompt(self, text: str) -> list[int]: ...
-    def guard(self, text: str) -> str: ...
+CONTINUATION_TOKENS = 128  # a base model seldom stops by itself
+_LEAST_ROOM = 16  # tokens an answer must have, or the message counts as too long
+_CHARACTERS = 4.0  # of a token, for a first guess at a prompt's length
+_TURN_CHARACTERS = 16  # what a template puts around a message
 
 
-@dataclass(frozen=True)
-class Message:
-    """One message. `content` is what was said; `reasoning` the model's thoughts, kept apart from it.
+class ChatEngine(Protocol):
+    """What of `edge_gemma.engine.Engine` is used here."""
 
-    A message of role "tool" carries a tool's result: `content`, with the tool's `name`. `media` says where the template
-    puts placeholders: "image" before the text, "audio" after it, as Gemma was trained; what they stand for is not here.
-    """
-
-    role: str
-    content: str
-    reasoning: str | None = None
-    tool_calls: tuple[ToolCall, ...] = ()
-    name: str | None = None
-    media: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        """Raises UsageError for anything that is not as it is declared."""
-        require("a message's role", self.role, is_one_of(self.role, ROLES), f"one of {', '.join(ROLES)}")
-        for name, kinds in {"content": str, "reasoning": str | None, "name": str | None}.items():
-            require(f"a message's {name}", getattr(self, name), isinstance(getattr(self, name), kinds), "text")
-        calls, media = self.tool_calls, self.media
-        good = isinstance(calls, tuple) and all(map(_is_call, calls))
-        require("a message's tool_calls", calls, good, "a tuple of ToolCall, of a name and a dict of arguments")
-        good = isinstance(media, tuple) and all(is_one_of(kind, ("image", "audio")) for kind in media)
-        require("a message's media", media, good, "a tuple of image and audio")
-
-    def as_dict(self) -> dict[str, Any]:
-        """As templates and session files have it: the form of OpenAI's chat messages."""
-        entry: dict[str, Any] = {"role": self.role, "content": self.content}
-        if self.reasoning is not None:
-            entry["reasoning"] = self.reasoning
-        if self.tool_calls:
-            calls = [{"name": call.name, "arguments": call.arguments} for call in self.tool_calls]
-            entry["tool_calls"] = [{"type": "function", "function": call} for call in calls]
-        if self.name is not None:
-            entry["name"] = self.name
-        return entry
-
-    @classmethod
-    def from_dict(cls, entry: Any) -> "Message":
-        """The inverse of `as_dict`. Raises UsageError for anything else."""
-        if not isinstance(entry, Mapping) or (unknown := [key for key in entry if key not in _KEYS]):
-            what = f"the keys {shown(unknown)}" if isinstance(entry, Mapping) else type(entry).__name__
-            raise UsageError(f"a message has {what}, expected an object with {', '.join(_KEYS)}")
-        for key, kinds in _KEYS.items():
-            if not isinstance(entry.get(key), kinds):
-                raise UsageError(f"a message's {key} is {type(entry.get(key)).__name__}, which it cannot be")
-        calls = tuple(_call(entry) for entry in entry.get("tool_calls") or ())
-        return cls(entry["role"], entry["content"], entry.get("reasoning"), calls, entry.get("name"))
+    @property
+    def tokenizer(self) -> StreamTokenizer: ...
+    @property
+    def chat_template(self) -> str | None: ...
+    @property
+    def generation_config(self) -> dict[str, Any]: ...
+    def session(self, context: int | None = None) -> Timeline: ...
 
 
-_ABSENT = type(None)
-_KEYS: dict[str, tuple[type, ...]] = {
-    "role": (str,),
-    "content": (str,),
-    "reasoning": (str, _ABSENT),
-    "tool_calls": (list, _ABSENT),
-    "name": (str, _ABSENT),
-}
+class Conversation:
+    """What both kinds share: a transcript over one session. `last` is the latest reply's result."""
 
+    kind: ClassVar[Kind]
+    system: str | None = None
 
-def _is_call(call: Any) -> bool:
-    return isinstance(call, ToolCall) and isinstance(call.name, str) and isinstance(call.arguments, dict)
+    def __init__(
+        self,
+        engine: ChatEngine,
+        *,
+        messages: Sequence[Message] = (),
+        sampling: Sampling | None = None,
+        max_tokens: int | None = None,
+        stop_strings: Sequence[str] = (),
+        progress: Progress | None = None,
+    ) -> None:
+        """messages: an earlier conversation of this kind to go on with, its system turn left out.
 
-
-def _call(entry: Any) -> ToolCall:
-    function = entry.get("function") if isinstance(entry, Mapping) else None
-    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
-        raise UsageError("a message's tool call has no function name")
-    arguments: Any = function.get("arguments")
-    if not isinstance(arguments, Mapping | str | None):
-        raise UsageError(f"the arguments of the tool call {shown(function['name'])} are not an object")
-    given: Any = dict(arguments) if isinstance(arguments, Mapping) else arguments
-    return ToolCall(function["name"], given)
-
-
-def check_messages(messages: Any) -> None:
-    """Raises UsageError unless `messages` are Messages, several of them."""
-    require("messages", messages, isinstance(messages, Sequence) and not isinstance(messages, str), "a list of Message")
-    for i, message in enumerate(messages):
-        good = isinstance(message, Message)
-        require(f"message {i}", message, good, "a Message: Message.from_dict makes one of a dict")
-
-
-def check_tools(tools: Any) -> None:
-    """Raises UsageError unless `tools` are OpenAI's function declarations."""
-    require("tools", tools, isinstance(tools, Sequence) and not isinstance(tools, str), "a list of declarations")
-    for i, tool in enumerate(tools):
-        function = tool.get("function") if isinstance(tool, Mapping) else None
-        good = isinstance(function, Mapping) and isinstance(function.get("name"), str)
-        require(f"tool {i}", tool, good, '{"type": "function", "function": {"name": ..., "parameters": ...}}')
-
-
-class ChatFormat:
-    """A checkpoint's chat template with its tokenizer."""
-
-    def __init__(self, template: str, tokenizer: ChatTokenizer) -> None:
-        """Raises TemplateError if `template` is not a Jinja template."""
-        self._template = Template(template)
-        self._tokenizer = tokenizer
-        spelling = {index: piece for piece, index in tokenizer.special_tokens.items()}
-        ids = {name: getattr(tokenizer, f"{name}_id") for name in ("bos", "eos", "pad", "unk")}
-        self._tokens = {f"{name}_token": spelling.get(index, "") for name, index in ids.items()}
-
-    def takes(self, variable: str) -> bool:
-        """Whether the template looks at a variable: without that, giving it means nothing."""
-        return variable in self._template.variables
-
-    def render(
-        self, messages: Sequence[Message], *, tools: Sequence[Mapping[str, Any]] | None = None, think: bool = False
-    ) -> str:
-        """The prompt as text, user text marked by `Tokenizer.guard`; ends where the reply begins.
-
-        tools: OpenAI's function declarations. Raises TemplateError if the template refuses the messages, UsageError
-        for what is no message or no declaration, and for tools or think if the template has no place for them.
+        Raises UsageError for arguments of other kinds.
         """
+        sampling = sampling or Sampling.from_generation_config(engine.generation_config)
+        require("sampling", sampling, isinstance(sampling, Sampling), "a Sampling")
+        self.session = engine.session()
+        self.tokenizer = engine.tokenizer
         check_messages(messages)
-        check_tools(() if tools is None else tools)
-        for given, variable, what in ((tools, "tools", "tools"), (think, THINKING, "thinking")):
-            if given and not self.takes(variable):
-                raise UsageError(f"this model's chat template has no {what}: leave that out, or take another model")
-        if not messages:
-            raise TemplateError("there is no message to render, expected at least one")
+        self.messages = list(messages)
+        self.max_tokens = None if max_tokens is None else integer("max_tokens", max_tokens, 1)
+        self.last: Result | None = None
+        self._sampler = Sampler(sampling)
+        self._stop_ids = stop_ids_of(engine.generation_config, engine.tokenizer)
+        self._stop_strings, self._progress = texts("stop_strings", stop_strings), progress
+        self._replying = threading.Lock()
+
+    def send(self, text: str) -> Iterator[Piece]:
+        """Say `text`; the reply's pieces as they come. Close the iterator to stop the reply where it is.
+
+        However it ends, the transcript is whole: what was said of the reply is kept, and where nothing was, `text` is
+        taken back too. Raises ContextFullError if `text` alone does not fit, UsageError while another reply is being
+        written.
+        """
+        raise NotImplementedError
+
+    def reset(self) -> None:
+        """Start anew; the session is kept for what the next prompt shares with it. Raises UsageError as `send`."""
+        with self._alone():
+            self.messages, self.last = [], None
+
+    def transcript(self, model: str | None = None) -> Transcript:
+        """What was said so far, to be saved. model: its name, for whoever reads the file."""
+        return Transcript(tuple(self.messages), self.system, model, self.kind)
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """One session can be at one place only. Held from a reply's first piece to its end."""
+        if not self._replying.acquire(blocking=False):
+            raise UsageError(
+                "this conversation is writing a reply: read that to its end or close its iterator, "
+                "or talk in a second conversation"
+            )
         try:
-            guarded = [self._guarded_message(message) for message in messages]
-            declared = [self._guarded(dict(tool)) for tool in tools] if tools else None
-        except RecursionError:
-            raise TemplateError("a message or tool is nested too deeply, expected JSON values") from None
-        return self._template.render(
-            messages=guarded,
-            tools=declared,
-            add_generation_prompt=True,
-            **self._tokens,
-            **{THINKING: think},
+            yield
+        finally:
+            self._replying.release()
+
+    def _reply(self, prompt: list[int], asked: list[Message]) -> Iterator[Piece]:
+        generation = Generation(
+            self.session,
+            prompt,
+            tokenizer=self.tokenizer,
+            sampler=self._sampler,
+            max_tokens=self.max_tokens,
+            stop_ids=self._stop_ids,
+            stop_strings=self._stop_strings,
+            progress=self._progress,
+            mark=True,
         )
-
-    def prompt_ids(
-        self, messages: Sequence[Message], *, tools: Sequence[Mapping[str, Any]] | None = None, think: bool = False
-    ) -> list[int]:
-        """The prompt's ids. `<bos>` comes first even where the template leaves it out: without it Gemma degenerates."""
-        ids = self._tokenizer.encode_prompt(self.render(messages, tools=tools, think=think))
-        bos = self._tokenizer.bos_id
-        return ids if bos < 0 or ids[:1] == [bos] else [bos, *ids]
-
-    def _guarded_message(self, message: Message) -> dict[str, Any]:
-        entry = message.as_dict()
-        if message.media:
-            before = [{"type": kind} for kind in message.media if kind == "image"]
-            text = [{"type": "text", "text": message.content}] if message.content else []
-            entry["content"] = [*before, *text, *({"type": kind} for kind in message.media if kind != "image")]
-        return {"role": message.role, **{k: self._guarded(v) for k, v in entry.items() if k != "role"}}
-
-    def _guarded(self, value: Any) -> Any:
-        """Every text in it guarded, keys too; made of plain JSON types only."""
-        if isinstance(value, str):
-            return self._tokenizer.guard(value)
-        if isinstance(value, Mapping):
-            return {self._guarded(str(key)): self._guarded(entry) for key, entry in value.items()}
-        if isinstance(value, list | tuple):
-            return [self._guarded(entry) for entry in value]
-        if value is None or isinstance(value, bool | int | float):
-            return value
-        raise TemplateError(f"a message or tool holds {type(value).__name__}, expected JSON values")
+        before, self.messages = self.messages, [*self.messages, *asked]
+        try:
+            yield from generation
+        finally:
+            self.last = result = generation.result
+            if result.tokens or result.finish_reason == "stop":
+                reply = Message("assistant", result.text, result.reasoning or None, result.tool_calls)
+                self.messages.append(reply)
+            else:
+                self.messages = before
 
 
-@dataclass(frozen=True)
-class Piece:
-    """A part of a reply, in the order it arrived. A malformed tool call is answer text with `malformed` set.
+class Chat(Conversation):
+    """Turns through the checkpoint's chat template.
 
-    A notice is not the model's: it tells the user what was done, for example that old turns were left out.
+    When the context is full the oldest turns are left out of the prompt (they stay in `messages`), never the system
+    turn: until half of the context is free, for whatever is left has to be run again, and not at every turn.
     """
 
-    kind: Literal["answer", "thought", "tool_call", "notice"]
-    text: str
-    call: ToolCall | None = None
-    malformed: bool = False
+    kind = "chat"
+
+    def __init__(
+        self,
+        engine: ChatEngine,
+        *,
+        system: str | None = None,
+        think: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        messages: Sequence[Message] = (),
+        sampling: Sampling | None = None,
+        max_tokens: int | None = None,
+        stop_strings: Sequence[str] = (),
+        progress: Progress | None = None,
+    ) -> None:
+        """messages: as in Conversation."""
+        super().__init__(
+            engine, messages=messages, sampling=sampling, max_tokens=max_tokens, stop_strings=stop_strings,
+            progress=progress,
+        )  # fmt: skip
+        if engine.chat_template is None:
+            raise UsageError("this is a base model without a chat template: use Continuation")
+        require("system", system, isinstance(system, str | None), "a text")
+        check_tools(() if tools is None else tools)
+        self.system, self.think, self.tools = system, think, tools
+        self._format = ChatFormat(engine.chat_template, engine.tokenizer)
+        self._first = 0  # the oldest message still in the prompt
+
+    @property
+    def can_think(self) -> bool:
+        return self._format.takes(THINKING)
+
+    @property
+    def reserve(self) -> int:
+        """Tokens a prompt leaves free for the answer."""
+        longest = self.session.context if self.max_tokens is None else self.max_tokens
+        return min(longest, self.session.context // 4)
+
+    def send(self, text: str) -> Iterator[Piece]:
+        return self.reply(Message("user", text))
+
+    def reply(self, *asked: Message) -> Iterator[Piece]:
+        """As `send`, for messages of any role: a tool's result, or several at once. None: go on from the transcript."""
+        with self._alone():
+            check_messages(messages := [*self.messages, *asked])
+            first, prompt = self._fit(messages)
+            left_out = sum(m.role == "user" for m in self.messages[self._first : first])
+            self._first = first
+            if left_out:
+                turns = "turn was" if left_out == 1 else f"{left_out} turns were"
+                yield Piece("notice", f"the context is full: the oldest {turns} left out")
+            yield from self._reply(prompt, list(asked))
+
+    def reset(self) -> None:
+        super().reset()
+        self._first = 0
+
+    def _fit(self, messages: list[Message]) -> tuple[int, list[int]]:
+        """The first message that goes into the prompt, and the prompt's ids.
+
+        Everything from `_first` on if that leaves `reserve`; else from the oldest later turn on that leaves half of the
+        context, or the newest. A prompt is the longer the earlier it begins, and to make one takes long: few are made.
+        """
+        context, reserve, first = self.session.context, self.reserve, min(self._first, len(messages))
+        starts = [first, *(i for i, m in enumerate(messages) if i > first and m.role == "user")]
+        newest = len(starts) - 1
+        sizes = (len(m.content) + _TURN_CHARACTERS for m in reversed(messages))
+        characters = [*itertools.accumulate(sizes, initial=0)][::-1]  # from a message to the end
+
+        @functools.cache
+        def prompt_from(at: int) -> list[int]:
+            return self._prompt(messages, starts[at])
+
+        def fits(at: int, room: int) -> bool:
+            return len(prompt_from(at)) + room <= context
+
+        def guess(tokens: float, per_token: float = _CHARACTERS) -> int:
+            return min(newest, sum(characters[start] > tokens * per_token for start in starts))
+
+        at, step = guess(context - reserve), 1
+        while at and fits(at, reserve):
+            at, step = max(0, at - step), 2 * step
+        if at or not fits(at, reserve):
+            per_token = characters[starts[at]] / len(prompt_from(at))
+            at = first_that(lambda at: fits(at, context // 2), newest, guess(context // 2, per_token))
+        prompt = prompt_from(at)
+        if len(prompt) + min(reserve, _LEAST_ROOM) > context:
+            raise ContextFullError(
+                f"this message makes a prompt of {len(prompt)} tokens, the context holds {context} with the answer: "
+                "shorten it or use a larger --context"
+            )
+        return starts[at], prompt
+
+    def _prompt(self, messages: list[Message], first: int) -> list[int]:
+        system = [Message("system", self.system)] if self.system else []
+        return self._format.prompt_ids([*system, *messages[first:]], tools=self.tools, think=self.think)
 
 
-_HEADER = "thought\n"
+class Continuation(Conversation):
+    """A base model has no turns: it goes on with the text it is given. An empty text goes on with the last one."""
+
+    kind = "continuation"
+
+    def __init__(self, engine: ChatEngine, *, max_tokens: int | None = None, **options: Any) -> None:
+        """options: as in Conversation."""
+        super().__init__(engine, max_tokens=CONTINUATION_TOKENS if max_tokens is None else max_tokens, **options)
+        said = [i for i, message in enumerate(self.messages) if message.role == "user"]
+        self._ids = self._encode("".join(m.content for m in self.messages[said[-1] :])) if said else []
+
+    def send(self, text: str) -> Iterator[Piece]:
+        with self._alone():
+            context = self.session.context
+            require("the text", text, isinstance(text, str), "a text")
+            if text or not self._ids:
+                prompt, asked = self._encode(text), [Message("user", text)]
+                if not prompt or len(prompt) + min(_LEAST_ROOM, context // 4) > context:
+                    raise ContextFullError(
+                        f"the text has {len(prompt)} tokens, the context holds {context} with what follows: "
+                        "shorten it or use a larger --context"
+                    )
+            else:
+                prompt, asked = self._ids, []
+            if len(prompt) >= context:
+                prompt = prompt[:1] + prompt[-(context // 2) :]
+                yield Piece("notice", "the context is full: the oldest text was left out")
+            try:
+                yield from self._reply(prompt, asked)
+            finally:
+                if self.last is not None and (self.last.tokens or asked):
+                    self._ids = prompt + self.last.tokens
+
+    def reset(self) -> None:
+        super().reset()
+        self._ids = []
+
+    def _encode(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text, bos=self.tokenizer.bos_id >= 0)
 
 
-@dataclass
-class ReplyParser:
-    """Tells answer, thoughts and tool calls apart by their control tokens, as the tokens arrive.
+def open_conversation(
+    engine: ChatEngine,
+    *,
+    raw: bool = False,
+    earlier: Transcript | None = None,
+    system: str | None = None,
+    think: bool = False,
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    **options: Any,
+) -> Conversation:
+    """`Chat` for a model with a chat template, else (or with `raw`) `Continuation`.
 
-    prompt_ids: the prompt's end decides where the reply begins: inside a thought if it left a channel open.
+    earlier: what to go on with; its system prompt counts where `system` is None. options: as in Conversation. Raises
+    UsageError for an earlier conversation of the other kind, and for system, think or tools without a chat template.
     """
+    earlier = earlier or Transcript()
+    kind: type[Conversation] = Continuation if raw or engine.chat_template is None else Chat
+    if earlier.kind not in (None, kind.kind):
+        needs = {"chat": "a model with a chat template", "continuation": "a base model, which continues text"}
+        raise UsageError(f"the conversation is a {earlier.kind}: go on with {needs[earlier.kind]}, or start a new one")
+    if kind is Chat:
+        system = earlier.system if system is None else system
+        return Chat(engine, messages=earlier.messages, system=system, think=think, tools=tools, **options)
+    given = {"a system prompt": system, "thinking": think, "tools": tools}
+    if unused := [name for name, value in given.items() if value]:
+        raise UsageError(f"without a chat template there is no place for {' and '.join(unused)}: leave that out")
+    return Continuation(engine, messages=earlier.messages, **options)
 
-    tokenizer: ChatTokenizer
-    prompt_ids: Sequence[int] = ()
-    _thinking: bool = field(default=False, init=False)
-    _header: str | None = field(default=None, init=False)  # the channel's name as far as it has come; None: passed
-    _call: list[str | object] | None = field(default=None, init=False)  # a tool call's texts and quotes
 
-    def __post_init__(self) -> None:
-        special = self.tokenizer.special_tokens
-        names = ("<|channel>", "<channel|>", "<|tool_call>", "<tool_call|>", '<|"|>')
-        self._open, self._close, self._open_call, self._close_call, self._quote = (special.get(n, -1) for n in names)
-        for index in reversed(self.prompt_ids):
-            if index in (self._open, self._close):
-                self._thinking = index == self._open
-                break
-
-    def push(self, token: int, text: str) -> list[Piece]:
-        """The pieces that a token completes. text: what the detokeniser made of it, "" for control tokens."""
-        pieces = self._text(text)
-        if token == self._open:
-            self._thinking, self._header = True, ""
-        elif token == self._close:
-            pieces += self._end_thought()
-        elif token == self._open_call and self._call is None:
-            self._call = []
-        elif token == self._close_call and self._call is not None:
-            pieces.append(self._end_call("<tool_call|>"))
-        elif token == self._quote and self._call is not None:
-            self._call.append(QUOTE)
-        return pieces
-
-    def finish(self, text: str = "") -> list[Piece]:
-        """What is left when the reply ends. text: what the detokeniser still held."""
-        pieces = self._text(text)
-        if self._call is not None:
-            pieces.append(self._end_call(""))
-        return pieces + self._end_thought()
-
-    def _text(self, text: str) -> list[Piece]:
-        if not text:
-            return []
-        if self._call is not None:
-            self._call.append(text)
-            return []
-        if not self._thinking:
-            return [Piece("answer", text)]
-        if self._header is not None:
-            self._header += text
-            if _HEADER.startswith(self._header):
-                return []
-            text, self._header = self._header.removeprefix(_HEADER), None
-        return [Piece("thought", text)] if text else []
-
-    def _end_thought(self) -> list[Piece]:
-        rest = (self._header or "").removeprefix(_HEADER.strip()).strip()
-        self._thinking, self._header = False, None
-        return [Piece("thought", rest)] if rest else []
-
-    def _end_call(self, closing: str) -> Piece:
-        parts, self._call = self._call or [], None
-        if (call := parse_call(parts)) is not None:
-            return Piece("tool_call", call_text(parts), call)
-        return Piece("answer", f"<|tool_call>{call_text(parts)}{closing}", malformed=True)
+def first_that(holds: Callable[[int], bool], last: int, guess: int) -> int:
+    """The least i from 0 to `last` for which `holds`, `last` where it holds for none; it holds for all that follow one
+    for which it does. Few are asked, the fewer the nearer the guess.
+    """
+    least, most = 0, last  # between which it lies
+    step, i = 1, min(guess, last - 1)
+    while least < most:
+        if not least <= i < most:
+            i = (least + most) // 2
+        if holds(i):
+            most, i = i, i - step
+        else:
+            least, i = i + 1, i + step
+        step *= 2
+    return most

@@ -9,15 +9,15 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edge_gemma import models
 from edge_gemma.arguments import file_path, integer, is_integer, is_one_of, require, shown
 from edge_gemma.config import GemmaConfig
-from edge_gemma.decoder import Decoder
 from edge_gemma.errors import ModelFolderError, UsageError
-from edge_gemma.model_folder import GENERATION, TEMPLATE, TOKENIZER, ModelFolder
+from edge_gemma.folder import find
+from edge_gemma.folder.folder import GENERATION, TEMPLATE, TOKENIZER, ModelFolder
+from edge_gemma.model.decoder import Decoder
+from edge_gemma.model.weights import bind
 from edge_gemma.session import Session
-from edge_gemma.tokenizer import Tokenizer
-from edge_gemma.weights import bind
+from edge_gemma.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from edge_gemma.audio.encoder import AudioEncoder
@@ -96,12 +96,12 @@ class Engine:
         cls, model: Path | None, context: int | None, threads: int | None, kv_dtype: str | None, backend: str | None
     ) -> "Engine":
         if backend == "onnx":
-            from edge_gemma.onnx_backend import OnnxEngine, OnnxFolder
+            from edge_gemma.backends.onnx import OnnxEngine, OnnxFolder
 
             if kv_dtype is not None:
                 raise UsageError("kv_dtype means nothing beside backend onnx, whose cache is float32: leave it out")
-            return OnnxEngine(OnnxFolder.open(models.resolve(model)), context=context, threads=threads)
-        folder = ModelFolder.open(models.resolve(model))
+            return OnnxEngine(OnnxFolder.open(find.resolve(model)), context=context, threads=threads)
+        folder = ModelFolder.open(find.resolve(model))
         return cls(folder, context=context, threads=threads, kv_dtype=kv_dtype)
 
     def session(self, context: int | None = None) -> Session:

@@ -8,17 +8,18 @@ import contextlib
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
 from edge_gemma import kernels
 from edge_gemma.arguments import file_path, is_integer, shown, token_ids
-from edge_gemma.atomic import write_file
-from edge_gemma.buffers import reuse
-from edge_gemma.decoder import Decoder
 from edge_gemma.errors import ContextFullError, ModelFolderError, UsageError
-from edge_gemma.kv_cache import KVCache, Snapshot
-from edge_gemma.step import Step
+from edge_gemma.folder.atomic import write_file
+from edge_gemma.kernels.buffers import reuse
+from edge_gemma.model.decoder import Decoder
+from edge_gemma.model.kv_cache import KVCache, Snapshot
+from edge_gemma.model.recorded import Step
 
 CHUNK = 128  # tokens prefilled at a time
 MARKS = 4  # snapshots kept
@@ -280,3 +281,22 @@ def check_ids(ids: Sequence[int], vocab_size: int, position: int, context: int) 
             "shorten the text or use a larger --context"
         )
     return ids
+
+
+class Timeline(Protocol):
+    """The part of `Session` that generation uses; the ONNX backend has it too."""
+
+    ids: list[int]
+    context: int
+
+    @property
+    def position(self) -> int: ...
+    def prefill(self, ids: list[int]) -> np.ndarray: ...
+    def step(self, token: int) -> np.ndarray: ...
+    def rewind(self, position: int) -> None: ...
+    def mark(self) -> None: ...
+
+
+def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many leading ids two timelines share."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

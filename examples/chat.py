@@ -3,8 +3,8 @@
 import sys
 
 from edge_gemma import Engine
-from edge_gemma.conversation import open_conversation
-from edge_gemma.sampler import Sampling
+from edge_gemma.chat import open_conversation
+from edge_gemma.generation.sampler import Sampling
 
 with Engine.load(sys.argv[1] if len(sys.argv) > 1 else None) as engine:
     conversation = open_conversation(engine, sampling=Sampling(seed=1), max_tokens=40)

@@ -15,7 +15,7 @@ from edge_gemma.export.audio_tower import AudioTower
 from edge_gemma.export.folder_writer import FolderWriter
 from edge_gemma.export.onnx_graph import ExternalData
 from edge_gemma.export.packed import Integers, Scales
-from edge_gemma.model_folder import AUDIO_BATCH, AUDIO_DATA, AUDIO_STREAM, Progress
+from edge_gemma.folder.folder import AUDIO_BATCH, AUDIO_DATA, AUDIO_STREAM, Progress
 
 
 def write_audio_encoder(

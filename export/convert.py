@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 
-from edge_gemma.atomic import new_folder
 from edge_gemma.config import GemmaConfig
 from edge_gemma.errors import CheckpointError, TokenizerError, UsageError
 from edge_gemma.export.audio_tower import AudioTower
@@ -27,11 +26,12 @@ from edge_gemma.export.packed import PackedMatrix
 from edge_gemma.export.resume import Journal, export_key
 from edge_gemma.export.source_file import same_bytes
 from edge_gemma.export.stream import TensorStream
-from edge_gemma.generate import stop_ids_of
-from edge_gemma.model_folder import GENERATION, REPLACEABLE, TEMPLATE, TOKENIZER, Progress, Tensor, plan_tensor
+from edge_gemma.folder.atomic import new_folder
+from edge_gemma.folder.folder import GENERATION, REPLACEABLE, TEMPLATE, TOKENIZER, Progress, Tensor, plan_tensor
+from edge_gemma.generation.generate import stop_ids_of
 from edge_gemma.quant.calibrate import CALIBRATED_BITS, Calibration, calibration_ids, refuse_unused
 from edge_gemma.quant.recipes import DENSE, tensor_format
-from edge_gemma.tokenizer import Tokenizer
+from edge_gemma.text.tokenizer import Tokenizer
 
 _EMBEDDINGS, _HEAD = "embed_tokens.weight", "lm_head.weight"
 _GLANCES = 16  # looks at once: a checkpoint elsewhere answers each after a while

@@ -2,7 +2,7 @@
 
 Owns: the containers' layout (a safetensors header, parts in plan order, 64-byte alignment), running digests, the
 manifest. Does not know: where values come from or how they are quantised. It writes into a folder that
-`edge_gemma.atomic.new_folder` renames once it is whole.
+`edge_gemma.folder.atomic.new_folder` renames once it is whole.
 """
 
 import contextlib
@@ -18,10 +18,10 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from edge_gemma import __version__, system
-from edge_gemma.atomic import sync_tree, write_file
+from edge_gemma import __version__
 from edge_gemma.errors import UsageError
-from edge_gemma.model_folder import (
+from edge_gemma.folder.atomic import sync_tree, write_file
+from edge_gemma.folder.folder import (
     ALIGNMENT,
     FORMAT,
     MANIFEST,
@@ -31,6 +31,7 @@ from edge_gemma.model_folder import (
     tensor_entry,
     version_of,
 )
+from edge_gemma.host import system
 
 _READ = 1 << 24  # bytes
 

@@ -24,10 +24,10 @@ from typing import Any
 
 import numpy as np
 
-from edge_gemma import qformat
 from edge_gemma.errors import CheckpointError, ConfigError
 from edge_gemma.export.packed import Integers, PackedMatrix, Scales
 from edge_gemma.export.source_file import StoredTensor, few, read_rows, show
+from edge_gemma.folder import layouts
 
 ORIGIN = "carried from the QAT checkpoint"
 _KEYS = {"quant_method", "num_bits", "quantize_embeddings", "module_quant_configs", "modules_to_not_convert"}
@@ -98,8 +98,8 @@ def parse(config: Any) -> GemmaQuantization | None:
 
 
 def _bits(value: Any) -> int:
-    if type(value) is not int or value not in qformat.BITS:
-        raise ConfigError(f"quantization_config: num_bits is {show(repr(value))}, expected one of {qformat.BITS}")
+    if type(value) is not int or value not in layouts.BITS:
+        raise ConfigError(f"quantization_config: num_bits is {show(repr(value))}, expected one of {layouts.BITS}")
     return value
 
 
@@ -218,4 +218,4 @@ def _read(
     if not ((values > 0) & (values < np.inf)).all():
         bad = values[~((values > 0) & (values < np.inf))][0]
         raise CheckpointError(f"a scale is {bad}, expected positive numbers: the checkpoint is damaged")
-    return qformat.unpack_fields(fields, bits, columns), values
+    return layouts.unpack_fields(fields, bits, columns), values

@@ -19,9 +19,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from edge_gemma.config import GemmaConfig, LayerSpec
-from edge_gemma.decoder import rope_frequencies
 from edge_gemma.export.onnx_graph import BOOL, FLOAT, Graph
 from edge_gemma.export.onnx_weights import OnnxWeights
+from edge_gemma.model.decoder import rope_frequencies
 
 _BATCH, _NEW, _ALL = "batch_size", "sequence_length", "total_sequence_length"
 _HIDDEN = np.finfo(np.float32).min  # added to scores nobody may see; a row of nothing else stays finite

@@ -1,7 +1,7 @@
 """From a checkpoint, a GGUF file or a model folder to an ONNX folder.
 
 Owns: the order of work, which recipes fit which source, the folder's files and manifest. Does not know: the graphs
-(onnx_decoder.py), how weights are read (onnx_weights.py). What an ONNX folder holds: edge_gemma/onnx_backend.py.
+(onnx_decoder.py), how weights are read (onnx_weights.py). What an ONNX folder holds: edge_gemma/backends/onnx.py.
 
 A source becomes a model folder first: whatever rounds or carries over weights there does so here too, and ONNX takes
 over that folder's integers and scales as they are. Memory: a few blocks of rows at a time, whatever the model's size.
@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from edge_gemma import __version__
-from edge_gemma.atomic import new_folder, scratch_folder
+from edge_gemma.backends.onnx import DECODER, EMBED, FOLDER
 from edge_gemma.errors import CheckpointError, UsageError
 from edge_gemma.export.convert import export_checkpoint
 from edge_gemma.export.folder_writer import DigestedFile
-from edge_gemma.model_folder import (
+from edge_gemma.folder.atomic import new_folder, scratch_folder
+from edge_gemma.folder.folder import (
     GENERATION,
     MANIFEST,
     ONNX_FORMAT,
@@ -32,7 +33,6 @@ from edge_gemma.model_folder import (
     Progress,
     manifest_digest,
 )
-from edge_gemma.onnx_backend import DECODER, EMBED, FOLDER
 from edge_gemma.quant.calibrate import refuse_unused
 
 FLOAT16 = "float16"  # the recipe that only ONNX has: float weights in half the bytes, computed in float32

@@ -20,11 +20,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from edge_gemma import qformat
 from edge_gemma.errors import CheckpointError, ModelFolderError
 from edge_gemma.export.onnx_graph import FLOAT, MICROSOFT, Graph
-from edge_gemma.linear import widen
-from edge_gemma.model_folder import ModelFolder, Part, Progress, Tensor
+from edge_gemma.folder import layouts
+from edge_gemma.folder.folder import ModelFolder, Part, Progress, Tensor
+from edge_gemma.model.linear import widen
 
 # What MatMulNBits computes with: 4 is int8, its input quantised with one scale a block, as our own decoder does.
 INT8_PRODUCTS, FLOAT_PRODUCTS = 4, 0
@@ -175,26 +175,26 @@ class OnnxWeights:
         for start, stop in r.blocks():
             if r.tensor.layout == "rows":
                 records = self._read(r.name, r.tensor.parts["records"], start, stop)
-                w, _ = qformat.unpack_rows(records, columns, bits, r.tensor.group)
+                w, _ = layouts.unpack_rows(records, columns, bits, r.tensor.group)
             else:
                 packed = self._read(r.name, r.tensor.parts["packed"], start // 8, -(-stop // 8))
-                w = qformat.unpack_panels(packed, bits, stop - start, columns)
+                w = layouts.unpack_panels(packed, bits, stop - start, columns)
             yield pack_fields(w, field_bits, row_bytes)
 
     def _scales(self, r: _Rows, rest: bool = False) -> Iterator[np.ndarray]:
         """float32 [n, blocks] of a block of rows: scales, or the rest that minima leave."""
         bits, group, columns = r.tensor.bits, r.tensor.group, r.tensor.shape[1]
-        dtype, count = qformat.scales_dtype(group), -(-columns // r.block)
+        dtype, count = layouts.scales_dtype(group), -(-columns // r.block)
         for start, stop in r.blocks():
             if r.tensor.minimum:
                 scales, minima = np.moveaxis(self._scales_and_minima(r, start, stop), 2, 0)
-                scales = minima - np.float32(qformat.zero_point(bits)) * scales if rest else scales
+                scales = minima - np.float32(layouts.zero_point(bits)) * scales if rest else scales
             elif r.tensor.layout == "rows":
                 records = self._read(r.name, r.tensor.parts["records"], start, stop)
-                _, scales = qformat.unpack_rows(records, columns, bits, group)
+                _, scales = layouts.unpack_rows(records, columns, bits, group)
             else:
                 packed = self._read(r.name, r.tensor.parts["scales"], start // 8, -(-stop // 8))
-                scales = qformat.unpack_scales(packed.view(dtype), stop - start)
+                scales = layouts.unpack_scales(packed.view(dtype), stop - start)
             yield scales[:, :count] if group else np.repeat(scales, count, axis=1)
 
     def _scales_and_minima(self, r: _Rows, start: int, stop: int) -> np.ndarray:
@@ -204,8 +204,8 @@ class OnnxWeights:
         factors = np.empty((last - first, 0, 2, 8), np.float16)
         if "factors" in parts:
             factors = self._read(r.name, parts["factors"], first, last).view(np.float16)
-        return qformat.scales_and_minima(
-            *qformat.unpack_words(words, factors, r.tensor.group, stop - start), r.tensor.group
+        return layouts.scales_and_minima(
+            *layouts.unpack_words(words, factors, r.tensor.group, stop - start), r.tensor.group
         )
 
     def _read(self, name: str, part: Part, start: int, stop: int) -> np.ndarray:

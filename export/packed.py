@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_gemma import qformat
 from edge_gemma.export.source_file import StoredTensor
-from edge_gemma.model_folder import Tensor
+from edge_gemma.folder import layouts
+from edge_gemma.folder.folder import Tensor
 
 Integers = NDArray[np.int8]
 Scales = NDArray[np.float32]
@@ -21,13 +21,13 @@ Scales = NDArray[np.float32]
 
 Packed = tuple[NDArray[Any], ...]
 """Rows of a matrix: integers int8 [n, columns] and scales float32 [n, groups]; or, with a minimum, integers, pairs
-[n, groups, 2] (uint8, or float32) and factors float32 [n, blocks, 2]. qformat.py says what they come to.
+[n, groups, 2] (uint8, or float32) and factors float32 [n, blocks, 2]. layouts.py says what they come to.
 """
 
 
 @dataclass(frozen=True)
 class PackedMatrix:
-    """W [rows, columns] as integers with scales, in a format that model folders have (qformat.py)."""
+    """W [rows, columns] as integers with scales, in a format that model folders have (layouts.py)."""
 
     shape: tuple[int, int]
     bits: int  # 2, 4, 8
@@ -48,32 +48,32 @@ class PackedMatrix:
 
     def dequantize(self, packed: Packed) -> NDArray[np.float32]:
         """float32 [n, columns] of what `read` gave."""
-        return qformat.dequantize_rounded(*packed, bits=self.bits, group=self.group)
+        return layouts.dequantize_rounded(*packed, bits=self.bits, group=self.group)
 
 
 def decode_packed(tensor: Tensor, parts: dict[str, np.ndarray], rows: int) -> Packed:
     """The inverse of encode_packed for a block of `rows` rows; parts as model_folder.Part.numpy_dtype has them."""
     if tensor.layout == "rows":
-        return qformat.unpack_rows(parts["records"], tensor.shape[1], tensor.bits, tensor.group)
-    values = qformat.unpack_panels(parts["packed"], tensor.bits, rows, tensor.shape[1])
+        return layouts.unpack_rows(parts["records"], tensor.shape[1], tensor.bits, tensor.group)
+    values = layouts.unpack_panels(parts["packed"], tensor.bits, rows, tensor.shape[1])
     if not tensor.minimum:
-        return values, qformat.unpack_scales(parts["scales"].view(qformat.scales_dtype(tensor.group)), rows)
+        return values, layouts.unpack_scales(parts["scales"].view(layouts.scales_dtype(tensor.group)), rows)
     panels = len(parts["packed"])
     factors = parts["factors"].view(np.float16) if "factors" in parts else np.empty((panels, 0, 2, 8), np.float16)
-    return values, *qformat.unpack_words(parts["scales"], factors, tensor.group, rows)
+    return values, *layouts.unpack_words(parts["scales"], factors, tensor.group, rows)
 
 
 def encode_packed(tensor: Tensor, values: np.ndarray, *scales: np.ndarray) -> dict[str, np.ndarray]:
     """A block of whole rows, integers and scales as `Packed` has them, as the bytes of each part."""
     if tensor.layout == "rows":
-        return {"records": qformat.pack_rows(values, *scales, tensor.bits, tensor.group)}
-    packed = qformat.pack_panels(values, tensor.bits)
+        return {"records": layouts.pack_rows(values, *scales, tensor.bits, tensor.group)}
+    packed = layouts.pack_panels(values, tensor.bits)
     if not tensor.minimum:
-        return {"packed": packed, "scales": qformat.pack_scales(*scales, tensor.group)}
+        return {"packed": packed, "scales": layouts.pack_scales(*scales, tensor.group)}
     pairs, factors = scales
     parts = {
         "packed": packed,
-        "scales": qformat.pack_words(pairs, tensor.group, tensor.minimum),
-        "factors": qformat.pack_factors(factors),
+        "scales": layouts.pack_words(pairs, tensor.group, tensor.minimum),
+        "factors": layouts.pack_factors(factors),
     }
     return {key: parts[key] for key in tensor.parts}

@@ -19,8 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from edge_gemma import __version__, system
-from edge_gemma.atomic import new_folder, sync_tree, write_file
+from edge_gemma import __version__
 from edge_gemma.engine import DEFAULT_CONTEXT
 from edge_gemma.errors import CheckpointError
 from edge_gemma.export.checkpoint import Checkpoint
@@ -35,9 +34,11 @@ from edge_gemma.export.safetensors_reader import SafetensorsCheckpoint
 from edge_gemma.export.source_file import SourceFolder, show
 from edge_gemma.export.spool import Spool, SpooledFile
 from edge_gemma.export.stream import TensorStream
-from edge_gemma.hub_name import HubName
-from edge_gemma.memory import footprint
-from edge_gemma.model_folder import MANIFEST, REPLACEABLE, TOKENIZER, ModelFolder, Progress
+from edge_gemma.folder.atomic import new_folder, sync_tree, write_file
+from edge_gemma.folder.folder import MANIFEST, REPLACEABLE, TOKENIZER, ModelFolder, Progress
+from edge_gemma.folder.hub_name import HubName
+from edge_gemma.host import system
+from edge_gemma.measure.memory import footprint
 
 _FETCHED, _STATE, _ENCODER = "fetched", "state.pull", "encoder.pull"  # names that no file of a checkpoint has
 _SYNC_BYTES = 16 << 20  # of ranges that have been used: then the containers are flushed, and the ranges go

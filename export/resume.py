@@ -1,7 +1,7 @@
 """An export that was interrupted goes on: what it has rounded is read back from its own containers.
 
 Owns: the journal, a line for each matrix that was written to its end. Does not know: how matrices are rounded, where
-the folder stays in between (edge_gemma.atomic).
+the folder stays in between (edge_gemma.folder.atomic).
 """
 
 import hashlib
@@ -13,7 +13,7 @@ from edge_gemma import __version__
 from edge_gemma.errors import CheckpointError
 from edge_gemma.export.folder_writer import FolderWriter
 from edge_gemma.export.packed import Packed, decode_packed
-from edge_gemma.model_folder import Tensor
+from edge_gemma.folder.folder import Tensor
 
 JOURNAL = "unfinished.jsonl"
 

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from edge_gemma.errors import CheckpointError
 from edge_gemma.export import gemma_quant, hub_config
 from edge_gemma.export.audio_tower import AudioTower, bind_audio_tower
-from edge_gemma.export.gguf_types import BY_NAME
+from edge_gemma.export.element_types import BY_NAME
 from edge_gemma.export.packed import PackedMatrix
 from edge_gemma.export.source_file import (
     SourceFile,
@@ -35,7 +35,7 @@ from edge_gemma.export.source_file import (
     show,
 )
 from edge_gemma.export.tensor_names import TensorNames, is_tower
-from edge_gemma.sampler import usable_settings
+from edge_gemma.generation.sampler import usable_settings
 
 _ITEM_BYTES = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E5M2": 1, "F8_E4M3": 1, "F8_E8M0": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2,

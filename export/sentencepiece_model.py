@@ -2,7 +2,7 @@
 
 Owns the reading of tokenizer.json (BPE with byte fallback) and of GGUF's tokenizer metadata (with scores, as Gemma 3,
 or with merges, as Gemma 4), the scores that make SentencePiece merge in the order of a merge list, and the protobuf
-bytes. It does not know how a GGUF file is laid out, nor how the model is used: that is `edge_gemma.tokenizer`.
+bytes. It does not know how a GGUF file is laid out, nor how the model is used: that is `edge_gemma.text.tokenizer`.
 
 Why equal ids. A merge list joins the adjacent pair of the best rank, leftmost first. SentencePiece joins the adjacent
 pair whose joined piece has the best score, leftmost first, whatever its two halves are. Take any moment at which the
@@ -383,7 +383,7 @@ def _check_added_spaces(vocabulary: _Vocabulary, ids: dict[str, int], merges: Me
     """Added tokens with a space inside must be all the runs of spaces that the merges build, and built greedily.
 
     SentencePiece takes added tokens out after " " became "▁", longest first from the left; the tokenizers library takes
-    out only typed "▁" (see `edge_gemma.tokenizer`) and leaves runs of spaces to the merges. Both give the same where,
+    out only typed "▁" (see text/tokenizer.py) and leaves runs of spaces to the merges. Both give the same where,
     writing k for a run of k spaces, joining (k, 1) ranks before (1, 1), and (1, 1) before any other merge of a run.
     """
     pieces, types = vocabulary.pieces, vocabulary.types

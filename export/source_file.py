@@ -18,10 +18,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_gemma import system
 from edge_gemma.config import GemmaConfig
 from edge_gemma.errors import CheckpointError, ConfigError
-from edge_gemma.export.gguf_types import ElementType, dequantize_into
+from edge_gemma.export.element_types import ElementType, dequantize_into
+from edge_gemma.host import system
 
 _COMPARED = 1 << 20  # bytes compared at a time
 _CHUNK_VALUES = 1 << 19  # values converted at a time: 2 MiB of float32, which stays in the cache

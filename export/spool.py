@@ -16,9 +16,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from edge_gemma import system
 from edge_gemma.errors import CheckpointError, EdgeGemmaError
 from edge_gemma.export.source_file import SourceFile, show
+from edge_gemma.host import system
 
 _SYNC_BYTES = 16 << 20  # a range is flushed to the disk each time so much of it has come
 _NEAR = 1 << 16  # small reads no farther apart are fetched in one

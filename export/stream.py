@@ -17,7 +17,7 @@ from edge_gemma.export.folder_writer import FolderWriter
 from edge_gemma.export.on_grid import GlanceError
 from edge_gemma.export.packed import PackedMatrix, encode_packed
 from edge_gemma.export.resume import Journal
-from edge_gemma.model_folder import Progress, Tensor
+from edge_gemma.folder.folder import Progress, Tensor
 from edge_gemma.quant.calibrate import Rounder
 from edge_gemma.quant.search import search_scales
 

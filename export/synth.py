@@ -21,15 +21,15 @@ from typing import Any
 
 import numpy as np
 
-from edge_gemma import qformat
-from edge_gemma.atomic import new_folder
 from edge_gemma.config import FULL, SLIDING, GemmaConfig
 from edge_gemma.errors import UsageError
 from edge_gemma.export.audio_tower import AudioConfig, AudioTower
 from edge_gemma.export.convert import encoder_bytes, write_tower
 from edge_gemma.export.folder_writer import FolderWriter
 from edge_gemma.export.sentencepiece_model import BYTE, BYTE_PIECES, CONTROL, NORMAL, SPACE, UNKNOWN, from_gguf_metadata
-from edge_gemma.model_folder import GENERATION, TEMPLATE, TOKENIZER, Part, Progress, Tensor, plan_tensor
+from edge_gemma.folder import layouts
+from edge_gemma.folder.atomic import new_folder
+from edge_gemma.folder.folder import GENERATION, TEMPLATE, TOKENIZER, Part, Progress, Tensor, plan_tensor
 from edge_gemma.quant.recipes import TRAINED_RECIPES, planned_format
 
 _COMMON: dict[str, Any] = {
@@ -164,7 +164,7 @@ class _Noise:
 
 def _balanced(bits: int) -> np.ndarray:
     """uint8 [256]: each byte with the lowest weight, which has no positive counterpart, replaced by zero."""
-    zero = qformat.zero_point(bits)
+    zero = layouts.zero_point(bits)
     lowest = 0 if zero else 128
     fields = np.arange(256)[:, None] >> np.arange(0, 8, bits) & ((1 << bits) - 1)
     return (np.where(fields == lowest, zero, fields) << np.arange(0, 8, bits)).sum(axis=1).astype(np.uint8)
@@ -210,7 +210,7 @@ def _part(name: str, key: str, part: Part, tensor: Tensor, config: GemmaConfig, 
 
 def _scales(block: np.ndarray, name: str, tensor: Tensor, config: GemmaConfig) -> np.ndarray:
     """Scales out of random bytes: within a quarter of what gives the weights their deviation, all different."""
-    dtype = qformat.scales_dtype(tensor.group)
+    dtype = layouts.scales_dtype(tensor.group)
     half = 1 << (tensor.bits - 1)
     integers = math.sqrt((half - 1) * (2 * half - 1) / 6)  # deviation of the balanced fields
     spread = block.reshape(len(block), -1, dtype.itemsize)[:, :, 0].astype(np.float32) / 512 + np.float32(0.75)

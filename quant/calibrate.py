@@ -22,18 +22,18 @@ from typing import Protocol, cast
 import numpy as np
 from threadpoolctl import threadpool_limits
 
-from edge_gemma import qformat
 from edge_gemma.config import GemmaConfig
-from edge_gemma.decoder import Decoder
 from edge_gemma.errors import CheckpointError, UsageError
-from edge_gemma.kv_cache import KVCache
-from edge_gemma.linear import Activations, Matrix
-from edge_gemma.model_folder import Tensor
-from edge_gemma.ple import DiskRows
+from edge_gemma.folder import layouts
+from edge_gemma.folder.folder import Tensor
+from edge_gemma.model.decoder import Decoder
+from edge_gemma.model.disk_rows import DiskRows
+from edge_gemma.model.kv_cache import KVCache
+from edge_gemma.model.linear import Activations, Matrix
+from edge_gemma.model.weights import PerLayerEmbeddings, Weights, bind_layer
 from edge_gemma.quant.feedback import Curvature, compile_kernels, round_with_feedback
 from edge_gemma.quant.search import Rounded, search_scales
-from edge_gemma.tokenizer import Tokenizer
-from edge_gemma.weights import PerLayerEmbeddings, Weights, bind_layer
+from edge_gemma.text.tokenizer import Tokenizer
 
 Rounder = Callable[[np.ndarray, int], Rounded]  # (float32 rows, number of the first) -> Rounded; called from threads
 Put = Callable[[str, Rounder], None]  # read a tensor block by block, round and write it
@@ -263,7 +263,7 @@ class Calibration:
             else:
                 rounded = search_scales(weights, tensor.bits, tensor.group, minimum=tensor.minimum)
             if outs:
-                values = qformat.dequantize_rounded(*rounded, bits=tensor.bits, group=tensor.group)
+                values = layouts.dequantize_rounded(*rounded, bits=tensor.bits, group=tensor.group)
                 outs[0][:, rows] = x.values @ values.T
                 outs[1][:, rows] = exact @ weights.T
             return rounded

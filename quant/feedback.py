@@ -18,8 +18,9 @@ from dataclasses import dataclass
 import numba
 import numpy as np
 
-from edge_gemma import qformat
-from edge_gemma.kernels import jit
+from edge_gemma.folder import layouts
+from edge_gemma.kernels import compiler
+from edge_gemma.kernels.compiler import array, kernel
 from edge_gemma.kernels.convert import as_float, to_half
 from edge_gemma.quant.search import Rounded, levels, lines_of, search_scales
 
@@ -65,10 +66,10 @@ class Curvature:
         return cls(h, np.ascontiguousarray(feedback), shift)
 
 
-@jit.kernel(
-    jit.array(np.float32, 2), jit.array(np.float32, 2), jit.array(np.float32, 2), jit.array(np.float32, 3),
+@kernel(
+    array(np.float32, 2), array(np.float32, 2), array(np.float32, 2), array(np.float32, 3),
     numba.int64, numba.int64, numba.int64, numba.int64,
-    jit.array(np.int8, 2, written=True), jit.array(np.float32, 2, written=True),
+    array(np.int8, 2, written=True), array(np.float32, 2, written=True),
     fastmath={"reassoc", "contract", "nsz"},
 )  # fmt: skip
 def _round_block(carried, weights, feedback, lines, start, group, lowest, highest, values, errors):
@@ -166,10 +167,10 @@ def _move_integers(hessian, start, begin, end, low, high, scale, q, g):
                 g[j, r] += moved[r] * coupling
 
 
-@jit.kernel(
-    jit.array(np.float32, 2), jit.array(np.float32, 2), jit.array(np.float32, 3),
+@kernel(
+    array(np.float32, 2), array(np.float32, 2), array(np.float32, 3),
     numba.int64, numba.int64, numba.int64, numba.int64, numba.int64, numba.int64,
-    jit.array(np.int8, 2, written=True), jit.array(np.float32, 3, written=True), jit.array(np.float32, 2, written=True),
+    array(np.int8, 2, written=True), array(np.float32, 3, written=True), array(np.float32, 2, written=True),
     fastmath={"reassoc", "contract", "nsz"},
 )  # fmt: skip
 def _improve_block(slope, hessian, units, start, group, lowest, highest, free, top, values, lines, errors):
@@ -248,7 +249,7 @@ def round_with_feedback(
         _round_block(carried, weights, curvature.feedback, lines, start, width, lowest, highest, values, errors)
     units = np.zeros_like(lines)
     if minimum:
-        units = qformat.scales_and_minima(np.ones_like(stored[0]), stored[1], group)
+        units = layouts.scales_and_minima(np.ones_like(stored[0]), stored[1], group)
     free, top = (2 if minimum else 1 if group else 0), (1 << minimum) - 1  # one scale a row stays
     for start, stop in blocks * sweeps:
         slope = errors @ hessian[start:stop].T
@@ -256,10 +257,10 @@ def round_with_feedback(
     if not minimum:
         return values, lines[..., 0].astype(stored[0].dtype)
     pairs = np.rint(np.divide(lines, units, out=np.zeros_like(lines), where=units > 0)).astype(np.uint8)
-    return values - np.int8(qformat.zero_point(bits)), pairs, stored[1]
+    return values - np.int8(layouts.zero_point(bits)), pairs, stored[1]
 
 
 def compile_kernels() -> None:
     """Before threads share them."""
-    for kernel in (_round_block, _improve_block):
-        jit.make_ready(kernel)
+    for each in (_round_block, _improve_block):
+        compiler.make_ready(each)

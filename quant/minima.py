@@ -14,9 +14,10 @@ Owns: integers, scales, minima and factors of whole rows. Does not know: what ot
 import numba
 import numpy as np
 
-from edge_gemma.kernels import jit
+from edge_gemma.folder.layouts import FACTOR_COLUMNS, factors_shape
+from edge_gemma.kernels import compiler
+from edge_gemma.kernels.compiler import array, kernel
 from edge_gemma.kernels.convert import as_float, to_half
-from edge_gemma.qformat import FACTOR_COLUMNS, factors_shape
 
 _STEPS = 8  # lengths of a step tried, from _SHORTEST of (largest - smallest) / (2^b - 1) to all of it
 _SHORTEST = {2: 0.55, 4: 0.8}
@@ -91,9 +92,9 @@ def _pair(w, c, levels, step, minimum, d, e, top):
     return found_s, found_m
 
 
-@jit.kernel(
-    jit.array(np.float32, 2), jit.array(np.float32, 1), numba.float32, numba.float32, numba.int64, numba.int64,
-    jit.array(np.uint8, 3, written=True), jit.array(np.float32, 3, written=True),
+@kernel(
+    array(np.float32, 2), array(np.float32, 1), numba.float32, numba.float32, numba.int64, numba.int64,
+    array(np.uint8, 3, written=True), array(np.float32, 3, written=True),
     parallel=True,
 )  # fmt: skip
 def _search(weights, importance, levels, shortest, group, top, pairs, factors):
@@ -137,6 +138,6 @@ def search_minima(
     pairs = np.empty((rows, -(-columns // group), 2), np.uint8)
     factors = np.empty((rows, factors_shape(rows, columns, minimum)[1], 2), np.float32)
     levels, shortest = np.float32((1 << bits) - 1), np.float32(_SHORTEST[bits])
-    if not jit.launch(_search, weights, importance, levels, shortest, group, (1 << minimum) - 1, pairs, factors):
+    if not compiler.launch(_search, weights, importance, levels, shortest, group, (1 << minimum) - 1, pairs, factors):
         raise ValueError(f"weights {weights.dtype}{weights.shape} and importance {importance.shape} do not fit")
     return pairs, factors

@@ -16,7 +16,7 @@ from edge_gemma.errors import UsageError
 @dataclass(frozen=True)
 class Format:
     """How a matrix is stored. bits 0: dense, in the source's own float type. group 0: one scale a row. minimum: bits of
-    a group's minimum (qformat.py), which tables read by row cannot have; 0: none.
+    a group's minimum (layouts.py), which tables read by row cannot have; 0: none.
     """
 
     bits: int

@@ -17,14 +17,14 @@ from typing import cast
 
 import numpy as np
 
-from edge_gemma.decoder import Decoder
 from edge_gemma.engine import Engine
 from edge_gemma.errors import UsageError
-from edge_gemma.kv_cache import KVCache
-from edge_gemma.linear import Activations, Matrix
-from edge_gemma.model_folder import TOKENIZER, ModelFolder
-from edge_gemma.tokenizer import Tokenizer
-from edge_gemma.weights import LayerWeights, bind
+from edge_gemma.folder.folder import TOKENIZER, ModelFolder
+from edge_gemma.model.decoder import Decoder
+from edge_gemma.model.kv_cache import KVCache
+from edge_gemma.model.linear import Activations, Matrix
+from edge_gemma.model.weights import LayerWeights, bind
+from edge_gemma.text.tokenizer import Tokenizer
 
 Report = Callable[[int, int, str], None]  # (windows done, windows in all, what)
 

@@ -15,14 +15,15 @@ from collections.abc import Sequence
 import numba
 import numpy as np
 
-from edge_gemma import qformat
-from edge_gemma.kernels import jit
+from edge_gemma.folder import layouts
+from edge_gemma.kernels import compiler
+from edge_gemma.kernels.compiler import array, kernel
 from edge_gemma.quant import minima
 from edge_gemma.quant.rtn import round_to_nearest
 
 Rounded = tuple[np.ndarray, ...]
 """Integers int8 [rows, columns] and scales [rows, groups], float16, or float32 for one a row; or, with a minimum,
-integers, pairs uint8 [rows, groups, 2] and factors float32 [rows, blocks, 2]. qformat.py says what they come to.
+integers, pairs uint8 [rows, groups, 2] and factors float32 [rows, blocks, 2]. layouts.py says what they come to.
 """
 
 _TRIES = 10  # scales tried on each side of zero
@@ -30,9 +31,9 @@ _TRIES = 10  # scales tried on each side of zero
 _REACH = {2: (0.8, 2.6), 4: (5.0, 9.5)}
 
 
-@jit.kernel(
-    jit.array(np.float32, 2), jit.array(np.float32, 1), numba.int64, numba.int64, numba.float32, numba.float32,
-    jit.array(np.float32, 2, written=True), parallel=True, fastmath={"reassoc", "contract", "nsz"},
+@kernel(
+    array(np.float32, 2), array(np.float32, 1), numba.int64, numba.int64, numba.float32, numba.float32,
+    array(np.float32, 2, written=True), parallel=True, fastmath={"reassoc", "contract", "nsz"},
 )  # fmt: skip
 def _search(weights, importance, lowest, group, near, far, scales):
     rows, columns = weights.shape
@@ -64,9 +65,9 @@ def _search(weights, importance, lowest, group, near, far, scales):
     return True
 
 
-@jit.kernel(
-    jit.array(np.float32, 2), jit.array(np.float32, 3), numba.int64, numba.int64, numba.int64,
-    jit.array(np.int8, 2, written=True), parallel=True,
+@kernel(
+    array(np.float32, 2), array(np.float32, 3), numba.int64, numba.int64, numba.int64,
+    array(np.int8, 2, written=True), parallel=True,
 )  # fmt: skip
 def _nearest(weights, lines, lowest, highest, group, values):
     low, high = np.float32(lowest), np.float32(highest)
@@ -82,13 +83,13 @@ def _nearest(weights, lines, lowest, highest, group, values):
 def lines_of(scales: Sequence[np.ndarray], group: int) -> np.ndarray:
     """float32 [rows, groups, 2], scale and minimum (0 where there is none), of a Rounded's scales."""
     if len(scales) == 2:
-        return qformat.scales_and_minima(*scales, group)
+        return layouts.scales_and_minima(*scales, group)
     return np.stack([scales[0].astype(np.float32), np.zeros(scales[0].shape, np.float32)], axis=-1)
 
 
 def levels(bits: int, minimum: int) -> tuple[int, int]:
     """The least and the largest q of w ~ scale * q - minimum: from 0 where there is a minimum."""
-    lowest = 0 if minimum else -qformat.zero_point(bits)
+    lowest = 0 if minimum else -layouts.zero_point(bits)
     return lowest, lowest + (1 << bits) - 1
 
 
@@ -109,9 +110,9 @@ def search_scales(
     else:
         stored = (_searched(weights, bits, group, m),)
     values, (lowest, highest) = np.empty(weights.shape, np.int8), levels(bits, minimum)
-    jit.launch(_nearest, weights, lines_of(stored, group), lowest, highest, group or weights.shape[1], values)
+    compiler.launch(_nearest, weights, lines_of(stored, group), lowest, highest, group or weights.shape[1], values)
     if minimum:
-        values -= np.int8(qformat.zero_point(bits))
+        values -= np.int8(layouts.zero_point(bits))
     return values, *stored
 
 
@@ -121,6 +122,6 @@ def _searched(weights: np.ndarray, bits: int, group: int, m: np.ndarray) -> np.n
     width = group or columns
     scales = np.empty((rows, -(-columns // width)), np.float32)
     near, far = (np.float32(r) for r in _REACH[bits])
-    if not jit.launch(_search, weights, m, -(1 << (bits - 1)), width, near, far, scales):
+    if not compiler.launch(_search, weights, m, -(1 << (bits - 1)), width, near, far, scales):
         raise ValueError(f"weights {weights.dtype}{weights.shape} and importance {m.dtype}{m.shape} do not fit")
     return scales.astype(np.float16 if group else np.float32)

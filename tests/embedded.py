@@ -10,16 +10,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from edge_gemma import models
 from edge_gemma.audio.files import AudioFile
 from edge_gemma.audio.prompts import Task, audio_prompt
 from edge_gemma.engine import Engine
 from edge_gemma.export import convert
 from edge_gemma.export.checkpoint import TensorInfo
-from edge_gemma.model_folder import TOKENIZER, ModelFolder
+from edge_gemma.folder import find
+from edge_gemma.folder.folder import TOKENIZER, ModelFolder
 from tests.test_goldens import dequantised
 
-FOLDER = models.EMBEDDED
+FOLDER = find.EMBEDDED
 SPEECH = Path(__file__).parent / "speech"
 TIMER = Path(__file__).parent.parent / "examples" / "timer.wav"
 

@@ -181,7 +181,7 @@ def template(rng: random.Random) -> str:
 
 def main(seed: int, count: int) -> None:
     from edge_gemma.errors import TemplateError
-    from edge_gemma.template import Template
+    from edge_gemma.text.template_sandbox import Template
 
     pages = int(open("/proc/self/statm").read().split()[0])  # noqa: SIM115
     memory = pages * resource.getpagesize() + (400 << 20)

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from edge_gemma.chat import Message
+from edge_gemma.text.message import Message
 from tests.tiny_tokenizer import gguf_metadata
 
 SPECIAL_IDS = {

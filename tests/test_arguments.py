@@ -13,13 +13,13 @@ from edge_gemma.arguments import shown
 from edge_gemma.audio.listen import Listener
 from edge_gemma.audio.prompts import Task
 from edge_gemma.audio.transcribe import Transcriber
-from edge_gemma.chat import Message
-from edge_gemma.conversation import Chat, Continuation, open_conversation
+from edge_gemma.chat import Chat, Continuation, open_conversation
 from edge_gemma.errors import EdgeGemmaError, UsageError
 from edge_gemma.export.convert import export_checkpoint
-from edge_gemma.sampler import Sampling
-from edge_gemma.tool_call import ToolCall
-from edge_gemma.transcript import Transcript
+from edge_gemma.generation.sampler import Sampling
+from edge_gemma.text.history import Transcript
+from edge_gemma.text.message import Message
+from edge_gemma.text.tool_call import ToolCall
 from tests.fake_speech import LevelDetector, SpeechEngine
 from tests.fakes import FakeEngine
 from tests.tiny import CHAT_TEMPLATE, write_checkpoint

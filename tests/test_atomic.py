@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from edge_gemma import atomic, system
 from edge_gemma.errors import UsageError
+from edge_gemma.folder import atomic
+from edge_gemma.host import system
 
 
 def fill(folder: Path, text: str = "new") -> None:
@@ -74,7 +75,7 @@ def test_replacing_without_an_exchange_survives_a_crash_between_the_renames(tmp_
 KILLED = """
 import sys, time
 from pathlib import Path
-from edge_gemma import atomic, system
+from edge_gemma.folder import atomic
 with atomic.new_folder(Path(sys.argv[1])) as aside:
     (aside / "a.txt").write_text("half")
     print("ready", flush=True)

@@ -15,8 +15,8 @@ from edge_gemma.export.audio_encoder import write_audio_encoder
 from edge_gemma.export.audio_tower import AudioConfig, AudioTower
 from edge_gemma.export.convert import export_checkpoint
 from edge_gemma.export.folder_writer import FolderWriter
-from edge_gemma.model_folder import AUDIO_BATCH, AUDIO_STREAM
-from edge_gemma.ort import open_graph
+from edge_gemma.folder.folder import AUDIO_BATCH, AUDIO_STREAM
+from edge_gemma.host.ort import open_graph
 from tests.make_audio_goldens import CLIPS, KINDS, SPOKEN, golden
 from tests.reference_audio import reference_encoder
 from tests.tiny import write_checkpoint

@@ -12,12 +12,12 @@ import pytest
 from click.testing import CliRunner
 
 from edge_gemma.audio.encoder import AudioEncoder
-from edge_gemma.cli import cli
+from edge_gemma.cli.main import cli
 from edge_gemma.engine import Engine
 from edge_gemma.errors import EdgeGemmaError, ModelFolderError, UsageError
 from edge_gemma.export.convert import export_checkpoint
 from edge_gemma.export.synth import synthesize
-from edge_gemma.model_folder import AUDIO_BATCH, AUDIO_DATA, AUDIO_STREAM, MANIFEST, ModelFolder, manifest_digest
+from edge_gemma.folder.folder import AUDIO_BATCH, AUDIO_DATA, AUDIO_STREAM, MANIFEST, ModelFolder, manifest_digest
 from tests.test_audio_encoder import D, write
 from tests.tiny import write_checkpoint
 from tests.tiny_audio import speech_like, tiny_audio_tensors

@@ -16,7 +16,7 @@ from edge_gemma.audio import sources
 from edge_gemma.audio.features import SAMPLE_RATE
 from edge_gemma.audio.files import AudioFile
 from edge_gemma.errors import AudioError, UsageError
-from edge_gemma.memory import resident
+from edge_gemma.measure.memory import resident
 
 av = pytest.importorskip("av", reason="the audio extra is not installed")
 pytest.importorskip("soxr", reason="the audio extra is not installed")

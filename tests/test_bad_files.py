@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from edge_gemma.cli import cli
+from edge_gemma.cli.main import cli
 from edge_gemma.export.convert import export_checkpoint
-from edge_gemma.model_folder import manifest_digest
+from edge_gemma.folder.folder import manifest_digest
 from tests.tiny import write_checkpoint
 from tests.tiny_gguf import write_gguf
 

@@ -8,12 +8,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edge_gemma import beams
-from edge_gemma.audio.scribe import verbatim
-from edge_gemma.beams import search
+from edge_gemma.audio.recogniser import verbatim
 from edge_gemma.errors import EdgeGemmaError, UsageError
-from edge_gemma.generate import Generation
-from edge_gemma.sampler import Sampler, Sampling
+from edge_gemma.generation import beams
+from edge_gemma.generation.beams import search
+from edge_gemma.generation.generate import Generation
+from edge_gemma.generation.sampler import Sampler, Sampling
 from tests.fakes import BYTE, FakeTokenizer
 
 PROMPT = [7, 8, 9]

@@ -11,15 +11,16 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from edge_gemma import bandwidth, bench, kernels, memory
-from edge_gemma.bandwidth import ReadBandwidth
-from edge_gemma.cli import cli
+from edge_gemma import kernels
+from edge_gemma.cli.main import cli
 from edge_gemma.config import GemmaConfig
 from edge_gemma.engine import Engine
 from edge_gemma.errors import UsageError
 from edge_gemma.export.synth import AUDIO_CONFIGS, TEXT_CONFIGS, plan_model, synthesize
-from edge_gemma.kernels.jit import launch
-from edge_gemma.model_folder import TOKENIZER, ModelFolder
+from edge_gemma.folder.folder import TOKENIZER, ModelFolder
+from edge_gemma.kernels.compiler import launch
+from edge_gemma.measure import bandwidth, memory, speed
+from edge_gemma.measure.bandwidth import ReadBandwidth
 from edge_gemma.session import MARKS
 
 CONTRACT = {
@@ -43,7 +44,7 @@ def planned(size: str, recipe: str, **words: object) -> ModelFolder:
 @pytest.mark.parametrize("depth", [0, 300])
 def test_the_figures_fit_each_other(tiny: Path, depth: int) -> None:
     notes: list[str] = []
-    result = bench.measure(tiny, **SMALL, depth=depth, threads=1, note=notes.append)
+    result = speed.measure(tiny, **SMALL, depth=depth, threads=1, note=notes.append)
     assert notes == [f"warming up with {depth + 40} tokens", "run 1 of 3", "run 2 of 3", "run 3 of 3"]
     assert (result.prompt, result.generate, result.depth, result.repeat, result.threads) == (40, 6, depth, 3, 1)
     assert result.recipe == "q4"
@@ -54,7 +55,7 @@ def test_the_figures_fit_each_other(tiny: Path, depth: int) -> None:
     assert result.ttft_s == pytest.approx(40 / result.prefill_tok_s)
     assert result.read_gb_s == pytest.approx(result.bytes_per_token * result.decode_tok_s / 1e9)
     assert result.share == pytest.approx(result.read_gb_s / result.bandwidth_gb_s)
-    assert result.bytes_per_token == bench.bytes_per_token(ModelFolder.open(tiny), depth + 3)
+    assert result.bytes_per_token == speed.bytes_per_token(ModelFolder.open(tiny), depth + 3)
     if result.peak_rss_mb is not None and result.rss_mb is not None and result.anonymous_rss_mb is not None:  # Linux
         assert 10 < result.anonymous_rss_mb < result.rss_mb <= result.peak_rss_mb
         assert result.peak_rss_mb <= (memory.resident("VmHWM") or 0) / 1e6
@@ -67,7 +68,7 @@ def test_every_repetition_starts_from_the_same_depth(tiny: Path) -> None:
         session.mark()
         expected = session.step(7)
         session.rewind(100)
-        assert all(s > 0 for s in bench._repetition(session, random, engine, 90, 50))
+        assert all(s > 0 for s in speed._repetition(session, random, engine, 90, 50))
         assert session.ids == list(range(100))
         assert np.array_equal(session.step(7), expected)
 
@@ -81,19 +82,19 @@ def test_without_proc_what_is_unknown_is_left_open(tiny: Path, monkeypatch, caps
         return read_text(path, **options)
 
     monkeypatch.setattr(Path, "read_text", refuse)
-    result = bench.measure(tiny, prompt=5, generate=1, repeat=1)
+    result = speed.measure(tiny, prompt=5, generate=1, repeat=1)
     unknown = {"peak_rss_mb", "rss_mb", "anonymous_rss_mb", "disk_load_mb", "disk_run_mb"}
     assert {name for name, value in result.as_dict().items() if value is None} == unknown
-    bench.print_table(result)
+    speed.print_table(result)
     assert "memory, peak" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("wrong", [{"prompt": 0}, {"generate": 0}, {"repeat": 0}, {"depth": -1}])
 def test_counts_out_of_range_are_refused(tiny: Path, wrong: dict[str, int]) -> None:
     with pytest.raises(UsageError, match="at least"):
-        bench.measure(tiny, **wrong)
+        speed.measure(tiny, **wrong)
     with pytest.raises(UsageError, match="context is 9000"):
-        bench.measure(tiny, depth=8000, prompt=1000)
+        speed.measure(tiny, depth=8000, prompt=1000)
 
 
 # --- bytes a token ----------------------------------------------------------------------------------------------------
@@ -101,7 +102,7 @@ def test_counts_out_of_range_are_refused(tiny: Path, wrong: dict[str, int]) -> N
 
 def test_bytes_of_a_token_grow_with_what_it_sees(tiny: Path) -> None:
     folder = ModelFolder.open(tiny)
-    at = [bench.bytes_per_token(folder, position) for position in (0, 1, 32, 100)]
+    at = [speed.bytes_per_token(folder, position) for position in (0, 1, 32, 100)]
     # three sliding layers with windows of 32 and heads of 32, one full layer with heads of 64: K and V, float16
     assert [n - at[0] for n in at] == [0, 3 * 32 * 4 + 64 * 4, 32 * (3 * 32 * 4 + 64 * 4), 3 * 32 * 32 * 4 + 100 * 256]
     table = folder.tensors["embed_tokens_per_layer.weight"].parts["records"].nbytes
@@ -121,11 +122,11 @@ def test_bytes_of_a_token_grow_with_what_it_sees(tiny: Path) -> None:
     ],
 )
 def test_bytes_of_a_token_are_those_of_the_architecture(size: str, recipe: str, expected: float, scales: float) -> None:
-    assert bench.bytes_per_token(planned(size, recipe), 0) == pytest.approx(expected * scales, rel=3e-3)
+    assert speed.bytes_per_token(planned(size, recipe), 0) == pytest.approx(expected * scales, rel=3e-3)
 
 
 def test_an_untied_embedding_costs_a_row() -> None:
-    tied, untied = (bench.bytes_per_token(planned("e2b", "q4", tie_word_embeddings=tie), 0) for tie in (True, False))
+    tied, untied = (speed.bytes_per_token(planned("e2b", "q4", tie_word_embeddings=tie), 0) for tie in (True, False))
     assert untied - tied == 1536 // 2 + 1536 // 32 * 2  # the head is counted in both
 
 
@@ -171,7 +172,7 @@ def test_json_is_one_object_with_every_field(tiny: Path) -> None:
     assert result.exit_code == 0, result.output
     assert result.stdout.count("\n") == 1
     answer = json.loads(result.stdout)
-    assert set(answer) == {field.name for field in fields(bench.Result)} >= CONTRACT
+    assert set(answer) == {field.name for field in fields(speed.Result)} >= CONTRACT
     assert (answer["prompt"], answer["generate"], answer["depth"], answer["repeat"]) == (9, 3, 2, 2)
     assert result.stderr.splitlines()[-1] == "run 2 of 2"
 
@@ -209,9 +210,9 @@ def test_the_estimate_counts_the_bytes_there_are(tiny: Path) -> None:
 USE = """
 import sys
 import numpy as np
-from edge_gemma import memory
 from edge_gemma.engine import Engine
-from edge_gemma.model_folder import ModelFolder
+from edge_gemma.folder.folder import ModelFolder
+from edge_gemma.measure import memory
 folder, context = ModelFolder.open(sys.argv[1]), int(sys.argv[2])
 estimate = memory.footprint(folder, context, audio="hear" in sys.argv).total
 with Engine.load(folder.path, context=context) as engine:

@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edge_gemma.buffers import empty, reuse
+from edge_gemma.kernels.buffers import empty, reuse
 
 LARGE = 100_000
 

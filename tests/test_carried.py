@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from edge_gemma import qformat
-from edge_gemma.cli import cli
+from edge_gemma.cli.main import cli
 from edge_gemma.errors import CheckpointError
 from edge_gemma.export.checkpoint import open_checkpoint
 from edge_gemma.export.convert import export_checkpoint
-from edge_gemma.model_folder import ModelFolder
-from edge_gemma.provenance import provenance
+from edge_gemma.folder import layouts
+from edge_gemma.folder.folder import ModelFolder
+from edge_gemma.folder.provenance import provenance
 from tests.tiny import _bfloat16, tiny_weights, write_checkpoint, write_safetensors
 from tests.tiny_gguf import gguf_name, write_gguf
 
@@ -23,12 +23,12 @@ def stored(folder: ModelFolder, name: str) -> tuple[np.ndarray, np.ndarray]:
     """(integers, scales float32 [rows, groups]) of a matrix, read back from the folder's layout."""
     tensor, files = folder.tensors[name], folder.map()
     if tensor.layout == "rows":
-        return qformat.unpack_rows(files.array(tensor.parts["records"]), tensor.shape[1], tensor.bits, tensor.group)
+        return layouts.unpack_rows(files.array(tensor.parts["records"]), tensor.shape[1], tensor.bits, tensor.group)
     scales = files.array(tensor.parts["scales"])
     scales = scales.view(np.float16) if tensor.group else scales
     return (
-        qformat.unpack_panels(files.array(tensor.parts["packed"]), tensor.bits, *tensor.shape),
-        qformat.unpack_scales(scales, tensor.shape[0])[:, : -(-tensor.shape[1] // (tensor.group or 1 << 30))],
+        layouts.unpack_panels(files.array(tensor.parts["packed"]), tensor.bits, *tensor.shape),
+        layouts.unpack_scales(scales, tensor.shape[0])[:, : -(-tensor.shape[1] // (tensor.group or 1 << 30))],
     )
 
 
@@ -125,7 +125,7 @@ def test_floats_on_a_grid_are_taken_apart(tmp_path):
         assert (tensor.bits, tensor.group) == (bits, group), name
         assert tensor.origin == f"found on a grid of {bits} bits in BF16"
         integers, scales = stored(folder, name)
-        restored = qformat.dequantize(integers, scales, group)
+        restored = layouts.dequantize(integers, scales, group)
         bfloat16 = (_bfloat16(restored).astype(np.uint32) << 16).view(np.float32)
         assert np.array_equal(bfloat16, checkpoint.rows(name, 0, tensor.shape[0])), name
     rest = {t.origin for n, t in folder.tensors.items() if n not in formats}

@@ -8,9 +8,11 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from edge_gemma.audio.prompts import audio_prompt
-from edge_gemma.chat import ChatFormat, Message, Piece, ReplyParser
 from edge_gemma.errors import TemplateError, UsageError
-from edge_gemma.tool_call import QUOTE, ToolCall, call_text, parse_call
+from edge_gemma.text.message import Message
+from edge_gemma.text.prompt import ChatFormat
+from edge_gemma.text.reply import Piece, ReplyParser
+from edge_gemma.text.tool_call import QUOTE, ToolCall, call_text, parse_call
 from tests.fakes import MARK, SPECIAL, TEMPLATE, FakeTokenizer
 from tests.tiny import CHAT_TEMPLATE
 
@@ -342,7 +344,7 @@ def gemma4(gemma4_vocab):
     """(chat template, tokenizer) of the real Gemma 4 26B."""
     from edge_gemma.export.gguf_container import GgufFile
     from edge_gemma.export.sentencepiece_model import from_gguf_metadata
-    from edge_gemma.tokenizer import Tokenizer
+    from edge_gemma.text.tokenizer import Tokenizer
 
     metadata = GgufFile(gemma4_vocab).metadata
     return metadata["tokenizer.chat_template"], Tokenizer.from_bytes(from_gguf_metadata(metadata))

@@ -11,11 +11,10 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from edge_gemma import common
-from edge_gemma.chat import Message
-from edge_gemma.cli import cli
+from edge_gemma.cli.main import cli
 from edge_gemma.errors import CheckpointError
-from edge_gemma.transcript import Transcript
+from edge_gemma.text.history import Transcript
+from edge_gemma.text.message import Message
 from tests.fakes import FakeEngine, reply
 from tests.tiny import write_checkpoint
 
@@ -28,7 +27,7 @@ def fake(monkeypatch):
 
     def install(*replies, **options):
         engine = FakeEngine(*replies, **options)
-        monkeypatch.setattr(common, "load_engine", lambda model, **options: engine)
+        monkeypatch.setattr(options, "load_engine", lambda model, **options: engine)
         return engine
 
     return install
@@ -120,11 +119,11 @@ def test_options_reach_the_generation(fake):
 def test_sampling_options_win_over_the_checkpoints(fake, monkeypatch):
     engine = fake("a")
     seen = []
-    from edge_gemma import conversation
+    from edge_gemma import chat
 
-    monkeypatch.setattr(conversation, "Sampler", lambda sampling: seen.append(sampling) or real(sampling))
-    from edge_gemma.sampler import Sampler as real
-    from edge_gemma.sampler import Sampling
+    monkeypatch.setattr(chat, "Sampler", lambda sampling: seen.append(sampling) or real(sampling))
+    from edge_gemma.generation.sampler import Sampler as real
+    from edge_gemma.generation.sampler import Sampling
 
     engine.generation_config["top_k"] = 7
     invoke("run", "Hi")
@@ -319,7 +318,7 @@ def test_chat_options_are_refused_by_a_base_model(fake, tmp_path, command, optio
 
 
 def test_two_chats_on_one_session_file_lose_nothing(fake, tmp_path, monkeypatch):
-    from edge_gemma.conversation import Chat
+    from edge_gemma.chat import Chat
 
     file = tmp_path / "monday.json"
     Transcript((Message("user", "Hi"), Message("assistant", "Hello!")), kind="chat").save(file)

@@ -16,7 +16,7 @@ from edge_gemma.export.checkpoint import open_checkpoint
 from edge_gemma.export.convert import export_checkpoint
 from edge_gemma.export.hub_config import TOP_KNOWN
 from edge_gemma.export.onnx_folder import export_onnx
-from edge_gemma.model_folder import ModelFolder
+from edge_gemma.folder.folder import ModelFolder
 from tests.tiny import write_checkpoint
 from tests.tiny_gguf import write_gguf
 

@@ -9,12 +9,12 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from edge_gemma.chat import Message
-from edge_gemma.conversation import Chat, Continuation, first_that, open_conversation
+from edge_gemma.chat import Chat, Continuation, first_that, open_conversation
 from edge_gemma.errors import ContextFullError, UsageError
-from edge_gemma.models import EMBEDDED
-from edge_gemma.sampler import Sampling
-from edge_gemma.transcript import SessionFile, Transcript
+from edge_gemma.folder.find import EMBEDDED
+from edge_gemma.generation.sampler import Sampling
+from edge_gemma.text.history import SessionFile, Transcript
+from edge_gemma.text.message import Message
 from tests.fakes import TEMPLATE, FakeEngine, FakeSession, FakeTokenizer, reply
 
 GREEDY = Sampling(temperature=0)

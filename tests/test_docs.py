@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from edge_gemma.cli import cli
+from edge_gemma.cli.main import cli
 from edge_gemma.quant.recipes import RECIPES
 
 CLI_PAGE = Path(__file__).parent.parent / "docs" / "cli.md"

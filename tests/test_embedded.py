@@ -13,16 +13,16 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from edge_gemma import models
 from edge_gemma.audio.listen import Listener
 from edge_gemma.audio.prompts import Task
 from edge_gemma.audio.transcribe import Transcriber
-from edge_gemma.audio.wer import Score, normalise
-from edge_gemma.chat import Message
-from edge_gemma.cli import cli
-from edge_gemma.conversation import Chat
+from edge_gemma.chat import Chat
+from edge_gemma.cli.main import cli
 from edge_gemma.engine import Engine
-from edge_gemma.sampler import Sampling
+from edge_gemma.folder import find
+from edge_gemma.generation.sampler import Sampling
+from edge_gemma.measure.wer import Score, normalise
+from edge_gemma.text.message import Message
 from tests.embedded import FOLDER, TIMER, clips, in_recipe, reply_logits, samples
 
 pytest.importorskip("av", reason="the audio extra is not installed")
@@ -54,7 +54,7 @@ def engine() -> Iterator[Engine]:
 
 @pytest.fixture(autouse=True)
 def no_variable(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(models.MODEL_VARIABLE, raising=False)
+    monkeypatch.delenv(find.MODEL_VARIABLE, raising=False)
 
 
 # --- the package ------------------------------------------------------------------------------------------------------
@@ -248,7 +248,7 @@ def test_beams_and_chance_exclude_each_other() -> None:
 def test_chat_greets_with_what_it_is() -> None:
     result = CliRunner().invoke(cli, ["chat", "--temperature", "0"], input="who are you\n/quit\n")
     assert result.exit_code == 0, result.stderr
-    assert result.stderr.splitlines()[0] == f"({models.EMBEDDED_NOTE})"
+    assert result.stderr.splitlines()[0] == f"({find.EMBEDDED_NOTE})"
     assert "demonstration model" in result.stdout
 
 

@@ -15,7 +15,7 @@ from edge_gemma import kernels
 from edge_gemma.engine import Engine
 from edge_gemma.errors import UsageError
 from edge_gemma.export.convert import export_checkpoint
-from edge_gemma.kernels import jit
+from edge_gemma.kernels import compiler
 from tests.open_files import open_below
 from tests.tiny import write_checkpoint
 
@@ -62,14 +62,14 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     import numba
 
     found: list[int] = []
-    launch = jit.launch
+    launch = compiler.launch
 
     def note(dispatcher, *arguments) -> bool:
         result = launch(dispatcher, *arguments)
         found.append(numba.get_num_threads())
         return result
 
-    monkeypatch.setattr(jit, "launch", note)
+    monkeypatch.setattr(compiler, "launch", note)
     return found
 
 
@@ -105,14 +105,14 @@ def test_every_engine_has_its_own_threads(model: Path, launched: list[int]) -> N
 
 @several_cpus
 def test_engines_of_two_threads_do_not_change_each_other(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    wrong, launch, wanted = [], jit.launch, threading.local()
+    wrong, launch, wanted = [], compiler.launch, threading.local()
 
     def check(dispatcher, *arguments) -> bool:
-        if (got := jit.threads()) != wanted.threads:
+        if (got := compiler.threads()) != wanted.threads:
             wrong.append(got)
         return launch(dispatcher, *arguments)
 
-    monkeypatch.setattr(jit, "launch", check)
+    monkeypatch.setattr(compiler, "launch", check)
 
     def work(n: int) -> None:
         wanted.threads = n
@@ -154,7 +154,7 @@ FORK = """
 import multiprocessing, os, sys
 from edge_gemma import Engine
 from edge_gemma.errors import UsageError
-from edge_gemma.kernels import jit
+from edge_gemma.kernels import compiler
 engine = Engine.load(sys.argv[1])
 def work(i):
     try:
@@ -163,12 +163,12 @@ def work(i):
         return str(error)
 before = sys.argv[2] == "before"
 expected = None if before else work(0)
-jit._launch.acquire()  # as if another thread were computing at the moment of the fork
+compiler._launch.acquire()  # as if another thread were computing at the moment of the fork
 pid = os.fork()
 if pid == 0:
     print("child", work(1), flush=True)
     os._exit(0)
-jit._launch.release()
+compiler._launch.release()
 print("exit", os.waitpid(pid, 0)[1], flush=True)
 with multiprocessing.get_context("fork").Pool(2) as pool:
     print("pool", *set(pool.map_async(work, range(2)).get(timeout=60)), flush=True)

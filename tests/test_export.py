@@ -17,13 +17,13 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from safetensors.numpy import load_file
 
-from edge_gemma import qformat
 from edge_gemma.config import GemmaConfig
 from edge_gemma.errors import CheckpointError, UsageError
 from edge_gemma.export import convert
 from edge_gemma.export.convert import export_checkpoint
-from edge_gemma.model_folder import ModelFolder
-from edge_gemma.ple import DiskRows
+from edge_gemma.folder import layouts
+from edge_gemma.folder.folder import ModelFolder
+from edge_gemma.model.disk_rows import DiskRows
 from edge_gemma.quant.calibrate import bundled_text
 from edge_gemma.quant.recipes import RECIPES, tensor_format
 from edge_gemma.quant.rtn import round_to_nearest
@@ -81,7 +81,7 @@ def test_of_two_weights_as_large_the_negative_one_takes_the_longer_end() -> None
 def test_rounding_stays_within_a_step(weights: np.ndarray, bits: int) -> None:
     values, scales = round_to_nearest(weights, bits, 32)
     step = np.repeat(np.abs(scales.astype(np.float32)), 32, axis=1)
-    error = np.abs(qformat.dequantize(values, scales, 32) - weights)
+    error = np.abs(layouts.dequantize(values, scales, 32) - weights)
     # the end of the range opposite to the largest weight has one step less: 7 of 8 steps at 4 bits; and a scale below
     # float16's normal range is itself off by up to 2^-25, 127 times
     assert (error <= step * (1.01 if bits == 4 else 0.55) + 127 * 2.0**-25).all()
@@ -102,16 +102,16 @@ def test_a_folder_holds_the_checkpoint_rounded(tmp_path: Path, kind: str, recipe
         scales = given[0]
         rows, columns = tensor.shape
         if tensor.layout == "panels":
-            assert np.array_equal(qformat.unpack_panels(parts["packed"], tensor.bits, rows, columns), expected), name
+            assert np.array_equal(layouts.unpack_panels(parts["packed"], tensor.bits, rows, columns), expected), name
             if tensor.minimum:
                 words = parts["scales"], parts["factors"].view(np.float16)
-                stored, factors = qformat.unpack_words(*words, tensor.group, rows)
+                stored, factors = layouts.unpack_words(*words, tensor.group, rows)
                 assert np.array_equal(factors, given[1]), name
             else:
-                stored = qformat.unpack_scales(parts["scales"].view(np.float16), rows)
+                stored = layouts.unpack_scales(parts["scales"].view(np.float16), rows)
             stored = stored[:, : scales.shape[1]]
         else:
-            got, stored = qformat.unpack_rows(parts["records"], columns, tensor.bits, tensor.group)
+            got, stored = layouts.unpack_rows(parts["records"], columns, tensor.bits, tensor.group)
             assert np.array_equal(got, expected), name
         assert np.array_equal(stored, scales.astype(stored.dtype)), name
 
@@ -147,7 +147,7 @@ def test_rows_of_the_table_come_from_disk(tmp_path: Path, recipe: str) -> None:
     ids = np.array([5, 0, 639, 5])
     expected = tiny_weights("e4b")["embed_tokens_per_layer.weight"][ids]
     if tensor.bits:
-        expected = qformat.dequantize(*search_scales(expected, tensor.bits, tensor.group), tensor.group)
+        expected = layouts.dequantize(*search_scales(expected, tensor.bits, tensor.group), tensor.group)
     assert np.array_equal(table.gather(ids), expected)
     table.close()
     table.close()  # twice is once

@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 
 from edge_gemma.audio import mic, vad
-from edge_gemma.audio.wer import Score
 from edge_gemma.errors import AudioError, EdgeGemmaError, ModelFolderError, UsageError
-from edge_gemma.extras import imported
+from edge_gemma.host.extras import imported
+from edge_gemma.measure.wer import Score
 
 
 def _graph() -> None:
-    sys.modules.pop("edge_gemma.ort", None)
+    sys.modules.pop("edge_gemma.host.ort", None)
     vad.SileroDetector(Path("silero.onnx"))
 
 
@@ -31,7 +31,7 @@ def fresh(monkeypatch: pytest.MonkeyPatch):
     def forget(module: str) -> None:
         for name in [name for name in sys.modules if name.split(".")[0] == module]:
             monkeypatch.delitem(sys.modules, name)
-        monkeypatch.setitem(sys.modules, "edge_gemma.ort", sys.modules.get("edge_gemma.ort"))
+        monkeypatch.setitem(sys.modules, "edge_gemma.host.ort", sys.modules.get("edge_gemma.host.ort"))
         importlib.invalidate_caches()
 
     return forget

@@ -7,13 +7,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edge_gemma.chat import Message
-from edge_gemma.conversation import CONTINUATION_TOKENS, Chat, Continuation, open_conversation
+from edge_gemma.chat import CONTINUATION_TOKENS, Chat, Continuation, open_conversation
 from edge_gemma.errors import ContextFullError, TemplateError, UsageError
-from edge_gemma.generate import PREFILL_PIECE, Generation, StopStrings, stop_ids_of
-from edge_gemma.sampler import Sampler, Sampling
-from edge_gemma.timeline import common_prefix
-from edge_gemma.tool_call import ToolCall
+from edge_gemma.generation.generate import PREFILL_PIECE, Generation, StopStrings, stop_ids_of
+from edge_gemma.generation.sampler import Sampler, Sampling
+from edge_gemma.session import common_prefix
+from edge_gemma.text.message import Message
+from edge_gemma.text.tool_call import ToolCall
 from tests.fakes import BYTE, FakeEngine, FakeSession, FakeTokenizer, reply
 from tests.tiny import CHAT_TEMPLATE
 from tests.tolerance import assert_rounding, decoder

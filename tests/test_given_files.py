@@ -16,8 +16,8 @@ from edge_gemma.export.checkpoint import open_checkpoint
 from edge_gemma.export.convert import export_checkpoint
 from edge_gemma.export.onnx_folder import export_onnx
 from edge_gemma.export.source_file import StoredTensor, same_bytes
-from edge_gemma.generate import Generation, stop_ids_of
-from edge_gemma.sampler import Sampler, Sampling, usable_settings
+from edge_gemma.generation.generate import Generation, stop_ids_of
+from edge_gemma.generation.sampler import Sampler, Sampling, usable_settings
 from tests.tiny import VOCAB, tiny_weights, write_checkpoint
 from tests.tiny_gguf import gguf_name, tiny_tensors, tokenizer_metadata, write_gguf
 

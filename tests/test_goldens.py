@@ -4,13 +4,13 @@ and against the NumPy reference: every kind, every recipe, every way of feeding 
 import numpy as np
 import pytest
 
-from edge_gemma import qformat
 from edge_gemma import session as session_module
 from edge_gemma.config import GemmaConfig
 from edge_gemma.engine import Engine
 from edge_gemma.errors import ContextFullError, EdgeGemmaError, ModelFolderError, UsageError
 from edge_gemma.export.convert import export_checkpoint
-from edge_gemma.model_folder import ModelFolder
+from edge_gemma.folder import layouts
+from edge_gemma.folder.folder import ModelFolder
 from tests.make_goldens import GOLDENS
 from tests.reference_decoder import reference_logits
 from tests.tiny import KINDS, tiny_config, tiny_weights, write_checkpoint
@@ -332,14 +332,14 @@ def dequantised(folder):
             values = parts["values"]
             weights[name] = values if values.dtype == np.float32 else (values.astype(np.uint32) << 16).view(np.float32)
         elif t.layout == "rows":
-            weights[name] = qformat.dequantize_rows(parts["records"], t.shape[1], t.bits, t.group)
+            weights[name] = layouts.dequantize_rows(parts["records"], t.shape[1], t.bits, t.group)
         else:
-            scales = parts["scales"].view(qformat.scales_dtype(t.group, t.minimum))
+            scales = parts["scales"].view(layouts.scales_dtype(t.group, t.minimum))
             rows, k = t.shape
             factors = None
             if t.minimum:
                 factors = parts.get("factors", np.empty((len(scales), 0, 2, 8), np.uint16)).view(np.float16)
-            weights[name] = qformat.dequantize_panels(
+            weights[name] = layouts.dequantize_panels(
                 parts["packed"], scales, t.bits, t.group, np.arange(rows), k, factors
             )
     return weights

@@ -1,4 +1,4 @@
-"""Names of models on a hub, the list of pulled models, and what -m says about a name that is not here."""
+"""Names of models on a hub, the list of pulled find, and what -m says about a name that is not here."""
 
 import json
 from pathlib import Path
@@ -8,20 +8,20 @@ from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edge_gemma import models, store
-from edge_gemma.cli import cli
+from edge_gemma.cli.main import cli
 from edge_gemma.errors import UsageError
 from edge_gemma.export.synth import synthesize
-from edge_gemma.hub_name import SHORT_NAMES, HubName
+from edge_gemma.folder import find, store
+from edge_gemma.folder.hub_name import SHORT_NAMES, HubName
 from tests.tiny import write_checkpoint
 
 
 @pytest.fixture(autouse=True)
 def places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Empty folders for pulled and converted models; returns the first."""
-    monkeypatch.setattr(models, "cache_folder", lambda: tmp_path / "cache")
-    monkeypatch.setattr(models, "pulled_folder", lambda: tmp_path / "pulled")
-    monkeypatch.delenv(models.MODEL_VARIABLE, raising=False)
+    monkeypatch.setattr(find, "cache_folder", lambda: tmp_path / "cache")
+    monkeypatch.setattr(find, "pulled_folder", lambda: tmp_path / "pulled")
+    monkeypatch.delenv(find.MODEL_VARIABLE, raising=False)
     monkeypatch.chdir(tmp_path)
     return tmp_path / "pulled"
 
@@ -38,7 +38,7 @@ def e2b(places: Path) -> Path:
 
 
 def models_digest(manifest: dict) -> str:
-    from edge_gemma.model_folder import manifest_digest
+    from edge_gemma.folder.folder import manifest_digest
 
     return manifest_digest(manifest)
 
@@ -88,7 +88,7 @@ def test_short_names() -> None:
 
 
 def test_a_pulled_model_is_found_by_its_names(e2b: Path) -> None:
-    assert models.resolve("e2b") == e2b == models.resolve("google/some-model")
+    assert find.resolve("e2b") == e2b == find.resolve("google/some-model")
 
 
 @pytest.mark.parametrize(
@@ -108,11 +108,11 @@ def test_a_pulled_model_is_found_by_its_names(e2b: Path) -> None:
 def test_what_is_not_here_is_answered_with_the_command_to_run(tmp_path: Path, model: str, says: str) -> None:
     write_checkpoint(tmp_path / "checkpoint", "e2b")
     with pytest.raises(UsageError, match=says):
-        models.resolve(model)
+        find.resolve(model)
 
 
 def test_models_are_listed_and_removed(e2b: Path, places: Path) -> None:
-    models.resolve("e2b")
+    find.resolve("e2b")
     (places / ".e4b.0123456789abcdef.partial").mkdir()
     (places / ".e4b.0123456789abcdef.partial" / "weights").write_bytes(bytes(10_000))
     listed = CliRunner().invoke(cli, ["models"])
@@ -137,4 +137,4 @@ def test_rm_takes_no_paths(places: Path, tmp_path: Path) -> None:
     for name in ("../mine", str(tmp_path / "mine"), ".", ".."):
         assert CliRunner().invoke(cli, ["models", "rm", name]).exit_code == 1
     assert (tmp_path / "mine" / "manifest.json").exists()
-    assert store.entries(models.folders()) == []
+    assert store.entries(find.folders()) == []

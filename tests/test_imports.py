@@ -1,20 +1,18 @@
 """Imports point up one list: a module imports only what stands above it; export/ and quant/ stay outside."""
 
 import ast
+import graphlib
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
-ORDER = [
-    "errors", "extras", "arguments", "ort", "text_input", "system", "places", "atomic", "config_keys", "config",
-    "qformat", "model_folder", "hub_name", "store", "buffers", "cpus", "interrupts", "kernels", "linear", "ple",
-    "weights", "kv_cache", "ops", "decoder", "tokenizer", "tool_call", "template", "chat", "sampler", "models", "step",
-    "session", "engine", "memory", "provenance", "onnx_backend", "bandwidth", "bench", "timeline", "beams", "generate",
-    "transcript", "conversation", "audio", "terminal", "common", "speech_cli", "hub_cli", "cli", "__main__",
+ROOMS = [
+    "errors", "arguments", "host", "config_keys", "config", "folder", "text", "kernels", "model", "session",
+    "generation", "chat", "audio", "engine", "backends", "measure", "cli", "__main__",
 ]  # fmt: skip
 # The places of the runtime that may reach into export/ and quant/, and only inside a function.
-CONVERTERS = {"cli", "common", "hub_cli", "models"}
+CONVERTERS = {"cli", "folder"}
 
 
 def imported(tree: ast.Module, *, nested: bool) -> set[str]:
@@ -42,19 +40,33 @@ def modules() -> dict[str, list[Path]]:
     found = {path.stem: [path] for path in package.glob("*.py") if path.stem != "__init__"}
     for folder in package.iterdir():
         if (folder / "__init__.py").exists():
-            found[folder.name] = sorted(folder.glob("*.py"))
+            found[folder.name] = sorted(folder.rglob("*.py"))
     return found
 
 
 def test_every_module_has_its_place() -> None:
-    assert not set(modules()) - set(ORDER), "add new modules to ORDER where they belong"
+    assert set(modules()) == set(ROOMS), "put new rooms where they belong"
+
+
+def test_no_modules_import_each_other() -> None:
+    """Neither directly nor by way of others, at their top level."""
+    package = ROOT / "edge_gemma"
+    names = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in package.rglob("*.py")}
+    needs: dict[str, set[str]] = {}
+    for name, path in names.items():
+        needs[name] = set()
+        for node in _top_level(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.module:
+                inside = {f"{node.module}.{alias.name}" for alias in node.names} & set(names)
+                needs[name] |= inside or ({node.module} & set(names))
+    assert list(graphlib.TopologicalSorter(needs).static_order())
 
 
 @pytest.mark.parametrize("name", sorted(modules()))
 def test_imports_point_up(name: str) -> None:
     for path in modules()[name]:
         tree = ast.parse(path.read_text())
-        allowed = {*ORDER[: ORDER.index(name)], name, "__version__"}
+        allowed = {*ROOMS[: ROOMS.index(name)], name, "__version__"}
         assert imported(tree, nested=False) <= allowed, path
         outside = imported(tree, nested=True) & {"export", "quant"}
         assert not outside or name in CONVERTERS, path
@@ -78,7 +90,7 @@ def test_neither_running_nor_exporting_imports_torch() -> None:
 
 
 def test_onnxruntime_is_imported_in_one_place() -> None:
-    """Which is edge_gemma/ort.py, with its telemetry off. docs/PRIVACY.md."""
+    """Which is edge_gemma/host/ort.py, with its telemetry off. docs/PRIVACY.md."""
     files = [path for path in ROOT.rglob("*.py") if not any(part.startswith(".") for part in path.parts)]
     importing = set()
     for path in files:
@@ -90,4 +102,4 @@ def test_onnxruntime_is_imported_in_one_place() -> None:
             ):
                 names += [argument.value for argument in node.args if isinstance(argument, ast.Constant)]
             importing |= {path.relative_to(ROOT).as_posix() for name in names if name.split(".")[0] == "onnxruntime"}
-    assert importing == {"edge_gemma/ort.py"}
+    assert importing == {"edge_gemma/host/ort.py"}

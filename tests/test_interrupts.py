@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from edge_gemma import interrupts
+from edge_gemma.host import interrupts
 
 
 def press() -> None:
@@ -97,11 +97,11 @@ def pressing(name):
 pressing("_object_compiled_hook")
 pressing("_object_getbuffer_hook")
 from edge_gemma import kernels
-from edge_gemma.kernels import jit, parts
+from edge_gemma.kernels.recording import operations
 from edge_gemma.quant import feedback
 kernels.set_cache_root(Path(sys.argv[1]))
 x = np.float32([0, 30, -60])
-for act in (lambda: kernels.softcap(x, 30.0), lambda: parts.scale.address, feedback.compile_kernels):
+for act in (lambda: kernels.softcap(x, 30.0), lambda: operations.scale.address, feedback.compile_kernels):
     pressed.clear()
     try:
         act()
@@ -143,6 +143,6 @@ def test_kernels_are_compiled_in_one_place() -> None:
     root = Path(__file__).parent.parent
     for path in [file for folder in ("edge_gemma", "export", "quant") for file in (root / folder).rglob("*.py")]:
         text = path.read_text()
-        assert path.name == "jit.py" or not re.search(r"\.kernel_signature|\bCFunc\b|numba\.(vectorize|cfunc)", text), (
-            path
-        )
+        assert path.name == "compiler.py" or not re.search(
+            r"\.kernel_signature|\bCFunc\b|numba\.(vectorize|cfunc)", text
+        ), path

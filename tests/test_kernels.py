@@ -14,7 +14,7 @@ import pytest
 
 from edge_gemma import kernels
 from edge_gemma.errors import UsageError
-from edge_gemma.kernels import jit, reference
+from edge_gemma.kernels import compiler, reference
 from tests.tolerance import assert_rounding
 
 
@@ -228,7 +228,7 @@ def test_wrong_arguments_never_reach_native_code():
 
 
 def small_kernel():
-    @jit.kernel(jit.array("f4", 1, True), key="test")
+    @compiler.kernel(compiler.array("f4", 1, True), key="test")
     def twice(x):
         for i in range(x.shape[0]):
             x[i] *= 2
@@ -239,15 +239,15 @@ def small_kernel():
 
 def doubles(function) -> bool:
     x = np.float32([21])
-    return jit.launch(function, x) and x[0] == 42
+    return compiler.launch(function, x) and x[0] == 42
 
 
 def test_compiled_code_is_kept_and_damage_is_compiled_again(tmp_path):
-    jit.set_cache_root(tmp_path)
+    compiler.set_cache_root(tmp_path)
     try:
         first = small_kernel()
         assert doubles(first)
-        (path,) = jit.cache_directory().iterdir()
+        (path,) = compiler.cache_directory().iterdir()
         whole = path.read_bytes()
         assert path.name.startswith("twice-")
         again = small_kernel()
@@ -260,26 +260,26 @@ def test_compiled_code_is_kept_and_damage_is_compiled_again(tmp_path):
             assert not fresh.stats.cache_hits
             assert path.read_bytes()[:32] == hashlib.sha256(path.read_bytes()[32:]).digest()
     finally:
-        jit.set_cache_root(None)
+        compiler.set_cache_root(None)
 
 
 def test_code_of_sources_that_changed_meanwhile_is_not_kept(tmp_path, monkeypatch):
-    jit.set_cache_root(tmp_path)
+    compiler.set_cache_root(tmp_path)
     try:
         kernel = small_kernel()
-        monkeypatch.setattr(jit.sources, "digest", lambda modules: "of the files as they are now")
+        monkeypatch.setattr(compiler.sources, "digest", lambda modules: "of the files as they are now")
         assert doubles(kernel)
         assert not list(tmp_path.rglob("*.bin"))
     finally:
-        jit.set_cache_root(None)
+        compiler.set_cache_root(None)
 
 
 def test_folders_of_old_sources_are_removed_when_a_new_one_is_made(tmp_path):
     """Only old ones, only ours by name, and nothing else in the user's cache; damage on the way is no error."""
     now, day = time.time(), 86400
-    ages = {"a" * 24: 30, "b" * 24: 2, "c" * 23: 30, "notes": 30, jit._SOURCES: 0}
+    ages = {"a" * 24: 30, "b" * 24: 2, "c" * 23: 30, "notes": 30, compiler._SOURCES: 0}
     for name, age in ages.items():
-        if name != jit._SOURCES:
+        if name != compiler._SOURCES:
             (tmp_path / name).mkdir()
             (tmp_path / name / "kernel.bin").write_bytes(b"code")
             os.utime(tmp_path / name, (now - age * day,) * 2)
@@ -291,7 +291,9 @@ def test_folders_of_old_sources_are_removed_when_a_new_one_is_made(tmp_path):
     finally:
         kernels.set_cache_root(None)
     assert {p.name for p in tmp_path.iterdir()} == {*ages, "d" * 24} - {"a" * 24}
-    threads = [threading.Thread(target=jit.prune, args=(root,)) for root in (tmp_path, tmp_path, tmp_path / "none")]
+    threads = [
+        threading.Thread(target=compiler.prune, args=(root,)) for root in (tmp_path, tmp_path, tmp_path / "none")
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -304,7 +306,7 @@ def test_loading_from_a_folder_keeps_it(tmp_path):
         assert doubles(small_kernel())
         folder = kernels.cache_directory()
         os.utime(folder, (0, 0))
-        jit._touch.cache_clear()
+        compiler._touch.cache_clear()
         assert doubles(small_kernel())
         assert folder.stat().st_mtime > time.time() - 3600
     finally:
@@ -313,15 +315,15 @@ def test_loading_from_a_folder_keeps_it(tmp_path):
 
 def test_a_cache_that_cannot_be_written_is_said_once(tmp_path, caplog):
     (tmp_path / "file").write_text("in the way")
-    jit.set_cache_root(tmp_path / "file")
+    compiler.set_cache_root(tmp_path / "file")
     try:
-        assert jit.cache_note() is None
+        assert compiler.cache_note() is None
         assert doubles(small_kernel())
         assert doubles(small_kernel())
         assert "not writable" in kernels.cache_note()
         assert [r.getMessage() for r in caplog.records] == [kernels.cache_note()]
     finally:
-        jit.set_cache_root(None)
+        compiler.set_cache_root(None)
     assert kernels.cache_note() is None
 
 

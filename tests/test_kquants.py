@@ -8,14 +8,14 @@ import gguf
 import numpy as np
 import pytest
 
-from edge_gemma import qformat
 from edge_gemma.engine import Engine
 from edge_gemma.errors import CheckpointError, ModelFolderError
 from edge_gemma.export.checkpoint import open_checkpoint
 from edge_gemma.export.convert import export_checkpoint
-from edge_gemma.export.gguf_types import BY_NAME, PACKED_TYPES
-from edge_gemma.model_folder import FORMAT, MANIFEST, ModelFolder, manifest_digest, read_manifest
-from edge_gemma.provenance import provenance
+from edge_gemma.export.element_types import BY_NAME, PACKED_TYPES
+from edge_gemma.folder import layouts
+from edge_gemma.folder.folder import FORMAT, MANIFEST, ModelFolder, manifest_digest, read_manifest
+from edge_gemma.folder.provenance import provenance
 from tests.reference_decoder import reference_logits
 from tests.test_goldens import dequantised, relative_error
 from tests.tiny import tiny_weights
@@ -49,9 +49,9 @@ def test_what_is_carried_is_what_the_file_says(kind: str) -> None:
     values, *scales = packed.read(blocks)
     expected = gguf.quants.dequantize(blocks, gguf.GGMLQuantizationType[kind])
     if packed.minimum:
-        got = qformat.dequantize_minimum(values, *scales, packed.bits, packed.group)
+        got = layouts.dequantize_minimum(values, *scales, packed.bits, packed.group)
     else:
-        got = qformat.dequantize(values, *scales, packed.group)
+        got = layouts.dequantize(values, *scales, packed.group)
     assert np.array_equal(got, expected)
     lowest, highest = (
         (0, 127) if packed.minimum and packed.bits == 8 else (-1 << packed.bits - 1, (1 << packed.bits - 1) - 1)

@@ -12,7 +12,7 @@ from edge_gemma.audio import mic
 from edge_gemma.audio.features import SAMPLE_RATE, SAMPLES_PER_TOKEN, token_count
 from edge_gemma.audio.listen import Listener
 from edge_gemma.audio.prompts import Task
-from edge_gemma.audio.scribe import STEP_MS
+from edge_gemma.audio.recogniser import STEP_MS
 from edge_gemma.errors import AudioError
 from tests.fake_speech import LevelDetector, SpeechEngine, say, text_of, understand
 

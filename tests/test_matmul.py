@@ -5,17 +5,18 @@ import re
 import numpy as np
 import pytest
 
-from edge_gemma import kernels, qformat
+from edge_gemma import kernels
+from edge_gemma.folder import layouts
 from edge_gemma.kernels import isa, reference
-from edge_gemma.kernels.assembly import ARM_LINUX, assembly
-from edge_gemma.kernels.tile import TileSpec
-from edge_gemma.linear import Activations, PanelMatrix
+from edge_gemma.kernels.matmul.assembly import ARM_LINUX, assembly
+from edge_gemma.kernels.matmul.ir import TileSpec
+from edge_gemma.model.linear import Activations, PanelMatrix
 from tests.tolerance import assert_rounding
 
 # bits, group, bits of a minimum; with one, those of GGUF's Q2_K, Q3_K, Q4_K, Q4_1 and Q5_K
 SCALES = 4  # roundings of a product beside its sums: activation scale, weight scale and minimum, the result
 MINIMA = [(2, 16, 4), (4, 16, 8), (4, 32, 8), (4, 32, 16), (8, 32, 8)]
-LAYOUTS = [*((bits, group, 0) for bits in qformat.BITS for group in qformat.GROUPS), *MINIMA]
+LAYOUTS = [*((bits, group, 0) for bits in layouts.BITS for group in layouts.GROUPS), *MINIMA]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -45,8 +46,8 @@ def ends(bits, minimum):
 def scales_of(pairs, factors, group, minimum):
     """w_scale and factors as the kernels take them."""
     if minimum:
-        return qformat.pack_words(pairs, group, minimum), qformat.pack_factors(factors).view(np.uint16)
-    scales = qformat.pack_scales(pairs[..., 0], group)
+        return layouts.pack_words(pairs, group, minimum), layouts.pack_factors(factors).view(np.uint16)
+    scales = layouts.pack_scales(pairs[..., 0], group)
     return scales.view(np.uint16) if group else scales, None
 
 
@@ -57,16 +58,16 @@ class Case:
         rng = np.random.default_rng(seed)
         self.bits, self.group, self.minimum, self.rows = bits, group, minimum, rows
         w = rng.integers(*ends(bits, minimum), (rows, k), endpoint=True).astype(np.int8)
-        groups = qformat.group_count(k, group)
-        self.packed = qformat.pack_panels(w, bits)
+        groups = layouts.group_count(k, group)
+        self.packed = layouts.pack_panels(w, bits)
         pairs = rng.uniform(0.5, 1.5, (rows, groups, 2)) / 100
         if minimum in (4, 8):
             pairs = rng.integers(0, 1 << minimum, pairs.shape).astype(np.uint8)
-        factors = rng.uniform(0.5, 1.5, (rows, qformat.factors_shape(rows, k, minimum)[1], 2)) / 100
+        factors = rng.uniform(0.5, 1.5, (rows, layouts.factors_shape(rows, k, minimum)[1], 2)) / 100
         self.scales, self.factors = scales_of(pairs, factors, group, minimum)
         self.packed.flags.writeable = self.scales.flags.writeable = False
         self.x = rng.standard_normal((n, k)).astype(np.float32)
-        self.q = np.empty((n, qformat.padded_k(k)), np.int8)
+        self.q = np.empty((n, layouts.padded_k(k)), np.int8)
         self.a_scale = np.empty((n, groups if per_group else 1), np.float32)
         self.sums = np.empty((n, groups), np.int32)
         reference.quantize_activations(self.x, group, self.q, self.a_scale, self.sums)
@@ -84,7 +85,7 @@ class Case:
 @pytest.mark.parametrize("per_group", [False, True])
 def test_matmul_is_the_oracle(variant, bits, group, minimum, per_group):
     small = [(8, 32, 1), (13, 100, 3), (40, 96, 4), (67, 224, 5), (24, 544, 17), (9, 1056, 1), (1, 7, 2)]
-    many = [(8, 32, 24), (67, 1056, 29), (187, 96, 26), (13, 544, 300)]  # through kernels/blocked.py
+    many = [(8, 32, 24), (67, 1056, 29), (187, 96, 26), (13, 544, 300)]  # through kernels/matmul/prefill.py
     for rows, k, n in [*small, (136, 64, 1), (187, 96, 2), *many]:
         case = Case(n, rows, k, bits, group, minimum, per_group)
         assert_rounding(case.run(), case.run(reference), [case.terms + SCALES], f"{variant} {rows}x{k} n={n}")
@@ -93,12 +94,12 @@ def test_matmul_is_the_oracle(variant, bits, group, minimum, per_group):
 @pytest.mark.parametrize(("bits", "group", "minimum"), LAYOUTS)
 def test_matmul_integers_are_exact_at_the_extremes(variant, bits, group, minimum):
     """All activations at +-127 and all weights at their ends: int16 intermediate sums must not overflow."""
-    k, groups = 2048, qformat.group_count(2048, group)
+    k, groups = 2048, layouts.group_count(2048, group)
     w = np.repeat(np.array([[v] for v in ends(bits, minimum)], np.int8), k, 1).repeat(5, 0)
-    one, factor = np.ones((10, groups, 2), np.uint8), np.ones((10, qformat.factors_shape(10, k, minimum)[1], 2))
+    one, factor = np.ones((10, groups, 2), np.uint8), np.ones((10, layouts.factors_shape(10, k, minimum)[1], 2))
     scales, factors = scales_of(one, factor, group, minimum)
-    packed = qformat.pack_panels(w, bits)
-    value = w[:, 0].astype(np.float64) + (qformat.zero_point(bits) - 1 if minimum else 0)
+    packed = layouts.pack_panels(w, bits)
+    value = w[:, 0].astype(np.float64) + (layouts.zero_point(bits) - 1 if minimum else 0)
     for a in (127, -127) if group else (127, -127, -128):
         for n in (5, kernels.BLOCKED_FROM):
             q = np.full((n, k), a, np.int8)
@@ -141,24 +142,24 @@ def test_a_matrix_with_minima_is_its_float_values(bits, group, minimum):
     x[:, ::16] = 127  # so that int8 holds them as they are
     assert_rounding(matrix(Activations(x)), x.astype(np.float64) @ w.T.astype(np.float64), [case.terms + SCALES])
     assert np.array_equal(matrix(Activations(x), 8, 29), matrix(Activations(x))[:, 8:29])
-    pairs = qformat.unpack_words(case.scales, case.factors.view(np.float16), group, 40)
-    fields = qformat.unpack_panels(case.packed, bits, 40, 352).astype(np.float32) + qformat.zero_point(bits)
-    scale, lowest = np.moveaxis(qformat.scales_and_minima(*pairs, group), 2, 0).repeat(group, axis=2)[:, :, :352]
+    pairs = layouts.unpack_words(case.scales, case.factors.view(np.float16), group, 40)
+    fields = layouts.unpack_panels(case.packed, bits, 40, 352).astype(np.float32) + layouts.zero_point(bits)
+    scale, lowest = np.moveaxis(layouts.scales_and_minima(*pairs, group), 2, 0).repeat(group, axis=2)[:, :, :352]
     assert np.array_equal(w, scale * fields - lowest)
     assert len(np.unique(w)) > 300
 
 
 @pytest.mark.parametrize("per_group", [False, True])
-@pytest.mark.parametrize("group", qformat.GROUPS)
+@pytest.mark.parametrize("group", layouts.GROUPS)
 @pytest.mark.parametrize(("n", "k"), [(1, 1), (3, 33), (5, 100), (1, 1536), (70, 520)])
 def test_quantize_activations_is_the_oracle_bit_for_bit(n, k, group, per_group):
     x = np.random.default_rng(k).standard_normal((n, k)).astype(np.float32) * 3
     x[0, : k // 2] = 0
     x[-1] *= np.float32(1e-33)
-    groups = qformat.group_count(k, group)
+    groups = layouts.group_count(k, group)
 
     def run(module):
-        q = np.full((n, qformat.padded_k(k)), 99, np.int8)
+        q = np.full((n, layouts.padded_k(k)), 99, np.int8)
         scale, sums = np.empty((n, groups if per_group else 1), np.float32), np.empty((n, groups), np.int32)
         module.quantize_activations(x, group, q, scale, sums)
         return q, scale, sums
@@ -190,7 +191,7 @@ def test_static_scales_are_the_oracle_bit_for_bit(n, k):
     x[-1, -1] = -np.inf if n == 1 else np.nan
 
     def run(module):
-        q = np.full((n, qformat.padded_k(k)), 99, np.int8)
+        q = np.full((n, layouts.padded_k(k)), 99, np.int8)
         scale, sums, rounded = np.empty((n, 1), np.float32), np.empty((n, 1), np.int32), x.copy()
         module.quantize_static(x, float(step), q, scale, sums)
         module.round_to_step(rounded, float(step))
@@ -200,7 +201,7 @@ def test_static_scales_are_the_oracle_bit_for_bit(n, k):
         assert np.array_equal(got, expected, equal_nan=True), name
 
 
-@pytest.mark.parametrize("bits", qformat.BITS)
+@pytest.mark.parametrize("bits", layouts.BITS)
 def test_matrices_with_static_scales(variant, bits):
     """All of x at the lower end and beyond: -128 steps, which bytes take in two parts."""
     rng = np.random.default_rng(bits)
@@ -210,7 +211,7 @@ def test_matrices_with_static_scales(variant, bits):
     x = rng.standard_normal((n, k)).astype(np.float32) * 4
     x[1, ::2] = -6.4
     x[2] = -100
-    packed = qformat.pack_panels(w, bits), qformat.pack_scales(scales, 0)
+    packed = layouts.pack_panels(w, bits), layouts.pack_scales(scales, 0)
     y = np.clip(np.rint(x / np.float32(step)), -128, 127) * step @ (w * scales[:, None]).astype(np.float64).T
     exact = PanelMatrix(*packed, w.shape, bits, 0, step)(Activations(x))
     assert_rounding(exact, y, [SCALES], variant)

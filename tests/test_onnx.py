@@ -8,17 +8,17 @@ import numpy as np
 import pytest
 
 from benchmarks.onnx_agreement import FLOAT, ONNX, ONNX_FLOAT, OURS, compare
-from edge_gemma import qformat
 from edge_gemma.engine import Engine
 from edge_gemma.errors import CheckpointError
 from edge_gemma.export import onnx_weights
 from edge_gemma.export.convert import export_checkpoint
 from edge_gemma.export.onnx_folder import export_onnx
 from edge_gemma.export.synth import synthesize
-from edge_gemma.linear import Activations
-from edge_gemma.model_folder import ModelFolder
-from edge_gemma.ort import onnxruntime
-from edge_gemma.weights import bind
+from edge_gemma.folder import layouts
+from edge_gemma.folder.folder import ModelFolder
+from edge_gemma.host.ort import onnxruntime
+from edge_gemma.model.linear import Activations
+from edge_gemma.model.weights import bind
 from tests.reference_decoder import reference_logits
 from tests.test_goldens import assert_close, dequantised, golden, relative_error, timeline
 from tests.tiny import KINDS, tiny_config, tiny_weights, write_checkpoint
@@ -189,10 +189,10 @@ def test_integers_and_scales_are_carried_over(made, recipe):
             continue
         parts = {key: files.array(part) for key, part in tensor.parts.items()}
         if tensor.layout == "rows":
-            w, scales = qformat.unpack_rows(parts["records"], tensor.shape[1], tensor.bits, tensor.group)
+            w, scales = layouts.unpack_rows(parts["records"], tensor.shape[1], tensor.bits, tensor.group)
         else:
-            w = qformat.unpack_panels(parts["packed"], tensor.bits, *tensor.shape)
-            scales = None if tensor.minimum else qformat.unpack_scales(parts["scales"].view(np.float16), len(w))
+            w = layouts.unpack_panels(parts["packed"], tensor.bits, *tensor.shape)
+            scales = None if tensor.minimum else layouts.unpack_scales(parts["scales"].view(np.float16), len(w))
         for graph, arrays in both.items():
             pieces = [k for k in arrays if k.split("[")[0] == name and not k.endswith((".scales", ".rest"))]
             if pieces:

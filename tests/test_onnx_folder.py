@@ -13,16 +13,16 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from edge_gemma.cli import cli
+from edge_gemma.backends.onnx import FILES
+from edge_gemma.cli.main import cli
 from edge_gemma.engine import Engine
 from edge_gemma.errors import ContextFullError, ModelFolderError, UsageError
 from edge_gemma.export.convert import export_checkpoint
 from edge_gemma.export.onnx_folder import export_onnx
 from edge_gemma.export.synth import synthesize
-from edge_gemma.model_folder import manifest_digest
-from edge_gemma.models import EMBEDDED
-from edge_gemma.onnx_backend import FILES
-from edge_gemma.ort import onnxruntime
+from edge_gemma.folder.find import EMBEDDED
+from edge_gemma.folder.folder import manifest_digest
+from edge_gemma.host.ort import onnxruntime
 from tests.test_goldens import assert_close, timeline
 from tests.tiny import write_checkpoint
 from tests.tiny_audio import speech_like

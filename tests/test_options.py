@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from edge_gemma import Engine, common
+from edge_gemma import Engine
 from edge_gemma.audio import listen
 from edge_gemma.audio.listen import Listener
 from edge_gemma.audio.prompts import Task
-from edge_gemma.cli import cli
-from edge_gemma.conversation import Continuation
+from edge_gemma.chat import Continuation
+from edge_gemma.cli import options
+from edge_gemma.cli.main import cli
 from edge_gemma.errors import UsageError
 from edge_gemma.export.convert import export_checkpoint
 from edge_gemma.export.onnx_folder import export_onnx
@@ -50,7 +51,7 @@ def no_model(monkeypatch):
         raise AssertionError("a model is loaded before the options are looked at")
 
     for name in ("load_engine", "resolve"):
-        monkeypatch.setattr(common, name, load)
+        monkeypatch.setattr(options, name, load)
 
 
 @pytest.mark.parametrize(("line", "told"), REFUSED)
@@ -62,8 +63,8 @@ def test_what_means_nothing_is_refused(no_model, line, told):
 
 def test_defaults_and_flags_that_are_off_are_not_refused():
     @click.command()
-    @common.refuse("width", beside="raw")
-    @common.refuse("tall", without="raw")
+    @options.refuse("width", beside="raw")
+    @options.refuse("tall", without="raw")
     @click.option("--width", default=5)
     @click.option("--raw/--no-raw")
     @click.option("--tall", is_flag=True)
@@ -92,7 +93,7 @@ def test_rules_name_options_that_exist():
 @pytest.mark.parametrize("prompt", ["- summarise this list", "-5 + 3 = ?", "--what is this", "-m means what?"])
 def test_a_prompt_that_looks_like_an_option(monkeypatch, prompt):
     engine = FakeEngine("ok")
-    monkeypatch.setattr(common, "load_engine", lambda model, **options: engine)
+    monkeypatch.setattr(options, "load_engine", lambda model, **options: engine)
     result = CliRunner().invoke(cli, ["run", prompt])
     assert result.exit_code == 2
     assert "A text that begins with - comes after -- (as the last argument), or through standard input" in (

@@ -9,9 +9,10 @@ from pathlib import Path
 import platformdirs
 import pytest
 
-from edge_gemma import models, places
 from edge_gemma.errors import UsageError
-from edge_gemma.kernels import jit
+from edge_gemma.folder import find
+from edge_gemma.host import places
+from edge_gemma.kernels import compiler
 from tests.tiny_gguf import write_gguf
 
 # A container that runs with any user id: no HOME, no entry in passwd. Then the commands, their exit codes printed.
@@ -73,21 +74,21 @@ def test_no_version_of_platformdirs_makes_a_folder_named_tilde(what, monkeypatch
 
     for name in ("user_cache_dir", "user_data_dir"):
         monkeypatch.setattr(platformdirs, name, find)
-    monkeypatch.setattr(jit, "_cache_root", None)
-    assert (places.cache(), places.data(), models.folders(), jit.cache_directory()) == (None, None, (), None)
+    monkeypatch.setattr(compiler, "_cache_root", None)
+    assert (places.cache(), places.data(), find.folders(), compiler.cache_directory()) == (None, None, (), None)
 
 
 def test_a_gguf_and_a_cache_that_cannot_be_written(tmp_path: Path, monkeypatch) -> None:
     gguf = tmp_path / "tiny.gguf"
     write_gguf(gguf, "gemma3")
     cache = tmp_path / "cache"
-    monkeypatch.setattr(models, "cache_folder", lambda: cache)
-    folder = models.resolve(gguf)
+    monkeypatch.setattr(find, "cache_folder", lambda: cache)
+    folder = find.resolve(gguf)
     monkeypatch.setattr(os, "access", lambda path, how: Path(path) != cache)
-    assert models.resolve(gguf) == folder  # what is there is used
+    assert find.resolve(gguf) == folder  # what is there is used
     os.utime(gguf, (1, 1))
     with pytest.raises(UsageError, match=rf"{cache} cannot be written: set XDG_CACHE_HOME .* edge-gemma export {gguf}"):
-        models.resolve(gguf)
-    monkeypatch.setattr(models, "cache_folder", lambda: gguf / "models")  # cannot be made
+        find.resolve(gguf)
+    monkeypatch.setattr(find, "cache_folder", lambda: gguf / "models")  # cannot be made
     with pytest.raises(UsageError, match="cannot be written: set XDG_CACHE_HOME"):
-        models.resolve(gguf)
+        find.resolve(gguf)

@@ -14,8 +14,8 @@ import pytest
 
 from benchmarks.listening import measure
 from edge_gemma import kernels
-from edge_gemma.cli import cli
-from edge_gemma.ort import onnxruntime
+from edge_gemma.cli.main import cli
+from edge_gemma.host.ort import onnxruntime
 from tests import hub_stand_in, watched
 from tests.watched import Record, Watched, why_not
 
@@ -80,7 +80,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Home:
 
 @pytest.fixture(scope="module")
 def material(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """What the commands are given: models, sound and text."""
+    """What the commands are given: find, sound and text."""
     from edge_gemma.export.convert import export_checkpoint
     from edge_gemma.export.onnx_folder import export_onnx
     from tests.tiny import write_checkpoint
@@ -183,7 +183,7 @@ import sys
 import numpy as np
 from edge_gemma import Engine
 from edge_gemma.audio.files import AudioFile
-from edge_gemma.conversation import open_conversation
+from edge_gemma.chat import open_conversation
 
 wav, onnx, saved = sys.argv[1:]
 with Engine.load() as engine:
@@ -229,7 +229,7 @@ def test_onnxruntime_is_quiet_after_edge_gemma_was_imported(home: Home) -> None:
 
 
 def test_a_program_that_imported_onnxruntime_before_is_told(tmp_path: Path) -> None:
-    run = Home(tmp_path / "home").run("-c", "import onnxruntime\nimport edge_gemma.ort")
+    run = Home(tmp_path / "home").run("-c", "import onnxruntime\nimport edge_gemma.host.ort")
     assert "onnxruntime was imported before edge_gemma" in run.output
     assert "ORT_DISABLE_TELEMETRY=1" in run.output
 
@@ -371,13 +371,13 @@ print(errno.errorcode[ctypes.get_errno()])
 
 
 def test_the_document_names_the_folders_and_the_command() -> None:
-    from edge_gemma import models
+    from edge_gemma.folder import find
 
     text = PRIVACY.read_text()
     cache = kernels.cache_directory().parent
     assert cache.name == "kernels"
-    assert cache.parent == models.cache_folder().parent
-    for folder in (cache, models.cache_folder()):
+    assert cache.parent == find.cache_folder().parent
+    for folder in (cache, find.cache_folder()):
         assert f"`~/{CACHE}/{folder.name}`" in text
     for command in GOES_OUT:
         assert f"`edge-gemma {command}" in text

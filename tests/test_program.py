@@ -11,7 +11,7 @@ from edge_gemma import kernels
 from edge_gemma.engine import Engine
 from edge_gemma.export.convert import export_checkpoint
 from edge_gemma.export.synth import synthesize
-from edge_gemma.kernels import program
+from edge_gemma.kernels.recording import program
 from edge_gemma.session import Session
 from tests.tiny import write_checkpoint
 
@@ -105,16 +105,16 @@ def test_one_thread_alone_does_everything_in_numbas_own_layer() -> None:
     script = """
 import numpy as np
 from tests.test_program import chain
-from edge_gemma.kernels import jit
-import edge_gemma.kernels.program as program
+from edge_gemma.kernels import compiler
+from edge_gemma.kernels.recording import program
 recorded, x, outs = chain(5)
 expected = x.copy()
 x[...] = 0
 for out in outs:
     out[...] = 1
 recorded._counters[:] = 0
-jit.set_threads(1)
-assert jit.launch(program.replay, recorded._rows, recorded._counters, 0, 5)
+compiler.set_threads(1)
+assert compiler.launch(program.replay, recorded._rows, recorded._counters, 0, 5)
 import numba
 print(numba.threading_layer(), np.array_equal(x, expected))
 """

@@ -17,14 +17,14 @@ import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 
-from edge_gemma import models
-from edge_gemma.cli import cli
+from edge_gemma.cli.main import cli
 from edge_gemma.errors import EdgeGemmaError, HubError, UsageError
 from edge_gemma.export import download, hub, spool
 from edge_gemma.export.convert import export_checkpoint
 from edge_gemma.export.pull import Puller
-from edge_gemma.hub_name import HubName
-from edge_gemma.model_folder import MANIFEST, ModelFolder
+from edge_gemma.folder import find
+from edge_gemma.folder.folder import MANIFEST, ModelFolder
+from edge_gemma.folder.hub_name import HubName
 from tests import hub_stand_in, tiny_qat
 from tests.test_carried import on_grids
 from tests.tiny import tiny_weights, write_checkpoint, write_safetensors
@@ -428,7 +428,7 @@ def test_what_it_would_take(tmp_path: Path, serve, checkpoint: Path, exported: P
 
 def test_the_command(tmp_path: Path, serve, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Forecast, pull, use by name; the checkpoint kept and exported gives the same folder."""
-    monkeypatch.setattr(models, "pulled_folder", lambda: tmp_path / "store")
+    monkeypatch.setattr(find, "pulled_folder", lambda: tmp_path / "store")
     monkeypatch.chdir(tmp_path)
     serve(checkpoint)
 

@@ -17,7 +17,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edge_gemma import atomic, store
 from edge_gemma.errors import EdgeGemmaError, HubError, UsageError
 from edge_gemma.export import download, hub, spool
 from edge_gemma.export import pull as pull_module
@@ -28,8 +27,9 @@ from edge_gemma.export.hub import Hub, HubFile
 from edge_gemma.export.pull import Puller
 from edge_gemma.export.source_file import StoredTensor
 from edge_gemma.export.spool import Spool, SpooledFile
-from edge_gemma.hub_name import HubName
-from edge_gemma.model_folder import MANIFEST, plan_tensor
+from edge_gemma.folder import atomic, store
+from edge_gemma.folder.folder import MANIFEST, plan_tensor
+from edge_gemma.folder.hub_name import HubName
 from tests import test_pull
 from tests.test_pull import REPO, contents, pull
 from tests.tiny_qat import write_qat_checkpoint

@@ -11,12 +11,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edge_gemma import Engine, kernels, qformat
+from edge_gemma import Engine, kernels
 from edge_gemma.errors import CheckpointError, ConfigError, UsageError
 from edge_gemma.export import convert, gemma_quant
 from edge_gemma.export.checkpoint import open_checkpoint
 from edge_gemma.export.convert import export_checkpoint
-from edge_gemma.model_folder import ModelFolder
+from edge_gemma.folder import layouts
+from edge_gemma.folder.folder import ModelFolder
 from tests import tiny_qat
 from tests.make_goldens import GOLDENS
 from tests.tiny import write_safetensors
@@ -60,11 +61,11 @@ def test_every_integer_and_scale_reaches_the_folder(model):
         integers = tensors[f"{module}.embedding_quantized" if embedding else name]
         scales = tensors[f"{module}.embedding_scale" if embedding else f"{module}.weight_scale"]
         if tensor.layout == "rows":
-            got = qformat.unpack_rows(files.array(tensor.parts["records"]), tensor.shape[1], bits, 256)
+            got = layouts.unpack_rows(files.array(tensor.parts["records"]), tensor.shape[1], bits, 256)
         else:
             got = (
-                qformat.unpack_panels(files.array(tensor.parts["packed"]), bits, *tensor.shape),
-                qformat.unpack_scales(files.array(tensor.parts["scales"]), tensor.shape[0]),
+                layouts.unpack_panels(files.array(tensor.parts["packed"]), bits, *tensor.shape),
+                layouts.unpack_scales(files.array(tensor.parts["scales"]), tensor.shape[0]),
             )
         assert np.array_equal(got[0], unpacked(integers, bits, tensor.shape[1])), name
         assert np.array_equal(got[1], scales), name
@@ -290,12 +291,12 @@ def test_a_truncated_shard_is_refused(checkpoint, tmp_path):
         export_checkpoint(source, tmp_path / "model")
 
 
-@pytest.mark.parametrize("bits", qformat.BITS)
+@pytest.mark.parametrize("bits", layouts.BITS)
 @pytest.mark.parametrize("columns", [1, 3, 32, 67])
 def test_odd_widths_unpack(bits, columns):
     stored = np.random.default_rng(columns).integers(0, 256, (5, -(-columns * bits // 8)), np.uint8)
     assert np.array_equal(
-        qformat.unpack_fields(stored, bits, columns),
+        layouts.unpack_fields(stored, bits, columns),
         unpacked(stored.view(np.int8) if bits == 8 else stored, bits, columns),
     )
 

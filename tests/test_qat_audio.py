@@ -14,7 +14,7 @@ from edge_gemma.engine import Engine
 from edge_gemma.errors import CheckpointError
 from edge_gemma.export.checkpoint import open_checkpoint
 from edge_gemma.export.convert import export_checkpoint
-from edge_gemma.model_folder import AUDIO_BATCH, ModelFolder
+from edge_gemma.folder.folder import AUDIO_BATCH, ModelFolder
 from tests import tiny_qat
 from tests.reference_audio import reference_encoder
 from tests.tiny_audio import LAYERS, LINEARS, speech_like, tiny_audio_config

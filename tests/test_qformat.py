@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edge_gemma import qformat as qf
 from edge_gemma.errors import ModelFolderError
+from edge_gemma.folder import layouts as qf
 
 SIZES = [(1, 1), (7, 5), (8, 32), (9, 33), (16, 64), (21, 100)]
 

@@ -9,12 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from edge_gemma import kernels, qformat
+from edge_gemma import kernels
 from edge_gemma.config import GemmaConfig
 from edge_gemma.engine import Engine
 from edge_gemma.errors import UsageError
 from edge_gemma.export.convert import export_checkpoint
 from edge_gemma.export.synth import TEXT_CONFIGS
+from edge_gemma.folder import layouts
 from edge_gemma.quant import calibrate, feedback
 from edge_gemma.quant.calibrate import bundled_text, calibration_ids, most_tokens, round_segments
 from edge_gemma.quant.feedback import Curvature, round_with_feedback
@@ -29,7 +30,7 @@ MINIMA = [(2, 16, 4), (4, 32, 8)]  # bits, group, bits of a minimum
 
 def loss(weights: np.ndarray, rounded: Rounded, group: int, hessian: np.ndarray, bits: int = 0) -> float:
     """tr(E H E^T). bits: needed where there are minima."""
-    errors = (weights - qformat.dequantize_rounded(*rounded, bits=bits, group=group)).astype(np.float64)
+    errors = (weights - layouts.dequantize_rounded(*rounded, bits=bits, group=group)).astype(np.float64)
     return float(np.einsum("rk,kj,rj->", errors, hessian.astype(np.float64), errors))
 
 
@@ -81,7 +82,7 @@ def test_rows_of_zeros_and_of_one_weight() -> None:
     weights[1, 5], weights[2, 5] = 0.25, -0.25
     for bits, group, minimum in [(*fmt, 0) for fmt in FORMATS] + MINIMA:
         rounded = search_scales(weights, bits, group, minimum=minimum)
-        values = qformat.dequantize_rounded(*rounded, bits=bits, group=group)
+        values = layouts.dequantize_rounded(*rounded, bits=bits, group=group)
         np.testing.assert_allclose(values, weights, rtol=1e-3, atol=2.5e-4 if minimum else 0)  # no exact zero
 
 
@@ -103,11 +104,11 @@ def test_searched_minima_fit_their_format(weights: np.ndarray, fmt: tuple[int, i
     assert (values.dtype, pairs.dtype, factors.dtype) == (np.int8, np.uint8, np.float32)
     assert pairs.shape == (len(weights), -(-weights.shape[1] // group), 2)
     assert np.array_equal(factors, factors.astype(np.float16).astype(np.float32))
-    packed = qformat.pack_panels(values, bits), qformat.pack_words(pairs, group, minimum), qformat.pack_factors(factors)
-    back = qformat.unpack_words(*packed[1:], group, len(weights))
+    packed = layouts.pack_panels(values, bits), layouts.pack_words(pairs, group, minimum), layouts.pack_factors(factors)
+    back = layouts.unpack_words(*packed[1:], group, len(weights))
     assert np.array_equal(back[0][:, : pairs.shape[1]], pairs)
     assert np.array_equal(back[1], factors)
-    restored = qformat.dequantize_panels(
+    restored = layouts.dequantize_panels(
         packed[0], packed[1], bits, group, np.arange(len(weights)), weights.shape[1], packed[2]
     )
     np.testing.assert_allclose(restored, groups_with_minima(rounded, bits, group), rtol=1e-5, atol=1e-5)
@@ -234,8 +235,8 @@ def test_inputs_beyond_a_segment_are_rounded_by_themselves(bits: int, group: int
     ]
     for whole, *parts in zip(rounded, *alone, strict=True):
         assert np.array_equal(whole, np.concatenate(parts, axis=1))
-    both = [qformat.dequantize_rounded(*part, bits=bits, group=group) for part in alone]
-    assert np.array_equal(qformat.dequantize_rounded(*rounded, bits=bits, group=group), np.concatenate(both, axis=1))
+    both = [layouts.dequantize_rounded(*part, bits=bits, group=group) for part in alone]
+    assert np.array_equal(layouts.dequantize_rounded(*rounded, bits=bits, group=group), np.concatenate(both, axis=1))
 
 
 def test_inputs_that_were_never_seen_round_as_without_a_text() -> None:

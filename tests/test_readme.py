@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 import pytest
 
-from edge_gemma.cli import cli
+from edge_gemma.cli.main import cli
 from edge_gemma.export.convert import export_checkpoint
 from tests.test_audio_files import tone, write_wav
 from tests.tiny import write_checkpoint

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from edge_gemma.cli import cli
+from edge_gemma.cli.main import cli
 from edge_gemma.engine import Engine
 from edge_gemma.export.convert import export_checkpoint
 from edge_gemma.quant.score import perplexity

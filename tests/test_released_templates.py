@@ -9,10 +9,12 @@ import math
 import pytest
 from hypothesis import example, given, settings
 
-from edge_gemma.chat import ChatFormat, Message, ReplyParser
 from edge_gemma.errors import TemplateError
-from edge_gemma.template import Template
-from edge_gemma.tool_call import ToolCall
+from edge_gemma.text.message import Message
+from edge_gemma.text.prompt import ChatFormat
+from edge_gemma.text.reply import ReplyParser
+from edge_gemma.text.template_sandbox import Template
+from edge_gemma.text.tool_call import ToolCall
 from tests.fakes import SPECIAL, FakeTokenizer
 from tests.released_tokenizer import official_templates
 from tests.test_chat import KEYS, VALUES

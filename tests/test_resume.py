@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from edge_gemma import atomic
-from edge_gemma.cli import cli
+from edge_gemma.cli.main import cli
 from edge_gemma.errors import CheckpointError, UsageError
 from edge_gemma.export.convert import export_checkpoint
 from edge_gemma.export.resume import JOURNAL
+from edge_gemma.folder import atomic
 from edge_gemma.quant import calibrate
 from edge_gemma.quant.calibrate import bundled_text
 from tests.tiny import write_checkpoint

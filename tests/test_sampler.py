@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edge_gemma.errors import EdgeGemmaError, UsageError
-from edge_gemma.sampler import Sampler, Sampling, candidates, penalised
+from edge_gemma.generation.sampler import Sampler, Sampling, candidates, penalised
 
 GEMMA_VOCAB = 262_144
 

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from edge_gemma.cli import cli
+from edge_gemma.cli.main import cli
 from edge_gemma.engine import Engine
 from edge_gemma.errors import UsageError
 from edge_gemma.export.convert import export_checkpoint
-from edge_gemma.model_folder import ModelFolder
+from edge_gemma.folder.folder import ModelFolder
 from edge_gemma.quant.calibrate import bundled_text
 from edge_gemma.quant.score import perplexity, score
 from tests.tiny import KINDS, write_checkpoint

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from edge_gemma.errors import ModelFolderError
-from edge_gemma.model_folder import ModelFolder
+from edge_gemma.folder.folder import ModelFolder
 from tests.tiny import write_checkpoint
 from training import ship
 

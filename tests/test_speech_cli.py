@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from edge_gemma import Engine, common, speech_cli
+from edge_gemma import Engine
 from edge_gemma.audio import listen, mic, transcribe
-from edge_gemma.cli import cli
+from edge_gemma.cli import options
+from edge_gemma.cli.main import cli
 from edge_gemma.errors import AudioError
 from edge_gemma.export.convert import export_checkpoint
 from tests.fake_speech import LevelDetector, SpeechEngine, say, text_of, understand
@@ -27,7 +28,7 @@ def levels(monkeypatch):
 @pytest.fixture
 def engine(monkeypatch):
     engine = SpeechEngine()
-    monkeypatch.setattr(common, "load_engine", lambda model, **options: engine)
+    monkeypatch.setattr(options, "load_engine", lambda model, **options: engine)
     return engine
 
 
@@ -107,7 +108,7 @@ def test_subtitles_do_not_replace_a_file_without_being_told_to(engine, speech, t
 
 
 def test_who_reads_no_further_ends_it_quietly(engine, speech, monkeypatch):
-    echo, transcribe_file = speech_cli.click.echo, speech_cli._transcribe_file
+    echo, transcribe_file = speech.click.echo, speech._transcribe_file
     printed, begun = [], []
 
     def read_one_line(text="", **options):
@@ -120,8 +121,8 @@ def test_who_reads_no_further_ends_it_quietly(engine, speech, monkeypatch):
         begun.append(path)
         transcribe_file(transcriber, path, *arguments, **options)
 
-    monkeypatch.setattr(speech_cli.click, "echo", read_one_line)
-    monkeypatch.setattr(speech_cli, "_transcribe_file", counted)
+    monkeypatch.setattr(speech.click, "echo", read_one_line)
+    monkeypatch.setattr(speech, "_transcribe_file", counted)
     result = invoke("transcribe", *[speech] * 4)
     assert (len(begun), result.stderr) == (1, "")
 
@@ -167,13 +168,13 @@ def test_errors_before_any_file_is_read(engine, speech, monkeypatch):
     result = invoke("transcribe", speech, "--language", "<turn|>")
     assert (result.exit_code, result.stderr.count("\n")) == (1, 1)
     deaf = SpeechEngine(chat_template=None)
-    monkeypatch.setattr(common, "load_engine", lambda model, **options: deaf)
+    monkeypatch.setattr(options, "load_engine", lambda model, **options: deaf)
     assert "not made for speech" in invoke("transcribe", speech).stderr
 
 
 def test_control_characters_of_a_model_do_not_reach_the_terminal(monkeypatch, speech):
     engine = SpeechEngine(lambda levels: "a\x1b[2Jb")
-    monkeypatch.setattr(common, "load_engine", lambda model, **options: engine)
+    monkeypatch.setattr(options, "load_engine", lambda model, **options: engine)
     assert invoke("transcribe", speech).stdout == "a?[2Jb\n" * 2
 
 
@@ -226,7 +227,7 @@ def test_listen_writes_down_utterance_by_utterance(engine, microphone):
 
 def test_listen_answers(monkeypatch, microphone):
     engine = SpeechEngine(lambda levels: f"Yes: {understand(levels)}!")
-    monkeypatch.setattr(common, "load_engine", lambda model, **options: engine)
+    monkeypatch.setattr(options, "load_engine", lambda model, **options: engine)
     assert invoke("listen", "--ask", "--system", "Agree.").stdout == "Yes: w1 w2!\nYes: w3!\n"
     assert "system\nAgree.<turn|>" in engine.tokenizer.spell(engine.timeline.prompts[-1])
 
@@ -299,16 +300,16 @@ def test_the_engine_listens_to_blocks_and_to_a_microphone(microphone):
     microphone.end = staticmethod(lossy)
     events = list(Engine.listen(SpeechEngine()))
     assert [e.text for e in events if e.kind in ("segment", "notice")] == ["w1 w2", "w3", "2.0 s of sound were lost"]
-    assert speech_cli.COMMANDS
+    assert speech.COMMANDS
 
 
 # --- measuring --------------------------------------------------------------------------------------------------------
 
 
 def test_bench_audio_measures_a_real_engine(tmp_path, monkeypatch):
-    from edge_gemma.audio import measure
+    from edge_gemma.measure import hearing
 
-    monkeypatch.setattr(measure, "LENGTHS_S", (1, 2))
+    monkeypatch.setattr(hearing, "LENGTHS_S", (1, 2))
     model = export_checkpoint(write_checkpoint(tmp_path / "source", "e2b", multimodal=True), tmp_path / "model", "q8")
     result = invoke("bench", "-m", model, "--audio", "--repeat", 2, "--json")
     assert result.exit_code == 0, result.output

@@ -7,17 +7,17 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from edge_gemma import qformat
-from edge_gemma.cli import cli
+from edge_gemma.cli.main import cli
 from edge_gemma.config import GemmaConfig
 from edge_gemma.engine import Engine
 from edge_gemma.errors import ModelFolderError, UsageError
 from edge_gemma.export.convert import export_checkpoint
 from edge_gemma.export.synth import TEXT_CONFIGS, plan_model, synthesize, tokenizer_model
-from edge_gemma.model_folder import PER_LAYER, WEIGHTS, ModelFolder, plan_tensor
+from edge_gemma.folder import layouts
+from edge_gemma.folder.folder import PER_LAYER, WEIGHTS, ModelFolder, plan_tensor
+from edge_gemma.model.weights import bind
 from edge_gemma.quant.recipes import RECIPES, TRAINED_RECIPES, Format, planned_format, tensor_format
-from edge_gemma.tokenizer import Tokenizer
-from edge_gemma.weights import bind
+from edge_gemma.text.tokenizer import Tokenizer
 from tests.tiny import write_checkpoint
 
 EVERY_RECIPE = [*RECIPES, *TRAINED_RECIPES]
@@ -140,14 +140,14 @@ def test_rounding_to_a_trained_recipe_is_refused_with_the_reason(tmp_path: Path)
 def test_groups_of_256_are_for_row_records_only() -> None:
     w = np.random.default_rng(0).integers(-8, 8, (3, 600)).astype(np.int8)
     scales = np.random.default_rng(1).random((3, 3), np.float32)
-    records = qformat.pack_rows(w, scales, 4, 256)
+    records = layouts.pack_rows(w, scales, 4, 256)
     assert records.shape == (3, 3 * 4 + 300)
     assert records[0, :4].tobytes() == scales[0, 0].tobytes()  # float32: nothing of a checkpoint's scale is lost
     expected = w * np.repeat(scales, 256, axis=1)[:, :600]
-    assert np.array_equal(qformat.dequantize_rows(records, 600, 4, 256), expected)
+    assert np.array_equal(layouts.dequantize_rows(records, 600, 4, 256), expected)
     for refused in (
         lambda: plan_tensor("lm_head.weight", (8, 512), "panels", bits=4, group=256),
-        lambda: qformat.pack_scales(scales, 256, 600),
+        lambda: layouts.pack_scales(scales, 256, 600),
     ):
         with pytest.raises(ModelFolderError, match="groups of 256"):
             refused()

@@ -11,11 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from edge_gemma import Engine, atomic, system
+from edge_gemma import Engine
 from edge_gemma.errors import ModelFolderError
 from edge_gemma.export.convert import export_checkpoint
 from edge_gemma.export.synth import synthesize
-from edge_gemma.transcript import Transcript
+from edge_gemma.folder import atomic
+from edge_gemma.host import system
+from edge_gemma.text.history import Transcript
 from tests.tiny import write_checkpoint
 
 

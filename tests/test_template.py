@@ -11,7 +11,7 @@ from jinja2.filters import FILTERS
 from jinja2.sandbox import SandboxedEnvironment
 
 from edge_gemma.errors import TemplateError
-from edge_gemma.template import SOURCE_LIMIT, Template
+from edge_gemma.text.template_sandbox import SOURCE_LIMIT, Template
 from tests.hostile_templates import HOSTILE
 
 REFUSED = {
@@ -110,7 +110,7 @@ def test_a_long_text_renders():
 
 
 def test_the_filters_of_jinja_are_those_that_were_looked_at():
-    """A newer Jinja with another filter: see in template.py whether its result can be large, then add it here."""
+    """A newer Jinja with another filter: see template_sandbox.py whether its result can be large, then add it here."""
     known = """abs attr batch capitalize center count d default dictsort e escape filesizeformat first float forceescape
         format groupby indent int items join last length list lower map max min pprint random reject rejectattr replace
         reverse round safe select selectattr slice sort string striptags sum title tojson trim truncate unique upper

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from edge_gemma.chat import Piece
-from edge_gemma.terminal import Screen
+from edge_gemma.cli.screen import Screen
+from edge_gemma.text.reply import Piece
 
 ROOT = Path(__file__).parent.parent
 
@@ -21,15 +21,15 @@ SLOW = """
 import sys, time
 sys.path.insert(0, {root!r})
 from tests.fakes import FakeEngine, FakeSession
-from edge_gemma import cli, common
+from edge_gemma.cli import main, options
 step = FakeSession.step
 def slow(self, token):
     time.sleep(0.02)
     return step(self, token)
 FakeSession.step = slow
 engine = FakeEngine("y" * 3000, "done")
-common.load_engine = lambda model, **options: engine
-cli.main()
+options.load_engine = lambda model, **given: engine
+main.main()
 """
 
 

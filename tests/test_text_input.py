@@ -7,7 +7,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from edge_gemma.errors import UsageError
-from edge_gemma.text_input import decode_text, read_text
+from edge_gemma.text.files import decode_text, read_text
 
 TEXT = "Das größte Tier ist\nein Wal. 日本 👍\n"
 

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from edge_gemma.errors import CheckpointError, TokenizerError
 from edge_gemma.export.sentencepiece_model import from_gguf_metadata, from_tokenizer_json
-from edge_gemma.tokenizer import Detokenizer, Tokenizer
+from edge_gemma.text.tokenizer import Detokenizer, Tokenizer
 from tests.released_tokenizer import SPECIAL_IDS, ollama_metadata, unsloth_metadata
 from tests.tiny_tokenizer import SPECIAL_TOKENS, gguf_metadata, tokenizer_json
 from tests.tokenizer_texts import KINDS, mixed_texts
@@ -429,7 +429,7 @@ def test_little_memory_is_told_instead_of_a_crash() -> None:
     script = """
 import os, resource
 from edge_gemma.export.synth import tokenizer_model
-from edge_gemma.tokenizer import Tokenizer
+from edge_gemma.text.tokenizer import Tokenizer
 model = tokenizer_model(65536)
 pages = int(open("/proc/self/statm").read().split()[0])
 for extra in range(0, 20_000_000, 500_000):

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from edge_gemma.errors import CheckpointError, TokenizerError
 from edge_gemma.export.sentencepiece_model import from_gguf_metadata, from_tokenizer_json
-from edge_gemma.tokenizer import Tokenizer
+from edge_gemma.text.tokenizer import Tokenizer
 from tests.tiny_tokenizer import SPACE, gguf_metadata, tokenizer_json, write_tokenizer_json
 
 

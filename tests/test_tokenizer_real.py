@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 import tokenizers
 
-from edge_gemma.chat import ChatFormat
 from edge_gemma.export.gguf_container import GgufFile
 from edge_gemma.export.sentencepiece_model import from_gguf_metadata, from_tokenizer_json
-from edge_gemma.tokenizer import Tokenizer
+from edge_gemma.text.prompt import ChatFormat
+from edge_gemma.text.tokenizer import Tokenizer
 from tests.released_tokenizer import (
     RECORDED,
     RECORDED_TEXT,

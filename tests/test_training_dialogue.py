@@ -10,14 +10,16 @@ import pytest
 import tokenizers
 
 from edge_gemma.audio.prompts import Task, audio_prompt
-from edge_gemma.chat import ChatFormat, Message, ReplyParser
 from edge_gemma.engine import Engine
 from edge_gemma.export.convert import export_checkpoint
 from edge_gemma.export.sentencepiece_model import from_tokenizer_json
-from edge_gemma.generate import Result
-from edge_gemma.sampler import Sampling
-from edge_gemma.tokenizer import Tokenizer
-from edge_gemma.tool_call import ToolCall
+from edge_gemma.generation.generate import Result
+from edge_gemma.generation.sampler import Sampling
+from edge_gemma.text.message import Message
+from edge_gemma.text.prompt import ChatFormat
+from edge_gemma.text.reply import ReplyParser
+from edge_gemma.text.tokenizer import Tokenizer
+from edge_gemma.text.tool_call import ToolCall
 from tests.tiny import VOCAB, write_checkpoint
 from tests.tokenizer_texts import mixed_texts
 from training import bpe, dialogue, score_dialogue

@@ -14,10 +14,10 @@ from edge_gemma.audio import segments
 from edge_gemma.audio.features import SAMPLE_RATE
 from edge_gemma.audio.prompts import Task
 from edge_gemma.audio.samples import array_blocks
-from edge_gemma.audio.texts import glue, go_on, hold_back, loop, seam
+from edge_gemma.audio.seams import glue, go_on, hold_back, loop, seam
 from edge_gemma.audio.transcribe import TextSegment, Transcriber, quietest, subtitles
 from edge_gemma.errors import UsageError
-from edge_gemma.memory import resident
+from edge_gemma.measure.memory import resident
 from tests.fake_speech import WORD, LevelDetector, SpeechEngine, say, text_of, understand
 
 

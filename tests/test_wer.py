@@ -7,11 +7,11 @@ from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edge_gemma import common
 from edge_gemma.audio import transcribe
-from edge_gemma.audio.wer import Score, normalise, transcripts
-from edge_gemma.cli import cli
+from edge_gemma.cli import options
+from edge_gemma.cli.main import cli
 from edge_gemma.errors import UsageError
+from edge_gemma.measure.wer import Score, normalise, transcripts
 from tests.fake_speech import LevelDetector, SpeechEngine, say
 from tests.test_audio_files import write_float_wav
 
@@ -136,7 +136,7 @@ def test_where_transcripts_are_found(tmp_path):
 
 def test_the_command(tmp_path, monkeypatch):
     monkeypatch.setattr(transcribe, "open_detector", lambda note: LevelDetector())
-    monkeypatch.setattr(common, "load_engine", lambda model, **options: SpeechEngine())
+    monkeypatch.setattr(options, "load_engine", lambda model, **options: SpeechEngine())
     for name, words, said in (("a", (1, 2, 3), "w1 w2 w4"), ("b", (5,), "w5 w6")):
         write_float_wav(tmp_path / f"{name}.wav", say(*words))
         (tmp_path / f"{name}.txt").write_text(said)

@@ -6,7 +6,7 @@ Owns: the order in which rules are asked, and those of small talk that need a pa
 import re
 from collections.abc import Sequence
 
-from edge_gemma.chat import Message
+from edge_gemma.text.message import Message
 from training.facts import known
 from training.tools import Tool, call_for, without_tool
 from training.understand import plain, topic, understand

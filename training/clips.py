@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from edge_gemma.atomic import write_file
+from edge_gemma.folder.atomic import write_file
 from training import recordings
 from training.corpus import Corpus, distinct
 from training.splits import held_out

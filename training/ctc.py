@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from edge_gemma.tokenizer import Tokenizer
+from edge_gemma.text.tokenizer import Tokenizer
 
 ALPHABET = " 'abcdefghijklmnopqrstuvwxyz"
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import click
 
 from benchmarks.figures import figure
-from edge_gemma.atomic import write_file
+from edge_gemma.folder.atomic import write_file
 
 STAGES = ("hear", "speak", "together")
 LOSSES = ("loss", "speech", "talk", "spelt")

@@ -1,7 +1,7 @@
 """Conversations for the demonstration model to learn from, made by rule from what this folder holds.
 
 Owns: typed spellings of spoken texts, whole conversations, which of them are held out, and their ids with the mask of
-what the model says: all through `edge_gemma.chat`, so that training sees what the runtime feeds. Does not know: how an
+what the model says: all through text/prompt.py, so that training sees what the runtime feeds. Does not know: how an
 answer is found (answers.py), batches, soft tokens, losses.
 """
 
@@ -14,7 +14,8 @@ from functools import cache
 import numpy as np
 
 from edge_gemma.audio.prompts import AudioPrompt, Task, audio_prompt
-from edge_gemma.chat import ChatFormat, ChatTokenizer, Message
+from edge_gemma.text.message import Message
+from edge_gemma.text.prompt import ChatFormat, ChatTokenizer
 from training.answers import answers_for, is_question, small_talk_for
 from training.facts import knowledge, known, small_talk
 from training.splits import SHARE, held_out, position

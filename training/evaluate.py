@@ -4,7 +4,7 @@
     python -m training.evaluate --table benchmarks/results/speech/2026-11-21.csv --into docs/MODEL_CARD.md
 
 Owns: which clips are used, the rows, the tables. Does not know: how a recogniser works (recognisers.py), how words are
-counted (edge_gemma.audio.wer).
+counted (edge_gemma.measure.wer).
 
 DATA holds clips/SPLIT-VOICE.i16, raw little-endian int16 of 16 kHz mono, and clips/SPLIT-VOICE.jsonl, a line for each
 clip: {"text", "kind", "voice", "engine", "split", "first", "samples"}. Of each file the same clips are taken every
@@ -28,8 +28,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from edge_gemma.atomic import write_file
-from edge_gemma.audio.wer import Score
+from edge_gemma.folder.atomic import write_file
+from edge_gemma.measure.wer import Score
 from training.recognisers import RATE, SYSTEMS
 
 SPLITS = ("test_seen", "test_unseen", "test_human")
@@ -267,10 +267,10 @@ def measure(options: argparse.Namespace) -> None:
 
 
 def model_name(model: str) -> str:
-    from edge_gemma import models
-    from edge_gemma.model_folder import ModelFolder
+    from edge_gemma.folder import find
+    from edge_gemma.folder.folder import ModelFolder
 
-    folder = ModelFolder.open(models.resolve(model or None))
+    folder = ModelFolder.open(find.resolve(model or None))
     return f"{folder.path.name} {folder.manifest.get('recipe')}"
 
 

@@ -17,8 +17,8 @@ from pathlib import Path
 import numpy as np
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from edge_gemma.atomic import write_file
 from edge_gemma.audio.features import log_mel
+from edge_gemma.folder.atomic import write_file
 from training.augment import augment
 from training.clips import TESTS, read_clips, seed
 

@@ -19,7 +19,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from edge_gemma.atomic import write_file
+from edge_gemma.folder.atomic import write_file
 from training.muon import Muon
 
 T = TypeVar("T")

@@ -16,8 +16,8 @@ from pathlib import Path
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from edge_gemma.atomic import write_file
 from edge_gemma.errors import UsageError
+from edge_gemma.folder.atomic import write_file
 from training import clips, recordings, sources
 from training.corpus import Corpus
 from training.splits import PARTS

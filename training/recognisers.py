@@ -37,7 +37,7 @@ def edge_gemma_listen(model: str, threads: int) -> Recogniser:
     from edge_gemma import Engine
     from edge_gemma.audio.listen import Listener
     from edge_gemma.audio.prompts import Task
-    from edge_gemma.audio.texts import glued
+    from edge_gemma.audio.seams import glued
 
     listener = Listener(Engine.load(model or None, threads=threads), Task("en"))
 
@@ -105,7 +105,7 @@ def main() -> None:
         text = transcribe(samples)
         seconds, cpu_s = time.perf_counter() - start, time.process_time() - busy
         print(json.dumps({"text": text, "seconds": seconds, "cpu_s": cpu_s}), flush=True)
-    from edge_gemma.memory import resident
+    from edge_gemma.measure.memory import resident
 
     print(json.dumps({"peak_mb": (resident("VmHWM") or 0) / 1e6}))
 

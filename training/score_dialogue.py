@@ -10,11 +10,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
-from edge_gemma.chat import Message
-from edge_gemma.conversation import Chat, ChatEngine
+from edge_gemma.chat import Chat, ChatEngine
 from edge_gemma.engine import Engine
-from edge_gemma.generate import Result
-from edge_gemma.sampler import Sampling
+from edge_gemma.generation.generate import Result
+from edge_gemma.generation.sampler import Sampling
+from edge_gemma.text.message import Message
 from training.dialogue import Example, examples
 
 LONGEST = 96  # tokens of a reply

@@ -17,11 +17,11 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from edge_gemma import models
-from edge_gemma.atomic import write_file
 from edge_gemma.errors import EdgeGemmaError
 from edge_gemma.export.convert import export_checkpoint
-from edge_gemma.model_folder import MANIFEST, ModelFolder, manifest_digest
+from edge_gemma.folder import find
+from edge_gemma.folder.atomic import write_file
+from edge_gemma.folder.folder import MANIFEST, ModelFolder, manifest_digest
 
 MOST_BYTES = 12_000_000
 NAME = "demonstration model"
@@ -80,7 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("data", type=Path)
     parser.add_argument("--recipe", help="q8, q4, ... [default: as it was trained, else q4]")
-    parser.add_argument("--dest", type=Path, default=models.EMBEDDED)
+    parser.add_argument("--dest", type=Path, default=find.EMBEDDED)
     options = parser.parse_args(arguments)
     try:
         size = ship(options.checkpoint, options.data, options.dest, options.recipe)

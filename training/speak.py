@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from edge_gemma.audio.prompts import Task
-from edge_gemma.chat import ChatFormat
-from edge_gemma.tokenizer import Tokenizer
+from edge_gemma.text.prompt import ChatFormat
+from edge_gemma.text.tokenizer import Tokenizer
 from training import ctc, dialogue
 from training.batches import Batch, Clip, make_batch, read_clips
 from training.fast_audio import encode, tokens_of

@@ -160,7 +160,7 @@ def phonemes(text: str, root: Path, *, tie: bool = False) -> str:
 
 @cache
 def _session(path: Path):
-    from edge_gemma.ort import onnxruntime
+    from edge_gemma.host.ort import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1

@@ -22,11 +22,11 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from edge_gemma.atomic import new_folder, write_file
 from edge_gemma.audio.prompts import Task
-from edge_gemma.chat import ChatFormat
 from edge_gemma.export.sentencepiece_model import from_tokenizer_json
-from edge_gemma.tokenizer import Tokenizer
+from edge_gemma.folder.atomic import new_folder, write_file
+from edge_gemma.text.prompt import ChatFormat
+from edge_gemma.text.tokenizer import Tokenizer
 from training.bpe import learn
 from training.dialogue import examples
 from training.texts import sentences

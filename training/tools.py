@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from edge_gemma.tool_call import ToolCall
+from edge_gemma.text.tool_call import ToolCall
 from training.texts import grammar
 from training.understand import Intent, Value
 

@@ -21,7 +21,7 @@ from edge_gemma.audio.features import (
     checked,
 )
 from edge_gemma.errors import ModelFolderError, UsageError
-from edge_gemma.model_folder import AUDIO_STREAM, ModelFolder
+from edge_gemma.folder.folder import AUDIO_STREAM, ModelFolder
 
 TOKEN_MS = SAMPLES_PER_TOKEN * 1000 // SAMPLE_RATE  # 40
 _LONG_STEP = 96  # tokens of a step where there is a whole clip to encode
@@ -58,7 +58,7 @@ class AudioEncoder:
         """
         if folder.audio is None:
             raise UsageError(f"{folder.path} has no audio tower: export a model that has, without --no-audio")
-        from edge_gemma.ort import open_graph
+        from edge_gemma.host.ort import open_graph
 
         path = folder.path / graphs_in / AUDIO_STREAM
         try:

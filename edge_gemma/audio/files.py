@@ -19,7 +19,7 @@ from edge_gemma.audio.lengths import is_cut
 from edge_gemma.audio.samples import CHANNELS, Converter, Note, silent
 from edge_gemma.audio.sources import Source, opened
 from edge_gemma.errors import AudioError, UsageError
-from edge_gemma.extras import imported
+from edge_gemma.host.extras import imported
 
 BLOCK_S = 0.5  # of sound handed on at a time, about
 _FORMATS = (

@@ -18,14 +18,14 @@ from edge_gemma.audio.features import SAMPLE_RATE
 from edge_gemma.audio.levels import QUIET_DB, louder, loudest_db
 from edge_gemma.audio.mic import Microphone
 from edge_gemma.audio.prompts import Task, audio_prompt
+from edge_gemma.audio.recogniser import STEP_MS, Reply, Scribe, SpeechEngine, Stream
 from edge_gemma.audio.samples import Note, Samples, checked_rate, live_blocks, silent
-from edge_gemma.audio.scribe import STEP_MS, Reply, Scribe, SpeechEngine, Stream
-from edge_gemma.audio.texts import Telling
+from edge_gemma.audio.seams import Telling
 from edge_gemma.audio.transcribe import Transcriber, no_text, reply_limit
 from edge_gemma.audio.vad import Detector, open_detector
-from edge_gemma.chat import Message
 from edge_gemma.errors import UsageError
-from edge_gemma.sampler import Sampling
+from edge_gemma.generation.sampler import Sampling
+from edge_gemma.text.message import Message
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ import numpy as np
 from edge_gemma.audio.features import SAMPLE_RATE
 from edge_gemma.audio.samples import Converter, Note, silent
 from edge_gemma.errors import AudioError
-from edge_gemma.extras import imported
+from edge_gemma.host.extras import imported
 
 PIECE_MS = 32  # sound handed over by one callback
 _QUEUE_S = 120

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from edge_gemma.arguments import require
-from edge_gemma.chat import ChatFormat, ChatTokenizer, Message
 from edge_gemma.errors import TemplateError, UsageError
+from edge_gemma.text.message import Message
+from edge_gemma.text.prompt import ChatFormat, ChatTokenizer
 
 _OPEN, _PLACEHOLDER, _CLOSE = "<|audio>", "<|audio|>", "<audio|>"
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from edge_gemma.audio.features import SAMPLE_RATE
 from edge_gemma.errors import AudioError, UsageError
-from edge_gemma.extras import imported
+from edge_gemma.host.extras import imported
 
 RATES = (2_000, 768_000)  # Hz
 CHANNELS = 128  # at most; an array that is wider is [channels, n]

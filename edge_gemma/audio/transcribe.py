@@ -1,7 +1,7 @@
 """Recorded speech to text: any length, in segments.
 
 Owns: the way from blocks of sound to a `Transcription` (segments, retries, joining) and to subtitles. Does not know:
-file formats (files.py), what a segment is (segments.py), how a session is driven (scribe.py).
+file formats (files.py), what a segment is (segments.py), how a session is driven (recogniser.py).
 """
 
 import time
@@ -16,6 +16,7 @@ from edge_gemma.audio.features import SAMPLE_RATE
 from edge_gemma.audio.files import AudioFile
 from edge_gemma.audio.levels import levelled
 from edge_gemma.audio.prompts import Task, audio_prompt
+from edge_gemma.audio.recogniser import Scribe, SpeechEngine, verbatim
 from edge_gemma.audio.samples import (
     SAMPLE_TYPES,
     Note,
@@ -26,9 +27,8 @@ from edge_gemma.audio.samples import (
     live_blocks,
     silent,
 )
-from edge_gemma.audio.scribe import Scribe, SpeechEngine, verbatim
+from edge_gemma.audio.seams import glue, glued, seam
 from edge_gemma.audio.sources import Source
-from edge_gemma.audio.texts import glue, glued, seam
 from edge_gemma.audio.vad import WINDOW, Detector, open_detector
 from edge_gemma.errors import UsageError
 

@@ -32,7 +32,7 @@ class SileroDetector:
     """Silero VAD, versions 5 and 6, at 16 kHz."""
 
     def __init__(self, model: Path) -> None:
-        from edge_gemma.ort import open_graph
+        from edge_gemma.host.ort import open_graph
 
         self._network = open_graph(model, threads=1)  # 0.1 ms a window: threads only cost
         self._state = np.zeros((2, 1, 128), np.float32)

@@ -1,7 +1,7 @@
 """The compiled arithmetic of the decoder: plain functions over NumPy arrays.
 
 Owns: checking arguments and choosing the compiled code. Does not know: models, layers, files. Kernels are compiled by
-numba at their first call, or loaded from the user's cache (kernels/jit.py); importing this package compiles nothing.
+numba at their first call, or loaded from the user's cache (compiler.py); importing this package compiles nothing.
 `kernels/reference.py` has the NumPy oracle of every function here, with the same arguments.
 
 All arrays are C-contiguous (anything else is a ValueError); floats are float32. float16 arrays are passed as their
@@ -12,8 +12,8 @@ import functools
 
 import numpy as np
 
-from edge_gemma.kernels import jit
-from edge_gemma.kernels.jit import (
+from edge_gemma.kernels import compiler
+from edge_gemma.kernels.compiler import (
     announce_compiling,
     cache_directory,
     cache_note,
@@ -75,7 +75,7 @@ def _recorded(function):
     @functools.wraps(function)
     def call(*arguments):
         function(*arguments)
-        if (recorder := getattr(jit.recording, "recorder", None)) is not None:
+        if (recorder := getattr(compiler.recording, "recorder", None)) is not None:
             recorder.add(function.__name__, arguments)
 
     return call
@@ -92,7 +92,7 @@ def quantize_activations(x, group, q, scale, sums) -> None:
     """
     from edge_gemma.kernels import elementwise
 
-    if not jit.launch(elementwise.quantize_activations, x, group, q, scale, sums):
+    if not compiler.launch(elementwise.quantize_activations, x, group, q, scale, sums):
         _refuse(f"float32, int8, float32, int32 rows with groups of {group}", x=x, q=q, scale=scale, sums=sums)
 
 
@@ -105,7 +105,7 @@ def quantize_static(x, step, q, scale, sums) -> None:
     """
     from edge_gemma.kernels import elementwise
 
-    if not jit.launch(elementwise.quantize_static, x, step, q, scale, sums):
+    if not compiler.launch(elementwise.quantize_static, x, step, q, scale, sums):
         _refuse("float32, int8, float32, int32 rows with one scale each", x=x, q=q, scale=scale, sums=sums)
 
 
@@ -114,17 +114,17 @@ def round_to_step(x, step) -> None:
     """x = round_half_even(x / step) * step, the integer within -128 and 127, in place; float32 [n, d]."""
     from edge_gemma.kernels import elementwise
 
-    if not jit.launch(elementwise.round_to_step, x, step):
+    if not compiler.launch(elementwise.round_to_step, x, step):
         _refuse("float32 [n, d]", x=x)
 
 
 BLOCKED_FROM = 24
-"""Tokens from which unpacking weights first pays (kernels/blocked.py)."""
+"""Tokens from which unpacking weights first pays (kernels/matmul/prefill.py)."""
 
 
 @functools.cache
 def _matmul(variant_name, bits, group, scale_groups, minimum):
-    from edge_gemma.kernels.panels import make
+    from edge_gemma.kernels.matmul.decode import make
 
     if bits not in (2, 4, 8) or group not in (0, 16, 32):
         raise ValueError(f"weights of {bits} bits in groups of {group}, expected 2, 4 or 8 bits and 0, 16 or 32")
@@ -146,14 +146,14 @@ def _blocked(variant_name, bits, group, scale_groups, minimum):
 
     if SETS[variant_name].block(group != 0) is None:
         return None
-    from edge_gemma.kernels.blocked import interleaved, make
+    from edge_gemma.kernels.matmul.prefill import interleaved, make
 
     def launch(q, a_scale, sums, packed, w_scale, factors, out):
         activations = interleaved(variant_name, bits, group, minimum, q, a_scale, sums)
         if activations is None or len(q) != len(out):
             return False
         function = make(variant_name, bits, group, scale_groups, minimum)
-        return jit.launch(function, *activations, packed, w_scale, factors, out)
+        return compiler.launch(function, *activations, packed, w_scale, factors, out)
 
     return launch
 
@@ -163,19 +163,19 @@ def matmul(q, a_scale, sums, packed, w_scale, bits, group, out, factors=None) ->
     """out[n, r] = sum over groups g of a_scale[n, g] * w_scale[g, r] * (sum over k in g of q[n, k] * w[r, k]).
 
     q int8 [n, kpad], a_scale float32 [n, 1 or groups], sums int32 [n, groups] from `quantize_activations`; packed
-    uint8 [panels, chunks, 8, 4] and w_scale [panels, groups, 8] as in edge_gemma/qformat.py, uint16 (the view of
+    uint8 [panels, chunks, 8, 4] and w_scale [panels, groups, 8] as in folder/layouts.py, uint16 (the view of
     float16) for groups of 32 or 16, float32 when group is 0; any run of panels is a matrix of its own. out float32 [n,
     8 panels]. Integer sums are exact; float32 products are added in ascending order of g, so a result is
     the same for every n and every number of threads. q may be -128 where group is 0, else +-127 at most.
 
     With factors, uint16 (the view of float16) [panels, blocks of 256 columns, 2, 8], w_scale holds words of scale and
-    minimum (qformat.py) and weights are w_scale * field - minimum: the fields as they are stored, unsigned, bytes at
+    minimum (layouts.py) and weights are w_scale * field - minimum: the fields as they are stored, unsigned, bytes at
     most 127. Words of 32 bits need none: [panels, 0, 2, 8].
     """
     choice = variant(), bits, group, group != 0 and a_scale.shape[1] != 1, minimum_bits(w_scale, factors)
     factors = _NO_FACTORS if factors is None else factors
     blocked = _blocked(*choice) if len(q) >= BLOCKED_FROM else None
-    launch = blocked or functools.partial(jit.launch, _matmul(*choice))
+    launch = blocked or functools.partial(compiler.launch, _matmul(*choice))
     if not launch(q, a_scale, sums, packed, w_scale, factors, out):
         arrays = {"q": q, "a_scale": a_scale, "sums": sums, "packed": packed, "w_scale": w_scale, "out": out}
         _refuse(f"a packed matrix of {bits} bits with groups of {group}", **arrays)
@@ -183,7 +183,7 @@ def matmul(q, a_scale, sums, packed, w_scale, bits, group, out, factors=None) ->
 
 @functools.cache
 def _dense(variant_name, half):
-    from edge_gemma.kernels.dense import make
+    from edge_gemma.kernels.matmul.floats import make
 
     return make(variant_name, half)
 
@@ -193,14 +193,14 @@ def matmul_bfloat16(x, w, out) -> None:
     """out = x w^T with w in bfloat16, summed in float32: x float32 [n, k], w uint16 [rows, k] (the upper halves of
     float32), out float32 [n, rows]. A result is the same for every n and every number of threads.
     """
-    if not jit.launch(_dense(variant(), True), x, w, out):
+    if not compiler.launch(_dense(variant(), True), x, w, out):
         _refuse("float32 [n, k], uint16 [rows, k] and float32 [n, rows]", x=x, w=w, out=out)
 
 
 @_recorded
 def matmul_float(x, w, out) -> None:
     """The same with w in float32."""
-    if not jit.launch(_dense(variant(), False), x, w, out):
+    if not compiler.launch(_dense(variant(), False), x, w, out):
         _refuse("float32 [n, k], [rows, k] and [n, rows]", x=x, w=w, out=out)
 
 
@@ -212,9 +212,9 @@ def rms_norm(x, weight, eps, out) -> None:
     from edge_gemma.kernels import elementwise
 
     if weight is None:
-        if not jit.launch(elementwise.rms_norm_unweighted, x, eps, out):
+        if not compiler.launch(elementwise.rms_norm_unweighted, x, eps, out):
             _refuse("float32 [n, d]", x=x, out=out)
-    elif not jit.launch(elementwise.rms_norm, x, weight, eps, out):
+    elif not compiler.launch(elementwise.rms_norm, x, weight, eps, out):
         _refuse("float32 [n, d] and [d]", x=x, weight=weight, out=out)
 
 
@@ -223,7 +223,7 @@ def add_rms_norm(h, a, weight, eps) -> None:
     """h += rms_norm(a) * weight; h, a float32 [n, d], weight float32 [d]."""
     from edge_gemma.kernels import elementwise
 
-    if not jit.launch(elementwise.add_rms_norm, h, a, weight, eps):
+    if not compiler.launch(elementwise.add_rms_norm, h, a, weight, eps):
         _refuse("float32 [n, d] and [d]", h=h, a=a, weight=weight)
 
 
@@ -235,7 +235,7 @@ def rms_norm_rope(x, weight, cos, sin, eps, out) -> None:
     """
     from edge_gemma.kernels import elementwise
 
-    if not jit.launch(elementwise.rms_norm_rope, x, weight, cos, sin, eps, out):
+    if not compiler.launch(elementwise.rms_norm_rope, x, weight, cos, sin, eps, out):
         _refuse("float32 [n, heads, hd], [hd] and [n, hd / 2]", x=x, weight=weight, cos=cos, sin=sin, out=out)
 
 
@@ -244,7 +244,7 @@ def gelu_tanh_mul(gate, up, out) -> None:
     """out = 0.5 gate (1 + tanh(sqrt(2/pi) (gate + 0.044715 gate^3))) * up; float32 [n, d]; out may be gate or up."""
     from edge_gemma.kernels import elementwise
 
-    if not jit.launch(elementwise.gelu_tanh_mul, gate, up, out):
+    if not compiler.launch(elementwise.gelu_tanh_mul, gate, up, out):
         _refuse("float32 [n, d]", gate=gate, up=up, out=out)
 
 
@@ -253,7 +253,7 @@ def softcap(x, cap) -> None:
     """x = cap * tanh(x / cap), in place; float32 of any shape."""
     from edge_gemma.kernels import elementwise
 
-    if not x.flags.c_contiguous or not jit.launch(elementwise.softcap, x.reshape(-1), cap):
+    if not x.flags.c_contiguous or not compiler.launch(elementwise.softcap, x.reshape(-1), cap):
         _refuse("float32", x=x)
 
 
@@ -262,7 +262,7 @@ def scale(x, factor) -> None:
     """x *= factor, in place; float32 [n, d]."""
     from edge_gemma.kernels import elementwise
 
-    if not jit.launch(elementwise.scale, x, factor):
+    if not compiler.launch(elementwise.scale, x, factor):
         _refuse("float32 [n, d]", x=x)
 
 
@@ -271,18 +271,18 @@ def add_scaled(x, y, factor, scale) -> None:
     """x = (x + y * factor) * scale, in place; float32 [n, d]."""
     from edge_gemma.kernels import elementwise
 
-    if not jit.launch(elementwise.add_scaled, x, y, factor, scale):
+    if not compiler.launch(elementwise.add_scaled, x, y, factor, scale):
         _refuse("float32 [n, d]", x=x, y=y)
 
 
 def dequantize_records(records, bits, group, out) -> None:
-    """float32 rows out of row records: uint8 [n, record_bytes] as in edge_gemma/qformat.py, out float32 [n, columns].
+    """float32 rows out of row records: uint8 [n, record_bytes] as in folder/layouts.py, out float32 [n, columns].
 
     bits 2, 4 or 8; group 0 (one scale a row), 16, 32 or 256.
     """
     from edge_gemma.kernels import rows
 
-    if not jit.launch(rows.dequantize_records, records, bits, group, out):
+    if not compiler.launch(rows.dequantize_records, records, bits, group, out):
         _refuse(f"records of {bits} bits in groups of {group}", records=records, out=out)
 
 
@@ -295,7 +295,7 @@ def _gather_panels(half):
 
 def gather_panels(packed, w_scale, ids, bits, group, out) -> None:
     """float32 rows `ids` of a panel-packed matrix: packed, w_scale as in `matmul`, ids int64 [n], out [n, columns]."""
-    if not jit.launch(_gather_panels(w_scale.dtype == np.uint16), packed, w_scale, ids, bits, group, out):
+    if not compiler.launch(_gather_panels(w_scale.dtype == np.uint16), packed, w_scale, ids, bits, group, out):
         _refuse(f"a packed matrix of {bits} bits with groups of {group}", packed=packed, w_scale=w_scale, out=out)
 
 
@@ -310,7 +310,7 @@ def block_maxima(x, out) -> None:
     """
     from edge_gemma.kernels import select
 
-    if not jit.launch(select.block_maxima, x, out):
+    if not compiler.launch(select.block_maxima, x, out):
         _refuse(f"float32 [n] and blocks of {LOGITS_BLOCK}", x=x, out=out)
 
 
@@ -318,13 +318,13 @@ def exp_sums(x, top, factor, out) -> None:
     """out[b] = sum of exp((x - top) factor) over x[128 b : 128 (b + 1)]; arrays as in `block_maxima`."""
     from edge_gemma.kernels import select
 
-    if not jit.launch(select.exp_sums, x, top, factor, out):
+    if not compiler.launch(select.exp_sums, x, top, factor, out):
         _refuse(f"float32 [n] and blocks of {LOGITS_BLOCK}", x=x, out=out)
 
 
 @functools.cache
 def _store(half):
-    from edge_gemma.kernels.attend import make_store
+    from edge_gemma.kernels.attention.attention import make_store
 
     return make_store(half)
 
@@ -336,14 +336,14 @@ def store_kv(k, v, k_cache, v_cache, first_position) -> None:
     k, v float32 [n, KV, hd], n <= capacity; caches [capacity, KV, hd] float32, or uint16 holding float16 (values beyond
     +-65504 are clamped).
     """
-    if not jit.launch(_store(k_cache.dtype == np.uint16), k, v, k_cache, v_cache, first_position):
+    if not compiler.launch(_store(k_cache.dtype == np.uint16), k, v, k_cache, v_cache, first_position):
         what = f"room for {len(k)} rows from position {first_position}"
         _refuse(what, k=k, v=v, k_cache=k_cache, v_cache=v_cache)
 
 
 @functools.cache
 def _attention(variant_name, half, many_rows, plain):
-    from edge_gemma.kernels.attend import make
+    from edge_gemma.kernels.attention.attention import make
 
     return make(variant_name, half, 8 if many_rows else 4, plain)
 
@@ -358,6 +358,6 @@ def attention(q, k_cache, v_cache, first_position, window, scale, out) -> None:
     """
     rows = q.shape[1] // max(1, k_cache.shape[1])
     function = _attention(variant(), k_cache.dtype == np.uint16, rows > 4, q.shape[2] % 64 != 0)
-    if not jit.launch(function, q, k_cache, v_cache, first_position, window, scale, out):
+    if not compiler.launch(function, q, k_cache, v_cache, first_position, window, scale, out):
         what = f"every key of positions from {first_position} with window {window} in the cache"
         _refuse(what, q=q, k_cache=k_cache, v_cache=v_cache, out=out)

@@ -10,8 +10,8 @@ from numba.core import types
 from numba.extending import intrinsic
 
 from edge_gemma.kernels import isa
+from edge_gemma.kernels.compiler import array, kernel
 from edge_gemma.kernels.convert import float_of_bits
-from edge_gemma.kernels.jit import array, kernel
 
 _READ_1D, _READ_2D = array("f4", 1), array("f4", 2)
 _WRITTEN_1D, _WRITTEN_2D = array("f4", 1, True), array("f4", 2, True)

@@ -6,7 +6,7 @@ are summed the oracle sums in float64, and a kernel may differ from it by float3
 
 import numpy as np
 
-from edge_gemma.qformat import scales_and_minima, unpack_panels, unpack_words, zero_point
+from edge_gemma.folder.layouts import scales_and_minima, unpack_panels, unpack_words, zero_point
 
 
 def quantize_activations(x, group, q, scale, sums):

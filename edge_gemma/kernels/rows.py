@@ -1,6 +1,6 @@
 """Single rows of packed matrices as float32: what tokens and per-layer embeddings are made of.
 
-Owns: unpacking row records and rows of panels (edge_gemma/qformat.py). Does not know: where the bytes come from.
+Owns: unpacking row records and rows of panels (edge_gemma/folder/layouts.py). Does not know: where the bytes come from.
 """
 
 import numba
@@ -9,8 +9,8 @@ from numba.core import types
 from numba.extending import intrinsic
 
 from edge_gemma.kernels import isa
+from edge_gemma.kernels.compiler import array, kernel
 from edge_gemma.kernels.convert import as_float, float_of_bits
-from edge_gemma.kernels.jit import array, kernel
 
 
 @numba.njit(error_model="numpy")

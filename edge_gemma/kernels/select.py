@@ -10,9 +10,9 @@ from numba.core import types
 from numba.extending import intrinsic
 
 from edge_gemma.kernels import isa
+from edge_gemma.kernels.compiler import array, kernel
 from edge_gemma.kernels.elementwise import exp32
 from edge_gemma.kernels.isa import F32, I32
-from edge_gemma.kernels.jit import array, kernel
 
 BLOCK = 128
 """Logits of a block."""

@@ -1,0 +1,1 @@
+"""Other ways to run a model than the decoder of this package."""

@@ -1,0 +1,210 @@
+"""Runs an ONNX folder (`edge-gemma export --onnx`) with onnxruntime, as Engine and Session do: for cross-checking.
+
+Owns: opening such a folder, the two graphs' inputs and outputs, the KV cache between calls. Does not know: how the
+graphs were built. It is not meant to be fast: the graphs' layout has the whole cache copied at every step.
+
+A folder holds
+    manifest.json, config.json, generation_config.json, tokenizer.model, chat_template.jinja (where the model has one)
+    onnx/embed_tokens.onnx and .onnx_data           token embeddings, rows of the per-layer table
+    onnx/decoder_model_merged.onnx and .onnx_data   all layers and the head
+    onnx/audio_encoder.onnx, ...                    the encoders of the model folder it was made from, if any
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from edge_gemma.arguments import file_path, is_integer, shown
+from edge_gemma.config import GemmaConfig
+from edge_gemma.engine import Engine
+from edge_gemma.errors import ModelFolderError, UsageError
+from edge_gemma.folder.atomic import write_file
+from edge_gemma.folder.folder import ONNX_FORMAT, ONNX_VERSION, ModelFolder, read_audio, read_manifest
+from edge_gemma.session import CHUNK, PAD, check_ids, soft_tokens
+
+FOLDER, EMBED, DECODER = "onnx", "embed_tokens", "decoder_model_merged"
+FILES = tuple(f"{FOLDER}/{graph}{suffix}" for graph in (EMBED, DECODER) for suffix in (".onnx", ".onnx_data"))
+
+
+class OnnxFolder(ModelFolder):
+    """An opened ONNX folder: version, configuration and file sizes checked, no graph loaded."""
+
+    graphs_in = FOLDER
+
+    @classmethod
+    def open(cls, path: Path | str) -> "OnnxFolder":
+        """Raises ModelFolderError, one line."""
+        path = Path(path)
+        manifest, config = read_manifest(path, ONNX_FORMAT, ONNX_VERSION)
+        folder = cls(path, config, {}, manifest, read_audio(manifest, config, FOLDER))
+        folder._check_files()
+        if missing := [file for file in FILES if file not in manifest["files"]]:
+            raise ModelFolderError(f"{path}: the manifest lacks {missing[0]}")
+        return folder
+
+    def _may_hold(self, name: str) -> bool:
+        return super()._may_hold(name.removeprefix(f"{FOLDER}/"))
+
+
+class OnnxEngine(Engine):
+    """An ONNX folder, loaded."""
+
+    def __init__(self, folder: OnnxFolder, *, context: int | None, threads: int | None) -> None:
+        from edge_gemma import kernels
+        from edge_gemma.host.ort import open_graph
+
+        self._read(folder, context)
+        self._identity = folder.manifest["digest"]
+        self._threads = kernels.checked_threads(threads)
+        self._graphs = {
+            graph: open_graph(folder.path / FOLDER / f"{graph}.onnx", self.threads) for graph in (EMBED, DECODER)
+        }
+
+    def session(self, context: int | None = None) -> "OnnxSession":  # type: ignore[override]
+        """A new, empty timeline."""
+        context = self._checked_context(context, self.context)
+        section = self._folder.audio
+        placeholder = section.audio_token_id if section else None
+        return OnnxSession(self._graphs, self.config, context, self._identity, placeholder)
+
+    def close(self) -> None:
+        self.release_audio()
+        self._graphs = {}
+
+
+class OnnxSession:
+    """A timeline of at most `context` tokens; what of `edge_gemma.session.Session` runs and scores text and hears."""
+
+    def __init__(
+        self, graphs: dict[str, Any], config: GemmaConfig, context: int, identity: str, audio_token_id: int | None
+    ) -> None:
+        self.context = context
+        self._identity = identity
+        self.ids: list[int] = []
+        self._config, self._audio_token_id = config, audio_token_id
+        self._embed, self._decoder = graphs[EMBED], graphs[DECODER]
+        self._outputs = [output.name for output in self._decoder.get_outputs()]
+        self._past: dict[str, Any] = {}  # past_key_values.N.{key, value} -> OrtValue float32 [1, KV, position, hd]
+        self.rewind(0)
+
+    @property
+    def position(self) -> int:
+        return len(self.ids)
+
+    def prefill(self, ids: Sequence[int]) -> np.ndarray:
+        """Append ids. Returns the logits after the last of them: float32 [vocab_size]. Raises as Session does."""
+        ids = self._check(ids)
+        for start in range(0, len(ids), CHUNK):
+            logits = self._run(ids[start : start + CHUNK], keep=1)
+        return logits[0]
+
+    def prefill_soft(self, embeddings: np.ndarray, *, logits: bool = True) -> np.ndarray | None:
+        """Append soft tokens. Takes, returns and raises what `edge_gemma.session.Session.prefill_soft` does."""
+        embeddings, ids = soft_tokens(embeddings, self._config.hidden_size, self._audio_token_id)
+        self._check(ids)
+        for start in range(0, len(ids), CHUNK):
+            found = self._run(ids[start : start + CHUNK], keep=1, soft=embeddings[start : start + CHUNK])
+        return found[0] if logits else None
+
+    def step(self, token: int) -> np.ndarray:
+        """Append one token. Returns the logits after it: float32 [vocab_size]."""
+        return self.prefill([token])
+
+    def forward(self, ids: Sequence[int]) -> np.ndarray:
+        """Append ids. Returns the logits after each of them: float32 [len(ids), vocab_size]."""
+        ids = self._check(ids)
+        logits = np.empty((len(ids), self._config.vocab_size), np.float32)
+        for start in range(0, len(ids), CHUNK):
+            logits[start : start + CHUNK] = self._run(ids[start : start + CHUNK], keep=0)
+        return logits
+
+    def hidden(self, ids: Sequence[int]) -> np.ndarray:
+        """What `logits` takes: here the logits themselves, the head is part of the graph."""
+        return self.forward(ids)
+
+    def logits(self, hidden: np.ndarray) -> np.ndarray:
+        return hidden
+
+    def rewind(self, position: int) -> None:
+        """Forget all tokens from `position` on. Raises UsageError outside 0..position."""
+        from edge_gemma.host.ort import onnxruntime
+
+        if not is_integer(position) or not 0 <= position <= self.position:
+            raise UsageError(f"cannot rewind to {shown(position)}: the session is at {self.position}")
+        self.ids = self.ids[:position]
+        for layer in self._config.layers:
+            if not layer.owns_kv:
+                continue
+            for what in ("key", "value"):
+                name = f"past_key_values.{layer.index}.{what}"
+                rows = np.empty((1, layer.num_key_value_heads, 0, layer.head_dim), np.float32)
+                if position:
+                    rows = self._past[name].numpy()[:, :, :position]
+                self._past[name] = onnxruntime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(rows))
+
+    def mark(self) -> None:
+        """Rewinding is cheap everywhere: every layer keeps all its rows."""
+
+    def save(self, path: Path | str) -> None:
+        """Write the timeline and its KV cache, whole or not at all (safetensors)."""
+        from safetensors.numpy import save
+
+        tensors = {name: value.numpy() for name, value in self._past.items()} | {"ids": np.array(self.ids, np.int32)}
+        write_file(file_path("the session's file", path), save(tensors, {"onnx_session": self._identity}))
+
+    def load(self, path: Path | str) -> None:
+        """Continue a saved timeline. Raises ModelFolderError if the file is damaged or belongs to another model."""
+        from safetensors import SafetensorError, safe_open
+
+        from edge_gemma.host.ort import onnxruntime
+
+        try:
+            with safe_open(str(path), "np") as file:
+                identity = (file.metadata() or {}).get("onnx_session")
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError, ValueError) as error:
+            raise ModelFolderError(f"{path} is not a saved session: {error}") from None
+        ids = tensors.pop("ids", np.zeros((0, 0), np.int32))
+        expected = {name: (1, value.shape()[1], ids.size, value.shape()[3]) for name, value in self._past.items()}
+        if identity != self._identity or ids.size > self.context:
+            raise ModelFolderError(f"{path} was saved from another model or with a longer context: start a new session")
+        if (
+            (ids.dtype, ids.ndim) != (np.int32, 1)
+            or {name: (np.float32, *shape) for name, shape in expected.items()}
+            != {name: (value.dtype, *value.shape) for name, value in tensors.items()}
+            or not all(0 <= i < self._config.vocab_size for i in ids.tolist())
+        ):
+            raise ModelFolderError(f"{path} is not whole: start a new session")
+        self.ids = ids.tolist()
+        self._past = {name: onnxruntime.OrtValue.ortvalue_from_numpy(value) for name, value in tensors.items()}
+
+    def _check(self, ids: Sequence[int]) -> list[int]:
+        return check_ids(ids, self._config.vocab_size, self.position, self.context)
+
+    def _run(self, ids: list[int], keep: int, soft: np.ndarray | None = None) -> np.ndarray:
+        """Logits of the last `keep` of ids (0: of all): float32 [n, vocab_size].
+
+        soft: float32 [len(ids), hidden_size], what enters layer 0 instead of the ids' embeddings.
+        """
+        from edge_gemma.host.ort import onnxruntime
+
+        first, end = self.position, self.position + len(ids)
+        numpy_inputs = {
+            "attention_mask": np.ones((1, end), np.int64),
+            "position_ids": np.arange(first, end, dtype=np.int64)[None],
+            "num_logits_to_keep": np.array(keep, np.int64),
+        }
+        feeds = {name: onnxruntime.OrtValue.ortvalue_from_numpy(value) for name, value in numpy_inputs.items()}
+        text = ids if soft is None else [PAD] * len(ids)
+        input_ids = onnxruntime.OrtValue.ortvalue_from_numpy(np.array([text], np.int64))
+        names = [output.name for output in self._embed.get_outputs()]
+        feeds |= dict(zip(names, self._embed.run_with_ort_values(names, {"input_ids": input_ids}), strict=True))
+        if soft is not None:
+            feeds["inputs_embeds"] = onnxruntime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(soft[None]))
+        results = self._decoder.run_with_ort_values(self._outputs, feeds | self._past)
+        outputs = dict(zip(self._outputs, results, strict=True))
+        self._past = {name: outputs[name.replace("past_key_values", "present")] for name in self._past}
+        self.ids.extend(ids)
+        return outputs["logits"].numpy()[0]

@@ -1,0 +1,482 @@
+"""The `edge-gemma` command.
+
+Owns: commands, options, exit codes (0; 1 for an error told in one line; 2 for usage; 130 after Ctrl-C). What a command
+does is one call into the library, imported when the command runs, so that `--help` stays instant. Does not know: how
+anything works.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from edge_gemma import __version__
+from edge_gemma.cli import hub, options, speech
+from edge_gemma.errors import EdgeGemmaError, UsageError
+from edge_gemma.text.files import decode_text, read_text
+
+if TYPE_CHECKING:
+    from edge_gemma.engine import Engine
+    from edge_gemma.generation.sampler import Sampling
+
+_INTERRUPTED = 130  # what a shell calls a command that Ctrl-C ended
+
+
+class _Group(click.Group):
+    """Turns what users can cause into one line on standard error and exit code 1."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        if ctx.params.get("debug"):
+            return super().invoke(ctx)
+        try:
+            return super().invoke(ctx)
+        except EdgeGemmaError as error:
+            _fail(ctx, str(error))
+        except BrokenPipeError:
+            raise  # click is quiet about it
+        except OSError as error:
+            _fail(ctx, f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror or error))
+        except MemoryError:
+            _fail(ctx, "there is not enough memory: a smaller model, recipe or --context needs less")
+        except KeyboardInterrupt:
+            click.echo("interrupted", err=True)
+            ctx.exit(_INTERRUPTED)
+
+
+def _fail(ctx: click.Context, message: str) -> None:
+    click.echo(f"error: {options.printable(' '.join(message.split()))}", err=True)
+    ctx.exit(1)
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="edge-gemma")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+def cli(debug: bool) -> None:
+    """Gemma on a CPU as small as a Raspberry Pi's.
+
+    \b
+    edge-gemma chat                             talk with the default model
+    edge-gemma run "Why is the sky blue?"       one answer
+    edge-gemma export CHECKPOINT FOLDER         convert a checkpoint
+
+    MODEL is a model folder, a GGUF file, or a name; without -m it is $EDGE_GEMMA_MODEL, and without that the
+    embedded default.
+    """
+
+
+def _sampling_of(engine: "Engine", given: dict[str, Any]) -> "Sampling":
+    from edge_gemma.generation.sampler import Sampling
+
+    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "num_beams")
+    return Sampling.from_generation_config(engine.generation_config, **{name: given[name] for name in names})
+
+
+@cli.command()
+@options.model
+@options.thinking
+@click.option("--session", "session_file", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE",
+              help="Go on with the conversation in FILE, and keep it there.")  # fmt: skip
+@options.sampling
+@options.context
+@options.memory_limit
+@options.threads
+def chat(model: str | None, session_file: Path | None, **given: Any) -> None:
+    """Talk with a model; /help inside lists the commands.
+
+    \b
+    edge-gemma chat
+    edge-gemma chat -m ./gemma-4-e2b --system "Answer in one sentence."
+    edge-gemma chat --session monday.json
+    """
+    from edge_gemma.chat import open_conversation
+    from edge_gemma.cli.chat import ChatLoop
+    from edge_gemma.cli.screen import Screen
+    from edge_gemma.folder import find
+    from edge_gemma.text.history import SessionFile
+
+    file = SessionFile(session_file) if session_file is not None else None
+    if file is not None and not file.path.absolute().parent.is_dir():
+        raise UsageError(f"{file.path} cannot be written: {file.path.parent} is not a folder")
+    earlier = file.load() if file is not None else None
+    engine = options.load(model, given)
+    screen = Screen(show_thinking=given["show_thinking"])
+    if engine.path == find.EMBEDDED:
+        screen.note(find.EMBEDDED_NOTE)
+    conversation = open_conversation(
+        engine,
+        earlier=earlier,
+        system=given["system"],
+        think=given["think"] or given["show_thinking"],
+        sampling=_sampling_of(engine, given),
+        max_tokens=given["max_tokens"],
+        stop_strings=given["stop"],
+        progress=screen.prefilled,
+    )
+    ChatLoop(conversation, screen, model=_name(engine), session_file=file).run()
+
+
+@cli.command(cls=options.PromptCommand)
+@options.refuse("system think show_thinking", beside="raw")
+@options.refuse("memory_limit", beside="backend")  # what onnxruntime will need is not known before
+@options.model
+@click.argument("prompt", metavar="PROMPT|-")
+@click.option("--raw", is_flag=True, help="Continue PROMPT as it is, without the chat template.")
+@options.thinking
+@options.sampling
+@options.context
+@options.memory_limit
+@options.threads
+@options.backend
+@options.as_json
+def run(model: str | None, prompt: str, raw: bool, as_json: bool, **given: Any) -> None:
+    """Answer one PROMPT, or what stands on standard input (-).
+
+    \b
+    edge-gemma run "Why is the sky blue?"
+    edge-gemma run --temperature 0 --json "Three rivers of Norway" | jq -r .text
+    edge-gemma run - < letter.txt --system "Summarise in three points."
+    """
+    from edge_gemma.chat import Chat, open_conversation
+    from edge_gemma.cli.screen import Screen, show_reply
+
+    text = _piped_text() if prompt == "-" else prompt
+    engine = options.load(model, given)
+    screen = Screen(show_answer=not as_json, show_thinking=given["show_thinking"])
+    conversation = open_conversation(
+        engine,
+        raw=raw,
+        system=given["system"],
+        think=given["think"] or given["show_thinking"],
+        sampling=_sampling_of(engine, given),
+        max_tokens=given["max_tokens"],
+        stop_strings=given["stop"],
+        progress=screen.prefilled,
+    )
+    if not raw and not isinstance(conversation, Chat):
+        screen.note("a base model without chat template: it continues the text")
+    interrupted = False
+    try:
+        show_reply(conversation.send(text), screen)
+    except KeyboardInterrupt:
+        interrupted = True
+    result = conversation.last
+    if as_json and result is not None:
+        options.print_json(_result_json(result))
+    elif result is not None and result.finish_reason == "context":
+        screen.note("cut: the context is full, see --context")
+    if interrupted:
+        raise KeyboardInterrupt
+
+
+def _result_json(result: Any) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    fields = asdict(result)
+    order = ("text", "tokens", "finish_reason", "timings")
+    extra = {name: fields[name] for name in ("reasoning", "tool_calls") if fields[name]}
+    return {name: fields[name] for name in order} | extra
+
+
+@cli.command()
+@options.refuse("calibration", beside="no_calibration")
+@click.argument("source", type=click.Path(path_type=Path))
+@click.argument("dest", type=click.Path(path_type=Path))
+@options.recipe
+@click.option("--calibration", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE",
+              help="A text to round 2 and 4 bits for [default: a short one that comes along].")  # fmt: skip
+@click.option("--no-calibration", is_flag=True, help="Round without a text: quick, and much worse.")
+@click.option("--onnx", "as_onnx", is_flag=True,
+              help="Write ONNX graphs for onnxruntime. SOURCE may be a model folder too, which keeps its weights; "
+              "--recipe may be float16 too.")  # fmt: skip
+@click.option("--no-audio", is_flag=True, help="Leave the audio tower out.")
+@options.ignore_keys
+@options.force
+def export(
+    source: Path,
+    dest: Path,
+    recipe: str | None,
+    calibration: Path | None,
+    no_calibration: bool,
+    as_onnx: bool,
+    no_audio: bool,
+    ignore_keys: tuple[str, ...],
+    force: bool,
+) -> None:
+    """Convert SOURCE, a checkpoint folder or a GGUF file, to the model folder DEST.
+
+    \b
+    edge-gemma export ~/gemma-4-E2B-it ./gemma-4-e2b
+    edge-gemma export model.gguf ./model --recipe q8
+    edge-gemma export ~/gemma-4-E2B-it ./mine --recipe q3mix --calibration letters.txt
+    edge-gemma export ./model ./model-onnx --onnx
+    """
+    from edge_gemma.cli.screen import progress_bar
+    from edge_gemma.export.convert import export_checkpoint
+    from edge_gemma.export.onnx_folder import FLOAT16, export_onnx
+    from edge_gemma.folder.atomic import left_aside
+    from edge_gemma.quant.calibrate import bundled_text
+
+    options.check_recipe(recipe, *([FLOAT16] if as_onnx else []))
+    if not source.exists():
+        raise UsageError(f"{source} does not exist: expected a checkpoint folder or a GGUF file")
+    text = None if no_calibration else read_text(calibration) if calibration else bundled_text()
+    write, notes = export_onnx if as_onnx else export_checkpoint, list[str]()
+    try:
+        with progress_bar("exporting") as progress:
+            folder = write(
+                source,
+                dest,
+                recipe,
+                calibration=text,
+                audio=not no_audio,
+                ignore_keys=ignore_keys,
+                force=force,
+                progress=progress,
+                note=notes.append,
+            )
+    except KeyboardInterrupt:
+        for left in left_aside(dest):
+            click.echo(f"the same command goes on from here: {left} holds what is done", err=True)
+        raise
+    for line in notes:
+        click.echo(f"note: {line}", err=True)
+    _say_written(folder)
+
+
+@cli.command()
+@click.argument("size", type=click.Choice(["e2b", "e4b", "tiny"]))
+@click.argument("dest", type=click.Path(path_type=Path))
+@click.option("--recipe", type=click.Choice(["q4", "q8", "q5mix", "q3mix", "q2mix", "mobile", "float"]),
+              default="q4", show_default=True,
+              help="How weights are stored; mobile has the bit widths of the official QAT checkpoints.")  # fmt: skip
+@click.option("--seed", type=click.IntRange(0), default=0, metavar="S", help="The same seed gives the same folder.")
+@click.option("--audio", is_flag=True, help="With a random audio tower, at full size except in tiny.")
+@options.force
+def synth(size: str, dest: Path, recipe: str, seed: int, audio: bool, force: bool) -> None:
+    """Write a model of random weights to the folder DEST, to measure this machine before a download.
+
+    \b
+    edge-gemma synth e2b ./random-e2b && edge-gemma bench -m ./random-e2b
+    """
+    from edge_gemma.cli.screen import progress_bar
+    from edge_gemma.export.synth import synthesize
+
+    with progress_bar("writing") as progress:
+        folder = synthesize(size, dest, recipe, audio=audio, seed=seed, force=force, progress=progress)
+    _say_written(folder)
+
+
+@cli.command()
+@options.model
+@options.as_json
+def info(model: str | None, as_json: bool) -> None:
+    """What a model is, where its bits came from, and how this machine runs it."""
+    from dataclasses import asdict
+    from math import prod
+
+    from edge_gemma import kernels
+    from edge_gemma.folder.provenance import provenance
+
+    folder = options.open_folder(model)
+    config, manifest = folder.config, folder.manifest
+    source = _source(manifest)
+    facts: dict[str, Any] = {
+        "path": str(folder.path),
+        "model_type": config.model_type,
+        "parameters": sum(prod(shape) for shape in config.tensor_shapes().values()),
+        "bytes": sum(entry["bytes"] for entry in manifest["files"].values()),
+        "recipe": manifest.get("recipe"),
+        "layers": config.num_hidden_layers,
+        "hidden_size": config.hidden_size,
+        "vocab_size": config.vocab_size,
+        "longest_context": config.max_position_embeddings,
+        "chat_template": folder.read_text("chat_template.jinja") is not None,
+        "source": source.get("name"),
+        "source_digest": source.get("digest"),
+        "license": source.get("license"),
+        "kernels": kernels.variant(),
+        "kernel_cache": str(kernels.cache_directory() or "none"),
+        "threads": kernels.threads(),
+        "version": __version__,
+    }
+    weights = provenance(folder)
+    _print_facts(facts | ({"weights": [asdict(entry) for entry in weights]} if as_json else {}), as_json)
+    if not as_json:
+        width = max(len(entry.tensors) for entry in weights)
+        for entry in weights:
+            what = f"{entry.parameters:>13,} in {entry.bytes / 1e6:>8,.1f} MB  {entry.format}: {entry.origin}"
+            click.echo(f"{entry.tensors:<{width}} {options.printable(what)}")
+
+
+@cli.command()
+@options.model
+@options.as_json
+def verify(model: str | None, as_json: bool) -> None:
+    """Compare every byte of a model folder with the digests written at export."""
+    from edge_gemma.cli.screen import progress_bar
+
+    folder = options.open_folder(model)
+    with progress_bar("verifying") as progress:
+        checked = folder.verify(progress)
+    if as_json:
+        options.print_json({"path": str(folder.path), "ok": True, "bytes": checked, "tensors": len(folder.tensors)})
+    else:
+        click.echo(f"{folder.path}: {len(folder.tensors)} tensors, {checked / 1e6:.1f} MB, all as exported")
+
+
+@cli.command()
+@options.model
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option(
+    "--context", type=click.IntRange(4), default=512, show_default=True, metavar="N", help="Window in tokens."
+)
+@options.threads
+@options.backend
+@options.as_json
+def perplexity(
+    model: str | None, file: Path, context: int, threads: int | None, backend: str | None, as_json: bool
+) -> None:
+    """How well a model predicts the text in FILE: lower is better.
+
+    \b
+    edge-gemma perplexity -m ./gemma-4-e2b wiki.txt
+    """
+    from edge_gemma.cli.screen import progress_bar
+
+    text = read_text(file)
+    engine = options.load_engine(model, threads=threads, backend=backend)
+    from edge_gemma.quant import score
+
+    ids = engine.tokenizer.encode(text)
+    with progress_bar("scoring", unit="windows") as progress:
+        result = score.perplexity(engine, ids, context, progress)
+    if as_json:
+        options.print_json({"perplexity": result.perplexity, "tokens": result.tokens})
+    else:
+        click.echo(f"perplexity {result.perplexity:.4f} over {result.tokens} tokens in windows of {context}")
+
+
+@cli.command()
+@options.model
+@click.option("--reference", metavar="MODEL", required=True, help="The float model folder that MODEL was made from.")
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option("--context", type=click.IntRange(4), default=512, show_default=True, metavar="N",
+              help="Window in tokens.")  # fmt: skip
+@click.option("--windows", type=click.IntRange(1), metavar="N", help="Stop after N windows [default: the whole text].")
+@options.threads
+@options.as_json
+def score(
+    model: str | None, reference: str, file: Path, context: int, windows: int | None, threads: int | None, as_json: bool
+) -> None:
+    """What rounding has cost: a model beside the float model it was made from, on the text in FILE.
+
+    \b
+    edge-gemma export ~/gemma-4-E2B-it ./float --recipe float
+    edge-gemma score -m ./gemma-4-e2b --reference ./float wiki.txt
+    """
+    from dataclasses import asdict
+
+    from edge_gemma import kernels
+    from edge_gemma.cli.screen import progress_bar
+    from edge_gemma.quant import score as scoring
+
+    text = read_text(file)
+    kernels.announce_compiling(options.tell_compiling)
+    kernels.set_threads(threads)
+    with progress_bar("scoring", unit="windows") as progress:
+        result = asdict(
+            scoring.score(options.resolve(model), options.resolve(reference), text, context, windows, progress)
+        )
+    if as_json:
+        options.print_json(result)
+        return
+    errors = result.pop("layer_errors")
+    _print_facts(result | {"layer errors": " ".join(f"{error:.3f}" for error in errors)}, False)
+
+
+@cli.command()
+@options.refuse("prompt generate depth memory_limit", beside="audio")
+@options.model
+@click.option("--prompt", type=click.IntRange(1), default=512, show_default=True, metavar="N", help="Prompt tokens.")
+@click.option("--generate", type=click.IntRange(1), default=128, show_default=True, metavar="N",
+              help="Tokens decoded one at a time.")  # fmt: skip
+@click.option("--depth", type=click.IntRange(0), default=0, show_default=True, metavar="N",
+              help="Tokens the model looks back on before the prompt.")  # fmt: skip
+@click.option("--repeat", type=click.IntRange(1), default=3, show_default=True, metavar="R",
+              help="Runs; results are their medians.")  # fmt: skip
+@click.option("--audio", is_flag=True, help="Measure hearing instead: the encoder, and the wait for the first word.")
+@options.memory_limit
+@options.threads
+@options.as_json
+def bench(model: str | None, as_json: bool, memory_limit: int | None, audio: bool, **given: Any) -> None:
+    """Measure a model on this machine: speed, memory, and the share of the memory's bandwidth it uses.
+
+    \b
+    edge-gemma bench -m ./gemma-4-e2b --depth 4096
+    edge-gemma bench -m ./gemma-4-e2b --audio
+    """
+    if audio:
+        speech.bench(model, threads=given["threads"], repeat=given["repeat"], as_json=as_json)
+        return
+    from edge_gemma import kernels
+    from edge_gemma.measure import speed as benchmark
+
+    context = benchmark.needed_context(given["prompt"], given["generate"], given["depth"])
+    options.check_memory(model, context, memory_limit)
+    kernels.announce_compiling(options.tell_compiling)
+    result = benchmark.measure(options.resolve(model), **given, note=lambda text: click.echo(text, err=True))
+    if as_json:
+        options.print_json(result.as_dict())
+    else:
+        benchmark.print_table(result)
+
+
+def _piped_text() -> str:
+    """Standard input, without the newline that `echo` and editors put at its end."""
+    return decode_text(sys.stdin.buffer.read(), "standard input").removesuffix("\n")
+
+
+def _say_written(folder: Path) -> None:
+    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    recipe = json.loads((folder / "manifest.json").read_bytes())["recipe"]
+    click.echo(f"wrote {folder}: {size / 1e6:.1f} MB, recipe {recipe}", err=True)
+
+
+def _name(engine: "Engine") -> str:
+    return str(_source(engine.manifest).get("name") or engine.path.name)
+
+
+def _source(manifest: dict[str, Any]) -> dict[str, Any]:
+    source = manifest.get("source")
+    return source if isinstance(source, dict) else {}
+
+
+def _print_facts(facts: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        options.print_json(facts)
+        return
+    width = max(map(len, facts))
+    for name, value in facts.items():
+        shown = "-" if value is None else f"{value:,}" if type(value) is int else options.printable(str(value))
+        click.echo(f"{name.replace('_', ' '):<{width}}  {shown}")
+
+
+for _command in (*speech.COMMANDS, *hub.COMMANDS):
+    cli.add_command(_command)
+
+
+def main() -> None:
+    """The entry point."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # closed by the shell (>&-), or a program without a terminal
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 (until the end)
+        if hasattr(stream := getattr(sys, name), "reconfigure"):
+            stream.reconfigure(errors="replace")  # whatever the locale, text passes
+    cli()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,182 @@
+"""What the commands share: options, how a model is found and loaded, how results are printed.
+
+Owns: options that several commands have, refusing those that mean nothing (`refuse`). Does not know: any command.
+"""
+
+import functools
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from edge_gemma.engine import Engine
+    from edge_gemma.folder.folder import ModelFolder
+
+
+def options(*decorators: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Several decorators as one."""
+
+    def apply(command: Any) -> Any:
+        for decorator in reversed(decorators):
+            command = decorator(command)
+        return command
+
+    return apply
+
+
+def refuse(names: str, *, beside: str = "", without: str = "") -> Callable[[Any], Any]:
+    """Options that would be passed over in silence beside another one, or without it, end the command with exit code 2.
+
+    That is, where the user gave them; a default is none. What keeps its promise all the same is not refused: --seed at
+    a temperature of 0 still gives the same answer each time. names, beside, without: parameters' names.
+    """
+    other = beside or without
+
+    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(command)
+        def checked(*args: Any, **kwargs: Any) -> Any:
+            spelled = {p.name: max(p.opts, key=len) for p in click.get_current_context().command.params}
+            given = _given(click.get_current_context())
+            if (other in given) == bool(beside) and (named := [name for name in names.split() if name in given]):
+                where = f"{'beside' if beside else 'without'} {spelled[other]}"
+                raise click.UsageError(f"{spelled[named[0]]} means nothing {where}: leave it out.")
+            return command(*args, **kwargs)
+
+        return checked
+
+    return decorate
+
+
+def _given(ctx: click.Context) -> set[str]:
+    """The options on the command line, flags that are on included."""
+    here = click.core.ParameterSource.COMMANDLINE
+    return {name for name, value in ctx.params.items() if value is not False and ctx.get_parameter_source(name) == here}
+
+
+class PromptCommand(click.Command):
+    """A command whose argument is a text: one that begins with - looks like an option."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        try:
+            return super().parse_args(ctx, args)
+        except (click.NoSuchOption, click.MissingParameter) as error:
+            raise click.UsageError(
+                f"{error.format_message()} A text that begins with - comes after -- (as the last argument), "
+                "or through standard input with a single - in its place.",
+                ctx,
+            ) from None
+
+
+model = click.option("-m", "--model", metavar="MODEL", help="Model folder, GGUF file or name.")
+as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output.")
+beams = click.option(
+    "--beams", "num_beams", type=click.IntRange(1, 64), metavar="N",
+    help="Keep N hypotheses of a reply side by side and take the likeliest: slower [default: the model's, or 1].",
+)  # fmt: skip
+threads = click.option(
+    "--threads", type=click.IntRange(1, 1024), metavar="N", help="CPU threads [default: all that it may use]."
+)
+context = click.option(
+    "--context", type=click.IntRange(1), metavar="N", help="Tokens the model can look back on [default: 4096]."
+)
+backend = click.option(
+    "--backend", type=click.Choice(["onnx"]), help="Run a folder made by export --onnx with onnxruntime, to compare."
+)
+recipe = click.option(
+    "--recipe",
+    metavar="q8|q5mix|q4|q3mix|q2mix|float",
+    help="How weights are stored [default: as they were trained, else q4].",
+)
+ignore_keys = click.option(
+    "--ignore-key", "ignore_keys", multiple=True, metavar="NAME",
+    help="Pass over an unknown configuration key, where it cannot matter. Repeatable.",
+)  # fmt: skip
+force = click.option("--force", is_flag=True, help="Replace DEST if it is a model folder already.")
+memory_limit = click.option(
+    "--memory-limit", type=click.IntRange(1), metavar="MB", help="Refuse a model that would need more memory than this."
+)
+sampling = options(
+    click.option("--max-tokens", type=click.IntRange(1), metavar="N", help="Longest answer [default: what fits]."),
+    click.option("--temperature", type=click.FloatRange(0), metavar="T", help="0: the likeliest, nothing is drawn."),
+    click.option("--top-k", type=click.IntRange(0), metavar="K", help="Choose among the K likeliest tokens; 0: all."),
+    click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), metavar="P", help="... that hold P together."),
+    click.option("--min-p", type=click.FloatRange(0, 1), metavar="P", help="... with P of the likeliest's chance."),
+    click.option(
+        "--repetition-penalty", type=click.FloatRange(0, min_open=True), metavar="R", help="Above 1: repeat less."
+    ),
+    click.option("--seed", type=click.IntRange(0), metavar="S", help="The same seed gives the same answer."),
+    beams,
+    click.option("--stop", multiple=True, metavar="TEXT", help="End the answer before TEXT; may be repeated."),
+)
+thinking = options(
+    click.option("--system", metavar="TEXT", help="System prompt."),
+    click.option("--think", is_flag=True, help="Let the model think before it answers; the thoughts stay hidden."),
+    click.option("--show-thinking", is_flag=True, help="Let it think, and show the thoughts (on standard error)."),
+)
+
+
+def load_engine(
+    model: str | None, *, context: int | None = None, threads: int | None = None, backend: str | None = None
+) -> "Engine":
+    """The model that -m means, converted first where it has to be."""
+    from edge_gemma import kernels
+    from edge_gemma.engine import Engine
+
+    path = resolve(model)
+    kernels.announce_compiling(tell_compiling)
+    return Engine.load(path, context=context, threads=threads, backend=backend)
+
+
+def load(model: str | None, options: dict[str, Any]) -> "Engine":
+    check_memory(model, options["context"], options["memory_limit"])
+    return load_engine(model, context=options["context"], threads=options["threads"], backend=options.get("backend"))
+
+
+def check_memory(model: str | None, context: int | None, memory_limit: int | None, *, audio: bool = False) -> None:
+    """Before anything is loaded; memory_limit in MB, None: no limit. audio: for a command that hears."""
+    if memory_limit is not None:
+        from edge_gemma.measure.memory import check_limit
+
+        check_limit(open_folder(model), context, memory_limit * 1_000_000, audio=audio)
+
+
+@functools.cache
+def tell_compiling() -> None:
+    """Said once: a first start takes its time."""
+    start = "\r\x1b[K" if sys.stderr.isatty() else ""  # over the status line, where there is one
+    click.echo(f"{start}(compiling the kernels for this machine: 10 to 60 seconds, once)", err=True)
+
+
+def resolve(model: str | None) -> Path:
+    from edge_gemma.cli.screen import progress_bar
+    from edge_gemma.folder import find
+
+    with progress_bar("importing") as progress:
+        return find.resolve(model, progress)
+
+
+def open_folder(model: str | None) -> "ModelFolder":
+    from edge_gemma.folder.folder import ModelFolder
+
+    return ModelFolder.open(resolve(model))
+
+
+def check_recipe(given: str | None, *more: str) -> None:
+    """That a --recipe is one, `more` among them. Raises click.BadParameter."""
+    from edge_gemma.quant.recipes import RECIPES, TRAINED_RECIPES
+
+    if given is not None and given not in {*RECIPES, *TRAINED_RECIPES, *more}:
+        raise click.BadParameter(f"{given!r} is not one of {', '.join([*RECIPES, *more])}.", param_hint="'--recipe'")
+
+
+def print_json(value: dict[str, Any]) -> None:
+    click.echo(json.dumps(value, ensure_ascii=False))
+
+
+def printable(text: str) -> str:
+    """Without control characters: names in hostile files must not steer a terminal."""
+    return "".join(c if c.isprintable() else "?" for c in text)

@@ -1,0 +1,210 @@
+"""Writing so that an interruption leaves the old or the new, never half: aside, fsync, rename.
+
+Owns: one file (`write_file`) and one folder (`new_folder`). Does not know what is written.
+
+Links are followed: what they name is replaced, beside it lies what is being written. What is replaced keeps its
+permissions; what is new gets those of the umask.
+"""
+
+import contextlib
+import glob
+import os
+import secrets
+import shutil
+import stat
+import time
+from collections.abc import Collection, Iterator
+from pathlib import Path
+
+from edge_gemma.errors import UsageError
+from edge_gemma.host import system
+
+_ASIDE, _REPLACED = ".partial", ".replaced"
+_ABANDONED_S = 86_400.0  # without locks: what nobody wrote to for so long belongs to a run that is gone
+_SHOWN = 40  # characters of a file's name in that of the file aside, which must not be too long
+
+
+def sync_tree(folder: Path) -> None:
+    """Make all that lies in a folder durable."""
+    folders = [folder]
+    for path in folder.rglob("*"):
+        if path.is_dir():
+            folders.append(path)
+            continue
+        with path.open("r+b") as file:
+            system.flush(file.fileno())
+            # what was written piece by piece lies in the cache in small pages: the first to read it gets large ones
+            system.advise(file.fileno(), "DONTNEED")
+    for path in reversed(folders):
+        system.flush_folder(path)
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Write `data` to `path` whole or not at all; a device or a pipe is written to as it is. Raises OSError."""
+    try:
+        mode = os.stat(path).st_mode
+    except FileNotFoundError:
+        mode = stat.S_IFREG | 0o666
+    if not stat.S_ISREG(mode):
+        path.write_bytes(data)
+        return
+    path, permissions = Path(os.path.realpath(path)), stat.S_IMODE(mode)
+    aside = path.with_name(f".{path.name[:_SHOWN]}.{secrets.token_hex(4)}{_ASIDE}")
+    try:
+        fd = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | system.BINARY, permissions)
+        with os.fdopen(fd, "wb") as file:
+            file.write(data)
+            file.flush()
+            system.flush(file.fileno())
+        _take_permissions(path, aside)
+        os.replace(aside, path)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            os.unlink(aside)
+        if isinstance(error, OSError):
+            error.filename, error.filename2 = os.fspath(path), None
+        raise
+    system.flush_folder(path.parent)
+
+
+def _take_permissions(old: Path, new: Path) -> None:
+    """Where there is an `old`, and the file system has permissions."""
+    with contextlib.suppress(OSError):
+        os.chmod(new, stat.S_IMODE(os.stat(old).st_mode))
+
+
+@contextlib.contextmanager
+def scratch_folder(
+    dest: Path, key: str | None = None, keep_on: type[BaseException] = KeyboardInterrupt
+) -> Iterator[Path]:
+    """A folder beside `dest` that is gone afterwards.
+
+    Scratch folders that earlier, killed runs left for the same `dest` are removed first: they are told from those of
+    live runs by the lock a live run holds. With a `key`, Ctrl-C (or what else `keep_on` names) leaves the folder too,
+    and who comes with the same key is given what an interrupted run had in it. Raises UsageError while another has that
+    folder.
+    """
+    dest.parent.mkdir(parents=True, exist_ok=True)
+    kept = dest.with_name(f".{dest.name}.{key}{_ASIDE}") if key else None
+    _clear_leftovers(dest, kept)
+    scratch = kept or dest.with_name(f".{dest.name}.{secrets.token_hex(4)}{_ASIDE}")
+    scratch.mkdir(exist_ok=kept is not None)
+    try:
+        lock = system.lock_folder(scratch)
+    except BlockingIOError:
+        raise UsageError(f"{dest} is being written by another run: wait for it, or choose another name") from None
+    keep = False
+    try:
+        yield scratch
+    except keep_on:
+        keep = kept is not None and any(kept.iterdir())
+        raise
+    finally:
+        if not keep:
+            shutil.rmtree(scratch, ignore_errors=True)
+        if lock is not None:
+            os.close(lock)
+
+
+@contextlib.contextmanager
+def new_folder(
+    dest: Path,
+    *,
+    force: bool = False,
+    having: Collection[str] = (),
+    key: str | None = None,
+    keep_on: type[BaseException] = KeyboardInterrupt,
+) -> Iterator[Path]:
+    """Fill a folder aside; on a normal exit it takes `dest`'s name, on any other it is gone.
+
+    With `force`, an existing folder at `dest` is replaced after the new one is whole; `having` names files of which it
+    must have one, unless it is empty. key: of what the folder is made; an interrupted run with the same key is resumed.
+    keep_on: what counts as an interruption.
+    Raises UsageError if `dest` exists without `force` or must not be replaced, or is being written with this key.
+    """
+    dest = _real(dest)
+    with scratch_folder(dest, key, keep_on) as aside:
+        _refuse_to_replace(dest, force, having)
+        yield aside
+        sync_tree(aside)
+        _refuse_to_replace(dest, force, having)  # another run may have ended first
+        _rename(aside, dest)
+
+
+def left_aside(dest: Path) -> list[Path]:
+    """What interrupted runs have left for the next one that writes `dest`."""
+    dest = _real(dest)
+    pattern = f".{glob.escape(dest.name)}.*{_ASIDE}"
+    found = [path for path in dest.parent.glob(pattern) if path.is_dir() and not path.is_symlink()]
+    # a dot more: it was left for another folder, dest.something
+    return [path for path in found if "." not in path.name[len(dest.name) + 2 : -len(_ASIDE)]]
+
+
+def _real(dest: Path) -> Path:
+    """Where a path leads, every link followed."""
+    return Path(os.path.realpath(dest))
+
+
+@contextlib.contextmanager
+def unused(aside: Path) -> Iterator[None]:
+    """Holds a folder that an interrupted run has left. Raises UsageError while a run is writing there."""
+    try:
+        lock = system.lock_folder(aside)
+    except BlockingIOError:
+        raise UsageError(f"{aside} is being written by another run: wait for it, or end it first") from None
+    try:
+        yield
+    finally:
+        if lock is not None:
+            os.close(lock)
+
+
+def _refuse_to_replace(dest: Path, force: bool, having: Collection[str]) -> None:
+    """Raises UsageError for what must stay: anything without `force`; with it what has none of the files `having`."""
+    if not os.path.lexists(dest):
+        return
+    if not force:
+        raise UsageError(f"{dest} exists already: choose another name, or --force to replace a model folder")
+    if not dest.is_dir():
+        raise UsageError(f"{dest} is no folder, --force replaces nothing else: choose another name")
+    if having and any(dest.iterdir()) and not any((dest / name).is_file() for name in having):
+        raise UsageError(f"{dest} has none of {', '.join(having)}: --force replaces models only, choose another name")
+
+
+def _rename(aside: Path, dest: Path) -> None:
+    _take_permissions(dest, aside)
+    if not dest.exists():
+        os.rename(aside, dest)
+    elif not system.exchange(aside, dest):  # after an exchange the old folder lies aside, and goes with the scratch one
+        old = dest.with_name(f".{dest.name}{_REPLACED}")
+        os.rename(dest, old)
+        os.rename(aside, dest)
+        shutil.rmtree(old, ignore_errors=True)
+    system.flush_folder(dest.parent)
+
+
+def _clear_leftovers(dest: Path, kept: Path | None = None) -> None:
+    """Remove what killed runs left, not `kept`; give a folder its name back where one died between two renames."""
+    old = dest.with_name(f".{dest.name}{_REPLACED}")
+    if old.exists() and not dest.exists():
+        os.rename(old, dest)
+    for left in [*left_aside(dest), old]:
+        if left == kept or not left.is_dir():
+            continue
+        try:
+            lock = system.lock_folder(left)
+        except BlockingIOError:
+            continue  # another export is writing there now
+        if lock is not None or _last_written(left) < time.time() - _ABANDONED_S:
+            shutil.rmtree(left, ignore_errors=True)
+        if lock is not None:
+            os.close(lock)
+
+
+def _last_written(folder: Path) -> float:
+    """Seconds since 1970."""
+    times = [folder.stat().st_mtime]
+    for path in folder.rglob("*"):
+        with contextlib.suppress(OSError):  # gone meanwhile
+            times.append(path.stat().st_mtime)
+    return max(times)

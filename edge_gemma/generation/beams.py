@@ -1,0 +1,87 @@
+"""Beam search: the likeliest reply, found with several hypotheses side by side on one timeline.
+
+Owns: which hypotheses live on, from when on a token is certain. Does not know: text, prompts, messages.
+
+Who takes the likeliest token each time cannot take one back that made all that follows unlikely; the likeliest of
+several hypotheses can (Sutskever et al. 2014, section 3.2). One timeline serves all of them: it goes back to where a
+hypothesis leaves the one before it, and the rest is run as a prompt of at most LOOK_BACK tokens. Scores are not divided
+by length (length_penalty 0 in transformers' words): how long a text is, the sound says.
+"""
+
+from collections.abc import Collection, Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+from edge_gemma.generation.sampler import Sampler
+from edge_gemma.session import Timeline, common_prefix
+
+MARGIN = 3.0  # nats below the best at which a hypothesis is given up (docs/LOG.md)
+LOOK_BACK = 32  # tokens: what the best hypothesis said before them is certain
+
+
+class Hypothesis(NamedTuple):
+    """The beginning of a reply, or all of it with its stop token. score: its log probability, in nats."""
+
+    score: float
+    tokens: tuple[int, ...]
+
+
+def search(
+    session: Timeline, logits: np.ndarray, *, sampler: Sampler, limit: int, stop_ids: Collection[int]
+) -> Iterator[int]:
+    """A reply's tokens, each as soon as all hypotheses agree on it; the stop token comes last.
+
+    session: at the prompt's end, left wherever the last hypothesis ended. logits: float32 [vocab_size], those after
+    the prompt. sampler: says how many hypotheses there are. limit: most tokens, all but the last of which the session
+    has to hold. Raises what the session and the sampler raise.
+    """
+    start, width = session.position, sampler.sampling.num_beams
+    live, ended, told = [Hypothesis(0.0, ())], list[Hypothesis](), 0
+    for length in range(limit):
+        grown = []
+        # Neighbours share the most; and the timeline stands where the last of the step before ended.
+        for score, tokens in sorted(live, key=lambda h: h.tokens, reverse=length % 2 == 0):
+            if tokens:
+                logits = _run(session, start, tokens)
+            likeliest = sampler.likeliest(logits, width + len(stop_ids), session.ids)
+            grown += [Hypothesis(score + nats, (*tokens, token)) for token, nats in likeliest]
+        best = sorted(grown, key=_rank)
+        ended = sorted([*ended, *(h for h in best[:width] if h.tokens[-1] in stop_ids)], key=_rank)[:1]
+        live = [h for h in best if h.tokens[-1] not in stop_ids][:width]
+        live, ended = _that_may_win(live, ended)
+        agreed = _agreed([h.tokens for h in (*live, *ended)])
+        yield from agreed[told:]
+        told = len(agreed)
+        if not live:
+            return
+    yield from live[0].tokens[told:]
+
+
+def _that_may_win(live: list[Hypothesis], ended: list[Hypothesis]) -> tuple[list[Hypothesis], list[Hypothesis]]:
+    """Those not far below the best that agree with what it said long ago; of the live ones those above what ended."""
+    best = min([*live, *ended], key=_rank)
+    certain, least = best.tokens[:-LOOK_BACK], best.score - MARGIN
+    live, ended = (
+        [h for h in part if h.score > least and h.tokens[: len(certain)] == certain] for part in (live, ended)
+    )
+    return [h for h in live if not ended or h.score > ended[0].score], ended
+
+
+def _rank(hypothesis: Hypothesis) -> tuple[float, tuple[int, ...]]:
+    """The likeliest first, ties by ids as the sampler does."""
+    return -hypothesis.score, hypothesis.tokens
+
+
+def _run(session: Timeline, start: int, tokens: tuple[int, ...]) -> np.ndarray:
+    """Bring the timeline from the prompt's end at `start` to a hypothesis' end. Returns the logits there."""
+    shared = min(common_prefix(session.ids[start:], tokens), len(tokens) - 1)
+    if start + shared < session.position:
+        session.rewind(start + shared)
+    return session.prefill(list(tokens[shared:]))
+
+
+def _agreed(hypotheses: list[tuple[int, ...]]) -> tuple[int, ...]:
+    """What all begin with: what the first and the last of them in order share."""
+    first, last = min(hypotheses), max(hypotheses)
+    return first[: common_prefix(first, last)]

@@ -1,0 +1,1 @@
+"""What this machine and this Python offer, or lack: files, places, CPUs, signals, packages that come with an extra."""

@@ -1,0 +1,1 @@
+"""Attention: scores, softmax and weighted values, in blocks."""

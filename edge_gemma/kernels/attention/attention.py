@@ -1,0 +1,202 @@
+"""Attention over ring and growing KV caches, float32 or float16: blocks of keys, merging, threads.
+
+Owns: which keys a query sees and in what order they are taken. Does not know: the arithmetic of a block
+(kernels/attention/ir.py), projections, rotary positions, layers.
+
+Keys are taken in blocks of 128 absolute positions; each block is a softmax of its own (maximum, sum, weighted values),
+and the blocks of a query are merged in ascending order. So a query's result depends only on its position, never on the
+number of threads or on how a prompt was cut into chunks. A decode step spreads blocks over threads, a prefill chunk
+spreads queries.
+"""
+
+import functools
+
+import numba
+import numpy as np
+from numba.core import types
+
+from edge_gemma.kernels.attention.ir import make_block, rows_of
+from edge_gemma.kernels.compiler import array, kernel
+from edge_gemma.kernels.convert import as_float, to_half
+from edge_gemma.kernels.elementwise import exp32
+
+BLOCK = 128
+"""Keys of a block."""
+
+HEAD_MULTIPLE = 64
+"""Head sizes that the vector block takes; any other goes through plain loops."""
+
+
+@numba.njit(fastmath={"contract", "reassoc", "nsz"}, error_model="numpy")
+def _dot(q, k):
+    total = np.float32(0)
+    for d in range(q.shape[0]):
+        total += q[d] * as_float(k[d])
+    return total
+
+
+@numba.njit(error_model="numpy")
+def _plain_block(q, k_cache, v_cache, kv, slot, count, first, scores, top, total, values):
+    """One query row against `count` keys from `slot` on; the arguments are those of block.make_block with one row."""
+    capacity = k_cache.shape[0]
+    best = np.float32(-np.inf)
+    for i in range(count):
+        scores[i, 0] = _dot(q[first], k_cache[(slot + i) % capacity, kv])
+        best = max(best, scores[i, 0])
+    values[first] = 0
+    norm = np.float32(0)
+    for i in range(count):
+        e = exp32(scores[i, 0] - best)
+        norm += e
+        for d in range(q.shape[1]):
+            values[first, d] += e * as_float(v_cache[(slot + i) % capacity, kv, d])
+    top[first], total[first] = best, norm
+
+
+@numba.njit(fastmath={"contract"}, error_model="numpy")
+def merge(top, total, values, new_top, new_total, new_values):
+    """Fold one block's (maximum, sum, values) into the running ones, head by head."""
+    for h in range(top.shape[0]):
+        best = max(top[h], new_top[h])
+        old, new = exp32(top[h] - best), exp32(new_top[h] - best)
+        top[h] = best
+        total[h] = total[h] * old + new_total[h] * new
+        for d in range(values.shape[1]):
+            values[h, d] = values[h, d] * old + new_values[h, d] * new
+
+
+@numba.njit(error_model="numpy")
+def scaled_rows(q, first, rows, scale, padded):
+    """float32 [padded, hd]: rows of q times the attention scale, then zeros."""
+    result = np.zeros((padded, q.shape[1]), np.float32)
+    for h in range(rows):
+        for d in range(q.shape[1]):
+            result[h, d] = q[first + h, d] * scale
+    return result
+
+
+@numba.njit(error_model="numpy")
+def finish(total, values, out, first, rows):
+    for h in range(rows):
+        inverse = np.float32(1) / total[h]
+        for d in range(values.shape[1]):
+            out[first + h, d] = values[h, d] * inverse
+
+
+@functools.cache
+def make_span(variant, half, group_rows, plain):
+    """(span, rows of its tile) of an instruction set, for float32 or (half) float16 caches.
+
+    group_rows: query heads of a KV head, which decides the tile; plain: loops without vector IR, for any head size.
+    """
+    tile = 1 if plain else rows_of(variant, group_rows)
+    block = _plain_block if plain else make_block(variant, half, tile)
+
+    @numba.njit(error_model="numpy")
+    def span(q, k_cache, v_cache, kv, low, position, b0, b1, top, total, values):
+        """Blocks [b0, b1) of the keys low..position for all rows of a KV head, into (top, total, values)."""
+        scores = np.empty((BLOCK, tile), np.float32)
+        more_top, more_total = np.empty_like(top), np.empty_like(total)
+        more_values = np.empty_like(values) if b1 - b0 > 1 else values
+        for b in range(b0, b1):
+            begin = max(low, b * BLOCK)
+            count = min(position + 1, (b + 1) * BLOCK) - begin
+            slot = begin % k_cache.shape[0]
+            t, s, v = (top, total, values) if b == b0 else (more_top, more_total, more_values)
+            for first in range(0, q.shape[0], tile):
+                block(q, k_cache, v_cache, kv, slot, count, first, scores, t, s, v)
+            if b > b0:
+                merge(top, total, values, t, s, v)
+
+    return span, tile
+
+
+def make(variant, half, group_rows, plain):
+    """The attention kernel; arguments as in make_span."""
+    span, tile = make_span(variant, half, group_rows, plain)
+
+    def attention(q, k_cache, v_cache, first_position, window, scale, out):
+        n, heads, hd = q.shape
+        kv_heads = k_cache.shape[1]
+        if k_cache.shape != v_cache.shape or k_cache.shape[2] != hd or out.shape != q.shape or heads % max(kv_heads, 1):
+            return False
+        oldest = max(0, first_position - window + 1) if window else 0
+        if (
+            min(n, hd, kv_heads) < 1
+            or min(first_position, window) < 0
+            or n > k_cache.shape[0] - (first_position - oldest)
+        ):
+            return False
+        rows = heads // kv_heads
+        padded = (rows + tile - 1) // tile * tile
+        parts = 1
+        if n == 1:
+            low = max(0, first_position - window + 1) if window else 0
+            parts = first_position // BLOCK + 1 - low // BLOCK
+        shared = parts if parts > 1 else 0
+        tops = np.empty((shared, kv_heads, padded), np.float32)
+        totals = np.empty((shared, kv_heads, padded), np.float32)
+        everything = np.empty((shared, kv_heads, padded, hd), np.float32)
+        for task in numba.prange(n * kv_heads * parts):
+            part, kv, i = task % parts, task // parts % kv_heads, task // parts // kv_heads
+            position = first_position + i
+            low = max(0, position - window + 1) if window else 0
+            b0 = low // BLOCK + part
+            b1 = position // BLOCK + 1 if parts == 1 else b0 + 1
+            mine = scaled_rows(q[i], kv * rows, rows, scale, padded)
+            if parts > 1:
+                span(mine, k_cache, v_cache, kv, low, position, b0, b1,
+                     tops[part, kv], totals[part, kv], everything[part, kv])  # fmt: skip
+            else:
+                top, total = np.empty(padded, np.float32), np.empty(padded, np.float32)
+                values = np.empty((padded, hd), np.float32)
+                span(mine, k_cache, v_cache, kv, low, position, b0, b1, top, total, values)
+                finish(total, values, out[i], kv * rows, rows)
+        if parts > 1:
+            for kv in range(kv_heads):
+                for part in range(1, parts):
+                    merge(tops[0, kv], totals[0, kv], everything[0, kv],
+                           tops[part, kv], totals[part, kv], everything[part, kv])  # fmt: skip
+                finish(totals[0, kv], everything[0, kv], out[0], kv * rows, rows)
+
+        return True
+
+    attention.__name__ = f"attention_{'plain' if plain else variant}_{'half' if half else 'float'}_{tile}"
+    cache = array("u2" if half else "f4", 3)
+    signature = array("f4", 3), cache, cache, types.int64, types.int64, types.float32, array("f4", 3, True)
+    return kernel(*signature, parallel=True, key=attention.__name__)(attention)
+
+
+@functools.cache
+def make_store_row(half):
+    """store_row(rows float32 [KV, hd], slot [KV, hd])."""
+
+    @numba.njit(error_model="numpy")
+    def store_row(rows, slot):
+        for h in range(rows.shape[0]):
+            for d in range(rows.shape[1]):
+                slot[h, d] = to_half(rows[h, d]) if half else rows[h, d]
+
+    return store_row
+
+
+def make_store(half):
+    """The kernel that writes rows into ring caches."""
+    store_row = make_store_row(half)
+
+    def store_kv(k, v, k_cache, v_cache, first_position):
+        n, kv_heads, hd = k.shape
+        capacity = k_cache.shape[0]
+        if v.shape != k.shape or v_cache.shape != k_cache.shape or k_cache.shape[1:] != (kv_heads, hd):
+            return False
+        if n > capacity or first_position < 0:
+            return False
+        for i in range(n):
+            slot = (first_position + i) % capacity
+            store_row(k[i], k_cache[slot])
+            store_row(v[i], v_cache[slot])
+        return True
+
+    store_kv.__name__ = f"store_kv_{'half' if half else 'float'}"
+    rows, cache = array("f4", 3), array("u2" if half else "f4", 3, True)
+    return kernel(rows, rows, cache, cache, types.int64, key=store_kv.__name__)(store_kv)

@@ -1,0 +1,338 @@
+"""Compiling kernels, and keeping the machine code on disk.
+
+Owns: the `kernel` decorator (numba, compiled at the first call), the on-disk cache, the number of threads, and what
+must not happen meanwhile: Ctrl-C and fork. Does not know: what any kernel computes.
+
+The cache is a folder of the user's cache, named after a digest of the kernels' sources (sources.py), the numba and
+llvmlite versions and Python's: an edited intrinsic never meets old code (numba's own cache would not notice). One file
+a compiled function, named after its key, its signature, its own module's sources and the CPU with its features, written
+beside and renamed, begun with a digest of its content: processes may share the folder, and a damaged file is compiled
+again. numba's index files are not used: two processes writing one can leave an entry that points at another function's
+code.
+
+A folder is touched once by every process that loads code from it. Whoever makes a new one removes those of other
+sources that nobody touched for _KEEP_DAYS.
+"""
+
+import contextlib
+import functools
+import hashlib
+import itertools
+import logging
+import os
+import pickle
+import re
+import secrets
+import shutil
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import llvmlite
+import numba
+import numpy as np
+from numba.core import compiler, serialize, types
+from numba.core.bytecode import FunctionIdentity
+from numba.core.caching import _Cache
+from numba.core.ccallback import CFunc
+
+from edge_gemma.errors import UsageError
+from edge_gemma.host import cpus, interrupts, places
+from edge_gemma.kernels import sources
+
+log = logging.getLogger(__name__)
+
+# numba numbers functions from 1 in every process, and the number is all that tells the symbols of two closures of one
+# name apart. Cached code of two processes meets in a third, where the linker takes whichever symbol came first: number
+# from a random start. (Seen: a kernel for scales a group that ran the code for scales a token.)
+FunctionIdentity._unique_ids = itertools.count(secrets.randbits(60))
+
+recording = threading.local()  # .recorder: who writes down this thread's kernel calls (kernels/program.py), or None
+PART_ARGUMENTS = (types.int64, types.int64, types.int64)
+_caller = threading.local()  # .threads: what this thread told numba; .limit: what `use_threads` asks for here
+# Turns a thread of libgomp spins for the others before it sleeps, half a millisecond at most. The default, thirty times
+# more, is as fast on an idle machine and 4 to 8 times slower on a busy one: a thread that spins keeps its partner off
+# the core. With a tenth of it, waking costs 50 us a launch on some virtual machines.
+_SPIN_COUNT = "10000"
+_announce: Callable[[], object] | None = None
+_launch = threading.Lock()  # numba's workqueue layer aborts the process when two threads launch at once
+_threads: int | None = None
+_orphaned = False  # forked from a process that had started OpenMP's threads: they are not here, and it waits for them
+_cache_root: Path | None = None
+_KEEP_DAYS = 14
+_FOLDER_NAME = re.compile(r"[0-9a-f]{24}")
+_unwritable = False
+
+
+def _kernel_sources() -> str:
+    """Changes whenever machine code of the kernels in this package could be stale."""
+    versions = f"{numba.__version__} {llvmlite.__version__} {np.__version__} {sys.version}"
+    root = Path(__file__).parent
+    paths = (path.relative_to(root).with_suffix("") for path in root.rglob("*.py") if path.stem != "__init__")
+    modules = (".".join([__package__, *path.parts]) for path in paths)
+    return hashlib.sha256(f"{versions} {sources.digest(modules)}".encode()).hexdigest()[:24]
+
+
+_SOURCES = _kernel_sources()  # of the sources this process runs, as they were when it imported them
+
+
+@functools.cache
+def _sources_at_import(module: str) -> str:
+    return sources.digest([module])
+
+
+def cache_directory() -> Path | None:
+    """Where compiled kernels are kept. It need not exist. None: the user has no place for them."""
+    if _cache_root:
+        return _cache_root / _SOURCES
+    cache = places.cache()
+    return cache and cache / "kernels" / _SOURCES
+
+
+def set_cache_root(root: Path | None) -> None:
+    """Keep compiled kernels below `root` from now on (None: the user's cache)."""
+    global _cache_root, _unwritable
+    _cache_root, _unwritable = root, False
+
+
+def announce_compiling(announce: Callable[[], object] | None) -> None:
+    """Call `announce` whenever a kernel is about to be compiled because the cache does not have it (None: nothing)."""
+    global _announce
+    _announce = announce
+
+
+def cache_note() -> str | None:
+    """One line for the user when compiled kernels cannot be kept, else None."""
+    if not _unwritable:
+        return None
+    folder = cache_directory()
+    why = f"{folder} is not writable" if folder else "there is no home folder to keep them in"
+    return f"kernels are compiled at every start: {why}; {places.CACHE_VARIABLE} may name another folder"
+
+
+class _KernelCache(_Cache):
+    """numba's cache interface over one digest-checked file a compiled function."""
+
+    def __init__(self, py_func, key):
+        self._name = py_func.__name__
+        self._module = py_func.__module__
+        self._sources = _sources_at_import(self._module)
+        self._key = f"{self._module} {self._sources} {key or self._name}"
+        self._enabled = True
+
+    @property
+    def cache_path(self):
+        return str(cache_directory() or "")
+
+    def enable(self):
+        self._enabled = True
+
+    def disable(self):
+        self._enabled = False
+
+    def flush(self):
+        folder = cache_directory()
+        for path in folder.glob(f"{self._name}-*.bin") if folder else ():
+            path.unlink(missing_ok=True)
+
+    def _path(self, sig, codegen) -> Path:
+        """Raises FileNotFoundError where there is no cache."""
+        folder, key = cache_directory(), repr((self._key, sig, codegen.magic_tuple()))
+        if folder is None:
+            raise FileNotFoundError
+        return folder / f"{self._name}-{hashlib.sha256(key.encode()).hexdigest()[:32]}.bin"
+
+    def load_overload(self, sig, target_context):
+        if not self._enabled:
+            return None
+        target_context.refresh()
+        try:
+            path = self._path(sig, target_context.codegen())
+            data = path.read_bytes()
+            _touch(path.parent)
+            digest, body = data[:32], data[32:]
+            if hashlib.sha256(body).digest() != digest:
+                return None
+            return compiler.CompileResult._rebuild(target_context, *pickle.loads(body))
+        except OSError:
+            if _announce is not None:
+                _announce()
+            return None
+
+    def save_overload(self, sig, data):
+        global _unwritable
+        if not self._enabled or data.lifted or data.library.has_dynamic_globals:
+            return
+        if sources.digest([self._module]) != self._sources:  # edited or upgraded under a running process
+            return
+        try:
+            path = self._path(sig, data.codegen)
+            body = serialize.dumps(data._reduce())
+            if not path.parent.exists():
+                path.parent.mkdir(parents=True, exist_ok=True)
+                prune(path.parent.parent)
+            _replace(path, hashlib.sha256(body).digest() + body)
+        except OSError:
+            if not _unwritable:
+                _unwritable = True
+                log.warning("%s", cache_note())
+
+
+@functools.cache
+def _touch(folder: Path) -> None:
+    """Say that a folder is in use, once a process."""
+    with contextlib.suppress(OSError):
+        os.utime(folder)
+
+
+def prune(root: Path) -> None:
+    """Remove folders of kernels below `root` that nobody used for _KEEP_DAYS. Others may do the same meanwhile: what
+    is gone is gone, and a process whose folder was removed compiles what it still lacks.
+    """
+    oldest = time.time() - _KEEP_DAYS * 86400
+    with contextlib.suppress(OSError):
+        for folder in root.iterdir():
+            if folder.name != _SOURCES and _FOLDER_NAME.fullmatch(folder.name) and folder.stat().st_mtime < oldest:
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+def _replace(path: Path, data: bytes) -> None:
+    """Write `data` beside `path` and rename it there."""
+    handle, temporary = tempfile.mkstemp(prefix=path.stem, dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def array(dtype, axes: int, written: bool = False) -> types.Array:
+    """The numba type of a C-contiguous array argument. Arrays that are only read may be writeable or not."""
+    return types.Array(numba.from_dtype(np.dtype(dtype)), axes, "C", readonly=not written)
+
+
+def kernel(*signature, parallel=False, fastmath=False, key=None):
+    """Decorator: a function compiled for one signature, at its first launch or from the cache. It releases the GIL.
+
+    It returns False for shapes that do not fit each other, before touching anything, and else True. `key` names the
+    choices a closure was made with: functions of one module with the same key are the same code.
+    """
+
+    def decorate(function):
+        dispatcher = numba.njit(parallel=parallel, fastmath=fastmath, nogil=True, error_model="numpy")(function)
+        dispatcher._cache = _KernelCache(function, key)
+        dispatcher.kernel_signature = signature
+        return dispatcher
+
+    return decorate
+
+
+class Part:
+    """A C function void(int64 operation, int64 position, int64 chunk), compiled when its address is first asked for.
+
+    What programs are made of (kernels/program.py).
+    """
+
+    def __init__(self, function, key: str) -> None:
+        self._compiled = CFunc(function, (PART_ARGUMENTS, types.void), {}, {"error_model": "numpy"})
+        self._compiled._cache = _KernelCache(function, key)
+
+    @property
+    def address(self) -> int:
+        if self._compiled.address is None:
+            with interrupts.held():
+                self._compiled.compile()
+        return self._compiled.address
+
+
+def part(key: str):
+    """Decorator: a Part. `key` as in `kernel`."""
+    return lambda function: Part(function, key)
+
+
+def make_ready(dispatcher) -> None:
+    """Compile a kernel, or load it, if it was not used yet."""
+    if not dispatcher.overloads:
+        os.environ.setdefault("GOMP_SPINCOUNT", _SPIN_COUNT)  # read when libgomp is loaded, with the first kernel
+        with interrupts.held():
+            dispatcher.compile(dispatcher.kernel_signature)
+        dispatcher.disable_compile()
+
+
+def launch(dispatcher, *args) -> bool:
+    """Call a kernel with the chosen number of threads, one launch at a time. False: the arguments do not fit.
+
+    Raises UsageError in a process that cannot launch any more, because it was forked.
+    """
+    if _orphaned:
+        raise UsageError(
+            "this process was forked from one that had used a model, and GNU OpenMP does not work here: start it with "
+            "multiprocessing's method 'spawn', or fork before the first use"
+        )
+    with _launch:
+        make_ready(dispatcher)
+        if getattr(_caller, "threads", 0) != (wanted := threads()):  # numba keeps the number per calling thread
+            numba.set_num_threads(wanted)
+            _caller.threads = wanted
+        try:
+            return dispatcher(*args)
+        except TypeError:  # another dtype, number of axes or memory order
+            return False
+
+
+def _after_fork() -> None:
+    """In the child. Its parent's other threads are gone, and with them whoever holds the lock."""
+    global _launch, _orphaned
+    _launch = threading.Lock()
+    with contextlib.suppress(ValueError):  # no kernel has run yet
+        _orphaned = _orphaned or numba.threading_layer() == "omp"
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
+def checked_threads(threads: int | None) -> int | None:
+    """`threads`, None for the default. Raises UsageError for a number that this machine does not have."""
+    most = numba.config.NUMBA_NUM_THREADS
+    if threads is not None and not 1 <= threads <= most:
+        raise UsageError(f"{threads} threads, expected 1 to {most} on this machine")
+    return threads
+
+
+def set_threads(threads: int | None) -> None:
+    """Threads of every later kernel call outside `use_threads`, in every thread of this process. None: the default."""
+    global _threads
+    _threads = checked_threads(threads)
+
+
+class use_threads:
+    """Inside, kernels that this thread calls use so many threads. None: as many as outside.
+
+    Not a generator, which would cost 3 us at every token.
+    """
+
+    def __init__(self, threads: int | None) -> None:
+        self._threads = threads
+
+    def __enter__(self) -> None:
+        self._outside = getattr(_caller, "limit", None)
+        _caller.limit = self._threads or self._outside
+
+    def __exit__(self, *_: object) -> None:
+        _caller.limit = self._outside
+
+
+def threads() -> int:
+    """Threads a kernel call uses here: what `use_threads` or `set_threads` say, else one for each CPU (cpus.py)."""
+    return getattr(_caller, "limit", None) or _threads or _default_threads()
+
+
+@functools.cache
+def _default_threads() -> int:
+    return min(numba.config.NUMBA_NUM_THREADS, cpus.available())

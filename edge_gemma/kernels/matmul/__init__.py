@@ -1,0 +1,1 @@
+"""Matrix products: packed weights by rounded activations, and float weights."""

@@ -1,0 +1,366 @@
+"""int8 activations times packed weights for many tokens, where an instruction adds byte products to 32-bit sums.
+
+Owns: the way through the matrix for a prompt. Does not know: a single token's way (decode.py), instruction sets
+without such an instruction.
+
+A core is fastest when all it multiplies lies in its smallest cache, in order. So a thread takes a few panels at a time
+(a unit: R registers of rows), unpacks BLOCK_BYTES of them to one byte a field, and lets the tokens pass by, T at a time
+(a tile), before it unpacks the columns that follow:
+
+    fields       uint8 [dwords of the block, panels of the unit, 32]   weights, unsigned; a dword is 4 columns
+    activations  int32 [tiles, dwords, T]                              a dword of each of a tile's tokens
+    running      int32 or float32 [tiles, T, R, lanes]                 the tiles' sums so far
+
+A step is R loads of weights, T broadcasts of activations and R x T products. The sums are those of ir.py,
+rounded in the same order, minima included: which of the two computed a product cannot be seen in the result.
+"""
+
+import functools
+
+import numba
+import numpy as np
+from numba.core import types
+from numba.extending import intrinsic
+
+from edge_gemma.folder.layouts import FACTOR_COLUMNS
+from edge_gemma.kernels import isa
+from edge_gemma.kernels.buffers import empty
+from edge_gemma.kernels.compiler import array, kernel, launch
+from edge_gemma.kernels.convert import as_float, bits_of_float
+from edge_gemma.kernels.isa import F32, I8, I32, I64, at, join, load, loop, multiply_add, splat, splat_constant, vector
+from edge_gemma.kernels.matmul.decode import factor_blocks, scale_type
+from edge_gemma.kernels.matmul.ir import field_bits
+
+BLOCK_BYTES = 24 << 10
+"""Unpacked weights that tokens pass by: half of a 48 kB cache."""
+TILES = 32
+"""Tiles that pass by together: their running sums stay in a core's second cache."""
+_UNROLL = 4  # dwords
+
+
+def _place(context, builder, kind, value, *indices):
+    """Pointer to array[*indices, 0, 0, ...], C-contiguous."""
+    made = context.make_array(kind)(context, builder, value)
+    offset = I64(0)
+    for axis in range(kind.ndim):
+        offset = builder.mul(offset, builder.extract_value(made.shape, axis))
+        offset = builder.add(offset, indices[axis]) if axis < len(indices) else offset
+    return builder.gep(made.data, [offset])
+
+
+def _length(context, builder, kind, value, axis):
+    return builder.extract_value(context.make_array(kind)(context, builder, value).shape, axis)
+
+
+def _make_unpack(variant, bits, panels, minimum):
+    """unpack(packed, first, chunk, fields): from `chunk` on, of panels first, first + 1, ..., as much as fields hold.
+
+    Panels beyond the matrix's last are the last.
+    """
+    chosen = isa.SETS[variant]
+    side, per_byte = chosen.panels, 8 // bits
+
+    def codegen(context, builder, signature, args):
+        b, (packed, fields) = builder, ((signature.args[i], args[i]) for i in (0, 3))
+        last = b.sub(_length(context, b, *packed, 0), I64(1))
+        sources = []
+        for i in range(panels):
+            panel = b.add(args[1], I64(i))
+            panel = b.select(b.icmp_signed("<", panel, last), panel, last)
+            sources.append(_place(context, b, *packed, panel, args[2]))
+
+        def chunk(index, _):
+            here, target = b.mul(index, I64(32)), _place(context, b, *fields, b.mul(index, I64(per_byte)))
+            for p in range(0, panels, side):
+                raw = join(b, [load(b, at(b, source, I8, here), vector(I8, 32)) for source in sources[p : p + side]])
+                for j in range(per_byte):
+                    field = b.lshr(raw, splat_constant(I8, 32 * side, bits * j)) if j else raw
+                    field = b.and_(field, splat_constant(I8, 32 * side, (1 << bits) - 1))
+                    field = chosen.prepare(b, field, field_bits(bits, minimum))
+                    isa.store(b, field, at(b, target, I8, I64(32 * (panels * j + p))))
+            return []
+
+        loop(b, b.udiv(_length(context, b, *fields, 0), I64(per_byte)), [], chunk)
+        return context.get_dummy_value()
+
+    @intrinsic
+    def unpack(typingctx, packed, first, chunk, fields):
+        return types.none(packed, types.int64, types.int64, fields), codegen
+
+    return unpack
+
+
+class _Tile:
+    """Emits a tile's steps; p: pointers to what the block and the tile begin with."""
+
+    def __init__(self, builder, variant, group, scale_groups, minimum, tokens, registers, pointers):
+        self.builder, self.isa = builder, isa.SETS[variant]
+        self.lanes = 8 * self.isa.panels
+        self.group, self.scale_groups, self.minimum = group, scale_groups, minimum
+        self.tokens, self.registers, self.p = tokens, registers, pointers
+
+    def repeated(self, name, scalar, index, token):
+        """One value of a token in all lanes."""
+        b = self.builder
+        offset = b.add(b.mul(index, I64(self.tokens)), I64(token))
+        return splat(b, b.load(at(b, self.p[name], scalar, offset), align=4), self.lanes)
+
+    def scales(self, index, name="scales"):
+        b = self.builder
+        first = b.mul(index, I64(self.lanes * self.registers))
+        places = [at(b, self.p[name], F32, b.add(first, I64(self.lanes * r))) for r in range(self.registers)]
+        return [load(b, place, vector(F32, self.lanes)) for place in places]
+
+    def dots(self, first, count, sums):
+        """sums [T x R] + the products of `count` dwords from `first` on."""
+        b, size, sums = self.builder, 4 * self.lanes, list(sums)
+        fields = at(b, self.p["fields"], I8, b.mul(first, I64(size * self.registers)))
+        for d in range(count):
+            places = [at(b, fields, I8, I64(size * (self.registers * d + r))) for r in range(self.registers)]
+            weights = [load(b, place, vector(I8, size)) for place in places]
+            for t in range(self.tokens):
+                dword = self.repeated("activations", I32, b.add(first, I64(d)), t)
+                for r, weight in enumerate(weights):
+                    i = t * self.registers + r
+                    sums[i] = self.isa.dot(b, sums[i], weight, dword)
+        return sums
+
+    def group_step(self, index, sums):
+        """One group: float sums + scale * integer dot, corrected from its start; or + minimum * correction."""
+        b, dwords = self.builder, self.group // 4
+        kind = F32 if self.minimum else I32
+        corrections = [self.repeated("correction", kind, index, t) for t in range(self.tokens)]
+        starts = [splat_constant(I32, self.lanes, 0)] * self.tokens if self.minimum else corrections
+        totals = self.dots(b.mul(index, I64(dwords)), dwords, [s for s in starts for _ in range(self.registers)])
+        scales, result = self.scales(index), []
+        minima = self.scales(index, "minima") if self.minimum else scales
+        for t in range(self.tokens):
+            factor = self.repeated("a_scale", F32, index, t) if self.scale_groups else None
+            for scale, lowest in zip(scales, minima, strict=True):
+                s = b.fmul(scale, factor) if self.scale_groups else scale
+                value = b.sitofp(totals[len(result)], vector(F32, self.lanes))
+                y = multiply_add(b, value, s, sums[len(result)])
+                result.append(multiply_add(b, lowest, corrections[t], y) if self.minimum else y)
+        return result
+
+    def add(self, dwords):
+        """Add a block of `dwords` to the running sums."""
+        b, count = self.builder, self.tokens * self.registers
+        kind = vector(F32 if self.group else I32, self.lanes)
+        places = [at(b, self.p["running"], kind.element, I64(self.lanes * i)) for i in range(count)]
+        sums = [load(b, place, kind) for place in places]
+        if self.group:
+            sums = loop(b, b.udiv(dwords, I64(self.group // 4)), sums, self.group_step)
+        else:
+            steps = b.udiv(dwords, I64(_UNROLL))
+            sums = loop(b, steps, sums, lambda i, state: self.dots(b.mul(i, I64(_UNROLL)), _UNROLL, state))
+        for value, place in zip(sums, places, strict=True):
+            isa.store(b, value, place)
+
+    def results(self):
+        """(token, panel of the unit, float32 vector of 8) of finished running sums."""
+        b, scales = self.builder, None if self.group else self.scales(I64(0))
+        for t in range(self.tokens):
+            for r in range(self.registers):
+                place = at(b, self.p["running"], F32, I64(self.lanes * (t * self.registers + r)))
+                value = load(b, place, vector(F32 if self.group else I32, self.lanes))
+                if not self.group:
+                    value = b.add(value, self.repeated("correction", I32, I64(0), t))
+                    value = b.fmul(b.sitofp(value, vector(F32, self.lanes)), scales[r])
+                if not self.scale_groups:
+                    value = b.fmul(value, self.repeated("a_scale", F32, I64(0), t))
+                for i, eight in enumerate(isa.halves(b, value, self.isa.panels)):
+                    yield t, r * self.isa.panels + i, eight
+
+
+def _make_tile(*spec):
+    """(tile, finish) of (variant, group, scale_groups, minimum, tokens, registers).
+
+    tile(activations, correction, a_scale, fields, scales, minima, running, index, first, last) adds the products of
+    dwords first to last - 1, which `fields` hold, to the running sums of tile `index`; finish(correction, a_scale,
+    scales, running, out, index, token, panel) writes them to the rows of `out` from `token` on and the columns from
+    `panel` on. Panels beyond the last are the last, as in unpack.
+    """
+    group, scale_groups = spec[1:3]
+
+    def codegen_tile(context, builder, signature, args):
+        b, given = builder, list(zip(signature.args[:7], args[:7], strict=True))
+        index, first, last = args[7:]
+        g = b.udiv(first, I64(group // 4)) if group else I64(0)
+        starts = [(index, first), (index, g), (index, g if scale_groups else I64(0)), (), (g,), (g,), (index,)]
+        names = "activations", "correction", "a_scale", "fields", "scales", "minima", "running"
+        pointers = {n: _place(context, b, *a, *s) for n, a, s in zip(names, given, starts, strict=True)}
+        _Tile(b, *spec, pointers).add(b.sub(last, first))
+        return context.get_dummy_value()
+
+    def codegen_finish(context, builder, signature, args):
+        b, given = builder, list(zip(signature.args[:5], args[:5], strict=True))
+        index, token, first = args[5:]
+        names = "correction", "a_scale", "scales", "running"
+        starts = (index,), (index,), (), (index,)
+        pointers = {n: _place(context, b, *a, *s) for n, a, s in zip(names, given, starts, strict=False)}
+        last = b.sub(b.udiv(_length(context, b, *given[4], 1), I64(8)), I64(1))
+        for t, p, eight in _Tile(b, *spec, pointers).results():
+            panel = b.add(first, I64(p))
+            panel = b.select(b.icmp_signed("<", panel, last), panel, last)
+            isa.store(b, eight, _place(context, b, *given[4], b.add(token, I64(t)), b.mul(panel, I64(8))))
+        return context.get_dummy_value()
+
+    @intrinsic
+    def tile(typingctx, activations, correction, a_scale, fields, scales, minima, running, index, first, last):
+        arrays = activations, correction, a_scale, fields, scales, minima, running
+        return types.none(*arrays, *[types.int64] * 3), codegen_tile
+
+    @intrinsic
+    def finish(typingctx, correction, a_scale, scales, running, out, index, token, panel):
+        return types.none(correction, a_scale, scales, running, out, *[types.int64] * 3), codegen_finish
+
+    return tile, finish
+
+
+def _make_read_scales(group, minimum):
+    """read(w_scale, factors, scales, minima) of a panel: w_scale [groups, 8], factors [1, blocks, 2, 8] ->
+    float32 [groups, 8] both.
+    """
+
+    @numba.njit(error_model="numpy")
+    def plain(w_scale, factors, scales, minima):
+        for g in range(scales.shape[0]):
+            for j in range(8):
+                scales[g, j] = as_float(w_scale[g, j])
+
+    @numba.njit(error_model="numpy")
+    def halves(w_scale, factors, scales, minima):
+        for g in range(scales.shape[0]):
+            for j in range(8):
+                scales[g, j] = as_float(np.uint16(w_scale[g, j] & 0xFFFF))
+                minima[g, j] = as_float(np.uint16(w_scale[g, j] >> 16))
+
+    @numba.njit(error_model="numpy")
+    def words(w_scale, factors, scales, minima):
+        for g in range(scales.shape[0]):
+            block = g * group // FACTOR_COLUMNS
+            for j in range(8):
+                word = np.int32(w_scale[g, j])
+                scales[g, j] = np.float32(word & ((1 << minimum) - 1)) * as_float(factors[0, block, 0, j])
+                minima[g, j] = np.float32(word >> minimum) * as_float(factors[0, block, 1, j])
+
+    return {0: plain, 16: halves}.get(minimum, words)
+
+
+def _make_unit(variant, bits, group, scale_groups, minimum):
+    """unit(activations, correction, a_scale, packed, w_scale, factors, out, n0, n1, first): panels from `first` on
+    times tokens n0 to n1 - 1, whose tiles the first three hold; the last tile ends with the last token.
+    """
+    chosen = isa.SETS[variant]
+    tokens, registers = chosen.block(group != 0)
+    side, lanes, panels = chosen.panels, 8 * chosen.panels, chosen.panels * registers
+    block = BLOCK_BYTES // (32 * panels) // 8 * 8  # dwords: whole groups
+    sum_type = np.float32 if group else np.int32
+    unpack = _make_unpack(variant, bits, panels, minimum)
+    tile, finish = _make_tile(variant, group, scale_groups, minimum, tokens, registers)
+    read_scales = _make_read_scales(group, minimum)
+
+    @numba.njit(error_model="numpy")
+    def unit(activations, correction, a_scale, packed, w_scale, factors, out, n0, n1, first):
+        tiles, dwords = activations.shape[:2]
+        running = np.zeros((tiles, tokens, registers, lanes), sum_type)
+        scales = np.empty((correction.shape[1], registers, lanes), np.float32)
+        minima = np.empty((scales.shape[0] if minimum else 0, registers, lanes), np.float32)
+        for p in range(panels):
+            panel = min(first + p, w_scale.shape[0] - 1)
+            here = p // side, slice(p % side * 8, p % side * 8 + 8)
+            read_scales(
+                w_scale[panel], factors[panel : panel + 1], scales[:, here[0], here[1]], minima[:, here[0], here[1]]
+            )
+        for d0 in range(0, dwords, block):
+            d1 = min(dwords, d0 + block)
+            fields = np.empty((d1 - d0, panels, 32), np.uint8)
+            unpack(packed, first, d0 * bits // 8, fields)
+            for i in range(tiles):
+                tile(activations, correction, a_scale, fields, scales, minima, running, i, d0, d1)
+                if d1 == dwords:  # here, so that memory takes a tile's results during the next one's products
+                    finish(correction, a_scale, scales, running, out, i, min(n0 + i * tokens, n1 - tokens), first)
+
+    return unit, panels
+
+
+@kernel(array("i1", 2), array("f4", 2), array("i4", 2), types.int64, types.boolean,
+        array("i4", 3, True), array("i4", 3, True), array("f4", 3, True), parallel=True)  # fmt: skip
+def _interleave(q, a_scale, sums, zero, minimum, activations, correction, scale):
+    n, tokens = q.shape[0], activations.shape[2]
+    dwords = q.view(np.int32)
+    if a_scale.shape != (n, scale.shape[1]) or sums.shape != (n, correction.shape[1]) or n < tokens:
+        return False
+    for i in numba.prange(activations.shape[0]):
+        first = min(i * tokens, n - tokens)
+        for d in range(dwords.shape[1]):
+            for t in range(tokens):
+                activations[i, d, t] = dwords[first + t, d]
+        for g in range(sums.shape[1]):
+            for t in range(tokens):
+                if minimum:
+                    factor = a_scale[first + t, g] if a_scale.shape[1] > 1 else np.float32(1)
+                    correction[i, g, t] = bits_of_float(np.float32(-sums[first + t, g]) * factor)
+                else:
+                    correction[i, g, t] = -np.int32(zero) * sums[first + t, g]
+        for g in range(a_scale.shape[1]):
+            for t in range(tokens):
+                scale[i, g, t] = a_scale[first + t, g]
+    return True
+
+
+def interleaved(variant, bits, group, minimum, q, a_scale, sums):
+    """Activations as `make`'s kernels take them: q, a_scale and sums of each tile's tokens side by side. None for
+    arrays that do not fit each other.
+
+    Returns int32 [tiles, dwords, T], int32 [tiles, groups, T] (times minus the zero point; with a minimum the bits of
+    panels.make_correction's floats), float32 [tiles, groups or 1, T]. The last tile ends with the last token.
+    """
+    tokens, _ = isa.SETS[variant].block(group != 0)
+    if q.ndim != 2 or a_scale.ndim != 2 or sums.ndim != 2 or q.shape[1] % 32:
+        return None
+    tiles = -(-len(q) // tokens)
+    shapes = q.shape[1] // 4, sums.shape[1], a_scale.shape[1]
+    result = [empty((tiles, n, tokens), kind) for n, kind in zip(shapes, ("i4", "i4", "f4"), strict=True)]
+    zero = isa.SETS[variant].zero_point(bits, group)
+    return result if launch(_interleave, q, a_scale, sums, zero, minimum != 0, *result) else None
+
+
+@functools.cache
+def make(variant, bits, group, scale_groups, minimum):
+    """The kernel of an instruction set, width, group size, kind of activation scale, and minimum.
+
+    matmul(activations, correction, a_scale, packed, w_scale, factors, out): the first three from `interleaved`, the
+    others as in kernels.matmul.
+    """
+    tokens, _ = isa.SETS[variant].block(group != 0)
+    unit, panels_a_unit = _make_unit(variant, bits, group, scale_groups, minimum)
+
+    def matmul(activations, correction, a_scale, packed, w_scale, factors, out):
+        tiles, dwords, width = activations.shape
+        n, panels = out.shape[0], packed.shape[0]
+        groups = 4 * dwords // group if group else 1
+        if width != tokens or n < tokens or tiles != (n + tokens - 1) // tokens or dwords % 8:
+            return False
+        if correction.shape != (tiles, groups, tokens) or out.shape[1] != 8 * panels:
+            return False
+        if packed.shape != (panels, dwords * bits // 8, 8, 4) or w_scale.shape != (panels, groups, 8):
+            return False
+        if a_scale.shape != (tiles, groups if scale_groups else 1, tokens):
+            return False
+        if factors.shape != (panels if minimum else 0, factor_blocks(4 * dwords, minimum), 2, 8):
+            return False
+        passes = (tiles + TILES - 1) // TILES
+        units = (panels + panels_a_unit - 1) // panels_a_unit
+        for task in numba.prange(passes * units):
+            t0 = task // units * TILES
+            t1 = min(tiles, t0 + TILES)
+            unit(activations[t0:t1], correction[t0:t1], a_scale[t0:t1], packed, w_scale, factors, out,
+                 t0 * tokens, min(n, t1 * tokens), task % units * panels_a_unit)  # fmt: skip
+        return True
+
+    matmul.__name__ = f"matmul_blocked_{variant}_{bits}_{group}_{'groups' if scale_groups else 'tokens'}_{minimum}"
+    signature = array("i4", 3), array("i4", 3), array("f4", 3), array("u1", 4)
+    signature += array(scale_type(group, minimum), 3), array("u2", 4), array("f4", 2, True)
+    return kernel(*signature, parallel=True, key=matmul.__name__)(matmul)

@@ -1,0 +1,1 @@
+"""A decoded token's kernel calls, written down once and repeated as one launch."""

@@ -1,0 +1,1 @@
+"""The model itself: the forward pass, its weights and caches."""

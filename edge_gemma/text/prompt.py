@@ -1,0 +1,109 @@
+"""Messages to the ids of a prompt, through the checkpoint's own chat template.
+
+Owns: rendering (user text guarded, so that it cannot forge a control token), tool declarations. Does not know:
+sessions, sampling, screens.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+from edge_gemma.arguments import require
+from edge_gemma.errors import TemplateError, UsageError
+from edge_gemma.text.message import Message, check_messages
+from edge_gemma.text.template_sandbox import Template
+
+THINKING = "enable_thinking"  # the template's variable
+
+
+class ChatTokenizer(Protocol):
+    """What of `edge_gemma.text.tokenizer.Tokenizer` is used here."""
+
+    bos_id: int
+    eos_id: int
+    pad_id: int
+    unk_id: int
+    special_tokens: dict[str, int]
+
+    def encode_prompt(self, text: str) -> list[int]: ...
+    def guard(self, text: str) -> str: ...
+
+
+def check_tools(tools: Any) -> None:
+    """Raises UsageError unless `tools` are OpenAI's function declarations."""
+    require("tools", tools, isinstance(tools, Sequence) and not isinstance(tools, str), "a list of declarations")
+    for i, tool in enumerate(tools):
+        function = tool.get("function") if isinstance(tool, Mapping) else None
+        good = isinstance(function, Mapping) and isinstance(function.get("name"), str)
+        require(f"tool {i}", tool, good, '{"type": "function", "function": {"name": ..., "parameters": ...}}')
+
+
+class ChatFormat:
+    """A checkpoint's chat template with its tokenizer."""
+
+    def __init__(self, template: str, tokenizer: ChatTokenizer) -> None:
+        """Raises TemplateError if `template` is not a Jinja template."""
+        self._template = Template(template)
+        self._tokenizer = tokenizer
+        spelling = {index: piece for piece, index in tokenizer.special_tokens.items()}
+        ids = {name: getattr(tokenizer, f"{name}_id") for name in ("bos", "eos", "pad", "unk")}
+        self._tokens = {f"{name}_token": spelling.get(index, "") for name, index in ids.items()}
+
+    def takes(self, variable: str) -> bool:
+        """Whether the template looks at a variable: without that, giving it means nothing."""
+        return variable in self._template.variables
+
+    def render(
+        self, messages: Sequence[Message], *, tools: Sequence[Mapping[str, Any]] | None = None, think: bool = False
+    ) -> str:
+        """The prompt as text, user text marked by `Tokenizer.guard`; ends where the reply begins.
+
+        tools: OpenAI's function declarations. Raises TemplateError if the template refuses the messages, UsageError
+        for what is no message or no declaration, and for tools or think if the template has no place for them.
+        """
+        check_messages(messages)
+        check_tools(() if tools is None else tools)
+        for given, variable, what in ((tools, "tools", "tools"), (think, THINKING, "thinking")):
+            if given and not self.takes(variable):
+                raise UsageError(f"this model's chat template has no {what}: leave that out, or take another model")
+        if not messages:
+            raise TemplateError("there is no message to render, expected at least one")
+        try:
+            guarded = [self._guarded_message(message) for message in messages]
+            declared = [self._guarded(dict(tool)) for tool in tools] if tools else None
+        except RecursionError:
+            raise TemplateError("a message or tool is nested too deeply, expected JSON values") from None
+        return self._template.render(
+            messages=guarded,
+            tools=declared,
+            add_generation_prompt=True,
+            **self._tokens,
+            **{THINKING: think},
+        )
+
+    def prompt_ids(
+        self, messages: Sequence[Message], *, tools: Sequence[Mapping[str, Any]] | None = None, think: bool = False
+    ) -> list[int]:
+        """The prompt's ids. `<bos>` comes first even where the template leaves it out: without it Gemma degenerates."""
+        ids = self._tokenizer.encode_prompt(self.render(messages, tools=tools, think=think))
+        bos = self._tokenizer.bos_id
+        return ids if bos < 0 or ids[:1] == [bos] else [bos, *ids]
+
+    def _guarded_message(self, message: Message) -> dict[str, Any]:
+        entry = message.as_dict()
+        if message.media:
+            before = [{"type": kind} for kind in message.media if kind == "image"]
+            text = [{"type": "text", "text": message.content}] if message.content else []
+            entry["content"] = [*before, *text, *({"type": kind} for kind in message.media if kind != "image")]
+        return {"role": message.role, **{k: self._guarded(v) for k, v in entry.items() if k != "role"}}
+
+    def _guarded(self, value: Any) -> Any:
+        """Every text in it guarded, keys too; made of plain JSON types only."""
+        if isinstance(value, str):
+            return self._tokenizer.guard(value)
+        if isinstance(value, Mapping):
+            return {self._guarded(str(key)): self._guarded(entry) for key, entry in value.items()}
+        if isinstance(value, list | tuple):
+            return [self._guarded(entry) for entry in value]
+        if value is None or isinstance(value, bool | int | float):
+            return value
+        raise TemplateError(f"a message or tool holds {type(value).__name__}, expected JSON values")
