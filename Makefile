@@ -28,7 +28,7 @@ test-quick: $(VENV)/test.done check
 	$(PYTEST) -m "not real and not aarch64 and not slow"
 
 test-arm: $(VENV)/test.done
-	$(BIN)/python -m pytest -rs tests/test_aarch64.py
+	$(BIN)/python -m pytest -rs tests/aarch64/test_boards.py
 
 check: $(VENV)/test.done
 	$(BIN)/ruff check

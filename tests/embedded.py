@@ -17,7 +17,7 @@ from edge_gemma.export import convert
 from edge_gemma.export.checkpoint import TensorInfo
 from edge_gemma.folder import find
 from edge_gemma.folder.folder import TOKENIZER, ModelFolder
-from tests.test_goldens import dequantised
+from tests.model.test_goldens import dequantised
 
 FOLDER = find.EMBEDDED
 SPEECH = Path(__file__).parent / "speech"

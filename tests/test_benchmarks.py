@@ -15,6 +15,7 @@ from benchmarks.measure import Machine, Row
 from edge_gemma.config import GemmaConfig
 from edge_gemma.export.gguf_reader import GgufCheckpoint
 from edge_gemma.export.synth import TEXT_CONFIGS
+from tests import ROOT
 from tests.tiny_gguf import tokenizer_metadata, write_gguf
 
 MACHINE = Machine("2026-11-21", "A CPU, of sorts", 2, 2, 25.0, "avx2", "numba 0.62, llama-cpp-python 0.3.36")
@@ -143,7 +144,7 @@ def test_document_has_every_machine_and_the_estimate(tmp_path: Path) -> None:
 
 
 def test_published_document_is_what_the_csv_files_give(tmp_path: Path) -> None:
-    root = Path(__file__).parent.parent
+    root = ROOT
     report.write(root / "benchmarks" / "results", tmp_path / "BENCHMARKS.md")
     assert (tmp_path / "BENCHMARKS.md").read_text() == (root / "docs" / "BENCHMARKS.md").read_text()
 
@@ -187,7 +188,7 @@ def test_rounds_alternate_and_turn_around(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_published_commands_name_no_folder_of_a_machine() -> None:
-    text = "".join(p.read_text() for p in (Path(__file__).parent.parent / "benchmarks" / "results").glob("*.csv"))
+    text = "".join(p.read_text() for p in (ROOT / "benchmarks" / "results").glob("*.csv"))
     assert not re.search(r"/(home|root|tmp|work|usr)/", text)
 
 

@@ -1,13 +1,12 @@
 """docs/cli.md is the commands' own help, generated: `python -m tests.test_docs` writes it anew."""
 
-from pathlib import Path
-
 import click
 
 from edge_gemma.cli.main import cli
 from edge_gemma.quant.recipes import RECIPES
+from tests import ROOT
 
-CLI_PAGE = Path(__file__).parent.parent / "docs" / "cli.md"
+CLI_PAGE = ROOT / "docs" / "cli.md"
 HEAD = """\
 # The command line
 

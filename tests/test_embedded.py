@@ -23,12 +23,12 @@ from edge_gemma.folder import find
 from edge_gemma.generation.sampler import Sampling
 from edge_gemma.measure.wer import Score, normalise
 from edge_gemma.text.message import Message
+from tests import ROOT
 from tests.embedded import FOLDER, TIMER, clips, in_recipe, reply_logits, samples
 
 pytest.importorskip("av", reason="the audio extra is not installed")
 pytest.importorskip("jiwer", reason="the wer extra is not installed")
 
-ROOT = Path(__file__).parent.parent
 MOST_BYTES = 12_000_000  # of the folder, and so of what it adds to the wheel
 WORST_WER = 0.08  # on tests/speech, seen voices, texts of the domain: 3% was measured of the model shipped
 GREEDY = Sampling(temperature=0)

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+from tests import ROOT
+
 ROOMS = [
     "errors", "arguments", "host", "config_keys", "config", "folder", "text", "kernels", "model", "session",
     "generation", "chat", "audio", "engine", "backends", "measure", "cli", "__main__",

@@ -11,11 +11,11 @@ import platform
 import subprocess
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 
 from edge_gemma import kernels
+from tests import ROOT
 
 pytestmark = [
     pytest.mark.slow,
@@ -24,8 +24,8 @@ pytestmark = [
 ]
 
 COMPARED = [
-    "tests/test_audio_session.py", "tests/test_goldens.py", "tests/test_qat.py", "tests/test_tolerance.py",
-    "tests/test_session.py::test_many_short_random_lives",
+    "tests/audio/test_session.py", "tests/model/test_goldens.py", "tests/export/test_qat.py", "tests/test_tolerance.py",
+    "tests/model/test_session.py::test_many_short_random_lives",
 ]  # fmt: skip
 RUN = """
 import sys
@@ -75,7 +75,7 @@ def test_whole_models_on(machine):
         "OPENBLAS_CORETYPE": machine.coretype,
     }  # fmt: skip
     done = subprocess.run(
-        [sys.executable, "-c", RUN, *COMPARED], cwd=Path(__file__).parents[1], env=environment, text=True,
+        [sys.executable, "-c", RUN, *COMPARED], cwd=ROOT, env=environment, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
     told, _, output = done.stdout.partition("\n")

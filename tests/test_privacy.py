@@ -16,10 +16,9 @@ from benchmarks.listening import measure
 from edge_gemma import kernels
 from edge_gemma.cli.main import cli
 from edge_gemma.host.ort import onnxruntime
-from tests import hub_stand_in, watched
+from tests import ROOT, hub_stand_in, watched
 from tests.watched import Record, Watched, why_not
 
-ROOT = Path(__file__).parent.parent
 PRIVACY = ROOT / "docs" / "PRIVACY.md"
 CACHE = Path(".cache/edge-gemma")  # below the home, where XDG_CACHE_HOME is not set
 PULLED = Path(".local/share/edge-gemma")

@@ -9,10 +9,10 @@ import pytest
 
 from edge_gemma.cli.main import cli
 from edge_gemma.export.convert import export_checkpoint
-from tests.test_audio_files import tone, write_wav
+from tests import ROOT
+from tests.audio.test_files import tone, write_wav
 from tests.tiny import write_checkpoint
 
-ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```(\w*)\n(.*?)```", README, re.DOTALL)
 

@@ -62,7 +62,7 @@ def resident(key: str = "VmRSS") -> int | None:
 
 def footprint(folder: ModelFolder, context: int | None = None, *, audio: bool = False) -> Footprint:
     """The estimate for a session of `context` tokens (None: the default), audio: that hears. Within 15% of the measured
-    peak (tests/test_bench.py).
+    peak (tests/measure/test_speed.py).
     """
     config = folder.config
     context = context or min(DEFAULT_CONTEXT, config.max_position_embeddings)

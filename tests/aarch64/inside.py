@@ -2,7 +2,7 @@
 
 Owns: choosing tests. Emulation costs twelve times the processor time and a kernel compiles in 11 s, so every width and
 layout is compiled with the activation scales the decoder uses (tests/aarch64/processor.py), and what else
-tests/test_matmul.py asks of matrix kernels is asked of the best instruction set in a few layouts. Does not know: how
+tests/kernels/test_matmul.py asks of matrix kernels is asked of the best instruction set in a few layouts. Does not know: how
 AArch64 code comes to run here (tests/aarch64/prepare.py).
 """
 

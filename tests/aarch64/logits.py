@@ -2,7 +2,7 @@
 
 Writes OUT/NAME.npy for each: float32 [len(IDS), vocab_size], the first PROMPT ids at once and the rest one by one. Does
 not know how AArch64 code comes to run here (tests/aarch64/prepare.py) or what the logits should be
-(tests/test_aarch64.py, which also runs it on the machine itself).
+(tests/aarch64/test_boards.py, which also runs it on the machine itself).
 """
 
 import sys

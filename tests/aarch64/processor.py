@@ -11,7 +11,7 @@ import pytest
 
 from edge_gemma import kernels
 from edge_gemma.kernels import reference
-from tests.test_matmul import LAYOUTS, SCALES, Case
+from tests.kernels.test_matmul import LAYOUTS, SCALES, Case
 from tests.tolerance import assert_rounding
 
 # sdot, by vector and by element (Arm Architecture Reference Manual, C7.2 SDOT): (mask, value) of the instruction word

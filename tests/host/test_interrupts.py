@@ -1,0 +1,148 @@
+"""Ctrl-C while kernels compile or load: never lost, and acted on at once afterwards."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from edge_gemma.host import interrupts
+from tests import ROOT
+
+
+def press() -> None:
+    """Ctrl-C, handled before this returns."""
+    signal.raise_signal(signal.SIGINT)
+
+
+def test_it_arrives_at_the_end_of_the_block() -> None:
+    reached = False
+    with pytest.raises(KeyboardInterrupt), interrupts.held():  # noqa: PT012
+        press()
+        press()
+        reached = True
+    assert reached
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_an_error_in_the_block_does_not_swallow_it() -> None:
+    with pytest.raises(KeyboardInterrupt) as caught, interrupts.held():  # noqa: PT012
+        press()
+        raise ValueError
+    assert isinstance(caught.value.__context__, ValueError)
+
+
+def test_a_handler_of_the_program_is_called_once_and_kept() -> None:
+    calls: list[int] = []
+
+    def handler(number: int, frame: object) -> None:
+        calls.append(number)
+
+    before = signal.signal(signal.SIGINT, handler)
+    try:
+        with interrupts.held():
+            press()
+            assert not calls
+        assert calls == [signal.SIGINT]
+        with interrupts.held(), interrupts.held():
+            press()
+        assert calls == [signal.SIGINT] * 2
+        assert signal.getsignal(signal.SIGINT) is handler
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_one_that_is_ignored_stays_so() -> None:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with interrupts.held():
+            press()
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_other_threads_hold_nothing_and_do_not_fail() -> None:
+    seen: list[object] = []
+
+    def work() -> None:
+        with interrupts.held():
+            seen.append(signal.getsignal(signal.SIGINT))
+
+    worker = threading.Thread(target=work)
+    worker.start()
+    worker.join()
+    assert seen == [signal.default_int_handler]
+
+
+# LLVM calls back into Python whenever it compiles or loads: here the key is pressed in every such call.
+IN_A_CALLBACK = """
+import os, signal, sys
+from pathlib import Path
+from numba.core.codegen import CPUCodeLibrary
+import numpy as np
+signal.signal(signal.SIGINT, signal.default_int_handler)
+pressed = []
+def pressing(name):
+    call = getattr(CPUCodeLibrary, name)
+    def wrapped(*arguments):
+        pressed.append(1)
+        signal.raise_signal(signal.SIGINT)
+        return call(*arguments)
+    setattr(CPUCodeLibrary, name, wrapped)
+pressing("_object_compiled_hook")
+pressing("_object_getbuffer_hook")
+from edge_gemma import kernels
+from edge_gemma.kernels.recording import operations
+from edge_gemma.quant import feedback
+kernels.set_cache_root(Path(sys.argv[1]))
+x = np.float32([0, 30, -60])
+for act in (lambda: kernels.softcap(x, 30.0), lambda: operations.scale.address, feedback.compile_kernels):
+    pressed.clear()
+    try:
+        act()
+        print("lost" if pressed else "no callback", flush=True)
+    except KeyboardInterrupt:
+        print("arrived", flush=True)
+"""
+
+
+def test_none_is_lost_in_a_callback_of_llvm(tmp_path) -> None:
+    for loading in ("compiling", "loading"):
+        done = subprocess.run(
+            [sys.executable, "-c", IN_A_CALLBACK, str(tmp_path)], capture_output=True, text=True, timeout=300,
+            check=False,
+        )  # fmt: skip
+        assert done.stdout.split("\n")[:3] == ["arrived"] * 3, (loading, done.stdout, done.stderr)
+        assert "ignored" not in done.stderr
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a process gets Ctrl-C with its whole console there")
+@pytest.mark.parametrize("seconds", [0.8, 1.6, 2.4])
+def test_a_command_that_compiles_ends_with_130(tmp_path, seconds: float) -> None:
+    command = [sys.executable, "-m", "edge_gemma", "run", "--max-tokens", "400", "Hello"]
+    environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path)}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) as run:
+        assert run.stderr is not None
+        run.stderr.readline()  # "(compiling the kernels ...)"
+        time.sleep(seconds)
+        run.send_signal(signal.SIGINT)
+        start = time.monotonic()
+        _, errors = run.communicate(timeout=120)
+    assert run.returncode == 130, errors
+    assert "Traceback" not in errors
+    assert "ignored" not in errors
+    assert time.monotonic() - start < 60
+
+
+def test_kernels_are_compiled_in_one_place() -> None:
+    root = ROOT
+    for path in [file for folder in ("edge_gemma", "export", "quant") for file in (root / folder).rglob("*.py")]:
+        text = path.read_text()
+        assert path.name == "compiler.py" or not re.search(
+            r"\.kernel_signature|\bCFunc\b|numba\.(vectorize|cfunc)", text
+        ), path
