@@ -2,7 +2,7 @@
 
 Owns: choosing tests. Emulation costs twelve times the processor time and a kernel compiles in 11 s, so every width and
 layout is compiled with the activation scales the decoder uses (tests/aarch64/processor.py), and what else
-tests/kernels/test_matmul.py asks of matrix kernels is asked of the best instruction set in a few layouts. Does not know: how
+kernels/test_matmul.py asks of matrix kernels is asked of the best instruction set in a few layouts. Does not know: how
 AArch64 code comes to run here (tests/aarch64/prepare.py).
 """
 
@@ -45,8 +45,8 @@ def _model(kind, recipe):
 
 
 CHOICE = {
-    "test_qformat": _any,
-    "test_matmul": {
+    "folder/test_layouts": _any,
+    "kernels/test_matmul": {
         "test_matmul_is_the_oracle": lambda variant, per_group, **layout: _by_token(variant, **layout),
         "test_matmul_integers_are_exact_at_the_extremes": _by_token,
         "test_a_row_is_the_same_in_every_tile_and_for_every_thread_count": _by_token,
@@ -54,7 +54,7 @@ CHOICE = {
         "test_quantize_activations_is_the_oracle_bit_for_bit": _any,
         "test_quantize_rounds_half_to_even_and_survives_anything": _any,
     },
-    "test_kernels": {
+    "kernels/test_kernels": {
         "test_norms": _any,
         "test_rms_norm_rope_in_place_and_out_of_place": _any,
         "test_gelu_and_softcap": _any,
@@ -62,20 +62,20 @@ CHOICE = {
         "test_float16_rounds_as_numpy_does": _any,
         "test_attention_is_the_oracle": _attention,
     },
-    "test_goldens": {
+    "model/test_goldens": {
         "test_forward_equals_the_golden": _any,
         "test_greedy_continuation_equals_the_golden": _any,
         "test_the_number_of_threads_changes_nothing": _model,
         "test_chunked_prefill_equals_unchunked": _model,
         "test_logits_are_as_close_to_the_reference_as_the_activations_allow": _model,
     },
-    "test_tokenizer": {
+    "text/test_tokenizer": {
         "test_equal_ids_on_any_text": _any,
         "test_round_trip": _any,
         "test_streaming_gives_the_text_of_decode": _any,
         "test_odd_characters": _any,
     },
-    "processor": _any,
+    "aarch64/processor": _any,
 }
 """File -> test -> which of its parameters; each must choose something."""
 
@@ -99,11 +99,12 @@ class Choice:
     def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
         chosen, found = [], set()
         for item in items:
-            tests = CHOICE[item.path.stem]
+            file = item.path.relative_to(REPOSITORY / "tests").with_suffix("").as_posix()
+            tests = CHOICE[file]
             rule = tests.get(item.originalname) if isinstance(tests, dict) else tests
             if rule and rule(**(item.callspec.params if hasattr(item, "callspec") else {})):
                 chosen.append(item)
-                found.add((item.path.stem, item.originalname))
+                found.add((file, item.originalname))
         wanted = {(file, test) for file, tests in CHOICE.items() if isinstance(tests, dict) for test in tests}
         if missing := sorted(wanted - found):
             raise pytest.UsageError(f"tests/aarch64/inside.py chooses tests that are not there: {missing}")
@@ -113,8 +114,7 @@ class Choice:
 
 def main() -> int:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # an illegal instruction leaves a traceback, not the emulator
-    folder = REPOSITORY / "tests"
-    files = [folder / "aarch64" / "processor.py" if f == "processor" else folder / f"{f}.py" for f in CHOICE]
+    files = [REPOSITORY / "tests" / f"{file}.py" for file in CHOICE]
     options = [
         "-vv",
         "--tb=short",

@@ -19,7 +19,7 @@ HERE = os.path.dirname(__file__)
 TAIL, WIDTH = 60, 200  # lines of output in a failure, and characters of a line
 LIMIT = 3600  # seconds, of a run that hangs; how long one takes: docs/ARM.md
 
-LOGITS = os.path.join(HERE, "aarch64", "logits.py")
+LOGITS = os.path.join(HERE, "logits.py")
 # Recipe -> how far its logits may be, relative, from those of this machine: of our own decoder, and of ONNX graphs
 RECIPES = {"float": 1e-5, "q4": 0.1}
 ONNX_RECIPES = {"float": 1e-5, "float16": 1e-5, "q8": 0.1, "q4": 0.1, "q2mix": 0.2, "mobile": 0.1}
@@ -50,7 +50,7 @@ def runs(request, folder, tmp_path_factory):
     wanted = {item.callspec.params["board"] for item in request.session.items if "runs" in item.fixturenames}
     for name in sorted(wanted, reverse=True):
         output = tmp_path_factory.mktemp(name) / "output"
-        arguments = command(folder, BOARDS[name], os.path.join(HERE, "aarch64", "inside.py"), name)
+        arguments = command(folder, BOARDS[name], os.path.join(HERE, "inside.py"), name)
         with open(output, "w") as file:
             process = subprocess.Popen(
                 arguments, env=environment(folder, BOARDS[name]), cwd=output.parent, stdin=subprocess.DEVNULL,

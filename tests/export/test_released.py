@@ -36,7 +36,7 @@ FOLDERS = {
     "e4b": "google+gemma-4-E4B-it",
     "e2b-mobile": "google+gemma-4-E2B-it-qat-mobile-transformers",
 }
-# Decoder's parameters: the published counts less the towers' (tests/model/test_config.py). Gemma 3: all but the vision tower.
+# Decoder's parameters: the published counts less the towers' (test_config.py). Gemma 3: all but the vision tower.
 DECODER = {
     "e2b": 4_628_569_379,
     "e4b": 7_463_013_418,
