@@ -119,12 +119,12 @@ def round_to_step(x, step) -> None:
 
 
 BLOCKED_FROM = 24
-"""Tokens from which unpacking weights first pays (kernels/matmul/prefill.py)."""
+"""Tokens from which unpacking weights first pays (kernels/matrix/prefill.py)."""
 
 
 @functools.cache
 def _matmul(variant_name, bits, group, scale_groups, minimum):
-    from edge_gemma.kernels.matmul.decode import make
+    from edge_gemma.kernels.matrix.decode import make
 
     if bits not in (2, 4, 8) or group not in (0, 16, 32):
         raise ValueError(f"weights of {bits} bits in groups of {group}, expected 2, 4 or 8 bits and 0, 16 or 32")
@@ -146,7 +146,7 @@ def _blocked(variant_name, bits, group, scale_groups, minimum):
 
     if SETS[variant_name].block(group != 0) is None:
         return None
-    from edge_gemma.kernels.matmul.prefill import interleaved, make
+    from edge_gemma.kernels.matrix.prefill import interleaved, make
 
     def launch(q, a_scale, sums, packed, w_scale, factors, out):
         activations = interleaved(variant_name, bits, group, minimum, q, a_scale, sums)
@@ -183,7 +183,7 @@ def matmul(q, a_scale, sums, packed, w_scale, bits, group, out, factors=None) ->
 
 @functools.cache
 def _dense(variant_name, half):
-    from edge_gemma.kernels.matmul.floats import make
+    from edge_gemma.kernels.matrix.floats import make
 
     return make(variant_name, half)
 
@@ -324,7 +324,7 @@ def exp_sums(x, top, factor, out) -> None:
 
 @functools.cache
 def _store(half):
-    from edge_gemma.kernels.attention.attention import make_store
+    from edge_gemma.kernels.attend.blocks import make_store
 
     return make_store(half)
 
@@ -343,7 +343,7 @@ def store_kv(k, v, k_cache, v_cache, first_position) -> None:
 
 @functools.cache
 def _attention(variant_name, half, many_rows, plain):
-    from edge_gemma.kernels.attention.attention import make
+    from edge_gemma.kernels.attend.blocks import make
 
     return make(variant_name, half, 8 if many_rows else 4, plain)
 

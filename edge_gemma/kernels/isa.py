@@ -133,7 +133,7 @@ class Portable:
 
     @staticmethod
     def block(grouped) -> tuple[int, int] | None:
-        """(tokens, registers of rows) of a tile over unpacked weights (matmul/prefill.py); None: not in this set."""
+        """(tokens, registers of rows) of a tile over unpacked weights (matrix/prefill.py); None: not in this set."""
 
     def zero_point(self, bits, group):
         """What the stored field exceeds the weight by, as this set reads it."""

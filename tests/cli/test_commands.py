@@ -10,6 +10,7 @@ import sys
 import pytest
 from click.testing import CliRunner
 
+from edge_gemma.cli import options
 from edge_gemma.cli.main import cli
 from edge_gemma.errors import CheckpointError
 from edge_gemma.text.history import Transcript
@@ -22,9 +23,9 @@ from tests.tiny import write_checkpoint
 def fake(monkeypatch):
     """fake(*replies, **options) makes every command load that engine."""
 
-    def install(*replies, **options):
-        engine = FakeEngine(*replies, **options)
-        monkeypatch.setattr(options, "load_engine", lambda model, **options: engine)
+    def install(*replies, **given):
+        engine = FakeEngine(*replies, **given)
+        monkeypatch.setattr(options, "load_engine", lambda model, **given: engine)
         return engine
 
     return install
@@ -402,7 +403,7 @@ def test_a_base_model_chat_continues_and_enter_goes_on(fake):
 def test_help_imports_nothing_heavy():
     """So that it is there at once."""
     heavy = {"numba", "numpy", "jinja2", "rich", "onnxruntime", "sentencepiece", "huggingface_hub", "safetensors"}
-    code = f"import sys; from edge_gemma import cli; print(sorted({heavy} & set(sys.modules)))"
+    code = f"import sys; from edge_gemma.cli import main; print(sorted({heavy} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
 
 

@@ -11,6 +11,7 @@ from click.testing import CliRunner
 from edge_gemma import Engine
 from edge_gemma.audio import listen, mic, transcribe
 from edge_gemma.cli import options
+from edge_gemma.cli import speech as speech_commands
 from edge_gemma.cli.main import cli
 from edge_gemma.errors import AudioError
 from edge_gemma.export.convert import export_checkpoint
@@ -108,7 +109,7 @@ def test_subtitles_do_not_replace_a_file_without_being_told_to(engine, speech, t
 
 
 def test_who_reads_no_further_ends_it_quietly(engine, speech, monkeypatch):
-    echo, transcribe_file = speech.click.echo, speech._transcribe_file
+    echo, transcribe_file = speech_commands.click.echo, speech_commands._transcribe_file
     printed, begun = [], []
 
     def read_one_line(text="", **options):
@@ -121,8 +122,8 @@ def test_who_reads_no_further_ends_it_quietly(engine, speech, monkeypatch):
         begun.append(path)
         transcribe_file(transcriber, path, *arguments, **options)
 
-    monkeypatch.setattr(speech.click, "echo", read_one_line)
-    monkeypatch.setattr(speech, "_transcribe_file", counted)
+    monkeypatch.setattr(speech_commands.click, "echo", read_one_line)
+    monkeypatch.setattr(speech_commands, "_transcribe_file", counted)
     result = invoke("transcribe", *[speech] * 4)
     assert (len(begun), result.stderr) == (1, "")
 
@@ -300,7 +301,7 @@ def test_the_engine_listens_to_blocks_and_to_a_microphone(microphone):
     microphone.end = staticmethod(lossy)
     events = list(Engine.listen(SpeechEngine()))
     assert [e.text for e in events if e.kind in ("segment", "notice")] == ["w1 w2", "w3", "2.0 s of sound were lost"]
-    assert speech.COMMANDS
+    assert speech_commands.COMMANDS
 
 
 # --- measuring --------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Names of models on a hub, the list of pulled find, and what -m says about a name that is not here."""
+"""Names of models on a hub, the list of pulled models, and what -m says about a name that is not here."""
 
 import json
 from pathlib import Path

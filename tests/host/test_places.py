@@ -22,7 +22,7 @@ def unknown(*_):
     raise KeyError("uid not found")
 pwd.getpwuid = pwd.getpwnam = unknown
 os.environ.pop("HOME", None)
-from edge_gemma.cli import cli
+from edge_gemma.cli.main import cli
 for command in json.loads(sys.argv[1]):
     try:
         cli(command)
@@ -67,13 +67,13 @@ def test_without_a_home_everything_works_but_nothing_is_kept(tmp_path: Path) -> 
 
 @pytest.mark.parametrize("what", ["~/.cache/edge-gemma", "~nobody/.cache", RuntimeError("no home")])
 def test_no_version_of_platformdirs_makes_a_folder_named_tilde(what, monkeypatch) -> None:
-    def find(*_: object, **__: object) -> str:
+    def answer(*_: object, **__: object) -> str:
         if isinstance(what, Exception):
             raise what
         return what
 
     for name in ("user_cache_dir", "user_data_dir"):
-        monkeypatch.setattr(platformdirs, name, find)
+        monkeypatch.setattr(platformdirs, name, answer)
     monkeypatch.setattr(compiler, "_cache_root", None)
     assert (places.cache(), places.data(), find.folders(), compiler.cache_directory()) == (None, None, (), None)
 

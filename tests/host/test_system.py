@@ -169,7 +169,7 @@ class Mapped(sys.modules["mmap"].mmap):
 if platform == "win32":
     sys.modules["mmap"].mmap = Mapped
 sys.platform = platform
-from edge_gemma.cli import cli
+from edge_gemma.cli.main import cli
 for command in json.loads(sys.argv[2]):
     cli(command, standalone_mode=False)
 print("all done")

@@ -8,8 +8,8 @@ import pytest
 from edge_gemma import kernels
 from edge_gemma.folder import layouts
 from edge_gemma.kernels import isa, reference
-from edge_gemma.kernels.matmul.assembly import ARM_LINUX, assembly
-from edge_gemma.kernels.matmul.ir import TileSpec
+from edge_gemma.kernels.matrix.assembly import ARM_LINUX, assembly
+from edge_gemma.kernels.matrix.ir import TileSpec
 from edge_gemma.model.linear import Activations, PanelMatrix
 from tests.tolerance import assert_rounding
 
@@ -85,7 +85,7 @@ class Case:
 @pytest.mark.parametrize("per_group", [False, True])
 def test_matmul_is_the_oracle(variant, bits, group, minimum, per_group):
     small = [(8, 32, 1), (13, 100, 3), (40, 96, 4), (67, 224, 5), (24, 544, 17), (9, 1056, 1), (1, 7, 2)]
-    many = [(8, 32, 24), (67, 1056, 29), (187, 96, 26), (13, 544, 300)]  # through kernels/matmul/prefill.py
+    many = [(8, 32, 24), (67, 1056, 29), (187, 96, 26), (13, 544, 300)]  # through kernels/matrix/prefill.py
     for rows, k, n in [*small, (136, 64, 1), (187, 96, 2), *many]:
         case = Case(n, rows, k, bits, group, minimum, per_group)
         assert_rounding(case.run(), case.run(reference), [case.terms + SCALES], f"{variant} {rows}x{k} n={n}")

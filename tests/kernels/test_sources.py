@@ -54,7 +54,7 @@ def run(code: str, copy: Path, *arguments: str, lines: str = "") -> list[str]:
 
 def test_every_module_that_kernels_import_changes_where_their_code_is_kept(copy: Path) -> None:
     loaded = sorted(run(LOADED, copy)[0].split())
-    assert {"edge_gemma.folder.layouts", "edge_gemma.kernels.matmul.ir", "edge_gemma.kernels.buffers"} <= set(loaded)
+    assert {"edge_gemma.folder.layouts", "edge_gemma.kernels.matrix.ir", "edge_gemma.kernels.buffers"} <= set(loaded)
     files = [file for name in loaded if (copy / (file := name.replace(".", "/") + ".py")).exists()]  # no packages
     lines = "".join(f"{file} edge_gemma.measure.bandwidth\n" for file in ["-", *files, "-"])
     before, *changed, after = run(DIGESTS, copy, str(copy), lines=lines)
@@ -74,13 +74,13 @@ def test_every_module_that_kernels_import_changes_where_their_code_is_kept(copy:
     ],
 )
 def test_a_new_module_counts_however_it_is_imported(copy: Path, spelling: str) -> None:
-    fresh, between, tile = (copy / "edge_gemma" / name for name in ("fresh.py", "between.py", "kernels/matmul/ir.py"))
+    fresh, between, tile = (copy / "edge_gemma" / name for name in ("fresh.py", "between.py", "kernels/matrix/ir.py"))
     text = tile.read_text()
     fresh.write_text("WIDTH = 1\n")
     between.write_text("from edge_gemma.fresh import WIDTH\n")
     tile.write_text(f"{text}\n{spelling}\n")
     try:
-        lines = "- edge_gemma.kernels.matmul.ir\nedge_gemma/fresh.py edge_gemma.kernels.matmul.ir\n"
+        lines = "- edge_gemma.kernels.matrix.ir\nedge_gemma/fresh.py edge_gemma.kernels.matrix.ir\n"
         (folder, tiles), (changed_folder, changed_tiles) = map(str.split, run(DIGESTS, copy, str(copy), lines=lines))
         assert folder != changed_folder
         assert tiles != changed_tiles

@@ -15,10 +15,10 @@ from numba.core import types
 from numba.extending import intrinsic
 
 from edge_gemma.kernels import elementwise
-from edge_gemma.kernels.attention.attention import BLOCK, finish, make_span, make_store_row, merge, scaled_rows
+from edge_gemma.kernels.attend.blocks import BLOCK, finish, make_span, make_store_row, merge, scaled_rows
 from edge_gemma.kernels.compiler import part
-from edge_gemma.kernels.matmul.decode import factor_blocks, make_correction, make_one_token, scale_type
-from edge_gemma.kernels.matmul.floats import make_rows
+from edge_gemma.kernels.matrix.decode import factor_blocks, make_correction, make_one_token, scale_type
+from edge_gemma.kernels.matrix.floats import make_rows
 
 FUNCTION, CHUNKS, WINDOW, WAITS, OWN = range(5)
 """Words of an operation. CHUNKS: how many chunks, or, where WINDOW is not -1, how many for each block of visible keys

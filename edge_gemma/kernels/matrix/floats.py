@@ -13,7 +13,7 @@ from numba.core import types
 from numba.extending import intrinsic, overload
 
 from edge_gemma.kernels import isa
-from edge_gemma.kernels.attention.ir import fold
+from edge_gemma.kernels.attend.ir import fold
 from edge_gemma.kernels.compiler import array, kernel
 from edge_gemma.kernels.convert import float_of_bits
 from edge_gemma.kernels.isa import F32, I16, I32, I64, at, load, loop, multiply_add, splat_constant, store, vector

@@ -20,7 +20,7 @@ import numpy as np
 from edge_gemma.folder.layouts import FACTOR_COLUMNS
 from edge_gemma.kernels import isa
 from edge_gemma.kernels.compiler import array, kernel
-from edge_gemma.kernels.matmul.ir import TileSpec, make_tile
+from edge_gemma.kernels.matrix.ir import TileSpec, make_tile
 
 TOKEN_BLOCK_BYTES = 1 << 18
 """Activations that are kept in a core's cache while all its panels pass by."""

@@ -1,7 +1,7 @@
 """Attention over ring and growing KV caches, float32 or float16: blocks of keys, merging, threads.
 
 Owns: which keys a query sees and in what order they are taken. Does not know: the arithmetic of a block
-(kernels/attention/ir.py), projections, rotary positions, layers.
+(kernels/attend/ir.py), projections, rotary positions, layers.
 
 Keys are taken in blocks of 128 absolute positions; each block is a softmax of its own (maximum, sum, weighted values),
 and the blocks of a query are merged in ascending order. So a query's result depends only on its position, never on the
@@ -15,7 +15,7 @@ import numba
 import numpy as np
 from numba.core import types
 
-from edge_gemma.kernels.attention.ir import make_block, rows_of
+from edge_gemma.kernels.attend.ir import make_block, rows_of
 from edge_gemma.kernels.compiler import array, kernel
 from edge_gemma.kernels.convert import as_float, to_half
 from edge_gemma.kernels.elementwise import exp32

@@ -28,8 +28,8 @@ from edge_gemma.kernels.buffers import empty
 from edge_gemma.kernels.compiler import array, kernel, launch
 from edge_gemma.kernels.convert import as_float, bits_of_float
 from edge_gemma.kernels.isa import F32, I8, I32, I64, at, join, load, loop, multiply_add, splat, splat_constant, vector
-from edge_gemma.kernels.matmul.decode import factor_blocks, scale_type
-from edge_gemma.kernels.matmul.ir import field_bits
+from edge_gemma.kernels.matrix.decode import factor_blocks, scale_type
+from edge_gemma.kernels.matrix.ir import field_bits
 
 BLOCK_BYTES = 24 << 10
 """Unpacked weights that tokens pass by: half of a 48 kB cache."""
