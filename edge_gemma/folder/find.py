@@ -18,7 +18,7 @@ from edge_gemma.host import places
 
 MODEL_VARIABLE = "EDGE_GEMMA_MODEL"
 EMBEDDED_NAME = "demo"
-EMBEDDED = Path(__file__).parent / "demo"  # a model folder in the package, used where it lies
+EMBEDDED = Path(__file__).parent.parent / "demo"  # a model folder in the package, used where it lies
 EMBEDDED_NOTE = (
     "this is the small demonstration model that comes along; for the real one "
     "edge-gemma pull e2b && edge-gemma chat -m e2b"
