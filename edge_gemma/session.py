@@ -16,6 +16,7 @@ from edge_gemma import kernels
 from edge_gemma.arguments import file_path, is_integer, shown, token_ids
 from edge_gemma.errors import ContextFullError, ModelFolderError, UsageError
 from edge_gemma.folder.atomic import write_file
+from edge_gemma.host.pace import Pace
 from edge_gemma.kernels.buffers import reuse
 from edge_gemma.model.decoder import Decoder
 from edge_gemma.model.kv_cache import KVCache, Snapshot
@@ -43,7 +44,7 @@ class Session:
         self._decoder = decoder
         self._identity = identity
         self._audio_token_id = audio_token_id
-        self._threads = threads
+        self._pace = Pace(threads, kernels.threads)
         self._soft: SoftTokens = {}  # kept for rewinding and saving: about as many bytes a token as the KV cache
         self._cache = KVCache(decoder.config, context, CHUNK, kv_dtype)
         self._step = Step(decoder, self._cache)
@@ -63,7 +64,7 @@ class Session:
         ids = self._check(ids)
         if len(ids) == 1:
             self._settle()
-            with kernels.use_threads(self._threads):
+            with kernels.use_threads(self._pace.limit), self._pace.of(1):
                 logits = self._step(ids[0])
             self.ids.append(ids[0])
             return logits
@@ -101,7 +102,7 @@ class Session:
 
     def logits(self, hidden: np.ndarray) -> np.ndarray:
         """The head on rows from `hidden`: float32 [n, vocab_size]; a few rows at a time where memory matters."""
-        with kernels.use_threads(self._threads):
+        with kernels.use_threads(self._pace.limit):
             return self._decoder.logits(hidden)
 
     def rewind(self, position: int) -> None:
@@ -198,7 +199,7 @@ class Session:
     @contextlib.contextmanager
     def _computing(self) -> Iterator[None]:
         """Around a prompt's arithmetic: this model's threads, and memory that is used again."""
-        with kernels.use_threads(self._threads), reuse():
+        with kernels.use_threads(self._pace.limit), reuse():
             yield
 
     def _run(self, ids: list[int], keep: int, soft: SoftTokens | None = None) -> np.ndarray:
@@ -250,7 +251,9 @@ class Session:
                 text[at] = PAD
                 merged = self._decoder.embed(text)
                 merged[at] = list(here.values())
-            yield part, here, self._decoder.forward(text, self._cache, wanted, merged)
+            with kernels.use_threads(self._pace.limit), self._pace.of(len(part)):
+                rows = self._decoder.forward(text, self._cache, wanted, merged)
+            yield part, here, rows
 
 
 def soft_tokens(embeddings: np.ndarray, width: int, audio_token_id: int | None) -> tuple[np.ndarray, list[int]]:

@@ -1,6 +1,7 @@
 """What engines share with each other and with the process around them: open files, threads, forks."""
 
 import gc
+import math
 import multiprocessing
 import os
 import subprocess
@@ -54,6 +55,12 @@ def test_a_closed_engine_says_so(model: Path) -> None:
 
 
 # --- threads ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(autouse=True)
+def alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other programs on this machine take no thread away (host/pace.py)."""
+    monkeypatch.setattr("edge_gemma.host.pace._UNIT_S", math.inf)
 
 
 @pytest.fixture

@@ -1,0 +1,73 @@
+"""Prefill and decode beside a busy neighbour: one thread, all threads, and as many as pay (edge_gemma/host/pace.py).
+
+    python -m benchmarks.neighbour MODEL --neighbours 1
+
+A neighbour is a process that keeps a CPU busy. Runs alternate; prints medians as JSON, tokens a second.
+"""
+
+import json
+import multiprocessing
+import statistics
+import time
+
+import click
+
+from edge_gemma import Engine, kernels
+
+PROMPT = 128  # tokens
+
+
+def busy() -> None:
+    while True:
+        pass
+
+
+def speeds(engine: Engine, seconds: float) -> tuple[float, float]:
+    """Prefill and decode, tokens a second."""
+    session, ids = engine.session(), list(range(10, 10 + PROMPT))
+    done, start = 0, time.perf_counter()
+    while time.perf_counter() - start < seconds:
+        session.rewind(0)
+        session.prefill(ids)
+        done += PROMPT
+    prefill = done / (time.perf_counter() - start)
+    done, start = 0, time.perf_counter()
+    while time.perf_counter() - start < seconds:
+        if session.position >= session.context - 1:
+            session.rewind(PROMPT)
+        session.step(7)
+        done += 1
+    return prefill, done / (time.perf_counter() - start)
+
+
+@click.command()
+@click.argument("model", required=False)
+@click.option("--neighbours", default=1, show_default=True)
+@click.option("--seconds", default=2.0, show_default=True, help="Of each run.")
+@click.option("--repeat", default=5, show_default=True)
+def main(model: str | None, neighbours: int, seconds: float, repeat: int) -> None:
+    most = kernels.threads()
+    engines = {
+        "one": Engine.load(model, threads=1),
+        "all": Engine.load(model, threads=most),
+        "paced": Engine.load(model),
+    }
+    found: dict[str, list[tuple[float, float]]] = {name: [] for name in engines}
+    for engine in engines.values():
+        speeds(engine, 0.1)  # compiles
+    others = [multiprocessing.get_context("spawn").Process(target=busy, daemon=True) for _ in range(neighbours)]
+    for other in others:
+        other.start()
+    for _ in range(repeat):
+        for name, engine in engines.items():
+            found[name].append(speeds(engine, seconds))
+    for other in others:
+        other.kill()
+    medians = {
+        name: [round(statistics.median(column)) for column in zip(*runs, strict=True)] for name, runs in found.items()
+    }
+    click.echo(json.dumps({"threads": most, "neighbours": neighbours, "prefill_and_decode": medians}))
+
+
+if __name__ == "__main__":
+    main()
