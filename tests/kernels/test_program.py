@@ -105,7 +105,7 @@ def test_one_thread_alone_does_everything_in_numbas_own_layer() -> None:
     """Nobody waits for a thread that has not come: more workers than threads, one after another."""
     script = """
 import numpy as np
-from tests.test_program import chain
+from tests.kernels.test_program import chain
 from edge_gemma.kernels import compiler
 from edge_gemma.kernels.recording import program
 recorded, x, outs = chain(5)

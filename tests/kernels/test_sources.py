@@ -16,7 +16,7 @@ LOADED = """
 import importlib, pathlib, sys
 import edge_gemma.kernels as package
 root = pathlib.Path(package.__file__).parent
-for path in root.rglob("*.py"):
+for path in root.rglob("[!_]*.py"):
     importlib.import_module(".".join(["edge_gemma.kernels", *path.relative_to(root).with_suffix("").parts]))
 print(*(name for name in sys.modules if name.startswith("edge_gemma.")))
 """
