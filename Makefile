@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 # "externally managed"; nothing is installed outside .venv.
 PIP := $(PYTHON) -m pip --python $(BIN)/python install --quiet --disable-pip-version-check
 
-# A process a core, which takes whole files: fixtures and compiled kernels are shared. test_aarch64.py begins first, for
+# A process a core, which takes whole files: fixtures and compiled kernels are shared. tests/aarch64 begins first, for
 # emulation takes long and goes on beside the rest.
 PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
