@@ -53,6 +53,7 @@ class Session:
 
     @property
     def position(self) -> int:
+        """How many tokens the timeline holds."""
         return len(self.ids)
 
     def prefill(self, ids: Sequence[int]) -> np.ndarray:
@@ -293,11 +294,25 @@ class Timeline(Protocol):
     context: int
 
     @property
-    def position(self) -> int: ...
-    def prefill(self, ids: list[int]) -> np.ndarray: ...
-    def step(self, token: int) -> np.ndarray: ...
-    def rewind(self, position: int) -> None: ...
-    def mark(self) -> None: ...
+    def position(self) -> int:
+        """How many tokens the timeline holds."""
+        ...
+
+    def prefill(self, ids: list[int]) -> np.ndarray:
+        """Append ids. Returns the logits after the last: float32 [vocab_size]."""
+        ...
+
+    def step(self, token: int) -> np.ndarray:
+        """Append one token. Returns the logits after it: float32 [vocab_size]."""
+        ...
+
+    def rewind(self, position: int) -> None:
+        """Forget every token from `position` on."""
+        ...
+
+    def mark(self) -> None:
+        """Keep this position, so that `rewind` to it costs nothing."""
+        ...
 
 
 def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:

@@ -89,9 +89,9 @@ class AudioConfig:
         if not isinstance(channels, list | tuple) or len(channels) != 2 or channels[0] != MEL_BINS:
             raise ConfigError(f"subsampling_conv_channels is {channels!r}, expected [{MEL_BINS}, n]")
         _size("subsampling_conv_channels", channels[1], 1 << 12)
+        fields: dict[str, Any] = {**sizes, **{key: _positive(key, c[key]) for key in _NUMBERS}}
         return cls(
-            **sizes,
-            **{key: _positive(key, c[key]) for key in _NUMBERS},
+            **fields,
             subsampling_conv_channels=(channels[0], channels[1]),
             use_clipped_linears=bool(c["use_clipped_linears"]),
         )
@@ -229,7 +229,8 @@ def bind_audio_tower(
     if wrong := {name: i for name, i in ids.items() if type(i) is not int or not 0 <= i < vocab_size}:
         raise ConfigError(f"{source}: {min(wrong)} is {wrong[min(wrong)]!r}, expected a token of the vocabulary")
     present = {name: t for name, t in stored.items() if name.startswith(("audio_tower.", "embed_audio."))}
-    shapes, packed = config.tensor_shapes(hidden_size), {}
+    shapes = config.tensor_shapes(hidden_size)
+    packed: Mapping[str, PackedMatrix] = {}
     try:
         if quantization is not None:
             packed = packed_matrices(quantization, shapes, present, original)
@@ -246,8 +247,8 @@ def bind_audio_tower(
 
     dtypes = {tensor.dtype for name, tensor in bound.items() if name.endswith(".linear.weight")}
     dtype = dtypes.pop() if len(dtypes) == 1 else "F32"
-    stored = (*bound.values(), *(part for matrix in packed.values() for part in matrix.stored))
-    return AudioTower(config, words, hidden_size, ids, read, dtype, packed, stored)
+    parts = (*bound.values(), *(part for matrix in packed.values() for part in matrix.stored))
+    return AudioTower(config, words, hidden_size, ids, read, dtype, packed, parts)
 
 
 def _size(key: str, value: Any, most: int) -> int:

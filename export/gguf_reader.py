@@ -337,13 +337,14 @@ def _read_packed(tensor: StoredTensor, start: int, stop: int) -> Packed:
 def _packed_matrix(tensor: StoredTensor) -> PackedMatrix:
     kind, read = PACKED_TYPES[tensor.dtype], partial(_read_packed, tensor)
     origin = f"carried from GGUF {tensor.dtype}"
-    return PackedMatrix(tensor.shape, kind.bits, kind.group, origin, read, minimum=kind.minimum)
+    rows, columns = tensor.shape
+    return PackedMatrix((rows, columns), kind.bits, kind.group, origin, read, minimum=kind.minimum)
 
 
 class GgufCheckpoint:
     """A GGUF file as a `Checkpoint`: architectures gemma4 (dense) and gemma3, the types of gguf_types.GGUF_TYPES."""
 
-    trained_recipe = None
+    trained_recipe: str | None = None
 
     def __init__(self, file: SourceFile | Path, ignored: Collection[str] = ()) -> None:
         """ignored: unknown configuration keys to pass over, as the file spells them."""

@@ -240,8 +240,8 @@ def pack_fields(w: np.ndarray, bits: int, row_bytes: int) -> np.ndarray:
     zero = 1 << (bits - 1)
     fields = np.full((len(w), row_bytes * 8 // bits), zero, np.uint8)
     fields[:, : w.shape[1]] = w.view(np.uint8) + np.uint8(zero)
-    fields = fields.reshape(len(w), row_bytes, 8 // bits)
-    packed = fields[:, :, 0].copy()
+    grouped = fields.reshape(len(w), row_bytes, 8 // bits)
+    packed = grouped[:, :, 0].copy()
     for j in range(1, 8 // bits):
-        packed |= fields[:, :, j] << np.uint8(bits * j)
+        packed |= grouped[:, :, j] << np.uint8(bits * j)
     return packed

@@ -66,10 +66,12 @@ def decode_packed(tensor: Tensor, parts: dict[str, np.ndarray], rows: int) -> Pa
 def encode_packed(tensor: Tensor, values: np.ndarray, *scales: np.ndarray) -> dict[str, np.ndarray]:
     """A block of whole rows, integers and scales as `Packed` has them, as the bytes of each part."""
     if tensor.layout == "rows":
-        return {"records": layouts.pack_rows(values, *scales, tensor.bits, tensor.group)}
+        (of_groups,) = scales
+        return {"records": layouts.pack_rows(values, of_groups, tensor.bits, tensor.group)}
     packed = layouts.pack_panels(values, tensor.bits)
     if not tensor.minimum:
-        return {"packed": packed, "scales": layouts.pack_scales(*scales, tensor.group)}
+        (of_groups,) = scales
+        return {"packed": packed, "scales": layouts.pack_scales(of_groups, tensor.group)}
     pairs, factors = scales
     parts = {
         "packed": packed,

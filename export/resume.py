@@ -9,6 +9,8 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
+
 from edge_gemma import __version__
 from edge_gemma.errors import CheckpointError
 from edge_gemma.export.folder_writer import FolderWriter
@@ -30,6 +32,10 @@ class Finished:
     content: str  # sha256 of the values it was made from
     digests: dict[str, str]  # sha256 of its parts
     read: Callable[[int, int], Packed]  # rows from a multiple of 8 on
+
+    def round(self, weights: np.ndarray, first: int) -> Packed:
+        """Rows of `weights` from row `first` on, as they were rounded before: a quant.calibrate.Rounder."""
+        return self.read(first, first + len(weights))
 
 
 class Journal:

@@ -24,6 +24,8 @@ from edge_gemma.kernels.compiler import array, kernel
 from edge_gemma.kernels.convert import as_float, to_half
 from edge_gemma.quant.search import Rounded, levels, lines_of, search_scales
 
+Array = np.ndarray
+
 _DAMPING = 0.01  # of the mean diagonal of H, added to it: directions the text never showed still count a little
 _RIDGE = 0.1  # likewise, where drift is undone: it is known from few tokens
 _UNDO = 0.5  # of the drift: undoing all of it fits the text rather than the model (docs/LOG.md)
@@ -40,12 +42,12 @@ class Curvature:
     times it, before W is rounded (None: nothing).
     """
 
-    hessian: np.ndarray
-    feedback: np.ndarray
-    shift: np.ndarray | None = None
+    hessian: Array
+    feedback: Array
+    shift: Array | None = None
 
     @classmethod
-    def of(cls, hessian: np.ndarray, drift: np.ndarray | None = None, damping: float = 0.0) -> "Curvature":
+    def of(cls, hessian: Array, drift: Array | None = None, damping: float = 0.0) -> "Curvature":
         """hessian: float32 [k, k], x^T x of the inputs x; all zero where the text never reached them.
 
         drift: (z - x)^T x, z the inputs in the float model. The products should be those of W and z, not of W and x:
@@ -72,7 +74,10 @@ class Curvature:
     array(np.int8, 2, written=True), array(np.float32, 2, written=True),
     fastmath={"reassoc", "contract", "nsz"},
 )  # fmt: skip
-def _round_block(carried, weights, feedback, lines, start, group, lowest, highest, values, errors):
+def _round_block(
+    carried: Array, weights: Array, feedback: Array, lines: Array, start: int, group: int, lowest: int, highest: int,
+    values: Array, errors: Array,
+) -> bool:  # fmt: skip
     """Columns start, start + 1, ... of every row; carried float32 [rows, width] is what earlier columns ask for.
 
     lines: float32 [rows, groups, 2], scales and minima. Columns are rounded one after another, _LANES rows side by
@@ -113,7 +118,7 @@ def _round_block(carried, weights, feedback, lines, start, group, lowest, highes
 
 
 @numba.njit(error_model="numpy")
-def _storable(value, unit, top):
+def _storable(value: np.float32, unit: np.float32, top: int) -> np.float32:
     """The nearest scale or minimum that can be stored: a float16, or units 0 to top where top > 0."""
     if top == 0:
         return as_float(to_half(value))
@@ -121,7 +126,10 @@ def _storable(value, unit, top):
 
 
 @numba.njit(error_model="numpy", fastmath={"reassoc", "contract", "nsz"})
-def _search_line(hessian, start, begin, end, part, q, g, along, t, line, units, top):
+def _search_line(
+    hessian: Array, start: int, begin: int, end: int, part: int, q: Array, g: Array, along: Array, t: Array,
+    line: Array, units: Array, top: int,
+) -> None:  # fmt: skip
     """The scale (part 0, along q) or minimum (part 1, along -1) that loses least, one for each lane with units; the
     slope g follows."""
     width = len(g)
@@ -150,7 +158,17 @@ def _search_line(hessian, start, begin, end, part, q, g, along, t, line, units, 
 
 
 @numba.njit(error_model="numpy", fastmath={"reassoc", "contract", "nsz"})
-def _move_integers(hessian, start, begin, end, low, high, scale, q, g):
+def _move_integers(
+    hessian: Array,
+    start: int,
+    begin: int,
+    end: int,
+    low: np.float32,
+    high: np.float32,
+    scale: Array,
+    q: Array,
+    g: Array,
+) -> None:
     """Each integer in turn to where it loses least; the slope g follows."""
     width, moved = len(g), np.empty(_LANES, np.float32)
     for i in range(begin, end):
@@ -173,7 +191,10 @@ def _move_integers(hessian, start, begin, end, low, high, scale, q, g):
     array(np.int8, 2, written=True), array(np.float32, 3, written=True), array(np.float32, 2, written=True),
     fastmath={"reassoc", "contract", "nsz"},
 )  # fmt: skip
-def _improve_block(slope, hessian, units, start, group, lowest, highest, free, top, values, lines, errors):
+def _improve_block(
+    slope: Array, hessian: Array, units: Array, start: int, group: int, lowest: int, highest: int, free: int, top: int,
+    values: Array, lines: Array, errors: Array,
+) -> bool:  # fmt: skip
     """Columns start, start + 1, ... of every row, whole groups: each group's scale and minimum, then its integers.
 
     slope: float32 [rows, width], E H of these columns; hessian: [k, k]; lines: float32 [rows, groups, 2], scales and
@@ -231,7 +252,7 @@ def _improve_block(slope, hessian, units, start, group, lowest, highest, free, t
 
 
 def round_with_feedback(
-    weights: np.ndarray, curvature: Curvature, bits: int, group: int, sweeps: int = _SWEEPS, minimum: int = 0
+    weights: Array, curvature: Curvature, bits: int, group: int, sweeps: int = _SWEEPS, minimum: int = 0
 ) -> Rounded:
     """Quantise rows so that their products with the calibration text's inputs stay what they were.
 

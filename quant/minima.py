@@ -27,7 +27,7 @@ _NOTHING = np.float32(1e-30)
 
 
 @numba.njit(fastmath={"reassoc", "contract", "nsz"}, error_model="numpy")
-def _line(w, c, levels, shortest):
+def _line(w: np.ndarray, c: np.ndarray, levels: np.float32, shortest: np.float32) -> tuple[np.float32, np.float32]:
     """Step a and minimum z of one group: float32, not negative."""
     smallest, largest, everything, mean = np.float32(0), w[0], np.float32(0), np.float32(0)
     for i in range(len(w)):
@@ -65,7 +65,7 @@ def _line(w, c, levels, shortest):
 
 
 @numba.njit(fastmath={"reassoc", "contract", "nsz"}, error_model="numpy")
-def _lost(w, c, levels, step, minimum):
+def _lost(w: np.ndarray, c: np.ndarray, levels: np.float32, step: np.float32, minimum: np.float32) -> np.float32:
     lost, inverse = np.float32(0), np.float32(1) / step if step > _NOTHING else np.float32(0)
     for i in range(len(w)):
         q = min(max(np.rint((w[i] + minimum) * inverse), np.float32(0)), levels)
@@ -75,12 +75,21 @@ def _lost(w, c, levels, step, minimum):
 
 
 @numba.njit(error_model="numpy")
-def _whole(value, factor, top):
+def _whole(value: np.float32, factor: np.float32, top: int) -> int:
     return int(min(max(np.rint(value / factor), 0), top)) if factor > 0 else 0
 
 
 @numba.njit(error_model="numpy")
-def _pair(w, c, levels, step, minimum, d, e, top):
+def _pair(
+    w: np.ndarray,
+    c: np.ndarray,
+    levels: np.float32,
+    step: np.float32,
+    minimum: np.float32,
+    d: np.float32,
+    e: np.float32,
+    top: int,
+) -> tuple[int, int]:
     """The integers s, m of one group."""
     s, m = _whole(step, d, top), _whole(minimum, e, top)
     best, found_s, found_m = np.float32(np.inf), s, m
@@ -97,7 +106,16 @@ def _pair(w, c, levels, step, minimum, d, e, top):
     array(np.uint8, 3, written=True), array(np.float32, 3, written=True),
     parallel=True,
 )  # fmt: skip
-def _search(weights, importance, levels, shortest, group, top, pairs, factors):
+def _search(
+    weights: np.ndarray,
+    importance: np.ndarray,
+    levels: np.float32,
+    shortest: np.float32,
+    group: int,
+    top: int,
+    pairs: np.ndarray,
+    factors: np.ndarray,
+) -> bool:
     rows, columns = weights.shape
     if len(importance) != columns or pairs.shape[0] != rows or factors.shape[0] != rows:
         return False

@@ -35,7 +35,15 @@ _REACH = {2: (0.8, 2.6), 4: (5.0, 9.5)}
     array(np.float32, 2), array(np.float32, 1), numba.int64, numba.int64, numba.float32, numba.float32,
     array(np.float32, 2, written=True), parallel=True, fastmath={"reassoc", "contract", "nsz"},
 )  # fmt: skip
-def _search(weights, importance, lowest, group, near, far, scales):
+def _search(
+    weights: np.ndarray,
+    importance: np.ndarray,
+    lowest: int,
+    group: int,
+    near: np.float32,
+    far: np.float32,
+    scales: np.ndarray,
+) -> bool:
     rows, columns = weights.shape
     if len(importance) != columns or scales.shape[0] != rows:
         return False
@@ -69,7 +77,7 @@ def _search(weights, importance, lowest, group, near, far, scales):
     array(np.float32, 2), array(np.float32, 3), numba.int64, numba.int64, numba.int64,
     array(np.int8, 2, written=True), parallel=True,
 )  # fmt: skip
-def _nearest(weights, lines, lowest, highest, group, values):
+def _nearest(weights: np.ndarray, lines: np.ndarray, lowest: int, highest: int, group: int, values: np.ndarray) -> bool:
     low, high = np.float32(lowest), np.float32(highest)
     for row in numba.prange(weights.shape[0]):
         for g in range(lines.shape[1]):
@@ -83,7 +91,8 @@ def _nearest(weights, lines, lowest, highest, group, values):
 def lines_of(scales: Sequence[np.ndarray], group: int) -> np.ndarray:
     """float32 [rows, groups, 2], scale and minimum (0 where there is none), of a Rounded's scales."""
     if len(scales) == 2:
-        return layouts.scales_and_minima(*scales, group)
+        pairs, factors = scales
+        return layouts.scales_and_minima(pairs, factors, group)
     return np.stack([scales[0].astype(np.float32), np.zeros(scales[0].shape, np.float32)], axis=-1)
 
 

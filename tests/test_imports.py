@@ -1,7 +1,11 @@
-"""Imports point up one list: a module imports only what stands above it; export/ and quant/ stay outside."""
+"""Imports point up one list: a module imports only what stands above it; export/ and quant/ stay outside.
+
+edge_gemma/export and edge_gemma/quant are links to them (docs/ARCHITECTURE.md).
+"""
 
 import ast
 import graphlib
+from importlib.machinery import PathFinder
 from pathlib import Path
 
 import pytest
@@ -40,13 +44,22 @@ def modules() -> dict[str, list[Path]]:
     package = ROOT / "edge_gemma"
     found = {path.stem: [path] for path in package.glob("*.py") if path.stem != "__init__"}
     for folder in package.iterdir():
-        if (folder / "__init__.py").exists():
+        if (folder / "__init__.py").exists() and not folder.is_symlink():
             found[folder.name] = sorted(folder.rglob("*.py"))
     return found
 
 
 def test_every_module_has_its_place() -> None:
     assert set(modules()) == set(ROOMS), "put new rooms where they belong"
+
+
+@pytest.mark.parametrize("name", ["export", "quant"])
+def test_a_clone_finds_what_lies_beside_the_package(name: str) -> None:
+    """Without being installed: as mypy and editors see it."""
+    spec = PathFinder.find_spec(f"edge_gemma.{name}", [str(ROOT / "edge_gemma")])
+    assert spec is not None
+    assert spec.origin is not None
+    assert Path(spec.origin).resolve() == ROOT / name / "__init__.py"
 
 
 def test_no_modules_import_each_other() -> None:
