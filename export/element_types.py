@@ -296,7 +296,7 @@ class PackedType:
 
 
 # Not Q5_1 and Q6_K: as bytes with minima they would take 9 and 9.1 bits a weight, and rounding them to 8.5 costs
-# nothing that could be measured (docs/LOG.md).
+# nothing that could be measured (docs/LOG.md#words-for-minima).
 PACKED_TYPES: dict[str, PackedType] = {
     "Q4_0": PackedType(4, 32, 0, _q4_0_packed),
     "Q5_0": PackedType(8, 32, 0, _q5_0_packed),

@@ -28,7 +28,7 @@ Array = np.ndarray
 
 _DAMPING = 0.01  # of the mean diagonal of H, added to it: directions the text never showed still count a little
 _RIDGE = 0.1  # likewise, where drift is undone: it is known from few tokens
-_UNDO = 0.5  # of the drift: undoing all of it fits the text rather than the model (docs/LOG.md)
+_UNDO = 0.5  # of the drift: undoing all of it fits the text rather than the model (docs/LOG.md#rounding-after-training)
 _SWEEPS = 2
 _BLOCK = 64  # columns rounded between two matrix products: whole groups
 _LANES = 64  # rows rounded side by side; with 16 the checks before each inner loop cost more than the loop

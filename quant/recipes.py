@@ -42,7 +42,8 @@ DENSE = Format(0)
 _MODEL_PROJECTION = Rule("per_layer_model_projection.weight", Format(8, 32))
 
 _FOUR, _TWO = Format(4, 32), Format(2, 16, minimum=4)
-# What each protection buys for its bytes is in docs/LOG.md: attention most, then down_proj, then the outermost layers.
+# What each protection buys for its bytes is in docs/LOG.md#protections-of-the-mixes: attention most, then
+# down_proj, then the outermost layers.
 _OUTER_MLP = Rule("layers.*.mlp.*", _FOUR, {"outer": True})
 # What weights can be rounded to; docs/QUANTISATION.md has what each costs in quality.
 RECIPES: dict[str, tuple[Rule, ...]] = {

@@ -1,6 +1,13 @@
-"""docs/cli.md is the commands' own help, generated: `python -m tests.test_docs` writes it anew."""
+"""The documents against what they tell of: commands, links, anchors, rooms.
+
+docs/cli.md is the commands' own help, generated: `python -m tests.test_docs` writes it anew.
+"""
+
+import re
+from pathlib import Path
 
 import click
+import pytest
 
 from edge_gemma.cli.main import cli
 from edge_gemma.quant.recipes import RECIPES
@@ -42,6 +49,50 @@ def test_every_command_has_a_purpose_and_every_option_an_explanation():
         assert command.help
         for parameter in command.params:
             assert isinstance(parameter, click.Argument) or parameter.help, (command.name, parameter.name)
+
+
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "benchmarks").glob("*.md")])
+LOG = (ROOT / "docs" / "LOG.md").read_text(encoding="utf-8")
+ENTRY = re.compile(r'(<a id="([a-z0-9-]+)"></a>\n\n)?## \d{4}-\d\d-\d\d: .*\n\n(.*)')
+# Kernels are compiled anew when their sources change, so these still name the log without an entry.
+WITHOUT_ANCHOR = {"edge_gemma/kernels/buffers.py", "edge_gemma/model/linear.py"}
+
+
+def anchors(page: str) -> set[str]:
+    """What a link into a page can name: explicit anchors, and headings as GitHub spells them."""
+    headings = re.findall(r"^#+ (.*)$", page, re.MULTILINE)
+    spelt = {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+    return spelt | set(re.findall(r'<a id="([^"]+)">', page))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+        if "://" in target:
+            continue
+        path, _, anchor = target.partition("#")
+        file = (page.parent / path) if path else page
+        assert file.exists(), target
+        assert not anchor or anchor in anchors(file.read_text(encoding="utf-8")), target
+
+
+def test_every_entry_of_the_log_has_an_anchor_a_verdict_and_a_place_in_the_index() -> None:
+    index = LOG.split("## By topic")[1].split("<a id=")[0]
+    entries = [match.groups() for match in ENTRY.finditer(LOG)]
+    assert len(entries) == len(re.findall(r"^## \d{4}-", LOG, re.MULTILINE)) > 30
+    for _, anchor, verdict in entries:
+        assert anchor, verdict
+        assert all(f"**{word}" in verdict for word in ("Tried:", "Result:", "Kept?")), anchor
+        assert f"(#{anchor})" in index, anchor
+
+
+def test_code_cites_entries_of_the_log() -> None:
+    folders = ("edge_gemma", "export", "quant", "training", "tests", "benchmarks")
+    for path in (file for folder in folders for file in (ROOT / folder).rglob("*.py")):
+        name = path.relative_to(ROOT).as_posix()
+        cited = re.findall(r"docs/LOG\.md(?:#([\w-]+))?", path.read_text(encoding="utf-8"))
+        if name not in WITHOUT_ANCHOR | {"tests/test_docs.py"}:
+            assert set(cited) <= anchors(LOG), name
 
 
 if __name__ == "__main__":

@@ -182,7 +182,7 @@ def files(content: dict[str, Any]) -> Iterator[tuple[str, str]]:
         "pad_token_id": ids["<pad>"],
         "do_sample": False,
         "temperature": 0.0,
-        "num_beams": 8,  # chosen on the development set (docs/LOG.md)
+        "num_beams": 8,  # chosen on the development set (docs/LOG.md#beam-search)
     }
     yield "tokenizer.json", json.dumps(content, ensure_ascii=False, indent=0)
     yield "tokenizer_config.json", json.dumps(config, indent=1)

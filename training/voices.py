@@ -54,7 +54,8 @@ _ESPEAK_SEEN = [
     ("en-gb-x-gbcwmd", "m3"), ("en-us-nyc", "m2"), ("en-us-nyc", "Alicia"), ("en-029", "m8"),
 ]  # fmt: skip
 
-# Heard in training only, for more sentences: the first voices' 9 hours were learnt by heart (docs/LOG.md).
+# Heard in training only, for more sentences: the first voices' 9 hours were learnt by heart
+# (docs/LOG.md#training-tape-and-muon).
 _ESPEAK_MORE = [
     *(("en-us", variant) for variant in (
         "m2", "m4", "m5", "m6", "m8", "f3", "Alex", "Andrea", "Mario", "Mike", "edward", "belinda", "benjamin", "boris",
@@ -97,7 +98,7 @@ _FIRST: tuple[Voice, ...] = (
 )
 
 # Minutes of the first voices' speakers again. Sentences whose words stand in no other were never heard right, and
-# silence of another length than the training clips' cost words (docs/LOG.md).
+# silence of another length than the training clips' cost words (docs/LOG.md#noisy-history).
 _AGAIN = {
     **{voice.name: 8 for voice in _FIRST if voice.engine == "espeak" and voice.minutes == 8},
     "flite_slt": 80, "flite_rms": 80, "flite_kal16": 60, "festival_kal": 25, "festival_slt": 25, "piper_joe": 60,
@@ -105,7 +106,7 @@ _AGAIN = {
 }  # fmt: skip
 
 # Minutes of texts in which rare words are as frequent as others: of the words heard in fewer than ten clips 83% were
-# wrong, in more than 150 5% (docs/LOG.md). Two speakers of another engine, and more mixtures of Kokoro's.
+# wrong, in more than 150 5% (docs/LOG.md#rare-words). Two speakers of another engine, and more mixtures of Kokoro's.
 _RARE = {
     **{voice.name: 12 for voice in _FIRST if voice.engine == "espeak" and seen(voice)},
     "flite_slt": 100, "flite_rms": 100, "flite_kal16": 100, "festival_kal": 15, "festival_slt": 25, "piper_joe": 45,

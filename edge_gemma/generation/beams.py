@@ -16,7 +16,7 @@ import numpy as np
 from edge_gemma.generation.sampler import Sampler
 from edge_gemma.session import Timeline, common_prefix
 
-MARGIN = 3.0  # nats below the best at which a hypothesis is given up (docs/LOG.md)
+MARGIN = 3.0  # nats below the best at which a hypothesis is given up (docs/LOG.md#beam-search)
 LOOK_BACK = 32  # tokens: what the best hypothesis said before them is certain
 
 

@@ -145,8 +145,8 @@ def read_in_order(mapped: mmap.mmap) -> None:
     """Bring a mapped file in from start to end, in large pages where the system has them for files.
 
     Every token reads all of it, so nothing is read in vain. In order it comes in 2 MB pages (Linux 6.16 on ext4, and
-    others), which decode 9% faster than the 4 kB pages that random faults bring (docs/LOG.md); what is there already is
-    only mapped, in milliseconds. A system that knows neither advice reads on demand.
+    others), which decode 9% faster than the 4 kB pages that random faults bring (docs/LOG.md#small-pages). What is
+    there already is only mapped, in milliseconds. A system that knows neither advice reads on demand.
     """
     if sys.platform != "linux":
         return

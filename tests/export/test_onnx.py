@@ -350,7 +350,8 @@ def test_logits_equal_transformers_in_prefill_and_in_every_step(made, kind):
 @pytest.mark.real
 def test_the_real_model_in_4_bits(gemma3_gguf, english_text, tmp_path):
     """Gemma 3 270M. Computed in float32, the graphs give what the folder's weights give in our own decoder; in int8, as
-    both compute by default, they differ as much as our decoder does from itself with another KV cache (docs/LOG.md)."""
+    both compute by default, they differ as much as our decoder does from itself with another KV cache
+    (docs/LOG.md#int8-decoders-agree)."""
     model = export_checkpoint(gemma3_gguf, tmp_path / "model", "q4")
     pairs, perplexities = compare(model, english_text, 1, tmp_path)
     for pair, agreement in pairs.items():
