@@ -4,6 +4,7 @@ docs/cli.md is the commands' own help, generated: `python -m tests.test_docs` wr
 """
 
 import re
+import tomllib
 from pathlib import Path
 
 import click
@@ -12,6 +13,7 @@ import pytest
 from edge_gemma.cli.main import cli
 from edge_gemma.quant.recipes import RECIPES
 from tests import ROOT
+from tests.test_imports import ROOMS
 
 CLI_PAGE = ROOT / "docs" / "cli.md"
 HEAD = """\
@@ -74,6 +76,34 @@ def test_links_lead_somewhere(page: Path) -> None:
         file = (page.parent / path) if path else page
         assert file.exists(), target
         assert not anchor or anchor in anchors(file.read_text(encoding="utf-8")), target
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page.name != "CHANGELOG.md"], ids=lambda page: page.name)
+def test_what_a_page_tells_to_run_exists(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    for names in re.findall(r"pip install [^\n`]*\[([\w,]+)\]", text):
+        assert set(names.split(",")) <= set(extras), names
+    for script in re.findall(r"python (\w[\w/]*\.py)", text):
+        assert (ROOT / script).exists(), script
+    for module in re.findall(r"python -m ((?:tests|training|edge_gemma)[\w.]*)", text):
+        path = ROOT / module.replace(".", "/")
+        assert path.with_suffix(".py").exists() or path.is_dir(), module
+    for target in re.findall(r"\bmake (chat|check|docs|test[\w-]*)", text):
+        assert f"\n{target}: " in (ROOT / "Makefile").read_text(), target
+
+
+@pytest.mark.parametrize("name", ["docs/ARCHITECTURE.md", "CONTRIBUTING.md"])
+def test_files_that_are_named_are_there(name: str) -> None:
+    named = re.findall(r"`([\w/.]+)`|[ `](tests/[\w/.]+)", (ROOT / name).read_text(encoding="utf-8"))
+    for path in {first or second for first, second in named if "/" in (first or second)}:
+        assert (ROOT / path).exists() or (ROOT / "edge_gemma" / path).exists(), path
+
+
+def test_the_rooms_are_told_in_their_order() -> None:
+    page = (ROOT / "docs" / "ARCHITECTURE.md").read_text(encoding="utf-8")
+    table = page.split("## The rooms")[1].split("`training/`")[0]
+    assert re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE) == [room for room in ROOMS if room != "__main__"]
 
 
 def test_every_entry_of_the_log_has_an_anchor_a_verdict_and_a_place_in_the_index() -> None:
