@@ -10,6 +10,7 @@ from pathlib import Path
 import click
 import pytest
 
+import edge_gemma
 from edge_gemma.cli.main import cli
 from edge_gemma.quant.recipes import RECIPES
 from tests import ROOT
@@ -98,6 +99,14 @@ def test_files_that_are_named_are_there(name: str) -> None:
     named = re.findall(r"`([\w/.]+)`|[ `](tests/[\w/.]+)", (ROOT / name).read_text(encoding="utf-8"))
     for path in {first or second for first, second in named if "/" in (first or second)}:
         assert (ROOT / path).exists() or (ROOT / "edge_gemma" / path).exists(), path
+
+
+def test_there_is_one_version_and_the_changelog_begins_with_it() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    assert "version" not in project["project"]
+    assert project["tool"]["setuptools"]["dynamic"]["version"] == {"attr": "edge_gemma.__version__"}
+    versions = re.findall(r"^## (.*)$", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert edge_gemma.__version__ in [version for version in versions if version != "Unreleased"][:1]
 
 
 def test_the_rooms_are_told_in_their_order() -> None:
