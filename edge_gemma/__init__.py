@@ -1,18 +1,46 @@
 """edge_gemma: Gemma 4 on a CPU as small as a Raspberry Pi's.
 
-`Engine` is a loaded model, `Session` one mutable timeline over it. Nothing heavy is imported until one is asked for.
+`load` opens a model. An `Engine` is a loaded model: it generates, chats, transcribes and listens. A `Session` is the
+low floor: one mutable timeline, tokens in, logits out. docs/python.md shows every call. Nothing heavy is imported until
+a name is asked for.
 """
 
+import importlib
 import os
 import sys
 from typing import TYPE_CHECKING
 
 __version__ = "0.2.0"
-__all__ = ["Engine", "Session", "__version__"]
 
 if TYPE_CHECKING:
-    from edge_gemma.engine import Engine
+    from edge_gemma.audio.transcribe import Segment, Transcription
+    from edge_gemma.chat import Chat
+    from edge_gemma.engine import Engine, load
+    from edge_gemma.errors import AudioError, ContextFullError, EdgeGemmaError, ModelFolderError, UsageError
+    from edge_gemma.generation.reply import Reply
+    from edge_gemma.generation.sampler import Sampling
     from edge_gemma.session import Session
+    from edge_gemma.text.message import Message
+    from edge_gemma.text.tool_call import ToolCall
+
+__all__ = [
+    "AudioError", "Chat", "ContextFullError", "EdgeGemmaError", "Engine", "Message", "ModelFolderError", "Reply",
+    "Sampling", "Segment", "Session", "ToolCall", "Transcription", "UsageError", "__version__", "load",
+]  # fmt: skip
+
+# Where each name is defined.
+_MODULES = {
+    "audio.transcribe": ("Segment", "Transcription"),
+    "chat": ("Chat",),
+    "engine": ("Engine", "load"),
+    "errors": ("AudioError", "ContextFullError", "EdgeGemmaError", "ModelFolderError", "UsageError"),
+    "generation.reply": ("Reply",),
+    "generation.sampler": ("Sampling",),
+    "session": ("Session",),
+    "text.message": ("Message",),
+    "text.tool_call": ("ToolCall",),
+}
+_MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 
 # Nothing leaves the machine (docs/PRIVACY.md). Dependencies that report to their makers read these, at their import.
 _REPORTING = "onnxruntime" in sys.modules and "ORT_DISABLE_TELEMETRY" not in os.environ
@@ -27,12 +55,12 @@ if _REPORTING:
 
 
 def __getattr__(name: str) -> object:
-    if name == "Engine":
-        from edge_gemma.engine import Engine
-
-        return Engine
-    if name == "Session":
-        from edge_gemma.session import Session
-
-        return Session
+    if name in _MODULE_OF:
+        value = getattr(importlib.import_module(f"edge_gemma.{_MODULE_OF[name]}"), name)
+        globals()[name] = value
+        return value
     raise AttributeError(f"module 'edge_gemma' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -8,24 +8,29 @@ screens, files.
 import functools
 import itertools
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, ClassVar, Protocol
+from pathlib import Path
+from typing import Any, ClassVar, Protocol, Unpack
 
 from edge_gemma.arguments import integer, require, texts
 from edge_gemma.errors import ContextFullError, UsageError
 from edge_gemma.generation.generate import Generation, Progress, Result, StreamTokenizer, stop_ids_of
-from edge_gemma.generation.sampler import Sampler, Sampling
+from edge_gemma.generation.reply import Reply
+from edge_gemma.generation.sampler import Sampler, Sampling, Settings
 from edge_gemma.session import Timeline
 from edge_gemma.text.history import Kind, Transcript
-from edge_gemma.text.message import Message, check_messages
-from edge_gemma.text.prompt import THINKING, ChatFormat, check_tools
+from edge_gemma.text.message import Message, as_messages
+from edge_gemma.text.prompt import THINKING, ChatFormat
 from edge_gemma.text.reply import Piece
+from edge_gemma.text.tool_declaration import Tool, declared
 
 CONTINUATION_TOKENS = 128  # a base model seldom stops by itself
 _LEAST_ROOM = 16  # tokens an answer must have, or the message counts as too long
 _CHARACTERS = 4.0  # of a token, for a first guess at a prompt's length
 _TURN_CHARACTERS = 16  # what a template puts around a message
+
+Said = str | Message | Mapping[str, Any]  # what `send` takes
 
 
 class ChatEngine(Protocol):
@@ -37,6 +42,8 @@ class ChatEngine(Protocol):
     def chat_template(self) -> str | None: ...
     @property
     def generation_config(self) -> dict[str, Any]: ...
+    @property
+    def name(self) -> str: ...
     def session(self, context: int | None = None) -> Timeline: ...
 
 
@@ -50,7 +57,7 @@ class Conversation:
         self,
         engine: ChatEngine,
         *,
-        messages: Sequence[Message] = (),
+        messages: Sequence[Message | Mapping[str, Any]] = (),
         sampling: Sampling | None = None,
         max_tokens: int | None = None,
         stop_strings: Sequence[str] = (),
@@ -60,51 +67,94 @@ class Conversation:
 
         Raises UsageError for arguments of other kinds.
         """
-        sampling = sampling or Sampling.from_generation_config(engine.generation_config)
+        if sampling is None:
+            sampling = Sampling.from_generation_config(engine.generation_config)
         require("sampling", sampling, isinstance(sampling, Sampling), "a Sampling")
         self.session = engine.session()
         self.tokenizer = engine.tokenizer
-        check_messages(messages)
-        self.messages = list(messages)
+        self.messages: list[Message] = as_messages(messages)
         self.max_tokens = None if max_tokens is None else integer("max_tokens", max_tokens, 1)
         self.last: Result | None = None
+        self._name = engine.name
         self._sampler = Sampler(sampling)
         self._stop_ids = stop_ids_of(engine.generation_config, engine.tokenizer)
         self._stop_strings, self._progress = texts("stop_strings", stop_strings), progress
         self._replying = threading.Lock()
+        self._unread: Reply | None = None
 
-    def send(self, text: str) -> Iterator[Piece]:
-        """Say `text`; the reply's pieces as they come. Close the iterator to stop the reply where it is.
+    def send(self, *said: Said) -> Reply:
+        """Say something; the reply, which is written while it is read.
 
-        However it ends, the transcript is whole: what was said of the reply is kept, and where nothing was, `text` is
-        taken back too. Raises ContextFullError if `text` alone does not fit, UsageError while another reply is being
-        written.
+        said: a text is the user's; messages (Message, or dicts in OpenAI's form) may have any role: several tools'
+        results, for example. Nothing: go on from the transcript. A reply that nobody has begun to read is read to its
+        end when the next message is sent.
+
+        However a reply ends, the transcript is whole: what was said of it is kept, and where nothing was, what it
+        replies to is taken back too. Raises UsageError while another reply is being written and for what is no message;
+        reading the reply raises ContextFullError if what was said does not fit.
         """
-        raise NotImplementedError
+        asked = self._asked(said)
+        if self._unread is not None:
+            self._unread.result()
+        if self._replying.locked():
+            raise _busy()
+        self._unread = Reply(functools.partial(self._begin, asked))
+        return self._unread
 
     def reset(self) -> None:
-        """Start anew; the session is kept for what the next prompt shares with it. Raises UsageError as `send`."""
+        """Start anew; the session is kept for what the next prompt shares with it. A reply not begun never will be.
+
+        Raises UsageError as `send`.
+        """
+        unread = self._unread
         with self._alone():
             self.messages, self.last = [], None
+            if unread is not None:
+                unread.stop()
 
     def transcript(self, model: str | None = None) -> Transcript:
         """What was said so far, to be saved. model: its name, for whoever reads the file."""
-        return Transcript(tuple(self.messages), self.system, model, self.kind)
+        return Transcript(tuple(as_messages(self.messages)), self.system, model, self.kind)
+
+    def save(self, path: Path | str) -> None:
+        """Write what was said so far to a file that `open` reads, whole or not at all. A file there is replaced.
+
+        A reply that nobody has begun to read is read to its end first. Raises UsageError where the file cannot be
+        written.
+        """
+        if self._unread is not None:
+            self._unread.result()
+        try:
+            self.transcript(self._name).save(path)
+        except OSError as error:
+            raise UsageError(f"the conversation cannot be saved: {path}: {error.strerror or error}") from None
+
+    def _asked(self, said: Sequence[Said]) -> list[Message]:
+        """Raises UsageError for what is no message."""
+        raise NotImplementedError
+
+    def _pieces(self, asked: list[Message], result: Result, stopping: threading.Event) -> Generator[Piece, None, None]:
+        """Write the reply to `asked`."""
+        raise NotImplementedError
+
+    def _begin(self, asked: list[Message], result: Result, stopping: threading.Event) -> Generator[Piece, None, None]:
+        with self._alone():
+            yield from self._pieces(asked, result, stopping)
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
         """One session can be at one place only. Held from a reply's first piece to its end."""
         if not self._replying.acquire(blocking=False):
-            raise UsageError(
-                "this conversation is writing a reply: read that to its end or close its iterator, "
-                "or talk in a second conversation"
-            )
+            raise _busy()
         try:
+            self._unread = None
             yield
         finally:
             self._replying.release()
 
-    def _reply(self, prompt: list[int], asked: list[Message]) -> Iterator[Piece]:
+    def _reply(
+        self, prompt: list[int], asked: list[Message], result: Result, stopping: threading.Event
+    ) -> Iterator[Piece]:
         generation = Generation(
             self.session,
             prompt,
@@ -115,17 +165,25 @@ class Conversation:
             stop_strings=self._stop_strings,
             progress=self._progress,
             mark=True,
+            result=result,
+            stopping=stopping,
         )
         before, self.messages = self.messages, [*self.messages, *asked]
         try:
             yield from generation
         finally:
-            self.last = result = generation.result
+            self.last = result
             if result.tokens or result.finish_reason == "stop":
                 reply = Message("assistant", result.text, result.reasoning or None, result.tool_calls)
                 self.messages.append(reply)
             else:
                 self.messages = before
+
+
+def _busy() -> UsageError:
+    return UsageError(
+        "this conversation is writing a reply: read that to its end or stop() it, or talk in a second conversation"
+    )
 
 
 class Chat(Conversation):
@@ -143,23 +201,28 @@ class Chat(Conversation):
         *,
         system: str | None = None,
         think: bool = False,
-        tools: Sequence[Mapping[str, Any]] | None = None,
-        messages: Sequence[Message] = (),
+        tools: Sequence[Tool] | None = None,
+        messages: Sequence[Message | Mapping[str, Any]] = (),
         sampling: Sampling | None = None,
         max_tokens: int | None = None,
         stop_strings: Sequence[str] = (),
         progress: Progress | None = None,
     ) -> None:
-        """messages: as in Conversation."""
+        """tools: OpenAI's function declarations, or Python functions (text/tool_declaration.py), which are declared
+        and not run. messages: as in Conversation; a system message in front is taken for `system`.
+        """
         super().__init__(
             engine, messages=messages, sampling=sampling, max_tokens=max_tokens, stop_strings=stop_strings,
             progress=progress,
         )  # fmt: skip
         if engine.chat_template is None:
-            raise UsageError("this is a base model without a chat template: use Continuation")
+            raise UsageError("this is a base model without a chat template: use Engine.generate, or Continuation")
         require("system", system, isinstance(system, str | None), "a text")
-        check_tools(() if tools is None else tools)
-        self.system, self.think, self.tools = system, think, tools
+        if self.messages and self.messages[0].role in ("system", "developer"):
+            require("system", system, system is None, "none beside a history that begins with a system message")
+            system = self.messages.pop(0).content
+        self.system, self.think = system, think
+        self.tools: Sequence[Mapping[str, Any]] | None = None if tools is None else declared(tools)
         self._format = ChatFormat(engine.chat_template, engine.tokenizer)
         self._first = 0  # the oldest message still in the prompt
 
@@ -173,20 +236,46 @@ class Chat(Conversation):
         longest = self.session.context if self.max_tokens is None else self.max_tokens
         return min(longest, self.session.context // 4)
 
-    def send(self, text: str) -> Iterator[Piece]:
-        return self.reply(Message("user", text))
+    @classmethod
+    def open(
+        cls,
+        engine: ChatEngine,
+        path: Path | str,
+        *,
+        tools: Sequence[Tool] | None = None,
+        think: bool = False,
+        max_tokens: int | None = None,
+        stop: Sequence[str] = (),
+        **sampling: Unpack[Settings],
+    ) -> "Chat":
+        """Go on with the conversation in a file that `save` wrote. The arguments are those of `Engine.chat`.
 
-    def reply(self, *asked: Message) -> Iterator[Piece]:
-        """As `send`, for messages of any role: a tool's result, or several at once. None: go on from the transcript."""
-        with self._alone():
-            check_messages(messages := [*self.messages, *asked])
-            first, prompt = self._fit(messages)
-            left_out = sum(m.role == "user" for m in self.messages[self._first : first])
-            self._first = first
-            if left_out:
-                turns = "turn was" if left_out == 1 else f"{left_out} turns were"
-                yield Piece("notice", f"the context is full: the oldest {turns} left out")
-            yield from self._reply(prompt, list(asked))
+        Raises UsageError if the file cannot be read or is no chat.
+        """
+        try:
+            earlier = Transcript.load(path)
+        except OSError as error:
+            raise UsageError(f"the conversation cannot be read: {path}: {error.strerror or error}") from None
+        chosen = Sampling.from_generation_config(engine.generation_config, **sampling)
+        chat = open_conversation(
+            engine, earlier=earlier, tools=tools, think=think, sampling=chosen, max_tokens=max_tokens, stop_strings=stop
+        )
+        if not isinstance(chat, cls):
+            raise UsageError(f"{path} is no chat, and the model has no chat template: take another model")
+        return chat
+
+    def _asked(self, said: Sequence[Said]) -> list[Message]:
+        return as_messages([Message("user", entry) if isinstance(entry, str) else entry for entry in said])
+
+    def _pieces(self, asked: list[Message], result: Result, stopping: threading.Event) -> Generator[Piece, None, None]:
+        self.messages = as_messages(self.messages)
+        first, prompt = self._fit([*self.messages, *asked])
+        left_out = sum(m.role == "user" for m in self.messages[self._first : first])
+        self._first = first
+        if left_out:
+            turns = "turn was" if left_out == 1 else f"{left_out} turns were"
+            yield Piece("notice", f"the context is full: the oldest {turns} left out")
+        yield from self._reply(prompt, asked, result, stopping)
 
     def reset(self) -> None:
         super().reset()
@@ -244,27 +333,29 @@ class Continuation(Conversation):
         said = [i for i, message in enumerate(self.messages) if message.role == "user"]
         self._ids = self._encode("".join(m.content for m in self.messages[said[-1] :])) if said else []
 
-    def send(self, text: str) -> Iterator[Piece]:
-        with self._alone():
-            context = self.session.context
-            require("the text", text, isinstance(text, str), "a text")
-            if text or not self._ids:
-                prompt, asked = self._encode(text), [Message("user", text)]
-                if not prompt or len(prompt) + min(_LEAST_ROOM, context // 4) > context:
-                    raise ContextFullError(
-                        f"the text has {len(prompt)} tokens, the context holds {context} with what follows: "
-                        "shorten it or use a larger --context"
-                    )
-            else:
-                prompt, asked = self._ids, []
-            if len(prompt) >= context:
-                prompt = prompt[:1] + prompt[-(context // 2) :]
-                yield Piece("notice", "the context is full: the oldest text was left out")
-            try:
-                yield from self._reply(prompt, asked)
-            finally:
-                if self.last is not None and (self.last.tokens or asked):
-                    self._ids = prompt + self.last.tokens
+    def _asked(self, said: Sequence[Said]) -> list[Message]:
+        require("what is said", said, len(said) == 1 and isinstance(said[0], str), "one text, for a base model")
+        return [Message("user", str(said[0]))]
+
+    def _pieces(self, asked: list[Message], result: Result, stopping: threading.Event) -> Generator[Piece, None, None]:
+        context, text = self.session.context, asked[0].content
+        if text or not self._ids:
+            prompt = self._encode(text)
+            if not prompt or len(prompt) + min(_LEAST_ROOM, context // 4) > context:
+                raise ContextFullError(
+                    f"the text has {len(prompt)} tokens, the context holds {context} with what follows: "
+                    "shorten it or use a larger --context"
+                )
+        else:
+            prompt, asked = self._ids, []
+        if len(prompt) >= context:
+            prompt = prompt[:1] + prompt[-(context // 2) :]
+            yield Piece("notice", "the context is full: the oldest text was left out")
+        try:
+            yield from self._reply(prompt, asked, result, stopping)
+        finally:
+            if result.tokens or asked:
+                self._ids = prompt + result.tokens
 
     def reset(self) -> None:
         super().reset()
@@ -281,7 +372,7 @@ def open_conversation(
     earlier: Transcript | None = None,
     system: str | None = None,
     think: bool = False,
-    tools: Sequence[Mapping[str, Any]] | None = None,
+    tools: Sequence[Tool] | None = None,
     **options: Any,
 ) -> Conversation:
     """`Chat` for a model with a chat template, else (or with `raw`) `Continuation`.

@@ -5,26 +5,32 @@ text generation (generate.py).
 """
 
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
+from edge_gemma import chat as talk
 from edge_gemma.arguments import file_path, integer, is_integer, is_one_of, require, shown
 from edge_gemma.config import GemmaConfig
 from edge_gemma.errors import ModelFolderError, UsageError
 from edge_gemma.folder import find
 from edge_gemma.folder.folder import GENERATION, TEMPLATE, TOKENIZER, ModelFolder
+from edge_gemma.folder.folder import Progress as LoadProgress
+from edge_gemma.generation.reply import Reply
+from edge_gemma.generation.sampler import Sampling, Settings
 from edge_gemma.model.decoder import Decoder
 from edge_gemma.model.weights import bind
 from edge_gemma.session import Session
+from edge_gemma.text.message import Message
 from edge_gemma.text.tokenizer import Tokenizer
+from edge_gemma.text.tool_declaration import Tool
 
 if TYPE_CHECKING:
     from edge_gemma.audio.encoder import AudioEncoder
     from edge_gemma.audio.listen import Event
     from edge_gemma.audio.samples import Samples
     from edge_gemma.audio.sources import Source
-    from edge_gemma.audio.transcribe import Progress, Transcription
+    from edge_gemma.audio.transcribe import Progress, Segment, Transcription
 
 DEFAULT_CONTEXT = 4096  # tokens
 
@@ -74,12 +80,14 @@ class Engine:
         threads: int | None = None,
         kv_dtype: str | None = None,
         backend: str | None = None,
+        progress: LoadProgress | None = None,
     ) -> "Engine":
         """Open a model folder, a GGUF file (converted once into the user's cache), or the default model (None).
 
         context: most tokens a session holds, 4096 by default; threads: as many as there are CPUs by default, or as a
         container's quota gives time on;
         kv_dtype: "float16" (default) or "float32"; backend: "onnx" runs a folder that was exported for onnxruntime.
+        progress: while a GGUF file is converted, told (bytes done, bytes in all, what).
         Raises EdgeGemmaError subclasses, one line each.
         """
         model = model if model is None else file_path("the model", model)
@@ -87,21 +95,21 @@ class Engine:
             integer("threads", threads, 1)
         require("backend", backend, backend is None or is_one_of(backend, ("onnx",)), "onnx or none")
         try:
-            return cls._load(model, context, threads, kv_dtype, backend)
+            return cls._open(find.resolve(model, progress), context, threads, kv_dtype, backend)
         except OSError as error:
             raise ModelFolderError(f"{error.filename or model}: {error.strerror or error}") from None
 
     @classmethod
-    def _load(
-        cls, model: Path | None, context: int | None, threads: int | None, kv_dtype: str | None, backend: str | None
+    def _open(
+        cls, path: Path, context: int | None, threads: int | None, kv_dtype: str | None, backend: str | None
     ) -> "Engine":
         if backend == "onnx":
             from edge_gemma.backends.onnx import OnnxEngine, OnnxFolder
 
             if kv_dtype is not None:
                 raise UsageError("kv_dtype means nothing beside backend onnx, whose cache is float32: leave it out")
-            return OnnxEngine(OnnxFolder.open(find.resolve(model)), context=context, threads=threads)
-        folder = ModelFolder.open(find.resolve(model))
+            return OnnxEngine(OnnxFolder.open(path), context=context, threads=threads)
+        folder = ModelFolder.open(path)
         return cls(folder, context=context, threads=threads, kv_dtype=kv_dtype)
 
     def session(self, context: int | None = None) -> Session:
@@ -111,6 +119,56 @@ class Engine:
         placeholder = section.audio_token_id if section else None
         identity = str(self.manifest["digest"])
         return Session(self._decoder, context, self._kv_dtype, identity, placeholder, self._threads)
+
+    @property
+    def name(self) -> str:
+        """The name of the checkpoint that the model was made from, or of its folder."""
+        source = self.manifest.get("source")
+        return str((source.get("name") if isinstance(source, dict) else None) or self.path.name)
+
+    def generate(
+        self,
+        prompt: str | Message | Mapping[str, Any],
+        *,
+        system: str | None = None,
+        max_tokens: int | None = None,
+        stop: Sequence[str] = (),
+        **sampling: Unpack[Settings],
+    ) -> Reply:
+        """One reply to one prompt, written while it is read; a base model goes on with the text.
+
+        max_tokens: None goes on until the model ends it (a base model: 128 tokens). stop: texts that end the reply, no
+        part of it. sampling: `Sampling`'s fields, before the checkpoint's own settings. Raises UsageError for arguments
+        that cannot be served; reading the reply raises ContextFullError for a prompt that does not fit.
+        """
+        chosen = Sampling.from_generation_config(self.generation_config, **sampling)
+        conversation = talk.open_conversation(
+            self, system=system, sampling=chosen, max_tokens=max_tokens, stop_strings=stop
+        )
+        return conversation.send(prompt)
+
+    def chat(
+        self,
+        *,
+        system: str | None = None,
+        tools: Sequence[Tool] | None = None,
+        history: Sequence[Message | Mapping[str, Any]] = (),
+        think: bool = False,
+        max_tokens: int | None = None,
+        stop: Sequence[str] = (),
+        **sampling: Unpack[Settings],
+    ) -> "talk.Chat":
+        """A new conversation; any number may be open.
+
+        tools: Python functions with annotations, or OpenAI's declarations; the model's calls come in
+        `Reply.tool_calls` and are not run. history: what was said before. think: the model thinks before it answers.
+        The other arguments, and what it raises, as in `generate`; UsageError for a base model.
+        """
+        chosen = Sampling.from_generation_config(self.generation_config, **sampling)
+        return talk.Chat(
+            self, system=system, tools=tools, messages=history, think=think, sampling=chosen, max_tokens=max_tokens,
+            stop_strings=stop,
+        )  # fmt: skip
 
     @property
     def threads(self) -> int:
@@ -161,6 +219,25 @@ class Engine:
 
         transcriber = Transcriber(self, Task(language, translate_to), num_beams=num_beams, note=note)
         return transcriber.transcribe(source, rate=rate, track=track, progress=progress)
+
+    def segments(
+        self,
+        source: "Source | Samples",
+        *,
+        rate: int | None = None,
+        track: int | None = None,
+        language: str | None = None,
+        translate_to: str | None = None,
+        num_beams: int | None = None,
+        progress: "Progress | None" = None,
+        note: Callable[[str], None] = lambda text: None,
+    ) -> "Iterator[Segment]":
+        """Speech to text, segment by segment: each as soon as its text is final. Arguments and errors: `transcribe`."""
+        from edge_gemma.audio.prompts import Task
+        from edge_gemma.audio.transcribe import Transcriber
+
+        transcriber = Transcriber(self, Task(language, translate_to), num_beams=num_beams, note=note)
+        return transcriber.stream(source, rate=rate, track=track, progress=progress)
 
     def listen(
         self,
@@ -215,3 +292,6 @@ def _generation_config(folder: ModelFolder) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise ModelFolderError(f"{folder.path / GENERATION} is {type(config).__name__}, expected an object")
     return config
+
+
+load = Engine.load

@@ -74,7 +74,7 @@ def test_messages(fields, call):
     chat = Chat(FakeEngine(chat_template=CHAT_TEMPLATE))
     for made in filter(None, (message, other)):
         survives(lambda made=made: Transcript((made,)).as_bytes())
-        survives(lambda made=made: list(chat.reply(made)))
+        survives(lambda made=made: list(chat.send(made)))
 
 
 @SETTINGS
@@ -126,18 +126,13 @@ def test_conversations(options, text, asked):
     chat = survives(lambda: Chat(engine, **options))
     if chat is not None:
         survives(lambda: list(chat.send(text)))
-        survives(lambda: list(chat.reply(asked)))
+        survives(lambda: list(chat.send(asked)))
         chat.messages.append(asked)
         survives(lambda: list(chat.send("Hi")))
     base = FakeEngine(chat_template=None)
     options = {name: value for name, value in options.items() if name not in ("system", "tools")}
     if (continuation := survives(lambda: Continuation(base, **options))) is not None:
         survives(lambda: list(continuation.send(text)))
-
-
-def set_timer(minutes: float) -> str:
-    """Set a timer."""
-    return f"{minutes}"
 
 
 NESTED: dict = {"name": "f"}
@@ -147,10 +142,10 @@ NESTED["parameters"] = NESTED
 @pytest.mark.parametrize(
     ("tools", "told"),
     [
-        ([set_timer], r"tool 0 is <function set_timer at .*, expected {.type.: .function."),
-        ([{"name": "set_timer"}], r"tool 0 is {'name': 'set_timer'}, expected {.type"),
+        ([lambda minutes: minutes], "a tool's name is '<lambda>', expected a function with a name"),
+        ([{"name": "set_timer"}], r"tool 0 is {'name': 'set_timer'}, expected a function, or {.type"),
         ([{"function": {"name": "f"}}, "set_timer"], "tool 1 is 'set_timer'"),
-        ({"name": "set_timer"}, "tools is {'name': 'set_timer'}, expected a list of declarations"),
+        ({"name": "set_timer"}, "tools is {'name': 'set_timer'}, expected a list of functions or declarations"),
         ("set_timer", "tools is 'set_timer'"),
     ],
 )
@@ -172,11 +167,13 @@ def test_what_the_template_has_no_place_for_is_refused_not_dropped():
         list(Chat(FakeEngine(chat_template=CHAT_TEMPLATE), tools=[{"function": NESTED}]).send("Hi"))
 
 
-def test_messages_that_are_dicts_say_what_to_do():
-    chat = Chat(FakeEngine())
-    chat.messages.append({"role": "user", "content": "hi"})
-    with pytest.raises(UsageError, match=r"message 0 is \{'role'.*expected a Message: Message.from_dict makes one"):
-        list(chat.send("hello"))
+def test_messages_may_be_dicts():
+    chat = Chat(FakeEngine("fine"), messages=[{"role": "user", "content": "a"}])
+    chat.messages.append({"role": "assistant", "content": "b"})
+    assert chat.send({"role": "user", "content": "c"}).text == "fine"
+    assert [m.content for m in chat.messages] == ["a", "b", "c", "fine"]
+    with pytest.raises(UsageError, match=r"a message has the keys \['text'\], expected"):
+        chat.send({"text": "c"})
     with pytest.raises(UsageError, match="message 0 is 'a'"):
         open_conversation(FakeEngine(), earlier=Transcript(("a",)))
 

@@ -29,7 +29,7 @@ class Engine(FakeEngine):
 
 
 def say(conversation, text):
-    return "".join(piece.text for piece in conversation.send(text) if piece.kind == "answer")
+    return "".join(conversation.send(text))
 
 
 # --- what of a long conversation goes into the prompt -----------------------------------------------------------------
@@ -96,7 +96,7 @@ def test_a_long_conversation_is_resumed_with_few_renderings(monkeypatch, turns, 
     rendered = []
     render = chat._format.render
     monkeypatch.setattr(chat._format, "render", lambda m, **options: rendered.append(len(m)) or render(m, **options))
-    pieces = list(chat.send("and now?"))
+    pieces = list(chat.send("and now?").pieces())
     assert "turns were left out" in pieces[0].text
     kept = rendered[-1]
     assert len(rendered) <= 8
@@ -112,14 +112,14 @@ def test_a_long_conversation_is_resumed_with_few_renderings(monkeypatch, turns, 
 @pytest.mark.parametrize("template", [TEMPLATE, None])
 def test_a_second_message_during_a_reply_is_refused(template):
     chat = open_conversation(Engine("Once upon a time", "fine", chat_template=template), sampling=GREEDY)
-    first = chat.send("Tell me")
-    text = next(first).text
+    first = iter(chat.send("Tell me"))
+    text = next(first)
     before = list(chat.messages)
-    for interfere in (lambda: list(chat.send("Hi")), chat.reset):
+    for interfere in (lambda: chat.send("Hi"), chat.reset):
         with pytest.raises(UsageError, match="is writing a reply"):
             interfere()
     assert chat.messages == before
-    text += "".join(piece.text for piece in first)
+    text += "".join(first)
     assert text.startswith("Once upon a time")
     assert [m.content for m in chat.messages] == ["Tell me", text]
     assert say(chat, "Hi").startswith("fine")
@@ -129,16 +129,18 @@ def test_a_second_message_during_a_reply_is_refused(template):
 
 def test_a_reply_that_is_dropped_or_never_read_leaves_the_transcript_whole():
     chat = Chat(Engine("Once upon a time", "fine"), sampling=GREEDY)
-    pieces = chat.send("Tell me")
-    text = next(pieces).text
-    del pieces
+    text = next(iter(chat.send("Tell me")))
     assert chat.messages == [Message("user", "Tell me"), Message("assistant", text)]
-    chat.send("never read")
-    unread = chat.send("later")
+    chat.send("not read")
     assert len(chat.messages) == 2
+    unread = chat.send("later")  # and so the one before is read
+    assert [m.content for m in chat.messages[2:]] == ["not read", "fine"]
     assert say(chat, "Hi") == "fine"
-    assert "".join(p.text for p in unread).startswith("Once")  # its turn comes when it is read
-    assert [m.content for m in chat.messages[2:]] == ["Hi", "fine", "later", "Once upon a time"]
+    assert unread.text == "Once upon a time"
+    assert [m.content for m in chat.messages[4:]] == ["later", "Once upon a time", "Hi", "fine"]
+    forgotten = chat.send("forget it")
+    chat.reset()
+    assert (forgotten.text, forgotten.finish_reason, chat.messages) == ("", "interrupted", [])
 
 
 def test_a_reply_that_fails_lets_the_next_begin():
@@ -157,11 +159,11 @@ def test_two_conversations_at_once_on_one_model():
         texts = ("hello", "what is your name")
         alone = [say(Chat(engine, sampling=GREEDY, max_tokens=20), text) for text in texts]
         chats = [Chat(engine, sampling=GREEDY, max_tokens=20) for _ in texts]
-        pieces = [chat.send(text) for chat, text in zip(chats, texts, strict=True)]
+        replies = [chat.send(text) for chat, text in zip(chats, texts, strict=True)]
         woven = ["", ""]
-        for several in itertools.zip_longest(*pieces):
-            for i, piece in enumerate(several):
-                woven[i] += piece.text if piece is not None else ""
+        for several in itertools.zip_longest(*replies):
+            for i, text in enumerate(several):
+                woven[i] += text or ""
         assert woven == alone
         threaded = {}
         chats = [Chat(engine, sampling=GREEDY, max_tokens=20) for _ in texts]

@@ -254,16 +254,12 @@ def test_chat_greets_with_what_it_is() -> None:
 
 def test_it_calls_a_tool_and_tells_the_result(engine: Engine) -> None:
     chat = Chat(engine, tools=[LIGHT], sampling=GREEDY)
-    for _ in chat.send("turn on the light in the kitchen"):
-        pass
-    assert chat.last is not None
-    (call,) = chat.last.tool_calls
+    (call,) = chat.send("turn on the light in the kitchen").tool_calls
     assert (call.name, call.arguments) == ("set_light", {"room": "kitchen", "state": "on"})
-    for _ in chat.reply(Message("tool", "ok", name="set_light")):
-        pass
-    assert chat.last.finish_reason == "stop"
-    assert chat.last.text.strip()
-    assert not chat.last.tool_calls
+    told = chat.send(Message("tool", "ok", name="set_light"))
+    assert told.finish_reason == "stop"
+    assert told.text.strip()
+    assert not told.tool_calls
 
 
 def test_the_prompt_decides_whether_speech_is_written_down_or_answered(engine: Engine) -> None:

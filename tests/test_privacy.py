@@ -182,14 +182,13 @@ import sys
 import numpy as np
 from edge_gemma import Engine
 from edge_gemma.audio.files import AudioFile
-from edge_gemma.chat import open_conversation
 
 wav, onnx, saved = sys.argv[1:]
 with Engine.load() as engine:
     session = engine.session()
     session.prefill(engine.tokenizer.encode("Hello", bos=True))
     session.save(saved)
-    assert list(open_conversation(engine, max_tokens=3).send("Hello"))
+    assert engine.generate("Hello", max_tokens=3).text
     assert "timer" in engine.transcribe(wav).text
     with AudioFile(wav) as file:
         samples = np.concatenate(list(file))

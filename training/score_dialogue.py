@@ -50,10 +50,7 @@ def replies(engine: ChatEngine, conversations: Iterable[Example]) -> Iterable[tu
             if message.role == "assistant":
                 chat.reset()
                 chat.tools, chat.messages = example.tools or None, list(example.messages[:index])
-                for _ in chat.reply():
-                    pass
-                assert chat.last is not None
-                yield example, index, chat.last
+                yield example, index, chat.send().result()
 
 
 def table(verdicts: Sequence[Verdict]) -> str:

@@ -131,7 +131,7 @@ class Listener:
         self._note("this is longer than the context holds: it is answered in parts")
         return False
 
-    def _reply(self, segment: cut.Segment, stream: Stream, heard: np.ndarray) -> Iterator[Event]:
+    def _reply(self, segment: cut.Span, stream: Stream, heard: np.ndarray) -> Iterator[Event]:
         begun, start, end = time.perf_counter(), segment.start / SAMPLE_RATE, segment.end / SAMPLE_RATE
         self._scribe.hear(stream.finish())
         if not self._scribe.heard:

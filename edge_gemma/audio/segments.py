@@ -65,7 +65,7 @@ LIVE_RULES = live_rules()
 
 
 @dataclass(frozen=True)
-class Segment:
+class Span:
     """Samples [start, end), owned; [heard_from, heard_to) around them, heard. Counted from the stream's first.
 
     joined: it begins without a pause, in the words of the segment before; cut: it ends so.
@@ -99,7 +99,7 @@ class Heard:
 class Closed:
     """The open segment is whole; or a silent one, which was never opened."""
 
-    segment: Segment
+    segment: Span
 
 
 Step = Opened | Heard | Closed
@@ -180,11 +180,11 @@ class Segmenter:
         assert self._opened is not None
         opened, joined = self._opened, self._joined
         self._opened, self._joined, self._voiced, self._owned = None, False, 0, end
-        return Closed(Segment(opened.start, end, opened.heard_from, self._position, True, joined, cut))
+        return Closed(Span(opened.start, end, opened.heard_from, self._position, True, joined, cut))
 
     def _silence(self, end: int) -> list[Step]:
         start, self._owned = self._owned, end
-        return [Closed(Segment(start, end, start, end, False))] if end > start else []
+        return [Closed(Span(start, end, start, end, False))] if end > start else []
 
 
 def _merged(steps: list[Step]) -> list[Step]:

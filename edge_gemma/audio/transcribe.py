@@ -5,7 +5,7 @@ file formats (files.py), what a segment is (segments.py), how a session is drive
 """
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -42,7 +42,7 @@ Progress = Callable[[float, float | None], None]  # (seconds done, seconds in al
 
 
 @dataclass(frozen=True)
-class TextSegment:
+class Segment:
     """What was said from start to end, in seconds. note: "looped" (cut short), "empty" (speech, but no text came)."""
 
     start: float
@@ -57,7 +57,7 @@ class Transcription:
     """One recording. language: as it was asked for, None if it was left to the model."""
 
     text: str
-    segments: tuple[TextSegment, ...]
+    segments: tuple[Segment, ...]
     language: str | None
     duration_s: float
     rtf: float  # seconds of work for a second of sound
@@ -70,8 +70,12 @@ class Transcription:
         entry["segments"] = [{k: v for k, v in s.items() if v is not None} for s in entry["segments"]]
         return {k: v for k, v in entry.items() if v is not None or k == "language"}
 
+    def srt(self) -> str:
+        """SubRip subtitles, of the translation where there is one."""
+        return subtitles(self.segments)
 
-OnSegment = Callable[[TextSegment], None]
+
+OnSegment = Callable[[Segment], None]
 
 
 class Transcriber:
@@ -113,23 +117,34 @@ class Transcriber:
         default the next one is tried if the first has no speech. progress is told after each block, on_segment of each
         segment once its text will not change any more.
         """
+        return _drained(self.stream(source, rate=rate, track=track, progress=progress), on_segment)
+
+    def stream(
+        self,
+        source: Source | Samples,
+        *,
+        rate: int | None = None,
+        track: int | None = None,
+        progress: Progress | None = None,
+    ) -> Generator[Segment, None, Transcription]:
+        """As `transcribe`: yields each segment once its text will not change any more, returns the whole."""
         if isinstance(source, SAMPLE_TYPES):
             if track is not None:
                 raise UsageError("track means nothing beside samples, which have one: leave it out")
             samples, rate = as_samples(source), checked_rate(SAMPLE_RATE if rate is None else rate)
             blocks, duration = array_blocks(samples, rate, self._note), len(samples) / rate
-            return self._told(self._run(blocks, progress, duration, on_segment))
+            return self._told((yield from self._run(blocks, progress, duration)))
         if rate is not None:
             raise UsageError("rate means nothing beside a file, which has its own: leave it out")
         with AudioFile(source, self._note, track=track) as file:
-            result = self._run(file, progress, file.duration_s, on_segment)
+            result = yield from self._run(file, progress, file.duration_s)
             others = [number for number in range(1, file.tracks + 1) if number != file.track and track is None]
             for number in others[:_OTHER_TRACKS]:
                 if result.segments:
                     break
                 self._note(f"{file.name}: no speech was found in track {file.track}: track {number} is tried")
                 file.read_track(number)
-                result = self._run(file, progress, file.duration_s, on_segment)
+                result = yield from self._run(file, progress, file.duration_s)
         return self._told(result)
 
     def run(
@@ -142,7 +157,8 @@ class Transcriber:
         on_segment: OnSegment = lambda segment: None,
     ) -> Transcription:
         """As `transcribe`, for blocks of samples one after another, `rate` of them a second."""
-        return self._told(self._run(live_blocks(blocks, rate, self._note), progress, duration_s, on_segment))
+        written = self._run(live_blocks(blocks, rate, self._note), progress, duration_s)
+        return self._told(_drained(written, on_segment))
 
     def _told(self, result: Transcription) -> Transcription:
         if not result.segments:
@@ -154,11 +170,10 @@ class Transcriber:
         blocks: Iterable[np.ndarray],
         progress: Progress | None,
         duration_s: float | None,
-        on_segment: OnSegment,
-    ) -> Transcription:
-        """blocks: float32 [n] of 16 kHz mono."""
+    ) -> Generator[Segment, None, Transcription]:
+        """Yields segments that are final, returns the whole. blocks: float32 [n] of 16 kHz mono."""
         clock, samples = time.perf_counter(), 0
-        found: list[TextSegment] = []
+        found: list[Segment] = []
 
         def counted() -> Iterator[np.ndarray]:
             nonlocal samples
@@ -172,10 +187,10 @@ class Transcriber:
             if joined and found:
                 found[-1], segment = joined_pair(found[-1], segment)
             if found:
-                on_segment(found[-1])
+                yield found[-1]
             found.append(segment)
         if found:
-            on_segment(found[-1])
+            yield found[-1]
         seconds, texts = samples / SAMPLE_RATE, [s.text for s in found]
         translated = glued([s.translation or "" for s in found]) if self.task.translate_to else None
         return Transcription(
@@ -188,14 +203,14 @@ class Transcriber:
             translate_to=self.task.translate_to,
         )
 
-    def segments(self, blocks: Iterable[Samples], rate: int = SAMPLE_RATE) -> Iterator[tuple[TextSegment, bool]]:
+    def segments(self, blocks: Iterable[Samples], rate: int = SAMPLE_RATE) -> Iterator[tuple[Segment, bool]]:
         """Segments with text as they end; True for one whose first words the segment before has heard too.
 
         blocks: as in `run`.
         """
         return self._segments(levelled(live_blocks(blocks, rate, self._note), self._note))
 
-    def _segments(self, blocks: Iterable[np.ndarray]) -> Iterator[tuple[TextSegment, bool]]:
+    def _segments(self, blocks: Iterable[np.ndarray]) -> Iterator[tuple[Segment, bool]]:
         heard: list[np.ndarray] = []
         for step in cut.Segmenter(self._detector(), self._rules).steps(blocks):
             if isinstance(step, cut.Opened):
@@ -206,17 +221,17 @@ class Transcriber:
                 yield self._written(step.segment, np.concatenate(heard)), step.segment.joined
                 heard = []
 
-    def _written(self, segment: cut.Segment, heard: np.ndarray) -> TextSegment:
+    def _written(self, segment: cut.Span, heard: np.ndarray) -> Segment:
         if not segment.cut:  # what follows its end is the pause
             heard = heard[: segment.end - segment.heard_from]
         text, translation, note = self.text(heard)
         start, end = segment.start / SAMPLE_RATE, segment.end / SAMPLE_RATE
         if note == "empty":
             self._note(no_text(start, end))
-        return TextSegment(start, end, text, translation, note)
+        return Segment(start, end, text, translation, note)
 
     def text(self, samples: np.ndarray) -> tuple[str, str | None, str | None]:
-        """One segment, float32 [n], at most 30 s: its text, its translation and a note, as in TextSegment.
+        """One segment, float32 [n], at most 30 s: its text, its translation and a note, as in Segment.
 
         A loop, or a text that is far too short: tried once more in halves. Nothing: with silence around it.
         """
@@ -248,6 +263,16 @@ class Transcriber:
         return *self.task.read(reply.text), reply.looped
 
 
+def _drained(written: Generator[Segment, None, Transcription], on_segment: OnSegment) -> Transcription:
+    while True:
+        try:
+            segment = next(written)
+        except StopIteration as end:
+            result: Transcription = end.value
+            return result
+        on_segment(segment)
+
+
 def no_text(start: float, end: float) -> str:
     """The note on speech that was found and gave no text. Times are seconds."""
     return f"what was heard from {start:.1f} to {end:.1f} s gave no text"
@@ -258,7 +283,7 @@ def reply_limit(soft_tokens: int, task: Task) -> int:
     return (soft_tokens + 32) * (2 if task.translate_to else 1)
 
 
-def joined_pair(before: TextSegment, after: TextSegment) -> tuple[TextSegment, TextSegment]:
+def joined_pair(before: Segment, after: Segment) -> tuple[Segment, Segment]:
     """Two segments that heard the same words at their seam, each word in one of them."""
     first, second = seam(before.text, after.text)
     before, after = replace(before, text=first), replace(after, text=second)
@@ -275,7 +300,7 @@ def quietest(samples: np.ndarray) -> int:
     return (first + int(np.square(windows).sum(axis=1).argmin())) * WINDOW + WINDOW // 2
 
 
-def subtitles(segments: Sequence[TextSegment]) -> str:
+def subtitles(segments: Sequence[Segment]) -> str:
     """SubRip subtitles, of the translation where there is one. Times inside a segment are shared out by characters."""
     cues: list[tuple[float, float, str]] = []
     for segment in segments:

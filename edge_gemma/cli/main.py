@@ -115,7 +115,7 @@ def chat(model: str | None, session_file: Path | None, **given: Any) -> None:
         stop_strings=given["stop"],
         progress=screen.prefilled,
     )
-    ChatLoop(conversation, screen, model=_name(engine), session_file=file).run()
+    ChatLoop(conversation, screen, model=engine.name, session_file=file).run()
 
 
 @cli.command(cls=options.PromptCommand)
@@ -443,10 +443,6 @@ def _say_written(folder: Path) -> None:
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     recipe = json.loads((folder / "manifest.json").read_bytes())["recipe"]
     click.echo(f"wrote {folder}: {size / 1e6:.1f} MB, recipe {recipe}", err=True)
-
-
-def _name(engine: "Engine") -> str:
-    return str(_source(engine.manifest).get("name") or engine.path.name)
 
 
 def _source(manifest: dict[str, Any]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterator
 
 from edge_gemma.generation.generate import Result
+from edge_gemma.generation.reply import Reply
 from edge_gemma.text.reply import Piece
 
 _DIM, _PLAIN, _CLEAR_LINE = "\x1b[2m", "\x1b[0m", "\r\x1b[K"
@@ -87,14 +88,13 @@ class Screen:
         print(f"({text.translate(_CONTROLS)})", file=sys.stderr, flush=True)
 
 
-def show_reply(pieces: Iterator[Piece], screen: Screen) -> None:
-    """Print a reply. Stopped by an exception (Ctrl-C), it is closed first, so that its conversation is whole."""
+def show_reply(reply: Reply, screen: Screen) -> None:
+    """Print a reply. An exception (Ctrl-C) stops it first, so that its conversation is whole."""
     try:
-        for piece in pieces:
+        for piece in reply.pieces():
             screen.show(piece)
     finally:
-        if close := getattr(pieces, "close", None):
-            close()
+        reply.stop()
         screen.end()
 
 

@@ -88,13 +88,13 @@ def transcribe(
 def _transcribe_file(
     transcriber: Any, path: Path, track: int | None, *, several: bool, srt: bool, force: bool, as_json: bool
 ) -> None:
-    from edge_gemma.audio.transcribe import TextSegment, subtitles
+    from edge_gemma.audio.transcribe import Segment
     from edge_gemma.cli.screen import progress_bar
     from edge_gemma.folder.atomic import write_file
 
     heading = f"{options.printable(str(path))}:\n" if several and not (srt or as_json) else ""
 
-    def show(segment: TextSegment) -> None:
+    def show(segment: Segment) -> None:
         nonlocal heading
         text = segment.translation or segment.text
         if text and not (srt or as_json):
@@ -115,9 +115,9 @@ def _transcribe_file(
         file = _subtitle_file(path)
         if not force:
             _refuse_to_replace(file)  # one that has come meanwhile
-        write_file(file, subtitles(result.segments).encode())
+        write_file(file, result.srt().encode())
     elif srt:
-        click.echo(subtitles(result.segments), nl=False)
+        click.echo(result.srt(), nl=False)
 
 
 def _subtitle_file(path: Path) -> Path:

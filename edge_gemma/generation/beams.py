@@ -8,6 +8,7 @@ hypothesis leaves the one before it, and the rest is run as a prompt of at most 
 by length (length_penalty 0 in transformers' words): how long a text is, the sound says.
 """
 
+import threading
 from collections.abc import Collection, Iterator
 from typing import NamedTuple
 
@@ -28,17 +29,25 @@ class Hypothesis(NamedTuple):
 
 
 def search(
-    session: Timeline, logits: np.ndarray, *, sampler: Sampler, limit: int, stop_ids: Collection[int]
+    session: Timeline,
+    logits: np.ndarray,
+    *,
+    sampler: Sampler,
+    limit: int,
+    stop_ids: Collection[int],
+    stopping: threading.Event | None = None,
 ) -> Iterator[int]:
     """A reply's tokens, each as soon as all hypotheses agree on it; the stop token comes last.
 
     session: at the prompt's end, left wherever the last hypothesis ended. logits: float32 [vocab_size], those after
     the prompt. sampler: says how many hypotheses there are. limit: most tokens, all but the last of which the session
-    has to hold. Raises what the session and the sampler raise.
+    has to hold. stopping: once it is set, the tokens end. Raises what the session and the sampler raise.
     """
     start, width = session.position, sampler.sampling.num_beams
     live, ended, told = [Hypothesis(0.0, ())], list[Hypothesis](), 0
     for length in range(limit):
+        if stopping is not None and stopping.is_set():
+            return
         grown = []
         # Neighbours share the most; and the timeline stands where the last of the step before ended.
         for score, tokens in sorted(live, key=lambda h: h.tokens, reverse=length % 2 == 0):

@@ -4,6 +4,7 @@ Owns: reusing what the session already holds of the prompt, the token loop, stop
 Does not know: messages, templates, how a token is chosen.
 """
 
+import threading
 import time
 from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -83,11 +84,15 @@ class Generation:
         stop_strings: Sequence[str] = (),
         progress: Progress | None = None,
         mark: bool = False,
+        result: Result | None = None,
+        stopping: threading.Event | None = None,
     ) -> None:
         """max_tokens: None goes on until the context is full. stop_strings end the answer and are never part of it.
 
-        mark: let the session remember the prompt's end, for a later rewind. Raises ContextFullError, before the session
-        is touched, if the prompt is longer than the context; UsageError for an empty prompt or a senseless limit.
+        mark: let the session remember the prompt's end, for a later rewind. result: a new one, to be filled. stopping:
+        once it is set, the reply ends at the next token, with finish_reason "interrupted". Raises ContextFullError,
+        before the session is touched, if the prompt is longer than the context; UsageError for an empty prompt or a
+        senseless limit.
         """
         if not prompt_ids:
             raise UsageError("the prompt is empty, expected at least one token")
@@ -98,7 +103,8 @@ class Generation:
                 f"the prompt has {len(prompt_ids)} tokens, the context holds {session.context}: "
                 "shorten it or use a larger --context"
             )
-        self.result = Result("interrupted")
+        self.result = result or Result("interrupted")
+        self._stopping = stopping or threading.Event()
         self._session, self._prompt = session, list(prompt_ids)
         self._sampler, self._stop_ids = sampler.within(tokenizer.vocab_size), frozenset(stop_ids)
         self._searches = sampler.sampling.num_beams > 1
@@ -152,12 +158,17 @@ class Generation:
             result.reasoning = result.reasoning.strip()
 
     def _prefill(self) -> np.ndarray:
-        """Bring the session to the end of the prompt, keeping what it shares with it. Returns the last logits."""
+        """Bring the session to the end of the prompt, keeping what it shares with it. Returns the last logits.
+
+        None (an empty array) where the reply is stopped before the prompt is read.
+        """
         session, prompt, timings = self._session, self._prompt, self.result.timings
         keep = min(common_prefix(session.ids, prompt), len(prompt) - 1)  # the last token is run for its logits
         session.rewind(keep)
         timings.reused_tokens, timings.prefill_tokens = keep, len(prompt) - keep
         for start in range(keep, len(prompt), PREFILL_PIECE):
+            if self._stopping.is_set():
+                return np.empty(0, np.float32)
             if self._progress:
                 self._progress(start, len(prompt))
             logits = session.prefill(prompt[start : start + PREFILL_PIECE])
@@ -168,15 +179,18 @@ class Generation:
         return logits
 
     def _tokens(self, logits: np.ndarray) -> Iterator[int]:
-        """One token after another, a stop token too; endless where nothing is searched."""
+        """One token after another, a stop token too, until it is stopped; endless where nothing is searched."""
         session, sampler = self._session, self._sampler
         if self._searches:
-            yield from search(session, logits, sampler=sampler, limit=self._limit, stop_ids=self._stop_ids)
+            yield from search(
+                session, logits, sampler=sampler, limit=self._limit, stop_ids=self._stop_ids, stopping=self._stopping
+            )
             return
-        while True:
+        while not self._stopping.is_set():
             token = sampler.sample(logits, session.ids)
             yield token
-            logits = session.step(token)
+            if not self._stopping.is_set():
+                logits = session.step(token)
 
     def _finish(self) -> list[Piece]:
         """The pieces still held back."""

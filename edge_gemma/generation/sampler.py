@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 
@@ -22,6 +22,18 @@ from edge_gemma.kernels import LOGITS_BLOCK
 
 _MOST_BEAMS = 64
 _NUCLEUS_START = 512  # candidates looked at first for top-p without top-k
+
+
+class Settings(TypedDict, total=False):
+    """Sampling's fields as keywords; None, or one left out: the checkpoint's own."""
+
+    temperature: float | None
+    top_k: int | None
+    top_p: float | None
+    min_p: float | None
+    repetition_penalty: float | None
+    seed: int | None
+    num_beams: int | None
 
 
 @dataclass(frozen=True)
@@ -60,7 +72,7 @@ class Sampling:
         """The checkpoint's own settings, `overrides` that are not None before them, Gemma 4's where neither says.
 
         Who asks for beams gets a temperature of 0 unless one is given; the checkpoint's beams count at 0 only. Raises
-        UsageError for a setting that is no number or out of range.
+        UsageError for a setting that does not exist, is no number or out of range.
         """
         values = {name: config[name] for name in _SETTINGS if config.get(name) is not None}
         for name, value in values.items():
@@ -68,6 +80,8 @@ class Sampling:
                 raise UsageError(f"{name} is {shown(value)} in the model's generation_config, expected a number")
         if config.get("do_sample") is False:
             values["temperature"] = 0.0
+        if unknown := [name for name in overrides if name not in Settings.__annotations__]:
+            raise UsageError(f"{shown(unknown[0])} is no setting, expected {', '.join(Settings.__annotations__)}")
         given = {name: value for name, value in overrides.items() if value is not None}
         drawn = given.get("temperature", values.get("temperature", cls.temperature))
         beams = given.get("num_beams", 1)

@@ -58,6 +58,8 @@ class Message:
         if not isinstance(entry, Mapping) or (unknown := [key for key in entry if key not in _KEYS]):
             what = f"the keys {shown(unknown)}" if isinstance(entry, Mapping) else type(entry).__name__
             raise UsageError(f"a message has {what}, expected an object with {', '.join(_KEYS)}")
+        if entry.get("content") is None and entry.get("tool_calls"):
+            entry = {**entry, "content": ""}  # as OpenAI's clients send calls
         for key, kinds in _KEYS.items():
             if not isinstance(entry.get(key), kinds):
                 raise UsageError(f"a message's {key} is {type(entry.get(key)).__name__}, which it cannot be")
@@ -92,7 +94,19 @@ def _call(entry: Any) -> ToolCall:
 
 def check_messages(messages: Any) -> None:
     """Raises UsageError unless `messages` are Messages, several of them."""
-    require("messages", messages, isinstance(messages, Sequence) and not isinstance(messages, str), "a list of Message")
+    _check_list(messages)
     for i, message in enumerate(messages):
         good = isinstance(message, Message)
         require(f"message {i}", message, good, "a Message: Message.from_dict makes one of a dict")
+
+
+def as_messages(messages: Any) -> list[Message]:
+    """Messages and dicts in OpenAI's form as Messages. Raises UsageError for anything else."""
+    _check_list(messages)
+    made = [Message.from_dict(entry) if isinstance(entry, Mapping) else entry for entry in messages]
+    check_messages(made)
+    return made
+
+
+def _check_list(messages: Any) -> None:
+    require("messages", messages, isinstance(messages, Sequence) and not isinstance(messages, str), "a list of Message")

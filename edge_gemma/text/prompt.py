@@ -7,10 +7,10 @@ sessions, sampling, screens.
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
-from edge_gemma.arguments import require
 from edge_gemma.errors import TemplateError, UsageError
 from edge_gemma.text.message import Message, check_messages
 from edge_gemma.text.template_sandbox import Template
+from edge_gemma.text.tool_declaration import Tool, declared
 
 THINKING = "enable_thinking"  # the template's variable
 
@@ -28,15 +28,6 @@ class ChatTokenizer(Protocol):
     def guard(self, text: str) -> str: ...
 
 
-def check_tools(tools: Any) -> None:
-    """Raises UsageError unless `tools` are OpenAI's function declarations."""
-    require("tools", tools, isinstance(tools, Sequence) and not isinstance(tools, str), "a list of declarations")
-    for i, tool in enumerate(tools):
-        function = tool.get("function") if isinstance(tool, Mapping) else None
-        good = isinstance(function, Mapping) and isinstance(function.get("name"), str)
-        require(f"tool {i}", tool, good, '{"type": "function", "function": {"name": ..., "parameters": ...}}')
-
-
 class ChatFormat:
     """A checkpoint's chat template with its tokenizer."""
 
@@ -52,36 +43,35 @@ class ChatFormat:
         """Whether the template looks at a variable: without that, giving it means nothing."""
         return variable in self._template.variables
 
-    def render(
-        self, messages: Sequence[Message], *, tools: Sequence[Mapping[str, Any]] | None = None, think: bool = False
-    ) -> str:
+    def render(self, messages: Sequence[Message], *, tools: Sequence[Tool] | None = None, think: bool = False) -> str:
         """The prompt as text, user text marked by `Tokenizer.guard`; ends where the reply begins.
 
-        tools: OpenAI's function declarations. Raises TemplateError if the template refuses the messages, UsageError
-        for what is no message or no declaration, and for tools or think if the template has no place for them.
+        tools: OpenAI's function declarations, or Python functions. Raises TemplateError if the template refuses the
+        messages, UsageError for what is no message or no tool, and for tools or think if the template has no place for
+        them.
         """
         check_messages(messages)
-        check_tools(() if tools is None else tools)
-        for given, variable, what in ((tools, "tools", "tools"), (think, THINKING, "thinking")):
+        functions = None if tools is None else declared(tools)
+        for given, variable, what in ((functions, "tools", "tools"), (think, THINKING, "thinking")):
             if given and not self.takes(variable):
                 raise UsageError(f"this model's chat template has no {what}: leave that out, or take another model")
         if not messages:
             raise TemplateError("there is no message to render, expected at least one")
         try:
             guarded = [self._guarded_message(message) for message in messages]
-            declared = [self._guarded(dict(tool)) for tool in tools] if tools else None
+            guarded_tools = [self._guarded(dict(tool)) for tool in functions] if functions else None
         except RecursionError:
             raise TemplateError("a message or tool is nested too deeply, expected JSON values") from None
         return self._template.render(
             messages=guarded,
-            tools=declared,
+            tools=guarded_tools,
             add_generation_prompt=True,
             **self._tokens,
             **{THINKING: think},
         )
 
     def prompt_ids(
-        self, messages: Sequence[Message], *, tools: Sequence[Mapping[str, Any]] | None = None, think: bool = False
+        self, messages: Sequence[Message], *, tools: Sequence[Tool] | None = None, think: bool = False
     ) -> list[int]:
         """The prompt's ids. `<bos>` comes first even where the template leaves it out: without it Gemma degenerates."""
         ids = self._tokenizer.encode_prompt(self.render(messages, tools=tools, think=think))

@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from edge_gemma.audio.features import MAX_SAMPLES, SAMPLE_RATE
-from edge_gemma.audio.segments import FILE_RULES, LIVE_RULES, Closed, Heard, Opened, Rules, Segment, Segmenter
+from edge_gemma.audio.segments import FILE_RULES, LIVE_RULES, Closed, Heard, Opened, Rules, Segmenter, Span
 from edge_gemma.audio.vad import WINDOW
 from edge_gemma.errors import UsageError
 
@@ -89,8 +89,8 @@ def test_every_sample_is_owned_once_and_heard_in_order(runs, n, sizes, rules):
 
 def test_silence_and_nothing():
     assert run(counted(0), []) == []
-    assert run(counted(160), [(9, 1.0)]) == [Closed(Segment(0, 160, 0, 160, False))], "10 ms: too short to tell"
-    assert run(counted(99_999), []) == [Closed(Segment(0, 99_999, 0, 99_999, False))]
+    assert run(counted(160), [(9, 1.0)]) == [Closed(Span(0, 160, 0, 160, False))], "10 ms: too short to tell"
+    assert run(counted(99_999), []) == [Closed(Span(0, 99_999, 0, 99_999, False))]
 
 
 def test_a_click_is_no_speech_and_the_start_is_heard_before_it_is_certain():

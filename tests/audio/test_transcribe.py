@@ -15,7 +15,7 @@ from edge_gemma.audio.features import SAMPLE_RATE
 from edge_gemma.audio.prompts import Task
 from edge_gemma.audio.samples import array_blocks
 from edge_gemma.audio.seams import glue, go_on, hold_back, loop, seam
-from edge_gemma.audio.transcribe import TextSegment, Transcriber, quietest, subtitles
+from edge_gemma.audio.transcribe import Segment, Transcriber, quietest, subtitles
 from edge_gemma.errors import UsageError
 from edge_gemma.measure.memory import resident
 from tests.fake_speech import WORD, LevelDetector, SpeechEngine, say, text_of, understand
@@ -249,10 +249,10 @@ def test_quietest():
 
 def test_subtitles():
     found = [
-        TextSegment(0.5, 2.0, "Hello there."),
-        TextSegment(3599.0, 3609.0, "word " * 40, note="looped"),
-        TextSegment(4000, 4001, ""),
-        TextSegment(4001, 4002, "hello", translation="bonjour"),
+        Segment(0.5, 2.0, "Hello there."),
+        Segment(3599.0, 3609.0, "word " * 40, note="looped"),
+        Segment(4000, 4001, ""),
+        Segment(4001, 4002, "hello", translation="bonjour"),
     ]
     blocks = subtitles(found).split("\n\n")
     assert blocks[0] == "1\n00:00:00,500 --> 00:00:02,000\nHello there."

@@ -1,6 +1,5 @@
 """Streaming, stop rules, reuse of the session, and conversations that survive whatever happens to a reply."""
 
-import contextlib
 import itertools
 
 import pytest
@@ -218,7 +217,7 @@ def chat(*replies, **options):
 
 
 def say(conversation, text):
-    return "".join(piece.text for piece in conversation.send(text) if piece.kind == "answer")
+    return "".join(conversation.send(text))
 
 
 def prompt_of(session):
@@ -267,11 +266,14 @@ def test_ctrl_c_keeps_the_partial_answer_and_the_chat_goes_on():
     assert "<|turn>model\nOnce upon<turn|>\n<|turn>user\nShorter<turn|>\n" in prompt_of(session)
 
 
-def test_closing_a_reply_keeps_it_too():
+def test_stopping_a_reply_keeps_it_too():
     conversation, _ = chat("Once upon a time")
-    with contextlib.closing(conversation.send("Tell me")) as pieces:
-        for _ in range(4):
-            next(pieces)
+    answer = conversation.send("Tell me")
+    pieces = iter(answer)
+    for _ in range(4):
+        next(pieces)
+    answer.stop()
+    assert (answer.text, answer.finish_reason) == ("Once", "interrupted")
     assert conversation.messages[-1] == Message("assistant", "Once")
 
 
@@ -290,7 +292,7 @@ def test_a_full_context_drops_the_oldest_turns_and_says_so():
     )
     notices, dropped_at = 0, []
     for turn in range(30):
-        pieces = list(conversation.send(f"question {turn} " + "x" * 30))
+        pieces = list(conversation.send(f"question {turn} " + "x" * 30).pieces())
         told = [piece.text for piece in pieces if piece.kind == "notice"]
         notices += len(told)
         dropped_at += [turn] * bool(told)
@@ -308,7 +310,7 @@ def test_a_full_context_drops_the_oldest_turns_and_says_so():
 
 def _until_notice(conversation):
     while True:
-        for piece in conversation.send("and " + "z" * 60):
+        for piece in conversation.send("and " + "z" * 60).pieces():
             if piece.kind == "notice":
                 yield piece
                 return
@@ -319,7 +321,7 @@ def test_an_answer_cut_by_the_context_is_followed_by_more():
     say(conversation, "Hi")
     assert conversation.last.finish_reason == "context"
     assert len(conversation.messages[-1].content) > 200
-    pieces = list(conversation.send("And?"))
+    pieces = list(conversation.send("And?").pieces())
     assert pieces[0].kind == "notice"
     assert conversation.last.finish_reason == "stop"
 
@@ -365,8 +367,7 @@ def test_a_tool_loop_stays_in_one_model_turn():
     assert conversation.messages[-1].tool_calls == (ToolCall("get_weather", {"city": "Oslo"}),)
     held = session.position
     session.log.clear()
-    pieces = list(conversation.reply(Message("tool", "12 C", name="get_weather")))
-    assert "".join(p.text for p in pieces) == "It is 12 C."
+    assert conversation.send(Message("tool", "12 C", name="get_weather")).text == "It is 12 C."
     assert session.log[0] == ("rewind", held)  # call and prompt are reused as they are
     assert prompt_of(session).endswith(
         f'<|turn>model\n{call}<|tool_response>response:get_weather{{value:<|"|>12 C<|"|>}}<tool_response|>It is 12 C.'
@@ -393,7 +394,7 @@ def test_a_base_model_never_dies_of_a_full_context():
     say(conversation, "Once")
     assert conversation.last.finish_reason == "context"
     for _ in range(3):
-        pieces = list(conversation.send(""))
+        pieces = list(conversation.send("").pieces())
         assert pieces[0].kind == "notice"
         assert len(pieces) > 40
         assert engine.timeline.ids[0] == TOKENIZER.bos_id
@@ -439,7 +440,7 @@ def test_a_long_chat_answers_as_one_that_starts_from_its_transcript(tiny_engine)
     dropped = 0
     for turn in range(12):
         long_lived.think = turn % 3 == 1
-        pieces = list(long_lived.send(f"the train leaves at {turn}, what is the time now?"))
+        pieces = list(long_lived.send(f"the train leaves at {turn}, what is the time now?").pieces())
         dropped += sum(piece.kind == "notice" for piece in pieces)
         fresh = Chat(tiny_engine, messages=long_lived.messages[long_lived._first : -2], **options)
         fresh.think = long_lived.think
