@@ -241,7 +241,7 @@ class Engine:
 
     def listen(
         self,
-        blocks: "Iterable[Samples] | None" = None,
+        blocks: "Iterable[Samples] | Source | None" = None,
         *,
         rate: int | None = None,
         device: int | str | None = None,
@@ -252,8 +252,9 @@ class Engine:
         num_beams: int | None = None,
     ) -> "Iterator[Event]":
         """Live speech to events (audio/listen.py), as it is said. blocks: samples as they arrive, each as in
-        `transcribe` or the bytes of 16-bit samples of one channel, `rate` a second (16000); None: a microphone,
-        `device` its number, a part of its name or the system's default. Close the iterator to stop.
+        `transcribe` or the bytes of 16-bit samples of one channel, `rate` a second (16000); or a sound file as in
+        `transcribe`, heard as if it were said now; None: a microphone, `device` its number, a part of its name or the
+        system's default. Close the iterator to stop.
 
         ask: the model answers each utterance, after `system`, instead of writing it down. num_beams, and what it
         raises, as in `transcribe`.

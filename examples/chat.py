@@ -1,16 +1,15 @@
-"""Hold a conversation from a program: python examples/chat.py MODEL"""
+"""A chat that goes on where it ended: python examples/chat.py [MODEL [FILE]], a line is a message."""
 
 import sys
+from pathlib import Path
 
-from edge_gemma import Engine
-from edge_gemma.chat import open_conversation
-from edge_gemma.generation.sampler import Sampling
+import edge_gemma
 
-with Engine.load(sys.argv[1] if len(sys.argv) > 1 else None) as engine:
-    conversation = open_conversation(engine, sampling=Sampling(seed=1), max_tokens=40)
-    for question in ("What is a Raspberry Pi?", "And what is it good for?"):
-        print(f"> {question}")
-        for piece in conversation.send(question):
-            if piece.kind == "answer":
-                print(piece.text, end="", flush=True)
+path = Path(sys.argv[2] if len(sys.argv) > 2 else "chat.json")
+with edge_gemma.load(*sys.argv[1:2]) as engine:
+    chat = edge_gemma.Chat.open(engine, path) if path.exists() else engine.chat(system="Be brief.")
+    for line in sys.stdin:
+        for text in chat.send(line.strip()):
+            print(text, end="", flush=True)
         print()
+        chat.save(path)

@@ -7,20 +7,23 @@ Owns: the order of work while someone speaks, and the events that come of it. Do
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
 from edge_gemma.audio import segments as cut
 from edge_gemma.audio.features import SAMPLE_RATE
+from edge_gemma.audio.files import AudioFile
 from edge_gemma.audio.levels import QUIET_DB, louder, loudest_db
 from edge_gemma.audio.mic import Microphone
 from edge_gemma.audio.prompts import Task, audio_prompt
 from edge_gemma.audio.recogniser import STEP_MS, Reply, Scribe, SpeechEngine, Stream
 from edge_gemma.audio.samples import Note, Samples, checked_rate, live_blocks, silent
 from edge_gemma.audio.seams import Telling
+from edge_gemma.audio.sources import Source
 from edge_gemma.audio.transcribe import Transcriber, no_text, reply_limit
 from edge_gemma.audio.vad import Detector, open_detector
 from edge_gemma.errors import UsageError
@@ -183,7 +186,7 @@ class Listener:
 
 def listen(
     engine: SpeechEngine,
-    blocks: Iterable[Samples] | None,
+    blocks: Iterable[Samples] | Source | None,
     task: Task,
     *,
     rate: int | None = None,
@@ -197,16 +200,32 @@ def listen(
         raise UsageError("device means nothing beside blocks, which come from elsewhere: leave one of them out")
     if blocks is None and rate is not None:
         raise UsageError("rate means nothing without blocks, a microphone has its own: leave it out")
+    if _is_file(blocks) and rate is not None:
+        raise UsageError("rate means nothing beside a file, which has its own: leave it out")
     rate = checked_rate(SAMPLE_RATE if rate is None else rate)
     notes: deque[str] = deque()
     listener = Listener(engine, task, ask=ask, system=system, num_beams=num_beams, note=notes.append)
     return _with_notes(listener, blocks, rate, device, notes)
 
 
+def _is_file(blocks: Any) -> bool:
+    return isinstance(blocks, str | Path | bytes) or callable(getattr(blocks, "read", None))
+
+
+def _opened(blocks: Any, device: int | str | None, note: Note) -> AbstractContextManager[Iterable[Samples]]:
+    if blocks is None:
+        return Microphone(device, note)
+    return AudioFile(blocks, note) if _is_file(blocks) else nullcontext(blocks)
+
+
 def _with_notes(
-    listener: Listener, blocks: Iterable[Samples] | None, rate: int, device: int | str | None, notes: deque[str]
+    listener: Listener,
+    blocks: Iterable[Samples] | Source | None,
+    rate: int,
+    device: int | str | None,
+    notes: deque[str],
 ) -> Iterator[Event]:
-    with Microphone(device, notes.append) if blocks is None else nullcontext(blocks) as source:
+    with _opened(blocks, device, notes.append) as source:
         for event in listener.events(source, rate):
             while notes:
                 yield Event("notice", notes.popleft())

@@ -1,0 +1,100 @@
+"""The examples and docs/python.md are executed on the demonstration model."""
+
+import ast
+import io
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+
+from edge_gemma.folder.find import EMBEDDED
+from edge_gemma.text.history import Transcript
+from tests import ROOT
+from tests.embedded import SPEECH, TIMER
+
+pytest.importorskip("av", reason="the audio extra is not installed")
+pytestmark = pytest.mark.skipif(not EMBEDDED.exists(), reason="the demonstration model is not there")
+
+APPS = ("chat", "voice", "batch")
+PAGE = (ROOT / "docs" / "python.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """run(example, *arguments, said="") -> what it prints on standard output."""
+
+    def run_it(name: str, *arguments: object, said: str = "") -> str:
+        path = ROOT / "examples" / f"{name}.py"
+        monkeypatch.setattr("sys.argv", [str(path), *map(str, arguments)])
+        monkeypatch.setattr("sys.stdin", io.StringIO(said))
+        exec(compile(path.read_text(encoding="utf-8"), str(path), "exec"), {"__name__": "__main__"})
+        return capsys.readouterr().out
+
+    return run_it
+
+
+def test_every_example_is_run_here():
+    assert {path.stem for path in (ROOT / "examples").glob("*.py")} == {*APPS, "complete"}
+
+
+@pytest.mark.parametrize("name", APPS)
+def test_an_app_is_short_and_needs_one_import(name):
+    source = (ROOT / "examples" / f"{name}.py").read_text(encoding="utf-8")
+    assert sum(bool(line.strip()) for line in source.splitlines()) <= 15
+    imported = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Import | ast.ImportFrom)]
+    assert [ast.unparse(node) for node in imported if "edge_gemma" in ast.unparse(node)] == ["import edge_gemma"]
+
+
+def test_the_chat_goes_on_where_it_ended(run, tmp_path):
+    file = tmp_path / "chat.json"
+    first = run("chat", "demo", file, said="who are you\n")
+    assert "demonstration model" in first
+    run("chat", "demo", file, said="hello\n")
+    kept = Transcript.load(file)
+    assert [m.content for m in kept.messages if m.role == "user"] == ["who are you", "hello"]
+    assert (kept.system, kept.messages[1].content) == ("Be brief.", first.strip())
+
+
+def test_the_voice_assistant_hears_calls_and_tells(run):
+    heard, told = run("voice", "demo", SPEECH / "01.flac").splitlines()
+    assert heard == "heard: turn on the light in the kitchen"
+    assert told.startswith("say: ")
+    assert "kitchen" in told
+
+
+def test_recordings_are_written_down_and_a_bad_one_stops_nothing(run, tmp_path, capsys):
+    good, bad = shutil.copy(TIMER, tmp_path / "timer.wav"), tmp_path / "bad.wav"
+    bad.write_bytes(b"no sound")
+    assert "set a timer for ten minutes" in run("batch", "demo", bad, good)
+    assert "set a timer for ten minutes" in (tmp_path / "timer.srt").read_text()
+    assert not (tmp_path / "bad.srt").exists()
+
+
+def test_a_text_is_completed(run):
+    printed = run("complete", "demo", "hello")
+    assert printed.startswith("hello")
+    assert len(printed.strip()) > len("hello")
+
+
+def test_the_python_page_runs(tmp_path, monkeypatch, capsys):
+    """Block after block in one namespace, as a reader would; each prints what it says."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(TIMER, "interview.wav")
+    names: dict[str, object] = {}
+    printed = []
+    for number, block in enumerate(BLOCKS):
+        exec(compile(block, f"docs/python.md, block {number}", "exec"), names)
+        printed.append(capsys.readouterr().out)
+        assert printed[-1].strip() or "print" not in block, block
+    whole = "".join(printed)
+    for expected in ("The kitchen", "set a timer for ten minutes", "00:00:00,000 -->", "temperature is -1"):
+        assert expected in whole
+    assert Path("monday.json").exists()
+
+
+def test_the_python_page_names_every_name():
+    import edge_gemma
+
+    assert not [name for name in edge_gemma.__all__ if name.strip("_") not in PAGE]
