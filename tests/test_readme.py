@@ -25,7 +25,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("block", [text for kind, text in BLOCKS if kind == "python"])
 def test_python_blocks_run(block: str, model: Path, capsys) -> None:
-    exec(compile(block.replace("./e2b", str(model)), "README.md", "exec"), {})
+    exec(compile(block.replace('"e2b"', repr(str(model))), "README.md", "exec"), {})
     assert capsys.readouterr().out.strip()
 
 
