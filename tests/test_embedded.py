@@ -16,6 +16,7 @@ from click.testing import CliRunner
 from edge_gemma.audio.listen import Listener
 from edge_gemma.audio.prompts import Task
 from edge_gemma.audio.transcribe import Transcriber
+from edge_gemma.audio.vad import SILERO
 from edge_gemma.chat import Chat
 from edge_gemma.cli.main import cli
 from edge_gemma.engine import Engine
@@ -83,6 +84,10 @@ def test_the_wheel_brings_the_model(installed: Path) -> None:
     assert sum(path.stat().st_size for path in folder.iterdir()) <= MOST_BYTES
     (notice,) = installed.glob("*.dist-info/licenses/NOTICE")
     assert "Allison Smith" in notice.read_text()
+    assert "Silero Team" in notice.read_text()
+    network = installed / "edge_gemma" / "audio" / "silero" / "silero_vad.onnx"
+    assert network.read_bytes() == SILERO.read_bytes()
+    assert (network.parent / "LICENSE").exists()
     assert all((folder / name).read_bytes() == (FOLDER / name).read_bytes() for name in files)
 
 

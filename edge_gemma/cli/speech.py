@@ -250,7 +250,8 @@ def wer(
     """How many words a model gets wrong, over the recordings in FOLDER: lower is better.
 
     What is said in NAME.wav stands in NAME.txt, or on a line `NAME<tab>TEXT` of transcripts.tsv, or in LibriSpeech's
-    files. Case, punctuation and the spelling of English numbers do not count.
+    files. Case, punctuation and the spelling of English numbers do not count. The rate is also told with Whisper's
+    English normaliser, as published rates have it.
 
     \b
     edge-gemma wer -m ./gemma-4-e2b ./test-clean --language en
@@ -278,11 +279,11 @@ def wer(
     if as_json:
         options.print_json(asdict(score) | {"texts": texts})
     else:
-        rate = "-" if score.wer is None else f"{score.wer:.1%}"
+        rate, whisper = ("-" if wer is None else f"{wer:.1%}" for wer in (score.wer, score.wer_whisper))
         click.echo(
-            f"WER {rate} over {score.words} words in {score.files} files: {score.substitutions} wrong, "
-            f"{score.deletions} missing, {score.insertions} added; {score.duration_s:.0f} s of sound, "
-            f"{score.rtf:.3f} s of work for each"
+            f"WER {rate} ({whisper} with Whisper's normaliser) over {score.words} words in {score.files} files: "
+            f"{score.substitutions} wrong, {score.deletions} missing, {score.insertions} added; "
+            f"{score.duration_s:.0f} s of sound, {score.rtf:.3f} s of work for each"
         )
     if score.failed:
         click.get_current_context().exit(1)

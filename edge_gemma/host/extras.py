@@ -11,17 +11,18 @@ from edge_gemma.errors import EdgeGemmaError
 
 
 def imported(module: str, what: str, extra: str, error: type[EdgeGemmaError], remedy: str = "") -> Any:
-    """The package `module`. what: what needs it, the beginning of a sentence; extra: what brings it, "" if no extra.
+    """The package `module`, or a module of it.
 
-    remedy: what helps where it is installed and cannot be loaded. Raises `error`, one line: the package is not
-    installed, or why it cannot be loaded.
+    what: what needs it, the beginning of a sentence; extra: what brings it, "" if no extra; remedy: what helps where it
+    is installed and cannot be loaded. Raises `error`, one line: it is not installed, or why it cannot be loaded.
     """
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as missing:
-        if missing.name == module:
-            package = f"'edge-gemma[{extra}]'" if extra else module
-            raise error(f"{what} needs {module}: pip install {package}") from None
+        package = module.split(".")[0]
+        if missing.name == package:
+            remedy = f"'edge-gemma[{extra}]'" if extra else package
+            raise error(f"{what} needs {package}: pip install {remedy}") from None
         raise error(_broken(module, what, missing, remedy)) from None
     except (ImportError, OSError, MemoryError) as reason:
         raise error(_broken(module, what, reason, remedy)) from None

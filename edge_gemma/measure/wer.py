@@ -3,6 +3,9 @@
 Owns: finding the transcripts, bringing texts to a common spelling (`normalise`), the score (jiwer). Does not know: how
 speech becomes text.
 
+Words are counted twice: in our own spelling, and in that of Whisper's English normaliser (the whisper-normalizer
+package), which published error rates use. They differ by what each takes for the same word.
+
 Spelling. Case, punctuation and what stands in brackets do not count. Numbers count as numbers: "nineteen ninety-five",
 "1995" and "one nine nine five" are one word, 1995; "first" is 1st. So with clock times, signs and abbreviations that
 are written in several ways: "7:30 A.M." is "seven thirty am", "-5°C" "minus five degrees celsius", "OK" "okay",
@@ -236,30 +239,55 @@ class Score:
     failed: int
     duration_s: float
     rtf: float  # seconds of work for a second of sound
+    wer_whisper: float | None = None  # as wer, in the spelling of Whisper's English normaliser
 
     @classmethod
     def of(
         cls, pairs: Sequence[tuple[str, str]], *, failed: int = 0, duration_s: float = 0.0, work_s: float = 0.0
     ) -> "Score":
-        """pairs: (what was said, what was written). Raises UsageError if jiwer is missing."""
-        jiwer = imported("jiwer", "counting wrong words", "wer", UsageError)
-        said, written = [], []
-        silent_insertions = 0  # jiwer takes no empty reference
-        for reference, hypothesis in pairs:
-            words = normalise(reference)
-            if words:
-                said.append(" ".join(words))
-                written.append(" ".join(normalise(hypothesis)))
-            else:
-                silent_insertions += len(normalise(hypothesis))
-        found: Any = jiwer.process_words(said, written) if said else None
-        counts = (found.substitutions, found.deletions, found.insertions) if found else (0, 0, 0)
-        total = sum(counts) + silent_insertions
-        words_said = sum(len(text.split()) for text in said)
+        """pairs: (what was said, what was written). Raises UsageError if a package of the `wer` extra is missing."""
+        ours, whisper = _errors(pairs, normalise), _errors(pairs, _whisper_words())
+        rtf = work_s / duration_s if duration_s else 0.0
         return cls(
-            total / words_said if words_said else None, words_said, counts[0], counts[1], counts[2] + silent_insertions,
-            len(pairs), failed, duration_s, work_s / duration_s if duration_s else 0.0,
+            ours.rate, ours.words, ours.substitutions, ours.deletions, ours.insertions, len(pairs), failed, duration_s,
+            rtf, whisper.rate,
         )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Errors:
+    words: int  # said
+    substitutions: int
+    deletions: int
+    insertions: int
+
+    @property
+    def rate(self) -> float | None:
+        return (self.substitutions + self.deletions + self.insertions) / self.words if self.words else None
+
+
+def _errors(pairs: Sequence[tuple[str, str]], words_of: Callable[[str], list[str]]) -> _Errors:
+    """pairs: (what was said, what was written), each taken to words by `words_of`."""
+    jiwer = imported("jiwer", "counting wrong words", "wer", UsageError)
+    said, written = [], []
+    silent_insertions = 0  # jiwer takes no empty reference
+    for reference, hypothesis in pairs:
+        words = words_of(reference)
+        if words:
+            said.append(" ".join(words))
+            written.append(" ".join(words_of(hypothesis)))
+        else:
+            silent_insertions += len(words_of(hypothesis))
+    found: Any = jiwer.process_words(said, written) if said else None
+    counts = (found.substitutions, found.deletions, found.insertions) if found else (0, 0, 0)
+    return _Errors(sum(len(text.split()) for text in said), counts[0], counts[1], counts[2] + silent_insertions)
+
+
+def _whisper_words() -> Callable[[str], list[str]]:
+    """The words of a text as Whisper's English normaliser spells them."""
+    english = imported("whisper_normalizer.english", "counting words as Whisper does", "wer", UsageError)
+    normaliser = english.EnglishTextNormalizer()
+    return lambda text: normaliser(text).split()
 
 
 def score(

@@ -20,6 +20,7 @@ def _graph() -> None:
 NEEDING = {
     "sounddevice": (mic.devices, AudioError, "edge-gemma[mic]"),
     "jiwer": (lambda: Score.of([("a", "a")]), UsageError, "edge-gemma[wer]"),
+    "whisper_normalizer": (lambda: Score.of([("a", "a")]), UsageError, "edge-gemma[wer]"),
     "onnxruntime": (_graph, ModelFolderError, "pip install onnxruntime"),
 }
 

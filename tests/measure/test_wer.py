@@ -15,7 +15,8 @@ from edge_gemma.measure.wer import Score, normalise, transcripts
 from tests.audio.test_files import write_float_wav
 from tests.fake_speech import LevelDetector, SpeechEngine, say
 
-pytest.importorskip("jiwer", reason="the wer extra is not installed")
+for package in ("jiwer", "whisper_normalizer"):
+    pytest.importorskip(package, reason="the wer extra is not installed")
 
 
 @pytest.mark.parametrize(
@@ -114,6 +115,19 @@ def test_the_score_counts_words_over_all_files():
     assert Score.of([("a b", "")]).wer == 1
 
 
+def test_the_score_in_whispers_spelling():
+    """Where the two differ: Whisper's drops "uh" and spells out "it's"; it reads "seven o'clock" as "70 clock"."""
+    score = Score.of([("it's, uh, seven", "it is seven")])
+    assert (score.wer, score.wer_whisper) == (pytest.approx(2 / 3), 0)
+    score = Score.of([("seven o'clock", "7:00")])
+    assert score.wer == 0
+    assert score.wer_whisper is not None
+    assert score.wer_whisper > 0
+    assert Score.of([("nineteen ninety-five colours", "1995 colors")]).wer_whisper == 0
+    assert Score.of([]).wer_whisper is None
+    assert Score.of([("uh", "yes"), ("a b", "a b")]).wer_whisper == 1 / 2  # nothing was said: the word is added
+
+
 def test_where_transcripts_are_found(tmp_path):
     for name in ("a.wav", "deep/b.flac", "deep/c.mp3", "d.g722", "e.wav", "none.wav"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -145,11 +159,14 @@ def test_the_command(tmp_path, monkeypatch):
     result = CliRunner().invoke(cli, ["wer", str(tmp_path), "--json"])
     entry = json.loads(result.stdout)
     assert (result.exit_code, entry["wer"], entry["words"], entry["files"], entry["failed"]) == (1, 0.4, 5, 2, 1)
+    assert entry["wer_whisper"] == 0.3  # "w1" is two words, "w 1"
     assert [f["written"] for f in entry["texts"]] == ["w1 w2 w3", "w5"]
     (tmp_path / "c.wav").unlink()
     result = CliRunner().invoke(cli, ["wer", str(tmp_path), "--limit", "1"])
     assert result.exit_code == 0
-    assert result.stdout.splitlines()[-1].startswith("WER 33.3% over 3 words in 1 files")
+    assert result.stdout.splitlines()[-1].startswith(
+        "WER 33.3% (16.7% with Whisper's normaliser) over 3 words in 1 files"
+    )
 
 
 def test_transcripts_are_text_as_people_have_it(tmp_path):
