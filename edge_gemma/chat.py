@@ -13,15 +13,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, Unpack
 
+import numpy as np
+
 from edge_gemma.arguments import integer, require, texts
 from edge_gemma.errors import ContextFullError, UsageError
-from edge_gemma.generation.generate import Generation, Progress, Result, StreamTokenizer, stop_ids_of
+from edge_gemma.generation.generate import Generation, Progress, Result, Sound, StreamTokenizer, stop_ids_of
 from edge_gemma.generation.reply import Reply
 from edge_gemma.generation.sampler import Sampler, Sampling, Settings
 from edge_gemma.session import Timeline
 from edge_gemma.text.history import Kind, Transcript
 from edge_gemma.text.message import Message, as_messages
-from edge_gemma.text.prompt import THINKING, ChatFormat
+from edge_gemma.text.prompt import THINKING, ChatFormat, Prompt
 from edge_gemma.text.reply import Piece
 from edge_gemma.text.tool_declaration import Tool, declared
 
@@ -30,7 +32,7 @@ _LEAST_ROOM = 16  # tokens an answer must have, or the message counts as too lon
 _CHARACTERS = 4.0  # of a token, for a first guess at a prompt's length
 _TURN_CHARACTERS = 16  # what a template puts around a message
 
-Said = str | Message | Mapping[str, Any]  # what `send` takes
+Said = str | Message | Mapping[str, Any] | Any  # what `send` takes; Any: samples, as audio/samples.py has them
 
 
 class ChatEngine(Protocol):
@@ -44,6 +46,7 @@ class ChatEngine(Protocol):
     def generation_config(self) -> dict[str, Any]: ...
     @property
     def name(self) -> str: ...
+    def hear(self, source: Any) -> tuple[np.ndarray, ...]: ...
     def session(self, context: int | None = None) -> Timeline: ...
 
 
@@ -81,13 +84,15 @@ class Conversation:
         self._stop_strings, self._progress = texts("stop_strings", stop_strings), progress
         self._replying = threading.Lock()
         self._unread: Reply | None = None
+        self._held: list[Sound] = []  # what the session has heard
 
     def send(self, *said: Said) -> Reply:
         """Say something; the reply, which is written while it is read.
 
-        said: a text is the user's; messages (Message, or dicts in OpenAI's form) may have any role: several tools'
-        results, for example. Nothing: go on from the transcript. A reply that nobody has begun to read is read to its
-        end when the next message is sent.
+        said: a text is the user's, and so is a sound (samples of 16 kHz, a Path, a file's bytes, an open file): it is
+        encoded at once, and belongs to a text right before it. Messages (Message, or dicts in OpenAI's form) may have
+        any role: several tools' results, for example. Nothing: go on from the transcript. A reply that nobody has begun
+        to read is read to its end when the next message is sent.
 
         However a reply ends, the transcript is whole: what was said of it is kept, and where nothing was, what it
         replies to is taken back too. Raises UsageError while another reply is being written and for what is no message;
@@ -153,11 +158,11 @@ class Conversation:
             self._replying.release()
 
     def _reply(
-        self, prompt: list[int], asked: list[Message], result: Result, stopping: threading.Event
+        self, prompt: Prompt, asked: list[Message], result: Result, stopping: threading.Event
     ) -> Iterator[Piece]:
         generation = Generation(
             self.session,
-            prompt,
+            prompt.ids,
             tokenizer=self.tokenizer,
             sampler=self._sampler,
             max_tokens=self.max_tokens,
@@ -167,6 +172,8 @@ class Conversation:
             mark=True,
             result=result,
             stopping=stopping,
+            sounds=prompt.sounds,
+            held=self._held,
         )
         before, self.messages = self.messages, [*self.messages, *asked]
         try:
@@ -223,6 +230,7 @@ class Chat(Conversation):
             system = self.messages.pop(0).content
         self.system, self.think = system, think
         self.tools: Sequence[Mapping[str, Any]] | None = None if tools is None else declared(tools)
+        self._hear = engine.hear
         self._format = ChatFormat(engine.chat_template, engine.tokenizer)
         self._first = 0  # the oldest message still in the prompt
 
@@ -265,7 +273,17 @@ class Chat(Conversation):
         return chat
 
     def _asked(self, said: Sequence[Said]) -> list[Message]:
-        return as_messages([Message("user", entry) if isinstance(entry, str) else entry for entry in said])
+        asked: list[Message] = []
+        text = None  # that was given right before
+        for entry in said:
+            if isinstance(entry, str):
+                asked.append(Message("user", text := entry))
+            elif isinstance(entry, Message | Mapping):
+                asked, text = [*asked, *as_messages([entry])], None
+            else:
+                heard = Message("user", text or "", media=("audio",), clips=self._hear(entry))
+                asked, text = [*(asked if text is None else asked[:-1]), heard], None
+        return asked
 
     def _pieces(self, asked: list[Message], result: Result, stopping: threading.Event) -> Generator[Piece, None, None]:
         self.messages = as_messages(self.messages)
@@ -281,8 +299,8 @@ class Chat(Conversation):
         super().reset()
         self._first = 0
 
-    def _fit(self, messages: list[Message]) -> tuple[int, list[int]]:
-        """The first message that goes into the prompt, and the prompt's ids.
+    def _fit(self, messages: list[Message]) -> tuple[int, Prompt]:
+        """The first message that goes into the prompt, and the prompt.
 
         Everything from `_first` on if that leaves `reserve`; else from the oldest later turn on that leaves half of the
         context, or the newest. A prompt is the longer the earlier it begins, and to make one takes long: few are made.
@@ -290,11 +308,11 @@ class Chat(Conversation):
         context, reserve, first = self.session.context, self.reserve, min(self._first, len(messages))
         starts = [first, *(i for i, m in enumerate(messages) if i > first and m.role == "user")]
         newest = len(starts) - 1
-        sizes = (len(m.content) + _TURN_CHARACTERS for m in reversed(messages))
+        sizes = (len(m.content) + _CHARACTERS * sum(map(len, m.clips)) + _TURN_CHARACTERS for m in reversed(messages))
         characters = [*itertools.accumulate(sizes, initial=0)][::-1]  # from a message to the end
 
         @functools.cache
-        def prompt_from(at: int) -> list[int]:
+        def prompt_from(at: int) -> Prompt:
             return self._prompt(messages, starts[at])
 
         def fits(at: int, room: int) -> bool:
@@ -317,9 +335,9 @@ class Chat(Conversation):
             )
         return starts[at], prompt
 
-    def _prompt(self, messages: list[Message], first: int) -> list[int]:
+    def _prompt(self, messages: list[Message], first: int) -> Prompt:
         system = [Message("system", self.system)] if self.system else []
-        return self._format.prompt_ids([*system, *messages[first:]], tools=self.tools, think=self.think)
+        return self._format.prompt([*system, *messages[first:]], tools=self.tools, think=self.think)
 
 
 class Continuation(Conversation):
@@ -352,7 +370,7 @@ class Continuation(Conversation):
             prompt = prompt[:1] + prompt[-(context // 2) :]
             yield Piece("notice", "the context is full: the oldest text was left out")
         try:
-            yield from self._reply(prompt, asked, result, stopping)
+            yield from self._reply(Prompt(prompt), asked, result, stopping)
         finally:
             if result.tokens or asked:
                 self._ids = prompt + result.tokens

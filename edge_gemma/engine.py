@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
+import numpy as np
+
 from edge_gemma import chat as talk
 from edge_gemma.arguments import file_path, integer, is_integer, is_one_of, require, shown
 from edge_gemma.config import GemmaConfig
@@ -128,7 +130,7 @@ class Engine:
 
     def generate(
         self,
-        prompt: str | Message | Mapping[str, Any],
+        prompt: talk.Said,
         *,
         system: str | None = None,
         max_tokens: int | None = None,
@@ -185,6 +187,17 @@ class Engine:
 
             self._audio = AudioEncoder.load(self._folder, self.threads, self._folder.graphs_in)
         return self._audio
+
+    def hear(
+        self, source: "Source | Samples", *, rate: int | None = None, note: Callable[[str], None] = lambda text: None
+    ) -> tuple[np.ndarray, ...]:
+        """A sound's soft tokens: float32 [n, hidden_size] for each 30 s at most. source, rate, note: `transcribe`.
+
+        Raises ContextFullError for a sound longer than the context, else as `transcribe`.
+        """
+        from edge_gemma.audio.clips import soft_clips
+
+        return soft_clips(self.audio, source, most=self.context, rate=rate, note=note)
 
     def release_audio(self) -> None:
         """Give the audio encoder's memory back; the next use loads it again."""

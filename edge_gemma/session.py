@@ -306,6 +306,10 @@ class Timeline(Protocol):
         """Append one token. Returns the logits after it: float32 [vocab_size]."""
         ...
 
+    def prefill_soft(self, embeddings: np.ndarray, *, logits: bool = True) -> np.ndarray | None:
+        """Append soft tokens, as `Session.prefill_soft` does."""
+        ...
+
     def rewind(self, position: int) -> None:
         """Forget every token from `position` on."""
         ...

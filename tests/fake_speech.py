@@ -11,11 +11,13 @@ import numpy as np
 
 from edge_gemma.audio.features import SAMPLE_RATE, SAMPLES_PER_TOKEN, token_count
 from edge_gemma.audio.vad import WINDOW
-from tests.fakes import TEMPLATE, FakeEngine, FakeSession, reply
+from edge_gemma.engine import Engine
+from tests.fakes import TEMPLATE, FakeEngine, FakeSession, FakeTokenizer, reply
 
 WORD_TOKENS = 5  # soft tokens of a word
 WORD = WORD_TOKENS * SAMPLES_PER_TOKEN  # samples: 0.2 s
 VOCABULARY = 400  # words: w0 to w399
+PLACEHOLDER = FakeTokenizer().special_tokens["<|audio|>"]
 _LOWEST, _STEP = 0.1, 0.8 / VOCABULARY
 
 
@@ -105,7 +107,7 @@ class HearingSession(FakeSession):
     def prefill_soft(self, embeddings: np.ndarray, *, logits: bool = True) -> np.ndarray | None:
         assert embeddings.shape[1:] == (2,)
         start = self.position
-        self._take("soft", [0] * len(embeddings))
+        self._take("soft", [PLACEHOLDER] * len(embeddings))
         self.soft |= {start + i: float(row[0]) for i, row in enumerate(embeddings)}
         return self._logits() if logits else None
 
@@ -122,6 +124,8 @@ class HearingSession(FakeSession):
 
 
 class SpeechEngine(FakeEngine):
+    hear = Engine.hear
+
     def __init__(
         self,
         write: Callable[[np.ndarray], str] = understand,

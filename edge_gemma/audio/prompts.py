@@ -11,9 +11,7 @@ from typing import Any
 from edge_gemma.arguments import require
 from edge_gemma.errors import TemplateError, UsageError
 from edge_gemma.text.message import Message
-from edge_gemma.text.prompt import ChatFormat, ChatTokenizer
-
-_OPEN, _PLACEHOLDER, _CLOSE = "<|audio>", "<|audio|>", "<audio|>"
+from edge_gemma.text.prompt import NO_SPEECH, ChatFormat, ChatTokenizer, audio_marks
 
 _RULES = (
     "Follow these specific instructions for formatting the answer:\n"
@@ -107,11 +105,10 @@ def audio_prompt(
 
     Raises UsageError for a model that was not made for speech, TemplateError if its template has no place for sound.
     """
-    marks = [tokenizer.special_tokens.get(name) for name in (_OPEN, _PLACEHOLDER, _CLOSE)]
-    if template is None or None in marks:
-        raise UsageError("this model was not made for speech: expected Gemma 4 E2B or E4B, exported with its audio")
+    if template is None:
+        raise UsageError(NO_SPEECH)
+    opening, placeholder, closing = audio_marks(tokenizer)
     ids = ChatFormat(template, tokenizer).prompt_ids([*earlier, Message("user", text, media=("audio",))], tools=tools)
-    opening, placeholder, closing = (mark for mark in marks if mark is not None)
     if ids.count(placeholder) != 1:
         raise TemplateError(
             f"the chat template has {ids.count(placeholder)} places for one sound: expected a template of Gemma 4"

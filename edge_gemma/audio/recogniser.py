@@ -26,12 +26,6 @@ _BATCH = _STEP_TOKENS  # soft tokens prefilled at a time
 _LEAST_REPLY = 64  # tokens
 
 
-class SoftTimeline(Timeline, Protocol):
-    """What of `edge_gemma.session.Session` is used here."""
-
-    def prefill_soft(self, embeddings: np.ndarray, *, logits: bool = True) -> np.ndarray | None: ...
-
-
 class Stream(Protocol):
     """What of `edge_gemma.audio.encoder.AudioStream` is used here."""
 
@@ -53,7 +47,7 @@ class SpeechEngine(ChatEngine, Protocol):
     def context(self) -> int: ...
     @property
     def audio(self) -> Encoder: ...
-    def session(self, context: int | None = None) -> SoftTimeline: ...
+    def session(self, context: int | None = None) -> Timeline: ...
 
 
 @dataclass(frozen=True)

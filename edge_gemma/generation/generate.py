@@ -24,6 +24,7 @@ PREFILL_PIECE = 512  # tokens prefilled between two reports of progress
 _END_PIECES = ("<eos>", "<turn|>", "<end_of_turn>", "<|tool_response>")  # end a reply in any Gemma that has them
 
 FinishReason = Literal["stop", "length", "context", "interrupted"]
+Sound = tuple[int, np.ndarray]  # position in the prompt, soft tokens: float32 [n, hidden_size]
 Progress = Callable[[int, int], None]  # (prompt tokens done, in all)
 
 
@@ -86,13 +87,16 @@ class Generation:
         mark: bool = False,
         result: Result | None = None,
         stopping: threading.Event | None = None,
+        sounds: Sequence[Sound] = (),
+        held: list[Sound] | None = None,
     ) -> None:
         """max_tokens: None goes on until the context is full. stop_strings end the answer and are never part of it.
 
         mark: let the session remember the prompt's end, for a later rewind. result: a new one, to be filled. stopping:
-        once it is set, the reply ends at the next token, with finish_reason "interrupted". Raises ContextFullError,
-        before the session is touched, if the prompt is longer than the context; UsageError for an empty prompt or a
-        senseless limit.
+        once it is set, the reply ends at the next token, with finish_reason "interrupted". sounds: soft tokens of the
+        prompt, which has placeholders there. held: those that the session has, brought up to date here; two are the
+        same if they are one array. Raises ContextFullError, before the session is touched, if the prompt is longer than
+        the context; UsageError for an empty prompt or a senseless limit.
         """
         if not prompt_ids:
             raise UsageError("the prompt is empty, expected at least one token")
@@ -114,6 +118,7 @@ class Generation:
         self._parser = ReplyParser(tokenizer, self._prompt)
         self._stops = StopStrings(stop_strings)
         self._progress, self._mark = progress, mark
+        self._sounds, self._held = list(sounds), [] if held is None else held
         self._pieces = self._run()
 
     def __iter__(self) -> Iterator[Piece]:
@@ -160,23 +165,41 @@ class Generation:
     def _prefill(self) -> np.ndarray:
         """Bring the session to the end of the prompt, keeping what it shares with it. Returns the last logits.
 
-        None (an empty array) where the reply is stopped before the prompt is read.
+        An empty array where the reply is stopped before the prompt is read.
         """
         session, prompt, timings = self._session, self._prompt, self.result.timings
         keep = min(common_prefix(session.ids, prompt), len(prompt) - 1)  # the last token is run for its logits
+        heard = {(at, id(clip)) for at, clip in self._held}
+        keep = min([keep, *(at for at, clip in self._sounds if (at, id(clip)) not in heard)])
         session.rewind(keep)
+        self._held[:] = self._sounds
         timings.reused_tokens, timings.prefill_tokens = keep, len(prompt) - keep
-        for start in range(keep, len(prompt), PREFILL_PIECE):
+        logits = np.empty(0, np.float32)
+        for start, part in self._parts(keep):
             if self._stopping.is_set():
-                return np.empty(0, np.float32)
+                return logits
             if self._progress:
                 self._progress(start, len(prompt))
-            logits = session.prefill(prompt[start : start + PREFILL_PIECE])
+            if isinstance(part, list):
+                logits = session.prefill(part)
+            else:
+                session.prefill_soft(part, logits=False)
         if self._progress:
             self._progress(len(prompt), len(prompt))
         if self._mark:
             session.mark()
         return logits
+
+    def _parts(self, keep: int) -> Iterator[tuple[int, list[int] | np.ndarray]]:
+        """The prompt from `keep` on: positions and ids, or soft tokens (float32 [n, hidden_size])."""
+        prompt, at = self._prompt, keep
+        for place, clip in [*self._sounds, (len(prompt), np.empty((0, 0), np.float32))]:
+            for start in range(at, place, PREFILL_PIECE):
+                yield start, prompt[start : min(start + PREFILL_PIECE, place)]
+            at, end = max(at, place), place + len(clip)
+            if at < end:
+                yield at, clip[at - place :]
+                at = end
 
     def _tokens(self, logits: np.ndarray) -> Iterator[int]:
         """One token after another, a stop token too, until it is stopped; endless where nothing is searched."""

@@ -4,13 +4,14 @@ Owns: `Message` and its form as a dict. Does not know: prompts, templates, files
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from edge_gemma.arguments import is_one_of, require, shown
 from edge_gemma.errors import UsageError
 from edge_gemma.text.tool_call import ToolCall
 
+SPEECH = "(speech)"  # stands for it in a session file
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
@@ -19,7 +20,8 @@ class Message:
     """One message. `content` is what was said; `reasoning` the model's thoughts, kept apart from it.
 
     A message of role "tool" carries a tool's result: `content`, with the tool's `name`. `media` says where the template
-    puts placeholders: "image" before the text, "audio" after it, as Gemma was trained; what they stand for is not here.
+    puts placeholders: "image" before the text, "audio" after it, as Gemma was trained. `clips` are the soft tokens that
+    an "audio" stands for: float32 [n, hidden_size] for each 30 s at most. They are neither compared nor saved.
     """
 
     role: str
@@ -28,6 +30,7 @@ class Message:
     tool_calls: tuple[ToolCall, ...] = ()
     name: str | None = None
     media: tuple[str, ...] = ()
+    clips: tuple[Any, ...] = field(default=(), compare=False, repr=False)
 
     def __post_init__(self) -> None:
         """Raises UsageError for anything that is not as it is declared."""
@@ -39,10 +42,13 @@ class Message:
         require("a message's tool_calls", calls, good, "a tuple of ToolCall, of a name and a dict of arguments")
         good = isinstance(media, tuple) and all(is_one_of(kind, ("image", "audio")) for kind in media)
         require("a message's media", media, good, "a tuple of image and audio")
+        good = isinstance(self.clips, tuple) and (not self.clips or media.count("audio") == 1)
+        require("a message's clips", self.clips, good, "a tuple of soft tokens, beside one audio in media")
 
     def as_dict(self) -> dict[str, Any]:
         """As templates and session files have it: the form of OpenAI's chat messages."""
-        entry: dict[str, Any] = {"role": self.role, "content": self.content}
+        content = f"{self.content} {SPEECH}".lstrip() if self.clips else self.content
+        entry: dict[str, Any] = {"role": self.role, "content": content}
         if self.reasoning is not None:
             entry["reasoning"] = self.reasoning
         if self.tool_calls:

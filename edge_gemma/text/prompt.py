@@ -5,6 +5,7 @@ sessions, sampling, screens.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from edge_gemma.errors import TemplateError, UsageError
@@ -26,6 +27,29 @@ class ChatTokenizer(Protocol):
 
     def encode_prompt(self, text: str) -> list[int]: ...
     def guard(self, text: str) -> str: ...
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt's ids, with placeholders where soft tokens stand: (position, float32 [n, hidden_size]) in `sounds`."""
+
+    ids: list[int]
+    sounds: tuple[tuple[int, Any], ...] = field(default=(), compare=False)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+NO_SPEECH = "this model was not made for speech: expected Gemma 4 E2B or E4B, exported with its audio"
+
+
+def audio_marks(tokenizer: ChatTokenizer) -> tuple[int, int, int]:
+    """The ids before a clip's soft tokens, in their place and after them. Raises UsageError where there are none."""
+    marks = [tokenizer.special_tokens.get(name) for name in ("<|audio>", "<|audio|>", "<audio|>")]
+    opening, placeholder, closing = marks
+    if opening is None or placeholder is None or closing is None:
+        raise UsageError(NO_SPEECH)
+    return opening, placeholder, closing
 
 
 class ChatFormat:
@@ -77,6 +101,33 @@ class ChatFormat:
         ids = self._tokenizer.encode_prompt(self.render(messages, tools=tools, think=think))
         bos = self._tokenizer.bos_id
         return ids if bos < 0 or ids[:1] == [bos] else [bos, *ids]
+
+    def prompt(
+        self, messages: Sequence[Message], *, tools: Sequence[Tool] | None = None, think: bool = False
+    ) -> Prompt:
+        """As `prompt_ids`, each placeholder of a message with clips expanded to as many as their soft tokens.
+
+        Raises as `render`, TemplateError too if the template has another number of places for sound.
+        """
+        ids = self.prompt_ids(messages, tools=tools, think=think)
+        heard = [message.clips for message in messages if message.clips]
+        if not heard:
+            return Prompt(ids)
+        opening, placeholder, closing = audio_marks(self._tokenizer)
+        if ids.count(placeholder) != len(heard):
+            raise TemplateError(
+                f"the chat template has {ids.count(placeholder)} places for {len(heard)} sounds: expected Gemma 4's"
+            )
+        expanded: list[int] = []
+        sounds, clips_of = [], iter(heard)
+        for index in ids:
+            if index != placeholder:
+                expanded.append(index)
+                continue
+            for clip in next(clips_of):
+                sounds.append((len(expanded) + 1, clip))
+                expanded += [opening, *[placeholder] * len(clip), closing]
+        return Prompt(expanded, tuple(sounds))
 
     def _guarded_message(self, message: Message) -> dict[str, Any]:
         entry = message.as_dict()

@@ -1,0 +1,68 @@
+"""A sound as the soft tokens of a message: clips of at most 30 s.
+
+Owns: where a longer sound is cut. Does not know: conversations, segments of speech.
+"""
+
+from collections.abc import Iterable
+from typing import Protocol
+
+import numpy as np
+
+from edge_gemma.audio.features import MAX_SAMPLES, SAMPLE_RATE, SAMPLES_PER_TOKEN
+from edge_gemma.audio.files import AudioFile
+from edge_gemma.audio.levels import levelled
+from edge_gemma.audio.samples import SAMPLE_TYPES, Note, Samples, array_blocks, silent
+from edge_gemma.audio.sources import Source
+from edge_gemma.errors import ContextFullError, UsageError
+
+_SEARCHED = 5 * SAMPLE_RATE  # samples at a clip's end in which the quietest moment is looked for
+_MOMENT = SAMPLE_RATE // 50  # samples
+
+
+class ClipEncoder(Protocol):
+    """The part of `edge_gemma.audio.encoder.AudioEncoder` that is used here."""
+
+    def encode(self, samples: np.ndarray) -> np.ndarray: ...
+
+
+def soft_clips(
+    encoder: ClipEncoder, source: Source | Samples, *, most: int, rate: int | None = None, note: Note = silent
+) -> tuple[np.ndarray, ...]:
+    """The soft tokens of a sound: float32 [n, hidden_size] for each clip. source, rate: as in `Engine.transcribe`.
+
+    most: soft tokens that there is room for. Raises ContextFullError for a longer sound, AudioError, UsageError.
+    """
+    if isinstance(source, SAMPLE_TYPES):
+        samples = _whole(array_blocks(source, SAMPLE_RATE if rate is None else rate, note), most, note)
+    elif rate is not None:
+        raise UsageError("rate means nothing beside a file, which has its own: leave it out")
+    else:
+        with AudioFile(source, note) as file:
+            samples = _whole(file, most, note)
+    clips = [tokens for clip in cut(samples) if len(tokens := encoder.encode(clip))]
+    if not clips:
+        raise UsageError("the sound is shorter than 40 ms, expected something to hear")
+    return tuple(clips)
+
+
+def _whole(blocks: Iterable[np.ndarray], most: int, note: Note) -> np.ndarray:
+    found, samples = [np.zeros(0, np.float32)], 0
+    for block in levelled(blocks, note):
+        found.append(block)
+        samples += len(block)
+        if samples > most * SAMPLES_PER_TOKEN:
+            seconds = most * SAMPLES_PER_TOKEN // SAMPLE_RATE
+            raise ContextFullError(f"the sound is longer than {seconds} s, for which the context has room: shorten it")
+    return np.concatenate(found)
+
+
+def cut(samples: np.ndarray) -> list[np.ndarray]:
+    """float32 [n] in parts of at most 30 s, each cut at the quietest moment of its last 5 s."""
+    parts = []
+    while len(samples) > MAX_SAMPLES:
+        last = samples[MAX_SAMPLES - _SEARCHED : MAX_SAMPLES].reshape(-1, _MOMENT)
+        quietest = int(np.square(last).sum(axis=1).argmin())
+        end = MAX_SAMPLES - _SEARCHED + quietest * _MOMENT + _MOMENT // 2
+        parts.append(samples[:end])
+        samples = samples[end:]
+    return [*parts, samples]
