@@ -5,9 +5,9 @@
                            num_logits_to_keep [], past_key_values.N.{key, value} [B, KV, T - S, hd]
                            -> logits [B, kept, V], present.N.{key, value} [B, KV, T, hd]
 
-It is decoder.py's pass, step for step, and like it skips what cannot matter: above the last layer that writes a KV
-cache only the rows that reach the logits are computed. Owns: the order of operations as nodes. Does not know: how
-weights are stored (onnx_weights.py), names and files (onnx_graph.py).
+It is decoder.py's pass with the same names in the same order, so that the two can be diffed. Like it, it skips what
+cannot matter: above the last layer that writes a KV cache only the rows that reach the logits are computed. Owns: the
+order of operations as nodes. Does not know: how weights are stored (onnx_weights.py), names and files (onnx_graph.py).
 
 Shapes: B batch, S new tokens, T all tokens, R = B * n rows (n = S, or those kept), D hidden_size, H heads, KV key-value
 heads, hd head_dim, P hidden_size_per_layer_input, L layers, V vocab_size. Everything is computed in float32.
@@ -68,18 +68,19 @@ class _Decoder:
 
     def build(self) -> None:
         g, config = self.g, self.config
-        rows = self.rows(self.embeds, self.per_layer, self.positions, 0, config.last_kv_producer)
+        below, (last, *above) = config.layers[: config.last_kv_producer], config.layers[config.last_kv_producer :]
         h = self.flat(self.embeds, config.hidden_size)
-        for layer in config.layers:
-            x = self.norm(h, self.vector(layer, "input_layernorm.weight"))
-            if layer.owns_kv:
-                self.extend_cache(x, layer, rows)
-            if layer.index == config.last_kv_producer:  # above, only rows that reach the logits matter
-                h, x = self.kept_rows(h), self.kept_rows(x)
-                per_layer = self.per_layer and self.kept(self.per_layer)
-                embeds, positions = self.kept(self.embeds), self.kept(self.positions)
-                rows = self.rows(embeds, per_layer, positions, layer.index, config.num_hidden_layers)
-            h = self.layer(h, x, layer, rows)
+        rows = self.rows(self.embeds, self.per_layer, self.positions, 0, last.index)
+        for layer in below:
+            h = self.layer(h, self.extend_cache(h, layer, rows), layer, rows)
+        x = self.extend_cache(h, last, rows)
+        h, x = self.kept_rows(h), self.kept_rows(x)  # from here on, only rows that reach the logits matter
+        per_layer = self.per_layer and self.kept(self.per_layer)
+        embeds, positions = self.kept(self.embeds), self.kept(self.positions)
+        rows = self.rows(embeds, per_layer, positions, last.index, config.num_hidden_layers)
+        h = self.layer(h, x, last, rows)
+        for layer in above:
+            h = self.layer(h, self.attention_input(h, layer), layer, rows)
         h = self.norm(h, self.weights.vector(g, "norm.weight"))
         logits = self.weights.product(g, h, "embed_tokens" if config.tie_word_embeddings else "lm_head")
         if (cap := config.final_logit_softcapping) is not None:
@@ -93,24 +94,29 @@ class _Decoder:
 
     def layer(self, h: str, x: str, layer: LayerSpec, rows: _Rows) -> str:
         """One layer on rows h [R, D], with x = input_layernorm(h)."""
-        g = self.g
+        # 1. attention
         a = self.product(self.attention(x, layer, rows), layer, "self_attn.o_proj")
-        h = g.node("Add", h, self.norm(a, self.vector(layer, "post_attention_layernorm.weight")))
+        h = self.add_norm(h, a, layer, "post_attention_layernorm.weight")
 
+        # 2. feed-forward
         x = self.norm(h, self.vector(layer, "pre_feedforward_layernorm.weight"))
         m = self.gelu_mul(self.product(x, layer, "mlp.gate_proj"), self.product(x, layer, "mlp.up_proj"))
         m = self.product(m, layer, "mlp.down_proj")
-        h = g.node("Add", h, self.norm(m, self.vector(layer, "post_feedforward_layernorm.weight")))
+        h = self.add_norm(h, m, layer, "post_feedforward_layernorm.weight")
 
+        # 3. per-layer input
         if self.per_layer:  # the gate reads h as it is, not normalised
             b = self.gelu_mul(self.product(h, layer, "per_layer_input_gate"), rows.per_layer[layer.index])
             b = self.product(b, layer, "per_layer_projection")
-            h = g.node("Add", h, self.norm(b, self.vector(layer, "post_per_layer_input_norm.weight")))
-        return g.node("Mul", h, self.vector(layer, "layer_scalar")) if self.config.has_layer_scalar else h
+            h = self.add_norm(h, b, layer, "post_per_layer_input_norm.weight")
 
-    def extend_cache(self, x: str, layer: LayerSpec, rows: _Rows) -> None:
-        """K after k_norm and RoPE, V after the weightless v_norm, behind those of the past."""
+        # 4. scale
+        return self.g.node("Mul", h, self.vector(layer, "layer_scalar")) if self.config.has_layer_scalar else h
+
+    def extend_cache(self, h: str, layer: LayerSpec, rows: _Rows) -> str:
+        """K after k_norm and RoPE, V after the weightless v_norm, behind the past's. Returns x = input_layernorm(h)."""
         g, heads, hd = self.g, layer.num_key_value_heads, layer.head_dim
+        x = self.attention_input(h, layer)
         k = self.split(self.product(x, layer, "self_attn.k_proj"), heads, hd)
         v = k if layer.attention_k_eq_v else self.split(self.product(x, layer, "self_attn.v_proj"), heads, hd)
         if layer.v_norm:
@@ -122,6 +128,7 @@ class _Decoder:
             past = g.input(name, np.float32, (_BATCH, heads, "past_sequence_length", hd))
             whole.append(g.node("Concat", past, g.node("Transpose", new, perm=[0, 2, 1, 3]), axis=2))
         self.caches[layer.index] = whole[0], whole[1]
+        return x
 
     def attention(self, x: str, layer: LayerSpec, rows: _Rows) -> str:
         """softmax(q k^T * attention_scale + mask) v: [R, H * hd]. Heads that share a KV head make one product."""
@@ -187,12 +194,20 @@ class _Decoder:
 
     # -- building blocks -------------------------------------------------------------------------------------------
 
+    def attention_input(self, h: str, layer: LayerSpec) -> str:
+        """x = input_layernorm(h)."""
+        return self.norm(h, self.vector(layer, "input_layernorm.weight"))
+
     def norm(self, x: str, weight: str) -> str:
         """x / sqrt(mean(x^2) + eps) * weight over the last axis; onnxruntime fuses this very sequence."""
         g = self.g
         mean = g.node("ReduceMean", g.node("Pow", x, g.constant(2)), g.constant([-1], np.int64), keepdims=1)
         root = g.node("Sqrt", g.node("Add", mean, g.constant(self.config.rms_norm_eps)))
         return g.node("Mul", g.node("Div", x, root), weight)
+
+    def add_norm(self, h: str, x: str, layer: LayerSpec, name: str) -> str:
+        """h + norm(x, weight)."""
+        return self.g.node("Add", h, self.norm(x, self.vector(layer, name)))
 
     def rope(self, x: str, cos: str, sin: str) -> str:
         """Rotate pairs (i, i + hd / 2) of x [B, n, heads, hd]."""

@@ -1,5 +1,6 @@
 """The decoder as a formula: a whole sequence at once, plain NumPy, no cache. The oracle of every faster implementation.
 
+The names and their order are those of edge_gemma/model/decoder.py, so that the two can be diffed.
 Owns: reading a raw `text_config` for itself and the arithmetic of Gemma 4 E2B, E4B and dense, and of Gemma 3 text.
 Does not know: anything of edge_gemma. It shares no code with what it judges and favours clarity over speed.
 """
@@ -20,74 +21,117 @@ def reference_logits(
     """Logits [len(ids), vocab] in `dtype`. `weights`: canonical names, effective values (Gemma 3's norms with the 1
     added); `config`: a raw text_config in either spelling; `rounded`: done to the input of every matrix product."""
     w = {name: value.astype(dtype) for name, value in weights.items()}
-    gemma4, depth, d = config["model_type"] == "gemma4_text", config["num_hidden_layers"], config["hidden_size"]
-    eps = config["rms_norm_eps"]
-    first_shared = depth - (config.get("num_kv_shared_layers") or 0)
-    e = w["embed_tokens.weight"][ids] * np.sqrt(dtype(d))
-    ple = _per_layer_inputs(w, config, ids, e, rounded(e)) if config.get("hidden_size_per_layer_input") else None
-    h = e
-    latest: dict[str, tuple[np.ndarray, np.ndarray]] = {}  # layer type -> K, V of the last unshared layer of that type
-    for i, layer_type in enumerate(config["layer_types"]):
-        p = f"layers.{i}."
-        layer = {name.removeprefix(p): value for name, value in w.items() if name.startswith(p)}
-        x = rounded(_rms(h, layer["input_layernorm.weight"], eps))
-        if i < first_shared:
-            latest[layer_type] = _keys_values(x, layer, config, i, layer_type)
-        a = _attention(x, layer, config, i, layer_type, *latest[layer_type])
-        a = rounded(a) @ layer["self_attn.o_proj.weight"].T
-        h = h + _rms(a, layer["post_attention_layernorm.weight"], eps)
-        x = rounded(_rms(h, layer["pre_feedforward_layernorm.weight"], eps))
-        m = _gelu(x @ layer["mlp.gate_proj.weight"].T) * (x @ layer["mlp.up_proj.weight"].T)
-        h = h + _rms(rounded(m) @ layer["mlp.down_proj.weight"].T, layer["post_feedforward_layernorm.weight"], eps)
-        if ple is not None:
-            g = _gelu(rounded(h) @ layer["per_layer_input_gate.weight"].T) * ple[:, i]
-            h = h + _rms(
-                rounded(g) @ layer["per_layer_projection.weight"].T, layer["post_per_layer_input_norm.weight"], eps
-            )
-        if gemma4:
-            h = h * layer["layer_scalar"]
-    logits = rounded(_rms(h, w["norm.weight"], eps)) @ w.get("lm_head.weight", w["embed_tokens.weight"]).T
-    cap = config.get("final_logit_softcapping")
-    return cap * np.tanh(logits / cap) if cap else logits
+    return _Decoder(w, config, dtype, rounded).logits(ids)
 
 
-def _per_layer_inputs(w: Weights, config: dict[str, Any], ids: list[int], e: np.ndarray, x: np.ndarray) -> np.ndarray:
-    """[T, layers, P]: the token's own rows and a projection of its embedding e (x: e rounded), in equal parts."""
-    depth, width = config["num_hidden_layers"], config["hidden_size_per_layer_input"]
-    tok = w["embed_tokens_per_layer.weight"][ids].reshape(-1, depth, width) * np.sqrt(e.dtype.type(width))
-    ctx = (x @ w["per_layer_model_projection.weight"].T) * e.dtype.type(config["hidden_size"]) ** -0.5
-    ctx = _rms(ctx.reshape(-1, depth, width), w["per_layer_projection_norm.weight"], config["rms_norm_eps"])
-    return (ctx + tok) * e.dtype.type(2) ** -0.5
+class _Decoder:
+    """One pass. h: [T, D], every row; x: the rounded input of matrix products; K, V: [T, KV, head_dim]."""
 
+    def __init__(self, w: Weights, config: dict[str, Any], dtype: Any, rounded: Rounding) -> None:
+        self.w, self.config, self.dtype, self.rounded = w, config, dtype, rounded
+        self.eps = config["rms_norm_eps"]
+        self.caches: dict[str, tuple[np.ndarray, np.ndarray]] = {}  # layer type -> K, V of its last unshared layer
 
-def _keys_values(x: np.ndarray, layer: Weights, config: dict[str, Any], i: int, layer_type: str) -> tuple:
-    """K and V [T, KV heads, head_dim]: K normalised then rotated, V (Gemma 4) normalised without a weight."""
-    head_dim, eps = _head_dim(config, i, layer_type), config["rms_norm_eps"]
-    raw = (x @ layer["self_attn.k_proj.weight"].T).reshape(len(x), -1, head_dim)
-    k = _rope(_rms(raw, layer["self_attn.k_norm.weight"], eps), config, layer_type)
-    if config.get("attention_k_eq_v") and layer_type == FULL:
-        return k, _rms(raw, None, eps)
-    v = (x @ layer["self_attn.v_proj.weight"].T).reshape(len(x), -1, head_dim)
-    return k, _rms(v, None, eps) if config["model_type"] == "gemma4_text" else v
+    def logits(self, ids: list[int]) -> np.ndarray:
+        w, config = self.w, self.config
+        first_shared = config["num_hidden_layers"] - (config.get("num_kv_shared_layers") or 0)
+        h = w["embed_tokens.weight"][ids] * np.sqrt(self.dtype(config["hidden_size"]))
+        per_layer = self.per_layer_inputs(h, ids) if config.get("hidden_size_per_layer_input") else None
+        for i in range(first_shared):
+            h = self.layer(h, self.extend_cache(h, i), i, per_layer)
+        for i in range(first_shared, config["num_hidden_layers"]):
+            h = self.layer(h, self.attention_input(h, i), i, per_layer)
+        h = self.norm(h, w["norm.weight"])
+        logits = self.rounded(h) @ w.get("lm_head.weight", w["embed_tokens.weight"]).T
+        cap = config.get("final_logit_softcapping")
+        return cap * np.tanh(logits / cap) if cap else logits
 
+    def layer(self, h: np.ndarray, x: np.ndarray, i: int, per_layer: np.ndarray | None) -> np.ndarray:
+        """One layer on rows h, with x = input_layernorm(h)."""
+        # 1. attention
+        a = self.product(self.attention(x, i), i, "self_attn.o_proj")
+        h = self.add_norm(h, a, i, "post_attention_layernorm.weight")
 
-def _attention(x: np.ndarray, layer: Weights, config: dict[str, Any], i: int, layer_type: str, k: Any, v: Any) -> Any:
-    heads, n = config["num_attention_heads"], len(x)
-    q = (x @ layer["self_attn.q_proj.weight"].T).reshape(n, heads, _head_dim(config, i, layer_type))
-    q = _rope(_rms(q, layer["self_attn.q_norm.weight"], config["rms_norm_eps"]), config, layer_type)
-    if config["model_type"] == "gemma3_text":
-        q = q * q.dtype.type(config["query_pre_attn_scalar"]) ** -0.5
-    distance = np.arange(n)[:, None] - np.arange(n)[None, :]
-    hidden = distance < 0
-    if layer_type == SLIDING:
-        hidden |= distance >= config["sliding_window"]
-    out = np.empty_like(q)
-    for j in range(heads):
-        source = j * k.shape[1] // heads
-        scores = np.where(hidden, -np.inf, q[:, j] @ k[:, source].T)
-        p = np.exp(scores - scores.max(axis=1, keepdims=True))
-        out[:, j] = (p / p.sum(axis=1, keepdims=True)) @ v[:, source]
-    return out.reshape(n, -1)
+        # 2. feed-forward
+        x = self.rounded(self.norm(h, self.weight(i, "pre_feedforward_layernorm.weight")))
+        m = _gelu(x @ self.weight(i, "mlp.gate_proj.weight").T) * (x @ self.weight(i, "mlp.up_proj.weight").T)
+        m = self.product(m, i, "mlp.down_proj")
+        h = self.add_norm(h, m, i, "post_feedforward_layernorm.weight")
+
+        # 3. per-layer input
+        if per_layer is not None:  # the gate reads h as it is, not normalised
+            b = _gelu(self.product(h, i, "per_layer_input_gate")) * per_layer[:, i]
+            b = self.product(b, i, "per_layer_projection")
+            h = self.add_norm(h, b, i, "post_per_layer_input_norm.weight")
+
+        # 4. scale
+        return h * self.weight(i, "layer_scalar") if self.config["model_type"] == "gemma4_text" else h
+
+    def extend_cache(self, h: np.ndarray, i: int) -> np.ndarray:
+        """K normalised then rotated, V (Gemma 4) normalised without a weight. Returns x = input_layernorm(h)."""
+        config, layer_type = self.config, self.config["layer_types"][i]
+        x, head_dim = self.attention_input(h, i), _head_dim(config, i, layer_type)
+        k = (x @ self.weight(i, "self_attn.k_proj.weight").T).reshape(len(x), -1, head_dim)
+        if config.get("attention_k_eq_v") and layer_type == FULL:
+            v = self.norm(k, None)
+        else:
+            v = (x @ self.weight(i, "self_attn.v_proj.weight").T).reshape(len(x), -1, head_dim)
+            v = self.norm(v, None) if config["model_type"] == "gemma4_text" else v
+        k = _rope(self.norm(k, self.weight(i, "self_attn.k_norm.weight")), config, layer_type)
+        self.caches[layer_type] = k, v
+        return x
+
+    def attention(self, x: np.ndarray, i: int) -> np.ndarray:
+        """softmax(q k^T * scale + mask) v: [T, H * head_dim]."""
+        config, layer_type = self.config, self.config["layer_types"][i]
+        heads, n = config["num_attention_heads"], len(x)
+        q = (x @ self.weight(i, "self_attn.q_proj.weight").T).reshape(n, heads, _head_dim(config, i, layer_type))
+        q = _rope(self.norm(q, self.weight(i, "self_attn.q_norm.weight")), config, layer_type)
+        if config["model_type"] == "gemma3_text":
+            q = q * q.dtype.type(config["query_pre_attn_scalar"]) ** -0.5
+        k, v = self.caches[layer_type]
+        distance = np.arange(n)[:, None] - np.arange(n)[None, :]
+        hidden = distance < 0
+        if layer_type == SLIDING:
+            hidden |= distance >= config["sliding_window"]
+        out = np.empty_like(q)
+        for j in range(heads):
+            source = j * k.shape[1] // heads
+            scores = np.where(hidden, -np.inf, q[:, j] @ k[:, source].T)
+            p = np.exp(scores - scores.max(axis=1, keepdims=True))
+            out[:, j] = (p / p.sum(axis=1, keepdims=True)) @ v[:, source]
+        return out.reshape(n, -1)
+
+    def per_layer_inputs(self, embeds: np.ndarray, ids: list[int]) -> np.ndarray:
+        """[T, layers, P]: (rms(projection(e) / sqrt(D)) + table[id] * sqrt(P)) / sqrt(2), each layer's slice alone."""
+        w, depth, p = self.w, self.config["num_hidden_layers"], self.config["hidden_size_per_layer_input"]
+        x = (self.rounded(embeds) @ w["per_layer_model_projection.weight"].T) * self.dtype(
+            self.config["hidden_size"]
+        ) ** -0.5
+        x = self.norm(x.reshape(-1, depth, p), w["per_layer_projection_norm.weight"])
+        own = w["embed_tokens_per_layer.weight"][ids].reshape(-1, depth, p) * np.sqrt(self.dtype(p))
+        return (x + own) * self.dtype(2) ** -0.5
+
+    # -- building blocks -------------------------------------------------------------------------------------------
+
+    def attention_input(self, h: np.ndarray, i: int) -> np.ndarray:
+        """x = input_layernorm(h), rounded."""
+        return self.rounded(self.norm(h, self.weight(i, "input_layernorm.weight")))
+
+    def norm(self, x: np.ndarray, weight: np.ndarray | None) -> np.ndarray:
+        """x / sqrt(mean(x^2) + eps) * weight over the last axis."""
+        y = x * (np.mean(x * x, axis=-1, keepdims=True) + x.dtype.type(self.eps)) ** x.dtype.type(-0.5)
+        return y if weight is None else y * weight
+
+    def add_norm(self, h: np.ndarray, x: np.ndarray, i: int, name: str) -> np.ndarray:
+        """h + norm(x, weight)."""
+        return h + self.norm(x, self.weight(i, name))
+
+    def product(self, x: np.ndarray, i: int, name: str) -> np.ndarray:
+        return self.rounded(x) @ self.weight(i, f"{name}.weight").T
+
+    def weight(self, i: int, name: str) -> np.ndarray:
+        return self.w[f"layers.{i}.{name}"]
 
 
 def _head_dim(config: dict[str, Any], i: int, layer_type: str) -> int:
@@ -115,11 +159,6 @@ def _rope(x: np.ndarray, config: dict[str, Any], layer_type: str) -> np.ndarray:
     cos, sin = np.cos(angle).astype(x.dtype), np.sin(angle).astype(x.dtype)
     a, b = x[..., :half], x[..., half:]
     return np.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
-
-
-def _rms(x: np.ndarray, weight: np.ndarray | None, eps: float) -> np.ndarray:
-    y = x * (np.mean(x * x, axis=-1, keepdims=True) + x.dtype.type(eps)) ** x.dtype.type(-0.5)
-    return y if weight is None else y * weight
 
 
 def _gelu(x: np.ndarray) -> np.ndarray:

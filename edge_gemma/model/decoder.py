@@ -18,7 +18,7 @@ from edge_gemma.model import ops
 from edge_gemma.model.disk_rows import DiskRows
 from edge_gemma.model.kv_cache import KVCache
 from edge_gemma.model.linear import Activations
-from edge_gemma.model.weights import KeyValueWeights, Weights
+from edge_gemma.model.weights import Weights
 
 Rope = dict[str, tuple[np.ndarray, np.ndarray]]  # layer_type -> (cos, sin), each float32 [n, hd / 2]
 
@@ -28,8 +28,27 @@ class Inputs:
     """What the forward pass reads of n tokens."""
 
     h: np.ndarray  # float32 [n, D], what enters layer 0; the pass changes it
-    table: np.ndarray | None  # float32 [n, L * P], rows of the per-layer table; None in models without
+    per_layer: np.ndarray | None  # float32 [n, L * P], rows of the per-layer table; None in models without
     rope: Rope
+
+    def tail(self, n: int) -> "Inputs":
+        """The last n rows, h copied, before the pass changes it."""
+        if n == len(self.h):
+            return self
+        first = len(self.h) - n
+        per_layer = None if self.per_layer is None else self.per_layer[first:]
+        rope = {kind: (cos[first:], sin[first:]) for kind, (cos, sin) in self.rope.items()}
+        return Inputs(self.h[first:].copy(), per_layer, rope)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What the layers that run on the same rows share: all new rows, or the kept ones."""
+
+    first: int  # position of the first row
+    rope: Rope
+    cache: KVCache
+    per_layer: dict[int, np.ndarray]  # layer -> its per-layer inputs, float32 [n, P]; empty in models without them
 
 
 class Decoder:
@@ -78,76 +97,101 @@ class Decoder:
         rows need only K and V: 28% of the arithmetic for E2B when keep is 0 or 1.
         With one token everything from `inputs` on happens in kernels, so that it can be recorded (recorded.py).
         """
-        config, eps = self.config, self.config.rms_norm_eps
-        first, producer = cache.position, config.last_kv_producer
-        h, rope, layers, dropped = inputs.h, inputs.rope, config.num_hidden_layers, len(inputs.h) - keep
-        ple = self.per_layer_inputs(inputs.table, h, 0, producer if dropped else layers)
-        embeddings = h[dropped:].copy() if dropped else None
+        config, h, dropped = self.config, inputs.h, len(inputs.h) - keep
+        below, (last, *above) = config.layers[: config.last_kv_producer], config.layers[config.last_kv_producer :]
+        kept = inputs.tail(keep)
+        rows = self.rows(inputs, cache, cache.position, 0, last.index if dropped else config.num_hidden_layers)
+        for layer in below:
+            self.layer(h, self.extend_cache(h, layer, rows), layer, rows)
+        x = self.extend_cache(h, last, rows)
+        if keep == 0:
+            return h[:0]
+        if dropped:  # from here on, only rows that reach the logits matter
+            h, x = h[dropped:], x.tail(keep)
+            rows = self.rows(kept, cache, cache.position + dropped, last.index, config.num_hidden_layers)
+        self.layer(h, x, last, rows)
+        for layer in above:
+            self.layer(h, self.attention_input(h, layer), layer, rows)
+        return self.norm(h, self.weights.norm)
 
-        for layer, w in zip(config.layers, self.weights.layers, strict=True):
-            x = Activations(ops.rms_norm(h, w.input_layernorm, eps))
-            if w.kv is not None:
-                k, v = self.keys_and_values(x, layer, w.kv, rope)
-                cache.layers[layer.index].store(first, k, v)
-            if layer.index == producer and dropped:
-                if keep == 0:
-                    break
-                first, h, x = first + dropped, h[dropped:], x.tail(keep)
-                rope = {kind: (cos[dropped:], sin[dropped:]) for kind, (cos, sin) in rope.items()}
-                table = None if inputs.table is None else inputs.table[dropped:]
-                ple |= self.per_layer_inputs(table, embeddings, producer, layers)
+    def layer(self, h: np.ndarray, x: Activations, layer: LayerSpec, rows: Rows) -> None:
+        """One layer on rows h [n, D], in place, with x = input_layernorm(h)."""
+        w = self.weights.layers[layer.index]
+        # 1. attention
+        a = w.o_proj(Activations(self.attention(x, layer, rows)))
+        self.add_norm(h, a, w.post_attention_layernorm)
 
-            # attention
-            q = w.q_proj(x).reshape(len(h), layer.num_attention_heads, layer.head_dim)
-            q = ops.rms_norm_rope(q, w.q_norm, *rope[layer.layer_type], eps)
-            source = cache.layers[layer.kv_source]
-            a = ops.attention(q, source.k, source.v, first, layer.sliding_window, layer.attention_scale)
-            a = w.o_proj(Activations(a))
-            kernels.add_rms_norm(h, a, w.post_attention_layernorm, eps)
+        # 2. feed-forward
+        x = Activations(self.norm(h, w.pre_feedforward_layernorm))
+        m = ops.gelu_mul(w.gate_proj(x), w.up_proj(x))
+        m = w.down_proj(Activations(m))
+        self.add_norm(h, m, w.post_feedforward_layernorm)
 
-            # gated MLP
-            x = Activations(ops.rms_norm(h, w.pre_feedforward_layernorm, eps))
-            m = w.down_proj(Activations(ops.gelu_mul(w.gate_proj(x), w.up_proj(x))))
-            kernels.add_rms_norm(h, m, w.post_feedforward_layernorm, eps)
+        # 3. per-layer input
+        if (branch := w.per_layer_input) is not None:  # the gate reads h as it is, not normalised
+            b = ops.gelu_mul(branch.gate(Activations(h)), rows.per_layer[layer.index])
+            b = branch.projection(Activations(b))
+            self.add_norm(h, b, branch.post_norm)
 
-            # per-layer embedding: the gate reads h as it is, not normalised
-            if (branch := w.per_layer_input) is not None:
-                g = ops.gelu_mul(branch.gate(Activations(h)), ple[layer.index])
-                kernels.add_rms_norm(h, branch.projection(Activations(g)), branch.post_norm, eps)
+        # 4. scale
+        kernels.scale(h, w.layer_scalar)
 
-            kernels.scale(h, w.layer_scalar)
-
-        return ops.rms_norm(h, self.weights.norm, eps) if keep else h[:0]
-
-    def keys_and_values(
-        self, x: Activations, layer: LayerSpec, w: KeyValueWeights, rope: Rope
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """K after k_norm and RoPE, V after the weightless v_norm: float32 [n, KV, hd] each."""
-        eps = self.config.rms_norm_eps
+    def extend_cache(self, h: np.ndarray, layer: LayerSpec, rows: Rows) -> Activations:
+        """Store K after k_norm and RoPE, V after the weightless v_norm. Returns x = input_layernorm(h)."""
+        x, w = self.attention_input(h, layer), self.weights.layers[layer.index].kv
+        assert w is not None
         k = w.k_proj(x).reshape(-1, layer.num_key_value_heads, layer.head_dim)
         v = k if w.v_proj is None else w.v_proj(x).reshape(k.shape)  # attention_k_eq_v: the raw key projection
         if layer.v_norm:
-            v = ops.rms_norm(v, None, eps)
-        return ops.rms_norm_rope(k, w.k_norm, *rope[layer.layer_type], eps), v
+            v = self.norm(v, None)
+        k = ops.rms_norm_rope(k, w.k_norm, *rows.rope[layer.layer_type], self.config.rms_norm_eps)
+        rows.cache.layers[layer.index].store(rows.first, k, v)
+        return x
+
+    def attention(self, x: Activations, layer: LayerSpec, rows: Rows) -> np.ndarray:
+        """softmax(q k^T * attention_scale + mask) v: float32 [n, H * hd]."""
+        w = self.weights.layers[layer.index]
+        q = w.q_proj(x).reshape(-1, layer.num_attention_heads, layer.head_dim)
+        q = ops.rms_norm_rope(q, w.q_norm, *rows.rope[layer.layer_type], self.config.rms_norm_eps)
+        source = rows.cache.layers[layer.kv_source]
+        return ops.attention(q, source.k, source.v, rows.first, layer.sliding_window, layer.attention_scale)
+
+    def rows(self, inputs: Inputs, cache: KVCache, first: int, start: int, stop: int) -> Rows:
+        """What the attention of some rows needs, and the per-layer inputs of layers start to stop - 1."""
+        return Rows(first, inputs.rope, cache, self.per_layer_inputs(inputs.h, inputs.per_layer, start, stop))
 
     def per_layer_inputs(
-        self, table: np.ndarray | None, embeddings: np.ndarray | None, start: int, stop: int
+        self, embeds: np.ndarray, per_layer: np.ndarray | None, start: int, stop: int
     ) -> dict[int, np.ndarray]:
         """The per-layer inputs of layers start to stop - 1: {layer: float32 [n, P]}, empty in models without them.
 
-        table: float32 [n, L * P], rows of the per-layer table; embeddings: float32 [n, D], what enters layer 0.
+        embeds: float32 [n, D], what enters layer 0; per_layer: float32 [n, L * P], rows of the per-layer table.
         (rms(projection(e) / sqrt(D)) + table[id] * sqrt(P)) / sqrt(2), each layer's slice normalised on its own.
         """
         w, p = self.weights.per_layer_embeddings, self.config.hidden_size_per_layer_input
-        if w is None or table is None or embeddings is None or start == stop:
+        if w is None or per_layer is None or len(embeds) == 0 or start == stop:
             return {}
-        context = w.model_projection(Activations(embeddings), start * p, stop * p)
-        kernels.scale(context, self.config.hidden_size**-0.5)
-        context = ops.rms_norm(context.reshape(-1, p), w.projection_norm, self.config.rms_norm_eps)
-        rows = np.ascontiguousarray(table[:, start * p : stop * p]).reshape(context.shape)
-        kernels.add_scaled(context, rows, math.sqrt(p), 2**-0.5)
-        inputs = context.reshape(-1, stop - start, p)
-        return {start + i: np.ascontiguousarray(inputs[:, i]) for i in range(stop - start)}
+        x = w.model_projection(Activations(embeds), start * p, stop * p)
+        kernels.scale(x, self.config.hidden_size**-0.5)
+        x = self.norm(x.reshape(-1, p), w.projection_norm)
+        own = np.ascontiguousarray(per_layer[:, start * p : stop * p]).reshape(x.shape)
+        kernels.add_scaled(x, own, math.sqrt(p), 2**-0.5)
+        x = x.reshape(-1, stop - start, p)
+        return {i: np.ascontiguousarray(x[:, i - start]) for i in range(start, stop)}
+
+    # -- building blocks -------------------------------------------------------------------------------------------
+
+    def attention_input(self, h: np.ndarray, layer: LayerSpec) -> Activations:
+        """x = input_layernorm(h)."""
+        return Activations(self.norm(h, self.weights.layers[layer.index].input_layernorm))
+
+    def norm(self, x: np.ndarray, weight: np.ndarray | None) -> np.ndarray:
+        """x / sqrt(mean(x^2) + eps) * weight over the last axis."""
+        return ops.rms_norm(x, weight, self.config.rms_norm_eps)
+
+    def add_norm(self, h: np.ndarray, x: np.ndarray, weight: np.ndarray) -> None:
+        """h += norm(x, weight)."""
+        kernels.add_rms_norm(h, x, weight, self.config.rms_norm_eps)
 
     def logits(self, h: np.ndarray) -> np.ndarray:
         """Rows after the final norm -> logits: float32 [n, vocab_size], softcapped where the model does."""

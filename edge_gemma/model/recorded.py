@@ -40,7 +40,7 @@ class Step:
         return self._decoder.logits(self._decoder.run(inputs, self._cache, keep=1))
 
     def _record(self, inputs: Inputs) -> None:
-        kept = Inputs(inputs.h.copy(), inputs.table, inputs.rope)
+        kept = Inputs(inputs.h.copy(), inputs.per_layer, inputs.rope)
         try:
             with record() as recorder:
                 self._logits = self._forward(inputs)
@@ -53,8 +53,8 @@ class Step:
 def _refill(old: Inputs, new: Inputs) -> None:
     """Put a token's inputs where a recorded pass looks for them."""
     old.h[...] = new.h
-    if old.table is not None and new.table is not None:
-        old.table[...] = new.table
+    if old.per_layer is not None and new.per_layer is not None:
+        old.per_layer[...] = new.per_layer
     for kind, arrays in old.rope.items():
         for array, values in zip(arrays, new.rope[kind], strict=True):
             array[...] = values
