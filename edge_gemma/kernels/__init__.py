@@ -36,12 +36,9 @@ __all__ = [
 @functools.cache
 def available_variants() -> tuple[str, ...]:
     """Instruction sets this CPU can run the matrix kernels with, best first (kernels/isa.py)."""
-    from numba.core.registry import cpu_target
-
     from edge_gemma.kernels.isa import available
 
-    _, cpu, features = cpu_target.target_context.codegen().magic_tuple()
-    return available(cpu, {f[1:] for f in features.split(",") if f.startswith("+")})
+    return available(*compiler.host_cpu())
 
 
 _chosen: str | None = None

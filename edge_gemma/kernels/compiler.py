@@ -3,6 +3,20 @@
 Owns: the `kernel` decorator (numba, compiled at the first call), the on-disk cache, the number of threads, and what
 must not happen meanwhile: Ctrl-C and fork. Does not know: what any kernel computes.
 
+This is the one door to numba's internals. What is taken for granted about them, each with a test of its own in
+tests/kernels/test_compiler.py; pyproject.toml admits no numba that was not tested:
+1. FunctionIdentity._unique_ids numbers functions, and the number is part of a compiled function's symbol.
+2. caching._Cache is an interface of six members. A dispatcher and a CFunc ask the one in `_cache` before they compile,
+   and hand it what they compiled.
+3. A CompileResult is pickled by serialize.dumps(_reduce()) and made again by _rebuild. It says in `lifted` and
+   `library.has_dynamic_globals` what must not be kept.
+4. CFunc(function, (arguments, result), locals, options) compiles at compile(); before, its address is None.
+5. dispatcher.compile(signature), then disable_compile(): other arguments raise TypeError and compile nothing.
+6. A read-only array type takes writeable arrays as well, without a second compilation.
+7. set_num_threads holds for the calling thread alone.
+8. threading_layer() raises ValueError until a kernel with threads was used.
+9. codegen().magic_tuple() is (target triple, CPU name, "+feature,-feature,...").
+
 The cache is a folder of the user's cache, named after a digest of the kernels' sources (sources.py), the numba and
 llvmlite versions and Python's: an edited intrinsic never meets old code (numba's own cache would not notice). One file
 a compiled function, named after its key, its signature, its own module's sources and the CPU with its features, written
@@ -38,6 +52,7 @@ from numba.core import compiler, serialize, types
 from numba.core.bytecode import FunctionIdentity
 from numba.core.caching import _Cache
 from numba.core.ccallback import CFunc
+from numba.core.registry import cpu_target
 
 from edge_gemma.errors import UsageError
 from edge_gemma.host import cpus, interrupts, places
@@ -209,6 +224,17 @@ def _replace(path: Path, data: bytes) -> None:
     except BaseException:
         os.unlink(temporary)
         raise
+
+
+def target(context) -> tuple[str, str, str]:
+    """What code is compiled for: the target triple, the CPU's name, and its features as "+avx2,-sse4a,..."."""
+    return context.codegen().magic_tuple()
+
+
+def host_cpu() -> tuple[str, set[str]]:
+    """This machine's CPU as LLVM names it, and the features it has."""
+    _, cpu, features = target(cpu_target.target_context)
+    return cpu, {feature[1:] for feature in features.split(",") if feature.startswith("+")}
 
 
 def array(dtype, axes: int, written: bool = False) -> types.Array:

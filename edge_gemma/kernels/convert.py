@@ -9,12 +9,14 @@ from llvmlite import ir
 from numba.core import types
 from numba.extending import intrinsic
 
+from edge_gemma.kernels.compiler import target
+
 
 def _has_half(context, builder) -> bool:
     """Whether the target converts float16 in hardware; LLVM would call a library function that is not there
     otherwise.
     """
-    triple, _, features = context.codegen().magic_tuple()
+    triple, _, features = target(context)
     return triple.startswith("aarch64") or "+f16c" in features.split(",")
 
 

@@ -313,7 +313,7 @@ def pause(typing_context):
     """Tell the core that this thread waits for another."""
 
     def emit(context, builder, signature, arguments):
-        triple = context.codegen().magic_tuple()[0]
+        triple = compiler.target(context)[0]
         if triple.startswith("x86_64"):
             call(builder, "llvm.x86.sse2.pause", ir.VoidType())
         elif triple.startswith("aarch64"):
@@ -328,7 +328,7 @@ def offer_core(typing_context):
     """sched_yield(), on Windows SwitchToThread(): let another process run."""
 
     def emit(context, builder, signature, arguments):
-        windows = "windows" in context.codegen().magic_tuple()[0]
+        windows = "windows" in compiler.target(context)[0]
         call(builder, "SwitchToThread" if windows else "sched_yield", I32)
         return context.get_dummy_value()
 
