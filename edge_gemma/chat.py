@@ -17,13 +17,22 @@ import numpy as np
 
 from edge_gemma.arguments import integer, require, texts
 from edge_gemma.errors import ContextFullError, UsageError
-from edge_gemma.generation.generate import Generation, Progress, Result, Sound, StreamTokenizer, stop_ids_of
+from edge_gemma.generation.generate import (
+    Generation,
+    Progress,
+    Result,
+    Sound,
+    StreamTokenizer,
+    parts,
+    shared,
+    stop_ids_of,
+)
 from edge_gemma.generation.reply import Reply
 from edge_gemma.generation.sampler import Sampler, Sampling, Settings
 from edge_gemma.session import Timeline
 from edge_gemma.text.history import Kind, Transcript
 from edge_gemma.text.message import Message, as_messages
-from edge_gemma.text.prompt import THINKING, ChatFormat, Prompt
+from edge_gemma.text.prompt import THINKING, ChatFormat, Prompt, audio_marks
 from edge_gemma.text.reply import Piece
 from edge_gemma.text.tool_declaration import Tool, declared
 
@@ -233,6 +242,7 @@ class Chat(Conversation):
         self._hear = engine.hear
         self._format = ChatFormat(engine.chat_template, engine.tokenizer)
         self._first = 0  # the oldest message still in the prompt
+        self._sound_at = 0  # where the clip that is heard now begins
 
     @property
     def can_think(self) -> bool:
@@ -286,14 +296,61 @@ class Chat(Conversation):
         return asked
 
     def _pieces(self, asked: list[Message], result: Result, stopping: threading.Event) -> Generator[Piece, None, None]:
+        prompt, notice = self._fitted(asked)
+        if notice:
+            yield Piece("notice", notice)
+        yield from self._reply(prompt, asked, result, stopping)
+
+    def _fitted(self, asked: list[Message]) -> tuple[Prompt, str]:
+        """The prompt for `asked`, and what to tell of turns that are left out of it from now on."""
         self.messages = as_messages(self.messages)
         first, prompt = self._fit([*self.messages, *asked])
         left_out = sum(m.role == "user" for m in self.messages[self._first : first])
         self._first = first
-        if left_out:
-            turns = "turn was" if left_out == 1 else f"{left_out} turns were"
-            yield Piece("notice", f"the context is full: the oldest {turns} left out")
-        yield from self._reply(prompt, asked, result, stopping)
+        turns = "turn was" if left_out == 1 else f"{left_out} turns were"
+        return prompt, f"the context is full: the oldest {turns} left out" if left_out else ""
+
+    # Speech that is heard while it is said (audio/spoken.py): the session runs ahead of the message.
+
+    def begin_sound(self, room: int) -> str:
+        """Bring the session to where the user's next sound begins. room: soft tokens that have to fit.
+
+        Returns what to tell of turns that are left out. What is heard is prefilled into `session`. Raises as `send`.
+        """
+        if self._unread is not None:
+            self._unread.result()
+        with self._alone():
+            dummy = Message("user", "", media=("audio",), clips=(np.empty((room, 0), np.float32),))
+            prompt, notice = self._fitted([dummy])
+            *sounds, (at, _) = prompt.sounds
+            ids = prompt.ids[:at]
+            keep = shared(self.session, ids, sounds, self._held)
+            self.session.rewind(keep)
+            self._held[:] = sounds
+            for _, part in parts(ids, sounds, keep):
+                if isinstance(part, list):
+                    self.session.prefill(part)
+                else:
+                    self.session.prefill_soft(part, logits=False)
+            self.session.mark()
+            self._sound_at = at
+        return notice
+
+    def next_sound(self, clip: np.ndarray) -> None:
+        """`clip`, heard since the last of these calls, has ended; another one of the same message begins."""
+        opening, _, closing = audio_marks(self.tokenizer)
+        self.session.prefill([closing, opening])
+        self._sound_at += len(clip) + 2
+
+    def answer_sound(self, message: Message) -> Reply:
+        """The reply to a message whose clips `session` has heard since `begin_sound`."""
+        at = self._sound_at
+        for clip in reversed(message.clips[:-1]):
+            at -= len(clip) + 2
+        for clip in message.clips:
+            self._held.append((at, clip))
+            at += len(clip) + 2
+        return self.send(message)
 
     def reset(self) -> None:
         super().reset()

@@ -262,6 +262,7 @@ class Engine:
         translate_to: str | None = None,
         ask: bool = False,
         system: str | None = None,
+        chat: "talk.Chat | None" = None,
         num_beams: int | None = None,
     ) -> "Iterator[Event]":
         """Live speech to events (audio/listen.py), as it is said. blocks: samples as they arrive, each as in
@@ -269,14 +270,17 @@ class Engine:
         `transcribe`, heard as if it were said now; None: a microphone, `device` its number, a part of its name or the
         system's default. Close the iterator to stop.
 
-        ask: the model answers each utterance, after `system`, instead of writing it down. num_beams, and what it
-        raises, as in `transcribe`.
+        ask: the model answers each utterance, after `system`, instead of writing it down. chat: each utterance is its
+        next message, answered with its history and tools; the reply is `Event.reply`. num_beams, and what it raises, as
+        in `transcribe`.
         """
         from edge_gemma.audio.listen import listen
         from edge_gemma.audio.prompts import Task
 
         task = Task(language, translate_to)
-        return listen(self, blocks, task, rate=rate, device=device, ask=ask, system=system, num_beams=num_beams)
+        return listen(
+            self, blocks, task, rate=rate, device=device, ask=ask, system=system, chat=chat, num_beams=num_beams
+        )
 
     def _checked_context(self, context: int | None, default: int) -> int:
         most = self.config.max_position_embeddings

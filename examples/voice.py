@@ -12,10 +12,10 @@ def set_light(room: str, state: str) -> str:
 
 with edge_gemma.load(*sys.argv[1:2]) as engine:
     chat = engine.chat(tools=[set_light], max_tokens=60)
-    for event in engine.listen(*sys.argv[2:3]):
+    for event in engine.listen(*sys.argv[2:3], chat=chat):
         if event.kind == "segment":
-            reply = chat.send(event.text)
+            reply = event.reply
             while reply.tool_calls:
                 results = [(call.name, set_light(**call.arguments)) for call in reply.tool_calls]
                 reply = chat.send(*({"role": "tool", "name": name, "content": text} for name, text in results))
-            print(f"heard: {event.text}\nsay: {reply.text}", flush=True)
+            print(reply.text, flush=True)

@@ -57,11 +57,8 @@ def test_the_chat_goes_on_where_it_ended(run, tmp_path):
     assert (kept.system, kept.messages[1].content) == ("Be brief.", first.strip())
 
 
-def test_the_voice_assistant_hears_calls_and_tells(run):
-    heard, told = run("voice", "demo", SPEECH / "01.flac").splitlines()
-    assert heard == "heard: turn on the light in the kitchen"
-    assert told.startswith("say: ")
-    assert "kitchen" in told
+def test_the_voice_assistant_hears_calls_its_tool_and_tells(run):
+    assert run("voice", "demo", SPEECH / "01.flac") == "The kitchen lights are on.\n"
 
 
 def test_recordings_are_written_down_and_a_bad_one_stops_nothing(run, tmp_path, capsys):

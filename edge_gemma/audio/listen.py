@@ -20,13 +20,16 @@ from edge_gemma.audio.files import AudioFile
 from edge_gemma.audio.levels import QUIET_DB, louder, loudest_db
 from edge_gemma.audio.mic import Microphone
 from edge_gemma.audio.prompts import Task, audio_prompt
-from edge_gemma.audio.recogniser import STEP_MS, Reply, Scribe, SpeechEngine, Stream
+from edge_gemma.audio.recogniser import STEP_MS, Scribe, SpeechEngine, Stream, Written
 from edge_gemma.audio.samples import Note, Samples, checked_rate, live_blocks, silent
 from edge_gemma.audio.seams import Telling
 from edge_gemma.audio.sources import Source
+from edge_gemma.audio.spoken import SpokenTurn
 from edge_gemma.audio.transcribe import Transcriber, no_text, reply_limit
 from edge_gemma.audio.vad import Detector, open_detector
+from edge_gemma.chat import Chat
 from edge_gemma.errors import UsageError
+from edge_gemma.generation.reply import Reply
 from edge_gemma.generation.sampler import Sampling
 from edge_gemma.text.message import Message
 
@@ -38,6 +41,7 @@ class Event:
     kind: "speech", someone began to speak; "text", a piece of a reply as it is written; "segment", a whole one, with
     `start` and `end` of what was said in seconds and, where asked for, its `translation`; "notice", for the user.
     first_token_s: of a segment, from its end to the first token of its text.
+    reply: of a segment that a chat answered, the whole reply, its tool calls among it.
     """
 
     kind: Literal["speech", "text", "segment", "notice"]
@@ -46,6 +50,7 @@ class Event:
     end: float = 0.0
     translation: str | None = None
     first_token_s: float | None = None
+    reply: Reply | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON; what an event of its kind does not have is left out."""
@@ -65,6 +70,7 @@ class Listener:
         *,
         ask: bool = False,
         system: str | None = None,
+        chat: Chat | None = None,
         num_beams: int | None = None,
         max_tokens: int | None = None,
         rules: cut.Rules = cut.LIVE_RULES,
@@ -73,7 +79,8 @@ class Listener:
     ) -> None:
         """ask: the model answers, each utterance by itself, after `system`, sampled as its generation_config says.
 
-        num_beams: hypotheses of a text kept side by side, None for the checkpoint's own number.
+        chat: it answers instead, each utterance as its next message, with its own settings. num_beams: hypotheses of a
+        text kept side by side, None for the checkpoint's own number.
         Raises UsageError for a model that was not made for speech.
         """
         self.task, self._rules, self._note = task or Task(), rules, note
@@ -81,11 +88,16 @@ class Listener:
             raise UsageError("language and translate_to mean nothing beside ask: say it in system, or leave them out")
         if system is not None and not ask:
             raise UsageError("system means nothing without ask: leave it out")
+        if chat is not None and (ask or self.task != Task() or num_beams is not None):
+            raise UsageError("ask, language, translate_to and num_beams mean nothing beside chat: leave them out")
         self._detector = detector or (lambda: open_detector(note))
         self._encoder = engine.audio
         self._transcriber: Transcriber | None = None
         self._max_tokens = max_tokens
-        if ask:
+        self._scribe: Scribe | SpokenTurn
+        if chat is not None:
+            self._scribe = SpokenTurn(chat, note)
+        elif ask:
             earlier = [Message("system", system)] if system else []
             prompt = audio_prompt(engine.chat_template, engine.tokenizer, "", earlier=earlier)
             sampling = Sampling.from_generation_config(engine.generation_config, num_beams=num_beams)
@@ -147,9 +159,9 @@ class Listener:
             text, translation, first = yield from self._transcribed(self._transcriber, heard, quiet, begun)
             text = self._texts.next(text, joined=segment.joined, cut=segment.cut)
             translation = self._translations.next(translation or "", joined=segment.joined, cut=segment.cut) or None
-        if not text and not segment.cut:
+        if not text and not segment.cut and not (self._answer and self._answer.tool_calls):
             self._note(no_text(start, end))
-        yield Event("segment", text, start, end, translation, first)
+        yield Event("segment", text, start, end, translation, first, self._answer)
 
     def _transcribed(
         self, transcriber: Transcriber, heard: np.ndarray, quiet: bool, begun: float
@@ -171,7 +183,12 @@ class Listener:
             yield Event("text", piece)
 
     @property
-    def _last(self) -> Reply:
+    def _answer(self) -> Reply | None:
+        """The chat's reply to what was said last, None without a chat."""
+        return self._scribe.reply if isinstance(self._scribe, SpokenTurn) else None
+
+    @property
+    def _last(self) -> Written:
         assert self._scribe.last is not None
         return self._scribe.last
 
@@ -193,6 +210,7 @@ def listen(
     device: int | str | None = None,
     ask: bool = False,
     system: str | None = None,
+    chat: Chat | None = None,
     num_beams: int | None = None,
 ) -> Iterator[Event]:
     """See `Engine.listen`."""
@@ -204,7 +222,7 @@ def listen(
         raise UsageError("rate means nothing beside a file, which has its own: leave it out")
     rate = checked_rate(SAMPLE_RATE if rate is None else rate)
     notes: deque[str] = deque()
-    listener = Listener(engine, task, ask=ask, system=system, num_beams=num_beams, note=notes.append)
+    listener = Listener(engine, task, ask=ask, system=system, chat=chat, num_beams=num_beams, note=notes.append)
     return _with_notes(listener, blocks, rate, device, notes)
 
 

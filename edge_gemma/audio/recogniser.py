@@ -21,8 +21,8 @@ from edge_gemma.session import Timeline
 
 SEGMENT_TOKENS = 750  # soft tokens of 30 s
 STEP_MS = 640  # sound encoded at a time while listening; a shorter step reads all weights as well
-_STEP_TOKENS = STEP_MS // 40
-_BATCH = _STEP_TOKENS  # soft tokens prefilled at a time
+STEP_TOKENS = STEP_MS // 40
+BATCH = STEP_TOKENS  # soft tokens prefilled at a time
 _LEAST_REPLY = 64  # tokens
 
 
@@ -51,7 +51,7 @@ class SpeechEngine(ChatEngine, Protocol):
 
 
 @dataclass(frozen=True)
-class Reply:
+class Written:
     """What was written. looped: it repeated itself; the repetitions are left out of `text`."""
 
     text: str
@@ -95,7 +95,7 @@ class Scribe:
         self.session.mark()
         self._pending: list[np.ndarray] = []
         self.heard = 0  # soft tokens of this segment
-        self.last: Reply | None = None
+        self.last: Written | None = None
 
     def begin(self) -> None:
         """A new segment: back to the instruction."""
@@ -104,7 +104,7 @@ class Scribe:
 
     def room_for_clip(self, reply: int) -> bool:
         """True if this turn may have one more clip: the context holds it, what is left of this one, and the reply."""
-        needed = 2 * _STEP_TOKENS + SEGMENT_TOKENS + len(self._prompt.after) + 2 + reply
+        needed = 2 * STEP_TOKENS + SEGMENT_TOKENS + len(self._prompt.after) + 2 + reply
         return self.session.position + needed <= self.session.context
 
     def next_clip(self) -> None:
@@ -117,7 +117,7 @@ class Scribe:
         if len(tokens):
             self._pending.append(tokens)
             self.heard += len(tokens)
-        if sum(map(len, self._pending)) >= _BATCH:
+        if sum(map(len, self._pending)) >= BATCH:
             self._prefill()
 
     def _prefill(self) -> None:
@@ -153,7 +153,7 @@ class Scribe:
             text = self._text(result.tokens[: len(result.tokens) - repeated]) if repeated else result.text
             first = waited + result.timings.ttft_s
             reason: FinishReason = "length" if repeated else result.finish_reason
-            self.last = Reply(text, bool(repeated), reason, first, len(result.tokens))
+            self.last = Written(text, bool(repeated), reason, first, len(result.tokens))
 
     def _text(self, tokens: list[int]) -> str:
         detokenizer = self._tokenizer.detokenizer()

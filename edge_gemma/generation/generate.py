@@ -168,14 +168,12 @@ class Generation:
         An empty array where the reply is stopped before the prompt is read.
         """
         session, prompt, timings = self._session, self._prompt, self.result.timings
-        keep = min(common_prefix(session.ids, prompt), len(prompt) - 1)  # the last token is run for its logits
-        heard = {(at, id(clip)) for at, clip in self._held}
-        keep = min([keep, *(at for at, clip in self._sounds if (at, id(clip)) not in heard)])
+        keep = min(shared(session, prompt, self._sounds, self._held), len(prompt) - 1)  # the last is run for its logits
         session.rewind(keep)
         self._held[:] = self._sounds
         timings.reused_tokens, timings.prefill_tokens = keep, len(prompt) - keep
         logits = np.empty(0, np.float32)
-        for start, part in self._parts(keep):
+        for start, part in parts(prompt, self._sounds, keep):
             if self._stopping.is_set():
                 return logits
             if self._progress:
@@ -189,17 +187,6 @@ class Generation:
         if self._mark:
             session.mark()
         return logits
-
-    def _parts(self, keep: int) -> Iterator[tuple[int, list[int] | np.ndarray]]:
-        """The prompt from `keep` on: positions and ids, or soft tokens (float32 [n, hidden_size])."""
-        prompt, at = self._prompt, keep
-        for place, clip in [*self._sounds, (len(prompt), np.empty((0, 0), np.float32))]:
-            for start in range(at, place, PREFILL_PIECE):
-                yield start, prompt[start : min(start + PREFILL_PIECE, place)]
-            at, end = max(at, place), place + len(clip)
-            if at < end:
-                yield at, clip[at - place :]
-                at = end
 
     def _tokens(self, logits: np.ndarray) -> Iterator[int]:
         """One token after another, a stop token too, until it is stopped; endless where nothing is searched."""
@@ -238,6 +225,24 @@ class Generation:
                     self.result.tool_calls += (piece.call,)
                 shown.append(piece)
         return shown
+
+
+def shared(session: Timeline, ids: Sequence[int], sounds: Sequence[Sound], held: Sequence[Sound]) -> int:
+    """Tokens of a prompt that the session has. held: the soft tokens among them; same are those that are one array."""
+    heard = {(at, id(clip)) for at, clip in held}
+    return min([common_prefix(session.ids, ids), *(at for at, clip in sounds if (at, id(clip)) not in heard)])
+
+
+def parts(ids: Sequence[int], sounds: Sequence[Sound], keep: int) -> Iterator[tuple[int, list[int] | np.ndarray]]:
+    """A prompt from `keep` on: positions with ids, or with soft tokens (float32 [n, hidden_size])."""
+    at = keep
+    for place, clip in [*sounds, (len(ids), np.empty((0, 0), np.float32))]:
+        for start in range(at, place, PREFILL_PIECE):
+            yield start, list(ids[start : min(start + PREFILL_PIECE, place)])
+        at, end = max(at, place), place + len(clip)
+        if at < end:
+            yield at, clip[at - place :]
+            at = end
 
 
 class StopStrings:

@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 
 from edge_gemma.audio.clips import cut, soft_clips
 from edge_gemma.audio.features import MAX_SAMPLES, SAMPLE_RATE
+from edge_gemma.audio.listen import Listener
+from edge_gemma.audio.prompts import Task
 from edge_gemma.chat import Chat
 from edge_gemma.engine import Engine
 from edge_gemma.errors import AudioError, ContextFullError, TemplateError, UsageError
@@ -16,7 +18,7 @@ from edge_gemma.export.convert import export_checkpoint
 from edge_gemma.generation.sampler import Sampling
 from edge_gemma.text.history import Transcript
 from edge_gemma.text.message import Message
-from tests.fake_speech import PLACEHOLDER, FakeEncoder, SpeechEngine, say
+from tests.fake_speech import PLACEHOLDER, FakeEncoder, LevelDetector, SpeechEngine, say
 from tests.fakes import FakeTokenizer
 from tests.tiny import write_checkpoint
 
@@ -189,3 +191,76 @@ def test_a_spoken_chat_on_a_real_session_answers_as_one_that_starts_anew(tmp_pat
             fresh = Chat(engine, messages=chat.messages[:-2], sampling=GREEDY, max_tokens=6)
             assert fresh.send(chat.messages[-2]).result().tokens == ids, turn
             assert not turn or answer.timings.reused_tokens > fresh.last.timings.reused_tokens == 0
+
+
+# --- live -------------------------------------------------------------------------------------------------------------
+
+
+def live(chat, engine, samples, **options):
+    return Listener(engine, chat=chat, detector=LevelDetector, **options).events(
+        samples[at : at + 512] for at in range(0, len(samples), 512)
+    )
+
+
+def test_what_is_said_live_is_the_chats_next_message():
+    engine = SpeechEngine()
+    chat = Chat(engine, sampling=GREEDY, system="Be brief.")
+    chat.send("Hi").result()
+    events = list(live(chat, engine, say(-5, 1, 2, -15, 3, -15)))
+    replies = [event for event in events if event.kind == "segment"]
+    assert [event.text for event in replies] == ["w1 w2", "w1 w2 w3"]
+    assert "".join(event.text for event in events if event.kind == "text") == "w1 w2w1 w2 w3"
+    assert [event.reply.text for event in replies] == ["w1 w2", "w1 w2 w3"]
+    assert replies[0].first_token_s > 0
+    assert [m.content for m in chat.messages] == ["Hi", "", "", "w1 w2", "", "w1 w2 w3"]
+    clips = [len(clip) for m in chat.messages for clip in m.clips]
+    assert [n for n in heard_by(engine) if isinstance(n, float)] == clips
+
+
+def test_speech_is_prefilled_while_it_is_said_and_never_again():
+    """At its end only the closing tokens are run, and the turn before is reused."""
+    engine = SpeechEngine()
+    chat = Chat(engine, sampling=GREEDY)
+    for turn in range(2):
+        engine.timeline.log.clear()
+        (answer,) = [e.reply for e in live(chat, engine, say(*range(50), -15)) if e.kind == "segment"]
+        soft = [n for what, n in engine.timeline.log if what == "soft"]
+        assert sum(soft) == len(chat.messages[-2].clips[0]), turn
+        assert max(soft) <= 32
+        assert answer.timings.prefill_tokens < 25
+        assert answer.timings.reused_tokens > 250 * (turn + 1)
+
+
+def test_a_long_utterance_is_several_clips_of_one_live_message():
+    engine = SpeechEngine(lambda levels: "ok")
+    chat = Chat(engine, sampling=GREEDY)
+    (answer,) = [e.reply for e in live(chat, engine, say(*range(200), -15)) if e.kind == "segment"]
+    assert [len(m.clips) for m in chat.messages] == [2, 0]
+    assert answer.timings.prefill_tokens < 25
+    assert [n for n in heard_by(engine) if isinstance(n, float)] == [float(len(c)) for c in chat.messages[0].clips]
+
+
+def test_live_turns_that_no_longer_fit_are_told():
+    engine, notes = SpeechEngine(lambda levels: "ok", context=700), []
+    chat = Chat(engine, sampling=GREEDY, max_tokens=20)
+    for _ in range(6):
+        list(live(chat, engine, say(*range(30), -15), note=notes.append))
+        assert engine.timeline.position <= 700
+    assert any("left out" in note for note in notes)
+    assert len(chat.messages) == 12
+
+
+def test_sound_that_is_no_speech_is_forgotten():
+    engine = SpeechEngine()
+    chat = Chat(engine, sampling=GREEDY)
+    chat.begin_sound(50)
+    chat.session.prefill_soft(engine.hear(say(4, 5))[0])
+    assert chat.send(say(6, 7)).text == "w6 w7"
+
+
+def test_options_that_mean_nothing_beside_a_chat():
+    engine = SpeechEngine()
+    chat = Chat(engine)
+    for options in ({"ask": True}, {"task": Task("en")}, {"num_beams": 2}):
+        with pytest.raises(UsageError, match="mean nothing beside chat"):
+            Listener(engine, chat=chat, **options)

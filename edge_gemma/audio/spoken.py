@@ -1,0 +1,79 @@
+"""A user's turn of a chat, prefilled while it is spoken, then answered.
+
+Owns: the clips of the turn, which of them the chat's session has. Does not know: samples, microphones, how a reply is
+written.
+"""
+
+import time
+from collections.abc import Iterator
+
+import numpy as np
+
+from edge_gemma.audio.recogniser import BATCH, SEGMENT_TOKENS, STEP_TOKENS, Written
+from edge_gemma.audio.samples import Note
+from edge_gemma.chat import Chat
+from edge_gemma.generation.reply import Reply
+from edge_gemma.text.message import Message
+
+
+class SpokenTurn:
+    """Hears one utterance after another and lets the chat answer. `begin`, `hear` any number of times, `write`."""
+
+    def __init__(self, chat: Chat, note: Note) -> None:
+        self._chat, self._note = chat, note
+        self.session = chat.session
+        self.heard = 0  # soft tokens of this turn
+        self.last: Written | None = None
+        self.reply: Reply | None = None
+        self._clips: list[list[np.ndarray]] = [[]]
+        self._pending: list[np.ndarray] = []
+
+    def begin(self) -> None:
+        """A new turn: the conversation so far is prefilled up to where its sound begins. Raises as `Chat.send`."""
+        self.heard, self.last, self.reply = 0, None, None
+        self._clips, self._pending = [[]], []
+        if notice := self._chat.begin_sound(min(SEGMENT_TOKENS, self.session.context // 4)):
+            self._note(notice)
+
+    def room_for_clip(self, reply: int) -> bool:
+        """True if this turn may have one more clip: the context holds it, the rest of this one, and the reply."""
+        return self.session.position + 2 * STEP_TOKENS + SEGMENT_TOKENS + 32 + reply <= self.session.context
+
+    def next_clip(self) -> None:
+        """What is heard next is another clip of the same turn: one has 30 s at most."""
+        self._prefill()
+        self._chat.next_sound(np.concatenate(self._clips[-1]))
+        self._clips.append([])
+
+    def hear(self, tokens: np.ndarray) -> None:
+        """tokens: float32 [n, hidden_size], the next soft tokens. They are prefilled once there are a few."""
+        if len(tokens):
+            self._pending.append(tokens)
+            self.heard += len(tokens)
+        if sum(map(len, self._pending)) >= BATCH:
+            self._prefill()
+
+    def _prefill(self) -> None:
+        if self._pending:
+            tokens, self._pending = np.concatenate(self._pending), []
+            self._clips[-1].append(tokens)
+            self.session.prefill_soft(tokens, logits=False)
+
+    def write(self, max_tokens: int | None = None, *, since: float | None = None) -> Iterator[str]:
+        """The turn is over: the reply's text in pieces. `last` and `reply` are whole afterwards.
+
+        max_tokens: None; the chat has its own. since: when the sound ended, by time.perf_counter; None: now.
+        """
+        start = time.perf_counter() if since is None else since
+        self._prefill()
+        clips = tuple(np.concatenate(parts) for parts in self._clips if parts)
+        self.reply = self._chat.answer_sound(Message("user", "", media=("audio",), clips=clips))
+        waited = time.perf_counter() - start
+        for piece in self.reply.pieces():
+            if piece.kind == "notice":
+                self._note(piece.text)
+            elif piece.kind == "answer":
+                yield piece.text
+        result = self.reply.result()
+        first = waited + result.timings.ttft_s
+        self.last = Written(result.text, False, result.finish_reason, first, len(result.tokens))
