@@ -23,7 +23,7 @@ def write_audio_encoder(
 ) -> dict[str, Any]:
     """Write the tower's files. Returns the manifest's `audio` section.
 
-    bits: 0 (float32) or 8; band: keys a query sees, itself included: `tower.config.band` unless told.
+    bits: 0 (float32) or 8. band: the keys a query sees, itself included; None for `tower.config.band`.
     """
     band = band or tower.config.band
     tower = _reporting(tower, progress) if progress else tower
@@ -36,7 +36,7 @@ def write_audio_encoder(
 
 
 def _reporting(tower: AudioTower, progress: Progress) -> AudioTower:
-    """The same tower; reading it is reported."""
+    """The same tower, which reports what is read of it."""
     done = 0
 
     def report(name: str, weights: int) -> None:

@@ -1,7 +1,7 @@
 """How a clippable linear layer stores its weights and is computed: float32, or 8-bit integers.
 
-A layer of a QAT checkpoint rounds its input to trained steps: that is the 8-bit form itself, whose integers and scales
-are then the checkpoint's own; in float32 the same is done in nodes.
+A layer of a QAT checkpoint rounds its input to trained steps. In 8 bits that is the form itself, with the checkpoint's
+own integers and scales. In float32 extra nodes round the input in the same way.
 
 Owns: both forms as ONNX nodes. Does not know: where in the conformer a layer stands (audio_graph.py).
 
@@ -25,7 +25,7 @@ Linear = Callable[[Graph, str, list[str], tuple[float, float], float], str]
 
 
 def clip(g: Graph, x: str, low: float, high: float) -> str:
-    """x within bounds; one that is infinite is not there."""
+    """Limit x to the bounds. An infinite bound is left out."""
     if math.isinf(low) and math.isinf(high):
         return x
     bounds = ["" if math.isinf(bound) else g.constant(bound) for bound in (low, high)]

@@ -1,4 +1,4 @@
-"""What a source checkpoint is to the exporter, whatever its container.
+"""The interface of a source checkpoint, the same for every container.
 
 Owns: the `Checkpoint` protocol and choosing the reader for a path. Does not know: any container format.
 """
@@ -65,10 +65,10 @@ class Checkpoint(Protocol):
 
 
 def open_checkpoint(source: Path, ignore_keys: Collection[str] = ()) -> Checkpoint:
-    """Opens a Hugging Face folder or a GGUF file. ignore_keys: names of unknown configuration keys to pass over.
+    """Open a Hugging Face folder or a GGUF file. ignore_keys: names of unknown configuration keys to pass over.
 
     Raises CheckpointError for files that cannot be read or do not fit their configuration, ConfigError for a
-    configuration that is unknown or not supported, UsageError for a key to be ignored that is known or nowhere.
+    configuration that is unknown or not supported, UsageError for an ignored key that is known or does not occur.
     """
     source = Path(source)
     if source.is_dir():

@@ -1,8 +1,8 @@
-"""From a checkpoint to a model folder: the conversion pipeline.
+"""Converts a checkpoint to a model folder.
 
 Owns: the order of work, the plan (recipe -> layouts). Does not know: how a source is stored (checkpoint.py and its
-readers), how tensors get from one to the other (stream.py), how values are rounded (quant/), how the folder is laid out
-(folder_writer.py).
+readers), how tensors are streamed from one to the other (stream.py), how values are rounded (quant/), how the folder is
+laid out (folder_writer.py).
 
 Memory: one block of rows of one tensor at a time, whatever the checkpoint's size; the largest tensor of E2B has 4.7 GB.
 """
@@ -51,15 +51,14 @@ def export_checkpoint(
 ) -> Path:
     """Convert `source` (a safetensors folder or a GGUF file) into the model folder `dest`. Returns `dest`.
 
-    recipe: None for the one the checkpoint was trained for, q4 where it was trained for none. Matrices that the source
-    has packed already are carried over bit for bit wherever the recipe would not make them smaller.
-    calibration: a text that says what weights of 2 and 4 bits are used for; None: scales are searched without one.
-    audio: with its audio tower, where it has one. ignore_keys: names of unknown configuration keys to pass over.
-    note: told, a line each, what is taken otherwise than the source says.
+    recipe: None for the one that the checkpoint was trained for, or q4 if it was trained for none. Matrices that the
+    source has packed already are carried over bit for bit, unless the recipe makes them smaller. calibration: a text
+    that shows how weights of 2 and 4 bits are used; None: scales are searched without one. audio: with the audio tower,
+    if there is one. ignore_keys: names of unknown configuration keys to pass over. note: is told, one line each, what
+    was taken otherwise than the source says.
 
-    The folder appears whole or not at all. An interrupted run leaves nothing behind that the next one does not remove;
-    one that calibrated is gone on with by the next of the same source, recipe and text.
-    Raises CheckpointError, ConfigError, UsageError: one line each.
+    The folder appears whole or not at all. The next run removes what an interrupted run left; a calibrated run of the
+    same source, recipe and text resumes it. Raises CheckpointError, ConfigError, UsageError: one line each.
     """
     checkpoint = open_checkpoint(source, ignore_keys)
     try:
@@ -87,7 +86,7 @@ def export_checkpoint(
 
 @dataclass(frozen=True)
 class Conversion:
-    """A checkpoint and what becomes of it: known before anything is written."""
+    """A checkpoint and the plan for it. Nothing is written yet."""
 
     checkpoint: Checkpoint
     config: GemmaConfig
@@ -146,7 +145,7 @@ class Conversion:
 
 
 def _tokenizer(model: bytes, config: GemmaConfig) -> Tokenizer:
-    """The tokenizer, if the model can run with it. Raises CheckpointError."""
+    """The tokenizer. Raises CheckpointError if the model cannot run with it."""
     try:
         tokenizer = Tokenizer.from_bytes(model, "it")
     except TokenizerError as error:
@@ -160,9 +159,9 @@ def _tokenizer(model: bytes, config: GemmaConfig) -> Tokenizer:
 
 
 def generation_config(checkpoint: Checkpoint, tokenizer: Tokenizer) -> dict[str, Any]:
-    """The checkpoint's generation configuration with every token that ends a reply in `eos_token_id`.
+    """The checkpoint's generation configuration, with every token that ends a reply in `eos_token_id`.
 
-    First those that the checkpoint lists by id, then those it spells, then the vocabulary's own end pieces.
+    Their order: tokens that the checkpoint lists by id, then those it spells, then the vocabulary's own end pieces.
     """
     listed = checkpoint.generation_config["eos_token_id"]
     spelled = [index for piece in checkpoint.stop_pieces if (index := tokenizer.id_of(piece)) is not None]
@@ -185,11 +184,11 @@ def choose_recipe(checkpoint: Checkpoint, recipe: str | None) -> str:
 def carried_matrices(
     checkpoint: Checkpoint, config: GemmaConfig, recipe: str, *, glance: bool = False, mistaken: Collection[str] = ()
 ) -> dict[str, PackedMatrix]:
-    """The matrices a recipe leaves as the source has them: packed, in no more bits than it asks for.
+    """The matrices that a recipe carries over: packed in the source, in no more bits than the recipe asks for.
 
-    That includes floats that lie on a grid of so few bits, and excludes tables read by row that have minima.
-    glance: a look at a matrix's first rows decides whether it lies on a grid; reading the rest may raise GlanceError.
-    mistaken: matrices that are known to lie on none.
+    That includes floats that lie on a grid of so few bits. It excludes tables read by row that have minima. glance:
+    only a matrix's first rows are looked at to decide whether it lies on a grid; reading the rest may then raise
+    GlanceError. mistaken: matrices that are known to lie on no grid.
     """
     if recipe == checkpoint.trained_recipe:
         return checkpoint.packed
@@ -242,22 +241,22 @@ def _head_is_embeddings(carried: dict[str, PackedMatrix]) -> bool:
 
 
 def _stored_once(plan: dict[str, Tensor]) -> Tensor:
-    """Token embeddings that are read out of the head's panels."""
+    """The token embeddings, read out of the head's panels."""
     embeddings, head = plan[_EMBEDDINGS], plan[_HEAD]
     return replace(embeddings, layout=head.layout, parts=head.parts, same_as=_HEAD)
 
 
 def encoder_bytes(tower: AudioTower | None, recipe: str) -> int:
-    """About what the audio encoder's weights take as a recipe stores them."""
+    """An estimate of the bytes of the audio encoder's weights in a recipe."""
     return tower.weights * (4 if recipe == "float" else 1) if tower else 0
 
 
 def write_tower(
     writer: FolderWriter, tower: AudioTower | None, recipe: str, progress: Progress | None = None
 ) -> dict[str, Any] | None:
-    """The audio encoder as a recipe stores it. Returns the manifest's section, None without a tower.
+    """Write the audio encoder in the recipe's form. Returns the manifest's section, None without a tower.
 
-    Raises UsageError without onnx.
+    Raises UsageError without the onnx package.
     """
     if tower is None:
         return None
@@ -269,7 +268,7 @@ def write_tower(
 def _write_tensors(
     conversion: Conversion, writer: FolderWriter, calibration: str | None, progress: Progress | None
 ) -> str:
-    """Stream every tensor through, what a text calibrates first. Returns the digest of all values read."""
+    """Write every tensor; those that a text calibrates come first. Returns the digest of all values read."""
     checkpoint, config, plan, carried = conversion.checkpoint, conversion.config, conversion.plan, conversion.carried
     with ThreadPoolExecutor() as pool:
         if calibration is None:

@@ -24,7 +24,7 @@ Fetch = Callable[[HubFile, int, int], Iterator[bytes]]
 
 @dataclass(frozen=True)
 class Unit:
-    """What is converted in one go: a tensor of the decoder, or the audio tower. stored: where its values lie."""
+    """What is converted at once: a tensor of the decoder, or the audio tower. stored: where its values lie."""
 
     name: str
     stored: tuple[StoredTensor, ...]
@@ -35,13 +35,13 @@ def _place(tensor: StoredTensor, files: Mapping[Any, int]) -> tuple[int, int]:
 
 
 def in_order(units: Iterable[Unit], files: Sequence[SpooledFile]) -> list[Unit]:
-    """Units by when the last of their bytes arrives."""
+    """Units in the order in which the last of their bytes arrives."""
     number = {file: i for i, file in enumerate(files)}
     return sorted(units, key=lambda unit: max(_place(tensor, number) for tensor in unit.stored))
 
 
 def room_needed(units: Sequence[Unit], files: Sequence[SpooledFile]) -> int:
-    """Bytes that lie on the disk at most: the largest tensors, and what must wait for its other half."""
+    """The most bytes that lie on the disk at once: the largest tensors, and what has to wait for its other half."""
     number = {file: i for i, file in enumerate(files)}
     arriving = sorted((_place(t, number), t.nbytes, unit.name) for unit in units for t in unit.stored)
     last = {name: place for place, _, name in arriving}
@@ -58,7 +58,7 @@ def room_needed(units: Sequence[Unit], files: Sequence[SpooledFile]) -> int:
 
 
 class Download(threading.Thread):
-    """Fetches what `units` need into the spool. A context: left, it stops and gives its thread back."""
+    """Fetches what `units` need into the spool. As a context manager it stops at the exit and ends its thread."""
 
     def __init__(
         self,
@@ -140,7 +140,7 @@ class Download(threading.Thread):
         return requests
 
     def _keep(self, spooled: SpooledFile, ranges: list[Range], at: int, chunk: bytes) -> None:
-        """Put the bytes that came at `at` where they belong; the rest is nobody's."""
+        """Store the bytes that came at `at` where they belong; nobody needs the rest."""
         end = at + len(chunk)
         while ranges and ranges[0].start < end:
             r = ranges[0]

@@ -38,7 +38,7 @@ _READ = 1 << 24  # bytes
 
 @dataclass
 class _Growing:
-    """A part being written: where it starts, how much is there, its digest so far."""
+    """A part that is being written: its start, its length so far, its digest so far."""
 
     part: Part
     written: int = 0
@@ -46,7 +46,7 @@ class _Growing:
 
 
 class DigestedFile:
-    """A file that is written from start to end, its digest taken on the way."""
+    """A file that is written from start to end and digested meanwhile."""
 
     def __init__(self, raw: BinaryIO) -> None:
         self._raw = raw
@@ -232,7 +232,7 @@ class FolderWriter:
 
 
 def _own_parts(tensor: Tensor) -> dict[str, Part]:
-    """Without those that another tensor brings."""
+    """The parts of a tensor, without those whose bytes another tensor writes."""
     return {} if tensor.same_as else tensor.parts
 
 

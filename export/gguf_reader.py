@@ -342,7 +342,7 @@ def _packed_matrix(tensor: StoredTensor) -> PackedMatrix:
 
 
 class GgufCheckpoint:
-    """A GGUF file as a `Checkpoint`: architectures gemma4 (dense) and gemma3, the types of gguf_types.GGUF_TYPES."""
+    """A GGUF file as a `Checkpoint`: architectures gemma4 (dense) and gemma3, the types of element_types.GGUF_TYPES."""
 
     trained_recipe: str | None = None
 

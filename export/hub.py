@@ -54,7 +54,7 @@ class Repository:
 
 
 class ChangedError(HubError):
-    """A file is not what it was when the pull began: what has arrived of it is worth nothing."""
+    """A file has changed since the pull began, so what has arrived of it is of no use."""
 
 
 class Hub:
@@ -184,7 +184,7 @@ class Hub:
         return ChangedError(f"{file.name} changed on the hub while it was fetched: {how}; {ANEW}")
 
     def close(self) -> None:
-        """Wake who pauses, in whatever thread: no more tries."""
+        """Wake the threads that pause. There are no more tries."""
         self._patience.closed.set()
 
     def _patiently(self, ask: Callable[[], Any], what: str) -> Any:
@@ -202,7 +202,7 @@ class Hub:
 
 
 class _Lost(Exception):
-    """A request that another try may serve; after_s: when the hub says so."""
+    """A request that another try may answer. after_s: seconds to wait, if the hub says so."""
 
     def __init__(self, reason: str, after_s: float | None = None) -> None:
         super().__init__(reason)
@@ -276,7 +276,7 @@ def _raise_for_status(response: Any) -> None:
 
 
 def _told(error: Exception, what: str, endpoint: str) -> Exception:
-    """What the hub client raised, as a HubError of one line, or as _Lost."""
+    """An error of the hub's client, as a HubError of one line or as _Lost."""
     import httpx2
     from huggingface_hub import errors
 

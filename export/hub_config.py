@@ -1,4 +1,4 @@
-"""config.json and what stands beside it: which keys are the decoder's, what ends a reply, what is quantised how.
+"""Reads config.json and the files beside it: the decoder's keys, the tokens that end a reply, the quantisation.
 
 Owns: config.json's two layouts (text only, multimodal) and the places that name stop tokens. Does not know: files,
 tensors, what the decoder's or the towers' keys mean.

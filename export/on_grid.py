@@ -1,4 +1,4 @@
-"""Matrices of a float checkpoint that lie on a grid: training for few bits, published as floats again.
+"""Finds matrices of a float checkpoint that lie on a grid: they were trained for few bits and published as floats.
 
 Owns: which formats are looked for, reading a matrix block by block. Does not know: how a grid is found (quant/grid.py).
 """
@@ -20,7 +20,7 @@ _FORMATS = ((2, 0), (4, 0), (4, 32), (8, 0))
 
 
 class GlanceError(CheckpointError):
-    """What a glance at `matrix` promised is not so."""
+    """The first rows of `matrix` lie on a grid and later ones do not."""
 
     def __init__(self, matrix: str, finding: str) -> None:
         super().__init__(f"{matrix} {finding}, or changed while it was read")
@@ -28,10 +28,11 @@ class GlanceError(CheckpointError):
 
 
 def grid_matrix(checkpoint: Checkpoint, name: str, most_bits: int, *, glance: bool = False) -> PackedMatrix | None:
-    """The matrix as integers and scales that restore every weight, in at most this many bits; None if it has none.
+    """The matrix as integers and scales that restore every weight, in at most this many bits; None if it lies on no
+    grid.
 
-    Reads all of a matrix that is on a grid, else a few rows of it; with `glance` never more than a few rows, and
-    reading the matrix then raises GlanceError where the rest lies on none.
+    A matrix on a grid is read whole, any other a few rows only. With `glance` a few rows are read at most; reading the
+    matrix then raises GlanceError if the rest lies on no grid.
     """
     info = checkpoint.tensors[name]
     if len(info.shape) != 2 or info.dtype not in ("BF16", "F16", "F32"):

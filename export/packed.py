@@ -1,6 +1,7 @@
-"""Matrices whose integers and scales a source has already: they are carried over, never rounded again.
+"""Matrices that are integers and scales in the source already. They are carried over, never rounded again.
 
-Owns: `PackedMatrix`, what a reader offers of such a matrix; a block of it as the bytes of a folder's parts, and back.
+Owns: `PackedMatrix`, the interface that readers give such a matrix; converting blocks of it to a folder's bytes and
+back.
 Does not know: containers, schemas, recipes.
 """
 
@@ -35,7 +36,7 @@ class PackedMatrix:
     origin: str  # where the integers came from, in words for `edge-gemma info`
     read: Callable[[int, int], Packed]
     """Rows [start, stop). Raises CheckpointError."""
-    # Static int8 activation scales the matrix was trained with (0: none), as model_folder.Tensor has them.
+    # Static int8 activation scales the matrix was trained with (0: none), as folder.Tensor has them.
     input_scale: float = 0.0
     output_scale: float = 0.0
     cache_scale: float = 0.0
@@ -52,7 +53,7 @@ class PackedMatrix:
 
 
 def decode_packed(tensor: Tensor, parts: dict[str, np.ndarray], rows: int) -> Packed:
-    """The inverse of encode_packed for a block of `rows` rows; parts as model_folder.Part.numpy_dtype has them."""
+    """The inverse of encode_packed for a block of `rows` rows; parts as folder.Part.numpy_dtype has them."""
     if tensor.layout == "rows":
         return layouts.unpack_rows(parts["records"], tensor.shape[1], tensor.bits, tensor.group)
     values = layouts.unpack_panels(parts["packed"], tensor.bits, rows, tensor.shape[1])

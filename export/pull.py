@@ -1,6 +1,6 @@
-"""From a model hub to a model folder: converted while it arrives.
+"""Fetches a model from a hub and converts it while it arrives.
 
-Owns: the order of a pull, what it keeps aside for the next run to go on with, what can be said of a model before it is
+Owns: the order of a pull, what it keeps so that the next run can resume, what can be known of a model before it is
 fetched. Does not know: HTTP (hub.py), the disk's part (spool.py, download.py), conversion (convert.py, stream.py).
 
 Disk: the folder, and one tensor that is on its way. Everything that has arrived stays where a killed run left it.
@@ -59,7 +59,7 @@ class Pulled:
 
 @dataclass(frozen=True)
 class Forecast:
-    """What a pull would take. memory_bytes: when the model runs, with `context` tokens; seconds: of fetching."""
+    """The cost of a pull. memory_bytes: of the running model, with `context` tokens. seconds: of fetching."""
 
     repository: str
     revision: str
@@ -77,7 +77,7 @@ class Forecast:
 
 @dataclass
 class _State:
-    """What the next run must know: kept in the folder aside."""
+    """What the next run must know. It is kept in the unfinished folder."""
 
     repository: Repository
     mistaken: list[str] = field(default_factory=list)
@@ -291,7 +291,7 @@ class Puller:
 
 @dataclass(frozen=True)
 class _Opened:
-    """A checkpoint on a hub, and what will become of it."""
+    """A checkpoint on a hub, and the plan for it."""
 
     hub: Hub
     state: _State
@@ -392,7 +392,7 @@ class _Run:
 
 
 def _finished(dest: Path, aside: Path) -> Pulled | None:
-    """What an earlier run has done, where it was interrupted after the manifest, which is written last."""
+    """What an earlier run has done, if it was interrupted after it wrote the manifest, which comes last."""
     if not (aside / MANIFEST).exists():
         return None
     source = json.loads((aside / MANIFEST).read_bytes())["source"]
@@ -401,7 +401,7 @@ def _finished(dest: Path, aside: Path) -> Pulled | None:
 
 
 def _clear(aside: Path) -> None:
-    """Remove what is there for the next run to go on with."""
+    """Remove the files that were kept for the next run."""
     shutil.rmtree(aside / _FETCHED, ignore_errors=True)
     for name in (JOURNAL, _ENCODER, _STATE):
         (aside / name).unlink(missing_ok=True)
@@ -413,7 +413,7 @@ def _units(conversion: Conversion) -> list[Unit]:
 
 
 def _folder_bytes(conversion: Conversion) -> int:
-    """About what the model folder takes."""
+    """An estimate of the bytes of the model folder."""
     stored = [tensor for tensor in conversion.plan.values() if not tensor.same_as]
     parts = sum(part.nbytes for tensor in stored for part in tensor.parts.values())
     return parts + encoder_bytes(conversion.tower, conversion.recipe) + len(conversion.tokenizer)

@@ -1,4 +1,4 @@
-"""An export that was interrupted goes on: what it has rounded is read back from its own containers.
+"""Resumes an interrupted export: what it has rounded is read back from its own containers.
 
 Owns: the journal, a line for each matrix that was written to its end. Does not know: how matrices are rounded, where
 the folder stays in between (edge_gemma.folder.atomic).
@@ -21,7 +21,7 @@ JOURNAL = "unfinished.jsonl"
 
 
 def export_key(source: str, recipe: str, calibration: str, audio: bool) -> str:
-    """What names the folder that is written aside: 16 hexadecimal digits. source: the checkpoint's digest."""
+    """Names the unfinished folder: 16 hexadecimal digits. source: the checkpoint's digest."""
     return hashlib.sha256(json.dumps([__version__, source, recipe, calibration, audio]).encode()).hexdigest()[:16]
 
 

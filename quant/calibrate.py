@@ -1,12 +1,12 @@
 """The calibration pass: a text goes through the model once, and every matrix is rounded as the text reaches it.
 
-The decoder's own forward pass runs over the whole text with matrices that live at their source. When one is called with
-its inputs, their second moments are taken, its rows come from the checkpoint a block at a time, are rounded with error
-feedback (feedback.py), and the products go on with the rounded weights: later layers are rounded for what they will
-meet. The float model's own pass runs in step with it, in a thread, so that each matrix also knows what it should have
-met. So one block of one matrix is in memory at a time, and the checkpoint is read once.
+The decoder's own forward pass runs over the whole text, with matrices whose weights are still in the checkpoint. When a
+matrix is called with its inputs, their second moments are computed. Its rows are read a block at a time and rounded
+with error feedback (feedback.py), and the products use the rounded weights. So later layers are rounded for the inputs
+they will really get. The float model's pass runs in step with it, in a thread, so that each matrix also knows the
+inputs it should get. One block of one matrix is in memory at a time, and the checkpoint is read once.
 
-Owns: the text's way through the model. Does not know: files, recipes, how integers are packed.
+Owns: the order of the calibration pass. Does not know: files, recipes, how integers are packed.
 """
 
 import contextlib
@@ -48,7 +48,7 @@ _ROWS = 256  # rows of a float matrix multiplied at a time
 
 
 def bundled_text() -> str:
-    """What is used where the user gives no text of their own (docs/QUANTISATION.md says where it is from)."""
+    """The text that is used where the user gives none (docs/QUANTISATION.md says where it is from)."""
     return resources.files("edge_gemma.quant").joinpath("calibration.txt").read_text(encoding="utf-8")
 
 
@@ -98,7 +98,7 @@ class _Moments:
 
 
 class _SourceMatrix:
-    """A matrix at its source: `product` says what to do when its inputs come."""
+    """A matrix whose weights are still in the checkpoint. `product` is called with its inputs."""
 
     def __init__(self, source: Source, name: str, product: Callable[[str, Activations], np.ndarray]) -> None:
         self._source, self._name, self._product = source, f"{name}.weight", product
@@ -155,7 +155,7 @@ def _forward(decoder: Decoder, ids: list[int]) -> np.ndarray:
     return decoder.forward(np.array(ids, np.int64), cache, len(ids))
 
 
-class _Twin:
+class _FloatPass:
     """The float model's own pass, in a thread in step with the other: it asks for each product, and gets it there."""
 
     def __init__(self, binder: Callable[[Callable[[str, Activations], np.ndarray]], _SourceBinder]) -> None:
@@ -203,7 +203,7 @@ class _Twin:
 
 
 class _Ended(Exception):
-    """The other pass is over."""
+    """The other pass has ended."""
 
 
 class Calibration:
@@ -223,7 +223,7 @@ class Calibration:
         self._carried = carried or {}
         self._moments = _Moments(Activations(np.empty((0, 0), np.float32)), [])
         self._binder = partial(_SourceBinder, source, plan)
-        self._twin = _Twin(self._binder)
+        self._float_pass = _FloatPass(self._binder)
         compile_kernels()
 
     def run(self, ids: list[int]) -> None:
@@ -231,7 +231,7 @@ class Calibration:
         config = self._config
         with threadpool_limits(1, "blas"):  # the pool has the threads; BLAS's own would change sums with their number
             decoder = self._binder(self._product).decoder(config)
-            self._twin.start(config, ids)
+            self._float_pass.start(config, ids)
             try:
                 hidden = Activations(_forward(decoder, ids))
                 if config.tie_word_embeddings:
@@ -239,18 +239,18 @@ class Calibration:
                 else:
                     self._round("lm_head.weight", hidden)
             finally:
-                self._twin.end()
+                self._float_pass.end()
 
     def _product(self, name: str, x: Activations) -> np.ndarray:
         """Round a matrix for inputs x [n, k], write it, and return x Q^T: float32 [n, rows]."""
         outs = [np.empty((len(x.values), self._plan[name].shape[0]), np.float32) for _ in range(2)]
         self._round(name, x, outs)
-        self._twin.answer(outs[1])
+        self._float_pass.answer(outs[1])
         return outs[0]
 
     def _round(self, name: str, x: Activations, outs: Sequence[np.ndarray] = (), damping: float = 0) -> None:
         """Round a matrix that meets x; `outs` get the rounded weights' products with x, the float ones' with theirs."""
-        tensor, carried, exact = self._plan[name], self._carried.get(name), self._twin.inputs()
+        tensor, carried, exact = self._plan[name], self._carried.get(name), self._float_pass.inputs()
         calibrated = tensor.bits in CALIBRATED_BITS and tensor.group > 0 and carried is None
         segments = self._curvatures(x, exact, damping) if calibrated else []
 

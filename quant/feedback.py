@@ -1,4 +1,4 @@
-"""Rounding with error feedback: what one column's rounding loses, the columns after it make up for.
+"""Rounding with error feedback: later columns make up for the rounding errors of earlier ones.
 
 A matrix W that meets inputs x should keep W x, not W: the loss is tr(E H E^T) with E = W - Q and H the mean of x x^T.
 Columns are rounded in order; with H = M D M^T, M unit upper triangular, column i is rounded not at W_i but at
@@ -282,6 +282,6 @@ def round_with_feedback(
 
 
 def compile_kernels() -> None:
-    """Before threads share them."""
+    """Compile the kernels once, before several threads need them."""
     for each in (_round_block, _improve_block):
         compiler.make_ready(each)

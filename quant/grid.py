@@ -1,4 +1,4 @@
-"""Float weights that are integers times a scale already: found, and taken apart without loss.
+"""Finds float weights that are integers times a scale, and takes them apart without loss.
 
 Weights trained for few bits are often published as floats again, each rounded to its float type: w = round(scale * q).
 The grid is found where integers and a scale exist that give every weight back to the last bit.

@@ -136,10 +136,10 @@ def _windows(ids: list[int], context: int, bos: int) -> list[list[int]]:
 
 @dataclass
 class _Sums:
-    """Of a model over the positions scored so far."""
+    """The sums of one model over the positions scored so far."""
 
     likelihood: float = 0.0  # ln p of the tokens that came
-    same: int = 0  # rows of one mind with the reference
+    same: int = 0  # positions where both argmax agree
     kl: list[float] = field(default_factory=list)  # of each row
 
 
@@ -155,7 +155,7 @@ def _compare(sums: _Sums, logits: np.ndarray, reference: np.ndarray, target: int
 
 
 class _Watched:
-    """A matrix that keeps what it was given."""
+    """A matrix that keeps its inputs."""
 
     def __init__(self, matrix: Matrix, inputs: list[np.ndarray]) -> None:
         self._matrix, self._inputs = matrix, inputs

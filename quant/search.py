@@ -1,4 +1,4 @@
-"""Round to nearest with searched scales: what a group of weights loses is made small, not just its largest weight kept.
+"""Round to nearest with searched scales: a scale is chosen by the error of its whole group.
 
 Symmetric: w ~ scale * q with q in [-2^(b-1), 2^(b-1) - 1], one scale for each group of consecutive weights of a row.
 For each group scales around "the largest weight takes the end of the range" are tried, of both signs. With integers q

@@ -29,7 +29,7 @@ Ctrl-C stops an answer. \\ at a line's end, or lines between \"\"\" and \"\"\", 
 
 
 class ChatLoop:
-    """The chat command: prompt, commands, answers, the session file."""
+    """The chat in a terminal: prompt, commands, answers, session file."""
 
     def __init__(
         self, conversation: Conversation, screen: Screen, *, model: str, session_file: SessionFile | None
@@ -43,7 +43,7 @@ class ChatLoop:
                 import readline  # noqa: F401  line editing; the history stays in memory
 
     def run(self) -> None:
-        """Until /quit, Ctrl-D, or Ctrl-C at an empty prompt."""
+        """Talk until /quit, Ctrl-D, or Ctrl-C at an empty prompt."""
         self._greet()
         while (text := self._ask()) is not None:
             if text.startswith("/") and not text.startswith("//"):
@@ -178,7 +178,7 @@ class ChatLoop:
                 self._screen.note(f"saved to {argument}")
 
     def _keep(self, file: SessionFile) -> None:
-        """Bring the session file up to date, or begin one beside it where another chat has written it."""
+        """Update the session file. If another chat has written it, begin a new one beside it."""
         for each in (file, file.beside()):
             try:
                 if self._save(each) and each is not file:

@@ -78,7 +78,7 @@ def pull(
 
 
 def _place(name: str) -> Path:
-    """Where a model without DEST is kept."""
+    """The folder for a pulled model without DEST."""
     from edge_gemma.folder.find import pulled_folder
     from edge_gemma.host.places import DATA_VARIABLE
 

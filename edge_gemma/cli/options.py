@@ -1,6 +1,7 @@
-"""What the commands share: options, how a model is found and loaded, how results are printed.
+"""Shared parts of the commands: options, finding and loading a model, printing results.
 
-Owns: options that several commands have, refusing those that mean nothing (`refuse`). Does not know: any command.
+Owns: options that several commands have, and refusing options that would mean nothing (`refuse`). Does not know: any
+command.
 """
 
 import functools
@@ -29,10 +30,10 @@ def options(*decorators: Callable[[Any], Any]) -> Callable[[Any], Any]:
 
 
 def refuse(names: str, *, beside: str = "", without: str = "") -> Callable[[Any], Any]:
-    """Options that would be passed over in silence beside another one, or without it, end the command with exit code 2.
+    """End the command with exit code 2 for options that would be ignored beside another one, or without it.
 
-    That is, where the user gave them; a default is none. What keeps its promise all the same is not refused: --seed at
-    a temperature of 0 still gives the same answer each time. names, beside, without: parameters' names.
+    Only options that the user gave count, not defaults. An option that keeps its promise is not refused: --seed at a
+    temperature of 0 still gives the same answer each time. names, beside, without: names of parameters.
     """
     other = beside or without
 
@@ -52,7 +53,7 @@ def refuse(names: str, *, beside: str = "", without: str = "") -> Callable[[Any]
 
 
 def _given(ctx: click.Context) -> set[str]:
-    """The options on the command line, flags that are on included."""
+    """The options on the command line, including flags that are on."""
     here = click.core.ParameterSource.COMMANDLINE
     return {name for name, value in ctx.params.items() if value is not False and ctx.get_parameter_source(name) == here}
 
@@ -137,7 +138,9 @@ def load(model: str | None, options: dict[str, Any]) -> "Engine":
 
 
 def check_memory(model: str | None, context: int | None, memory_limit: int | None, *, audio: bool = False) -> None:
-    """Before anything is loaded; memory_limit in MB, None: no limit. audio: for a command that hears."""
+    """Check the memory limit before anything is loaded. memory_limit: in MB, None for no limit. audio: for a command
+    that hears.
+    """
     if memory_limit is not None:
         from edge_gemma.measure.memory import check_limit
 
@@ -146,7 +149,7 @@ def check_memory(model: str | None, context: int | None, memory_limit: int | Non
 
 @functools.cache
 def tell_compiling() -> None:
-    """Said once: a first start takes its time."""
+    """Say, once, that the first start takes longer because kernels are compiled."""
     start = "\r\x1b[K" if sys.stderr.isatty() else ""  # over the status line, where there is one
     click.echo(f"{start}(compiling the kernels for this machine: 10 to 60 seconds, once)", err=True)
 
@@ -166,7 +169,7 @@ def open_folder(model: str | None) -> "ModelFolder":
 
 
 def check_recipe(given: str | None, *more: str) -> None:
-    """That a --recipe is one, `more` among them. Raises click.BadParameter."""
+    """Check that a --recipe exists; `more` are further ones. Raises click.BadParameter."""
     from edge_gemma.quant.recipes import RECIPES, TRAINED_RECIPES
 
     if given is not None and given not in {*RECIPES, *TRAINED_RECIPES, *more}:
@@ -178,5 +181,5 @@ def print_json(value: dict[str, Any]) -> None:
 
 
 def printable(text: str) -> str:
-    """Without control characters: names in hostile files must not steer a terminal."""
+    """Remove control characters: names in hostile files must not steer a terminal."""
     return "".join(c if c.isprintable() else "?" for c in text)

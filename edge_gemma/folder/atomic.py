@@ -1,9 +1,11 @@
-"""Writing so that an interruption leaves the old or the new, never half: aside, fsync, rename.
+"""Atomic writing: after an interruption the old file or folder is there, or the new one, never half of it.
+
+Something new is written beside its destination, flushed to the disk, and renamed.
 
 Owns: one file (`write_file`) and one folder (`new_folder`). Does not know what is written.
 
-Links are followed: what they name is replaced, beside it lies what is being written. What is replaced keeps its
-permissions; what is new gets those of the umask.
+Links are followed: the file that a link names is replaced. A file that is replaced keeps its permissions; a new one
+gets those of the umask.
 """
 
 import contextlib
@@ -25,7 +27,7 @@ _SHOWN = 40  # characters of a file's name in that of the file aside, which must
 
 
 def sync_tree(folder: Path) -> None:
-    """Make all that lies in a folder durable."""
+    """Flush everything in a folder to the disk."""
     folders = [folder]
     for path in folder.rglob("*"):
         if path.is_dir():
@@ -40,7 +42,7 @@ def sync_tree(folder: Path) -> None:
 
 
 def write_file(path: Path, data: bytes) -> None:
-    """Write `data` to `path` whole or not at all; a device or a pipe is written to as it is. Raises OSError."""
+    """Write `data` to `path`, whole or not at all. Devices and pipes are written to directly. Raises OSError."""
     try:
         mode = os.stat(path).st_mode
     except FileNotFoundError:
@@ -68,7 +70,7 @@ def write_file(path: Path, data: bytes) -> None:
 
 
 def _take_permissions(old: Path, new: Path) -> None:
-    """Where there is an `old`, and the file system has permissions."""
+    """Copy the permissions of `old`, where there is one and the file system has permissions."""
     with contextlib.suppress(OSError):
         os.chmod(new, stat.S_IMODE(os.stat(old).st_mode))
 
@@ -77,12 +79,11 @@ def _take_permissions(old: Path, new: Path) -> None:
 def scratch_folder(
     dest: Path, key: str | None = None, keep_on: type[BaseException] = KeyboardInterrupt
 ) -> Iterator[Path]:
-    """A folder beside `dest` that is gone afterwards.
+    """A folder beside `dest` that is removed afterwards.
 
-    Scratch folders that earlier, killed runs left for the same `dest` are removed first: they are told from those of
-    live runs by the lock a live run holds. With a `key`, Ctrl-C (or what else `keep_on` names) leaves the folder too,
-    and who comes with the same key is given what an interrupted run had in it. Raises UsageError while another has that
-    folder.
+    Scratch folders that killed runs left for the same `dest` are removed first. A live run holds a lock on its own,
+    which tells the two apart. With a `key`, Ctrl-C (or whatever exception `keep_on` names) keeps the folder, and the
+    next run with the same key gets it with its contents. Raises UsageError while another run has that folder.
     """
     dest.parent.mkdir(parents=True, exist_ok=True)
     kept = dest.with_name(f".{dest.name}.{key}{_ASIDE}") if key else None
@@ -115,12 +116,12 @@ def new_folder(
     key: str | None = None,
     keep_on: type[BaseException] = KeyboardInterrupt,
 ) -> Iterator[Path]:
-    """Fill a folder aside; on a normal exit it takes `dest`'s name, on any other it is gone.
+    """Fill a folder beside `dest`. A normal exit renames it to `dest`; any other removes it.
 
-    With `force`, an existing folder at `dest` is replaced after the new one is whole; `having` names files of which it
-    must have one, unless it is empty. key: of what the folder is made; an interrupted run with the same key is resumed.
-    keep_on: what counts as an interruption.
-    Raises UsageError if `dest` exists without `force` or must not be replaced, or is being written with this key.
+    force: replace an existing folder at `dest`, once the new one is whole. having: names of files; a folder that is
+    replaced must have one of them, or be empty. key: identifies what the folder is made of; an interrupted run with the
+    same key is resumed. keep_on: the exceptions that count as an interruption. Raises UsageError if `dest` exists
+    without `force`, if it must not be replaced, or while another run writes it with this key.
     """
     dest = _real(dest)
     with scratch_folder(dest, key, keep_on) as aside:
@@ -132,7 +133,7 @@ def new_folder(
 
 
 def left_aside(dest: Path) -> list[Path]:
-    """What interrupted runs have left for the next one that writes `dest`."""
+    """The folders that interrupted runs have left beside `dest` for the next run."""
     dest = _real(dest)
     pattern = f".{glob.escape(dest.name)}.*{_ASIDE}"
     found = [path for path in dest.parent.glob(pattern) if path.is_dir() and not path.is_symlink()]
@@ -141,13 +142,13 @@ def left_aside(dest: Path) -> list[Path]:
 
 
 def _real(dest: Path) -> Path:
-    """Where a path leads, every link followed."""
+    """The path with every link followed."""
     return Path(os.path.realpath(dest))
 
 
 @contextlib.contextmanager
 def unused(aside: Path) -> Iterator[None]:
-    """Holds a folder that an interrupted run has left. Raises UsageError while a run is writing there."""
+    """Hold a folder that an interrupted run has left. Raises UsageError while a run is writing there."""
     try:
         lock = system.lock_folder(aside)
     except BlockingIOError:
@@ -160,7 +161,9 @@ def unused(aside: Path) -> Iterator[None]:
 
 
 def _refuse_to_replace(dest: Path, force: bool, having: Collection[str]) -> None:
-    """Raises UsageError for what must stay: anything without `force`; with it what has none of the files `having`."""
+    """Raises UsageError for a folder that must stay: without `force` any, with it one that has none of the files
+    `having`.
+    """
     if not os.path.lexists(dest):
         return
     if not force:
@@ -184,7 +187,7 @@ def _rename(aside: Path, dest: Path) -> None:
 
 
 def _clear_leftovers(dest: Path, kept: Path | None = None) -> None:
-    """Remove what killed runs left, not `kept`; give a folder its name back where one died between two renames."""
+    """Remove what killed runs left, except `kept`. Restores a folder's name if a run died between the two renames."""
     old = dest.with_name(f".{dest.name}{_REPLACED}")
     if old.exists() and not dest.exists():
         os.rename(old, dest)
@@ -202,7 +205,7 @@ def _clear_leftovers(dest: Path, kept: Path | None = None) -> None:
 
 
 def _last_written(folder: Path) -> float:
-    """Seconds since 1970."""
+    """When the folder was last written, in seconds since 1970."""
     times = [folder.stat().st_mtime]
     for path in folder.rglob("*"):
         with contextlib.suppress(OSError):  # gone meanwhile

@@ -1,7 +1,7 @@
-"""Which model folder is meant: a path, a GGUF file, a name, `EDGE_GEMMA_MODEL`, or the embedded default.
+"""Finds the model folder that a user means: by a path, a GGUF file, a name, `EDGE_GEMMA_MODEL`, or the default.
 
-Owns: the user's cache of converted models. Beside the command line this is the one place of the runtime that reaches
-into `edge_gemma.export`, and only when a checkpoint has to be converted first.
+Owns: the user's cache of converted models. Only this module and the command line import `edge_gemma.export`, and this
+one only when a checkpoint has to be converted first.
 """
 
 import contextlib
@@ -29,13 +29,13 @@ _SAMPLES, _SAMPLE_BYTES = 65, 4096  # of a GGUF file, spread over it
 
 
 def cache_folder() -> Path | None:
-    """Where converted models are kept: the platform's cache folder for this user, None where there is none."""
+    """The folder of converted models: in the platform's cache folder of this user. None if there is none."""
     folder = places.cache()
     return folder and folder / "models"
 
 
 def pulled_folder() -> Path | None:
-    """Where pulled models are kept: the platform's data folder for this user, None where there is none."""
+    """The folder of pulled models: in the platform's data folder of this user. None if there is none."""
     folder = places.data()
     return folder and folder / "models"
 
@@ -46,9 +46,10 @@ def folders() -> tuple[Path, ...]:
 
 
 def resolve(model: Path | str | None = None, progress: Progress | None = None) -> Path:
-    """The model folder that `model` means; converts into the cache first where it has to.
+    """The model folder that `model` means. Converts into the cache first where it has to.
 
-    None means $EDGE_GEMMA_MODEL, and without it the embedded default. Raises UsageError naming what was looked for.
+    None means $EDGE_GEMMA_MODEL, and without that the embedded default. Raises UsageError that names what was looked
+    for.
     """
     if model is None and not (model := os.environ.get(MODEL_VARIABLE)):
         return _embedded()
@@ -69,7 +70,9 @@ def resolve(model: Path | str | None = None, progress: Progress | None = None) -
 
 
 def _folder(path: Path) -> Path:
-    """A folder without a manifest, for who opens it to say what it lacks. Raises UsageError for a checkpoint."""
+    """The folder itself, also without a manifest: opening it will say what it lacks. Raises UsageError for a
+    checkpoint.
+    """
     if (path / "config.json").is_file():
         raise UsageError(
             f"{path} is a checkpoint, expected a model folder: edge-gemma export {path} ./{path.absolute().name}-q4, "
@@ -79,7 +82,7 @@ def _folder(path: Path) -> Path:
 
 
 def _unknown(model: str) -> UsageError:
-    """What to do about a name that means nothing here."""
+    """What a user can do about a name that is not known."""
     with contextlib.suppress(UsageError):
         called = HubName.parse(model).called
         then = "" if called == model else f", then -m {called}"
@@ -101,12 +104,14 @@ def _embedded() -> Path:
 
 
 def _names() -> list[str]:
-    """Names that `resolve` knows: the embedded default, what it can fetch and what was pulled or converted."""
+    """Names that `resolve` knows: the embedded default, short names it can fetch, and models that were pulled or
+    converted.
+    """
     return sorted({EMBEDDED_NAME, GEMMA3_NAME, *(e.name for e in store.entries(folders()) if not e.unfinished)})
 
 
 def _converted(path: Path, progress: Progress | None) -> Path:
-    """A GGUF file's folder in the cache."""
+    """The folder of a GGUF file in the cache."""
     with path.open("rb") as file:
         if file.read(4) != b"GGUF":
             advice = ""
@@ -120,9 +125,10 @@ def _converted(path: Path, progress: Progress | None) -> Path:
 
 
 def _key(path: Path) -> str:
-    """Another one where a file lies elsewhere or was replaced: its path, size and time, and samples of what it holds.
+    """Identifies a GGUF file: by its path, size, time, and samples of its contents.
 
-    Samples tell a file that was copied with the time of the one before. The same file under a new inode is the same.
+    It changes when the file is moved or replaced. The samples notice a file that was copied with the time of the one
+    before. A new inode alone changes nothing.
     """
     status = path.stat()
     digest = hashlib.sha256(f"{path.resolve()}\0{status.st_size}\0{status.st_mtime_ns}".encode())
@@ -136,7 +142,7 @@ def _key(path: Path) -> str:
 
 
 def _gemma3(progress: Progress | None) -> Path:
-    """Gemma 3 270M from the `gemma3` extra, converted once."""
+    """Gemma 3 270M from the `gemma3` extra. Converted at its first use."""
     dest, whole = _place(GEMMA3_NAME, "another model with -m")
     if whole:
         return dest
@@ -154,9 +160,9 @@ def _gemma3(progress: Progress | None) -> Path:
 
 
 def _place(name: str, other: str) -> tuple[Path, bool]:
-    """Where a converted model is kept in the cache, and whether it is there: whole, and of this version.
+    """The folder of a converted model in the cache, and whether it is there: whole, and of this version.
 
-    other: another way for the user. Raises UsageError where there is no such model and none can be written.
+    other: another way to get the model, for the message. Raises UsageError if it is not there and cannot be written.
     """
     folder = cache_folder()
     if folder is not None and _is_whole(folder / name):
@@ -174,14 +180,14 @@ def _place(name: str, other: str) -> tuple[Path, bool]:
 
 
 def _convert(source: Path, dest: Path, progress: Progress | None) -> Path:
-    """A damaged folder or one of an older version is replaced."""
+    """Convert into the cache. Replaces a folder that is damaged or of an older version."""
     from edge_gemma.export.convert import export_checkpoint
 
     return export_checkpoint(source, dest, _GGUF_RECIPE, force=True, progress=progress)
 
 
 def _is_whole(folder: Path) -> bool:
-    """Whether this is a model folder of this version, as far as opening it tells."""
+    """Whether this is a model folder of this version. Opens it to tell."""
     try:
         ModelFolder.open(folder)
     except EdgeGemmaError:

@@ -20,9 +20,9 @@ Layouts of a tensor's parts (layouts.py draws them):
             scales: U8, U16 or U32 [panels, groups, 8]; factors: F16 [panels, blocks, 2, 8]
     rows    records: U8 [rows, record bytes]
 
-Two tensors may name the same bytes: token embeddings and a head that were trained apart and are equal all the same.
+Two tensors may name the same bytes: token embeddings and a head that are stored apart in the source but are equal.
 
-Minima came with version 2: a folder that has none says version 1, and older programs read it.
+Version 2 added minima. A folder without any says version 1, so older programs can read it.
 
 Tensors trained with static activation scales have them in the manifest, as numbers that are float32 values:
 `input_scale` and `output_scale` of a matrix, `cache_scale` of the K or V it makes (Tensor has their meaning).
@@ -120,7 +120,7 @@ def plan_tensor(
     minimum: int = 0,
     dtype: str = "F32",
 ) -> Tensor:
-    """The parts a tensor of this shape has in this layout, offsets still open."""
+    """The parts of a tensor with this shape and layout. Their offsets are not set yet."""
     file = PER_LAYER if layout == "rows" or name.startswith("embed_tokens_per_layer.") else WEIGHTS
     if layout == "dense":
         parts = {"values": Part(file, dtype, shape)}
@@ -141,7 +141,7 @@ def plan_tensor(
 
 
 def version_of(tensors: Iterable[Tensor]) -> int:
-    """The oldest version of the format that has all that these tensors need."""
+    """The oldest version of the format that can hold these tensors."""
     return 2 if any(tensor.minimum for tensor in tensors) else 1
 
 
@@ -286,7 +286,9 @@ class MappedFiles:
 
 
 def manifest_digest(manifest: dict[str, Any]) -> str:
-    """sha256 of the manifest without its own digest, keys sorted: a flipped bit in the file is noticed on opening."""
+    """sha256 of the manifest with sorted keys and without its own digest. Opening a folder checks it, so a flipped bit
+    is noticed.
+    """
     rest = {key: value for key, value in manifest.items() if key != "digest"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 

@@ -1,4 +1,4 @@
-"""What a model on a hub is called: short names, owner/repo[@revision], one .gguf of a repository.
+"""Names of models on a hub: short names, owner/repo[@revision], one .gguf of a repository.
 
 Owns: the grammar of names and the list of short ones. Does not know: how anything is fetched (export/pull.py), where it
 is kept (store.py).
@@ -29,7 +29,7 @@ class HubName:
 
     @classmethod
     def parse(cls, text: str) -> "HubName":
-        """Raises UsageError for what is no name."""
+        """Read a name. Raises UsageError if it is none."""
         if text in SHORT_NAMES:
             return SHORT_NAMES[text]
         match = _NAME.fullmatch(re.sub(r"^(https?://[^/]+/|hf\.co/)", "", text))
@@ -41,7 +41,9 @@ class HubName:
         return cls(called, match["repo"], match["revision"], gguf)
 
     def gguf_of(self, files: Collection[str]) -> str | None:
-        """The .gguf meant among a repository's files; None for a safetensors checkpoint. Raises UsageError."""
+        """The .gguf file that this name means, out of a repository's files. None for a safetensors checkpoint. Raises
+        UsageError.
+        """
         models = sorted(f for f in files if f.endswith(".gguf") and "mmproj" not in f.lower())
         if self.gguf is None:
             if "config.json" in files or not models:
@@ -58,7 +60,7 @@ class HubName:
 
 
 def _gemma4(size: str) -> dict[str, HubName]:
-    """The releases of one size: trained for a phone's bits, for 4 bits, and in bfloat16 to be rounded here."""
+    """The releases of one size: trained for 2 and 4 bits, trained for 4 bits, and bfloat16, which is rounded here."""
     base, short = f"google/gemma-4-{size.upper()}-it", size.lower()
     return {
         short: HubName(short, f"{base}-qat-mobile-transformers"),

@@ -70,7 +70,7 @@ def _check(bits: int, group: int = 0, groups: tuple[int, ...] = GROUPS, minimum:
 
 
 def zero_point(bits: int) -> int:
-    """What is added to w before it is stored: 2 for 2 bits, 8 for 4 bits, 0 for two's complement bytes."""
+    """The offset added to w before it is stored: 2 for 2 bits, 8 for 4 bits, 0 for 8 bits (two's complement)."""
     _check(bits)
     return 0 if bits == 8 else 1 << (bits - 1)
 

@@ -1,4 +1,4 @@
-"""Where a model's bits came from: for each class of tensors its format, its size and its origin.
+"""Where a model's bits came from: the format, size and origin of each class of tensors.
 
 Owns: the classes, and the summary that `edge-gemma info` prints. Does not know: how origins come about (export/).
 """

@@ -48,7 +48,7 @@ def find(name: str, folders: Sequence[Path]) -> Path | None:
 
 
 def entries(folders: Sequence[Path]) -> list[Entry]:
-    """All models and what interrupted runs have left, by name."""
+    """All models, and what interrupted runs have left, sorted by name."""
     found = [entry for folder in folders for entry in _entries(folder)]
     return sorted(found, key=lambda entry: (entry.name, entry.unfinished))
 
@@ -87,7 +87,7 @@ def _entries(folder: Path) -> Iterator[Entry]:
 
 
 def _source(path: Path) -> dict[str, Any]:
-    """Recipe and origin as the manifest tells; nothing where it cannot be read."""
+    """Recipe and origin from the manifest. Empty where it cannot be read."""
     try:
         manifest = json.loads((path / MANIFEST).read_bytes())
         source = manifest["source"]
@@ -99,7 +99,7 @@ def _source(path: Path) -> dict[str, Any]:
 
 
 def _bytes(path: Path) -> int:
-    """What a folder takes on the disk: containers that are being filled have holes."""
+    """The bytes a folder takes on the disk. Files that are being filled have holes, which do not count."""
     return sum(system.allocated(file) for file in path.rglob("*") if file.is_file())
 
 

@@ -2,10 +2,10 @@
 
 Owns: which hypotheses live on, from when on a token is certain. Does not know: text, prompts, messages.
 
-Who takes the likeliest token each time cannot take one back that made all that follows unlikely; the likeliest of
-several hypotheses can (Sutskever et al. 2014, section 3.2). One timeline serves all of them: it goes back to where a
-hypothesis leaves the one before it, and the rest is run as a prompt of at most LOOK_BACK tokens. Scores are not divided
-by length (length_penalty 0 in transformers' words): how long a text is, the sound says.
+Greedy decoding cannot undo a token that makes everything after it unlikely. Keeping several hypotheses can (Sutskever
+et al. 2014, section 3.2). One timeline serves all of them: it is rewound to where a hypothesis differs from the one
+before it, and the rest is run as a prompt of at most LOOK_BACK tokens. Scores are not divided by length
+(length_penalty 0 in transformers' words), because the sound decides how long its text is.
 """
 
 import threading

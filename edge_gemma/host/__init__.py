@@ -1,1 +1,1 @@
-"""What this machine and this Python offer, or lack: files, places, CPUs, signals, packages that come with an extra."""
+"""The machine and this Python: files, folders, CPUs, signals, and packages that come with an extra."""

@@ -3,8 +3,8 @@
 Owns: its affinity and the CPU quota of its control groups (containers, `systemd-run -p CPUQuota=`, Kubernetes limits).
 Does not know: threads, kernels.
 
-A quota is a share of time, not a set of CPUs: the process sees all of them, and when it has used its share it stands
-still for the rest of the period. Threads that wait for each other then stand still together.
+A quota is a share of time, not a set of CPUs. The process sees all CPUs. When it has used its share, it is stopped for
+the rest of the period, and threads that wait for each other are stopped together.
 """
 
 import contextlib
@@ -49,7 +49,7 @@ def _groups(text: str) -> dict[str, str]:
 
 
 def _mounts(text: str) -> Iterator[tuple[str, str, str]]:
-    """Where these hierarchies are: (kind, the group that is mounted, where)."""
+    """Where these hierarchies are mounted: (kind, the group that is mounted, the mount point)."""
     for line in text.splitlines():
         mount, _, source = line.partition(" - ")
         kind, _, options = source.split(" ", 2)

@@ -14,7 +14,8 @@ def imported(module: str, what: str, extra: str, error: type[EdgeGemmaError], re
     """The package `module`, or a module of it.
 
     what: what needs it, the beginning of a sentence; extra: what brings it, "" if no extra; remedy: what helps where it
-    is installed and cannot be loaded. Raises `error`, one line: it is not installed, or why it cannot be loaded.
+    is installed and cannot be loaded. Raises `error`, one line: the package is not installed, or why it cannot be
+    loaded.
     """
     try:
         return importlib.import_module(module)

@@ -1,4 +1,4 @@
-"""Ctrl-C that arrives where it would be lost: held, and delivered afterwards.
+"""Holds a Ctrl-C that arrives where it would be lost, and delivers it afterwards.
 
 Owns: holding it. Does not know: what runs meanwhile.
 """
@@ -11,11 +11,11 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def held() -> Iterator[None]:
-    """Around code that C calls back into Python from, as LLVM does while it compiles or loads machine code.
+    """Hold signals around C code that calls back into Python, as LLVM does while it compiles or loads machine code.
 
-    Python runs the handler of a signal wherever its main thread is. Inside such a callback the exception has nowhere to
-    go: it is printed as ignored, and the program goes on. In other threads nothing happens to a signal, and nothing is
-    done here.
+    Python runs a signal's handler wherever its main thread is. An exception raised inside such a callback cannot travel
+    on: it is printed as ignored, and the program continues. Signals do nothing to other threads, so there this does
+    nothing either.
     """
     handler = signal.getsignal(signal.SIGINT)
     if threading.current_thread() is not threading.main_thread() or not callable(handler):

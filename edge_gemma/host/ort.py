@@ -1,11 +1,11 @@
-"""The one place that imports onnxruntime, and opens graphs with it. It reports nothing to its maker.
+"""The one place that imports onnxruntime and opens graphs with it, with its telemetry off.
 
 Does not know: any graph.
 
-Its wheels for Linux report from 1.29 on: at import they keep an id of this device and a database of events in the
-user's cache, and soon look up the address to send them to. ORT_DISABLE_TELEMETRY, set before the import by
-edge_gemma/__init__.py, prevents all of it. The call below prevents only events of sessions, of a program that imported
-onnxruntime before edge_gemma (both measured with 1.32).
+From 1.29 on, onnxruntime's wheels for Linux report to their maker. At import they store an id of this device and a
+database of events in the user's cache, and soon after they look up the address to send them to. ORT_DISABLE_TELEMETRY
+prevents all of it; edge_gemma/__init__.py sets it before the import. If a program imported onnxruntime before
+edge_gemma, the call below prevents the events of sessions only (both measured with 1.32).
 """
 
 from collections.abc import Mapping
@@ -20,10 +20,10 @@ onnxruntime.disable_telemetry_events()
 
 
 def open_graph(path: Path, threads: int, settings: Mapping[str, str] | None = None) -> Any:
-    """An onnxruntime.InferenceSession on the CPU.
+    """Open a graph as an onnxruntime.InferenceSession on the CPU.
 
-    threads: that share one operation; settings: of the session, by onnxruntime's names. Raises ModelFolderError, one
-    line, where onnxruntime refuses the graph, which not enough memory may be the reason of.
+    threads: how many share one operation. settings: of the session, by onnxruntime's names. Raises ModelFolderError,
+    one line, where onnxruntime refuses the graph; lack of memory can be the reason.
     """
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1

@@ -12,12 +12,12 @@ CACHE_VARIABLE, DATA_VARIABLE = "XDG_CACHE_HOME", "XDG_DATA_HOME"
 
 
 def cache() -> Path | None:
-    """The folder for what can be made again; None for a user without a home (and without $XDG_CACHE_HOME)."""
+    """The folder for files that can be made again. None for a user without a home and without $XDG_CACHE_HOME."""
     return _folder(platformdirs.user_cache_dir)
 
 
 def data() -> Path | None:
-    """The folder for what cannot; None for a user without a home (and without $XDG_DATA_HOME)."""
+    """The folder for files that cannot. None for a user without a home and without $XDG_DATA_HOME."""
     return _folder(platformdirs.user_data_dir)
 
 

@@ -1,9 +1,10 @@
-"""System calls on files that not every platform and not every file system has, and what is done without them.
+"""System calls on files that some platforms and file systems lack, and what is done without them.
 
 Owns: reading and writing at an offset, mapping a file, flushing, locks, swapping two names, advice about reading, and
 asking for memory beforehand. Does not know: what files hold.
 
-The first two are needed and have a way around. The others are extras: where there are none, work goes on without.
+Reading and writing at an offset are needed, so they have a replacement. The others are extras: work goes on without
+them.
 """
 
 import contextlib
@@ -55,15 +56,17 @@ def write_at(fd: int, data: bytes | memoryview, offset: int) -> int:
 
 
 def allocated(path: Path) -> int:
-    """Bytes that a file takes on the disk: one that is being filled has holes. Its size where nothing else is known."""
+    """The bytes that a file takes on the disk: less than its size if it has holes. Its size where nothing else is
+    known.
+    """
     status = path.stat()
     return 512 * status.st_blocks if hasattr(status, "st_blocks") else status.st_size
 
 
 def map_file(path: Path) -> mmap.mmap:
-    """A whole file, mapped read-only. Raises OSError.
+    """Map a whole file read-only. Raises OSError.
 
-    Some file systems (9p, FUSE) map only privately, which is the same to who only reads.
+    Some file systems (9p, FUSE) allow only private maps; to a reader they are the same.
     """
     with path.open("rb") as file:
         try:
@@ -75,9 +78,10 @@ def map_file(path: Path) -> mmap.mmap:
 
 
 def need_memory(nbytes: int) -> None:
-    """Raise MemoryError if this process may not have so much more: before a library that would crash instead.
+    """Raise MemoryError if this process may not have so much more memory. Called before a library that would crash
+    instead.
 
-    Only addresses are asked for, which limits on them (`ulimit -v`) and strict accounting refuse. Nothing is touched.
+    It asks for addresses only, which `ulimit -v` and strict accounting refuse. Nothing is touched.
     """
     try:
         mmap.mmap(-1, nbytes).close()
@@ -86,7 +90,7 @@ def need_memory(nbytes: int) -> None:
 
 
 def flush(fd: int) -> None:
-    """Make what was written durable, where the file system can. Raises OSError if the disk fails or is full."""
+    """Flush a file to the disk, where the file system can. Raises OSError if the disk fails or is full."""
     try:
         os.fsync(fd)
     except OSError as error:
@@ -95,7 +99,7 @@ def flush(fd: int) -> None:
 
 
 def flush_folder(path: Path) -> None:
-    """Make a folder's entries durable, where the system can. Raises OSError if the disk fails or is full."""
+    """Flush a folder's entries to the disk, where the system can. Raises OSError if the disk fails or is full."""
     if not hasattr(os, "O_DIRECTORY"):
         return
     with contextlib.suppress(PermissionError):  # a folder that may be written and not read
@@ -107,9 +111,9 @@ def flush_folder(path: Path) -> None:
 
 
 def lock_folder(path: Path) -> int | None:
-    """Hold a folder until the descriptor that is returned is closed, or the process ends. None: there are no locks.
+    """Lock a folder until the returned descriptor is closed or the process ends. None: there are no locks here.
 
-    Raises BlockingIOError while another holds it.
+    Raises BlockingIOError while another process holds the lock.
     """
     if fcntl is None:
         return None
@@ -142,11 +146,11 @@ def advise(fd: int, advice: str, offset: int = 0, length: int = 0) -> None:
 
 
 def read_in_order(mapped: mmap.mmap) -> None:
-    """Bring a mapped file in from start to end, in large pages where the system has them for files.
+    """Read a mapped file from start to end into memory, in large pages where the system has them for files.
 
-    Every token reads all of it, so nothing is read in vain. In order it comes in 2 MB pages (Linux 6.16 on ext4, and
-    others), which decode 9% faster than the 4 kB pages that random faults bring (docs/LOG.md#small-pages). What is
-    there already is only mapped, in milliseconds. A system that knows neither advice reads on demand.
+    Every token reads all weights, so nothing is read in vain. Read in order, a file comes in 2 MB pages (Linux 6.16 on
+    ext4, and others). These decode 9% faster than the 4 kB pages of random faults (docs/LOG.md#small-pages). Pages that
+    are in memory already are only mapped, in milliseconds. A system that knows neither advice reads on demand.
     """
     if sys.platform != "linux":
         return

@@ -1,9 +1,9 @@
-"""The speed at which this machine's memory can be read, beside which a model's is put.
+"""How fast this machine can read its memory: the bound that a model's speed is compared with.
 
-The bandwidth is that of a plain sum over the very pages the weights are mapped from, by as many threads, each reading
-from four places at a time with software prefetch 1 kB ahead (read from one place, some machines give a quarter less;
-without prefetch, a core of some others reaches a fifth); the best of several passes. A model smaller than the CPU's
-caches is read from those.
+The bandwidth is that of a plain sum over the pages that the weights are mapped from, by the same number of threads.
+Each thread reads from four places at a time, with software prefetch 1 kB ahead. (From one place, some machines give a
+quarter less. Without prefetch, a core of some others reaches a fifth.) The best of several passes counts. A model
+smaller than the CPU's caches is read from those.
 
 Owns: `ReadBandwidth`. Does not know: models.
 """
@@ -29,7 +29,7 @@ _AHEAD = 16 * _LINE  # 1 kB
 
 
 class ReadBandwidth:
-    """The speed at which so many of this machine's threads read a file's pages once they are in memory."""
+    """The speed at which some of this machine's threads read a file's pages that are in memory."""
 
     def __init__(self, file: Path, threads: int) -> None:
         words = file.stat().st_size // 8

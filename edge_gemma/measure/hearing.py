@@ -6,8 +6,7 @@ Method. The sound is noise: neither encoder nor decoder work less for it. "Liste
 160 ms after 160 ms, as fast as the machine can; the clock of its first token starts when the last of it has been fed,
 so the silence that ends an utterance (0.6 s by default) comes on top. "Clip" is the same sound handed over as a whole.
 The whole pipeline is a clip of the longest length and a reply of 4 tokens for each second of it, about what fast speech
-has, whatever the model would like to say. Before that, the shortest utterance untimed; results are medians of `repeat`
-runs.
+has; the model does not choose them. The shortest utterance is run first, untimed. Results are medians of `repeat` runs.
 """
 
 import statistics
@@ -101,7 +100,7 @@ def measure(
 
 
 def _repetition(engine: Engine, scribe: Scribe) -> dict[str, float]:
-    """Everything once."""
+    """One run of everything that is measured."""
     longest = LENGTHS_S[-1]
     noise, random = _noise(longest), np.random.default_rng(longest)
     found = {}
@@ -127,7 +126,7 @@ def _repetition(engine: Engine, scribe: Scribe) -> dict[str, float]:
 
 
 def _utterance(engine: Engine, scribe: Scribe, seconds: int, *, listening: bool) -> tuple[float, float]:
-    """Seconds of work until the first token, and how many of them after the end of the sound."""
+    """Seconds of work until the first token, and how many of them come after the end of the sound."""
     noise = _noise(seconds)
     start = time.perf_counter()
     scribe.begin()

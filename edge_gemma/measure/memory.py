@@ -1,4 +1,4 @@
-"""What a model will need in memory, told before it is loaded.
+"""How much memory a model will need, known before it is loaded.
 
 Owns: the estimate (`footprint`), this process's own figures (`resident`), and the refusal that says what would fit.
 Does not know: how to measure speed (speed.py). MB are 10^6 bytes.
@@ -61,8 +61,9 @@ def resident(key: str = "VmRSS") -> int | None:
 
 
 def footprint(folder: ModelFolder, context: int | None = None, *, audio: bool = False) -> Footprint:
-    """The estimate for a session of `context` tokens (None: the default), audio: that hears. Within 15% of the measured
-    peak (tests/measure/test_speed.py).
+    """The estimate for a session of `context` tokens (None: the default). audio: with the audio encoder.
+
+    It is within 15% of the measured peak (tests/measure/test_speed.py).
     """
     config = folder.config
     context = context or min(DEFAULT_CONTEXT, config.max_position_embeddings)
@@ -80,7 +81,7 @@ def footprint(folder: ModelFolder, context: int | None = None, *, audio: bool = 
 
 
 def check_limit(folder: ModelFolder, context: int | None, limit: int, *, audio: bool = False) -> None:
-    """Raise UsageError, saying what would fit, if a session of `context` tokens needs more than `limit` bytes.
+    """Raise UsageError if a session of `context` tokens needs more than `limit` bytes. The message says what would fit.
 
     audio: as in `footprint`.
     """
@@ -101,7 +102,7 @@ def check_limit(folder: ModelFolder, context: int | None, limit: int, *, audio: 
 
 
 def _shorter(context: int) -> list[int]:
-    """Contexts worth offering, longest first: multiples of 256, then halves."""
+    """Shorter contexts to offer, longest first: multiples of 256, then halves."""
     return [*range((context - 1) // 256 * 256, 0, -256), *(c for c in (128, 64) if c < context)]
 
 
@@ -127,7 +128,7 @@ def _kv_cache(config: GemmaConfig, context: int) -> int:
 
 
 def _rings(config: GemmaConfig, context: int) -> int:
-    """Of these, the rings that a snapshot copies: those that do not hold the whole context."""
+    """The part of the KV cache that a snapshot copies: the rings, which do not hold the whole context."""
     rings = (layer for layer in config.layers if layer.owns_kv and layer.sliding_window)
     return sum(_layer_cache(layer, context) for layer in rings if _slots(layer, context) < context)
 

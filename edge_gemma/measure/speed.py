@@ -1,4 +1,4 @@
-"""The command behind every published speed: a model measured on this machine, beside what its memory could give.
+"""Measures a model's speed on this machine, beside the bandwidth of its memory. Every published speed comes from here.
 
 Owns: what is timed and how (`measure`), bytes a token costs (`bytes_per_token`). Does not know: other runtimes
 (benchmarks/ compares with them).
@@ -183,12 +183,12 @@ def print_table(result: Result) -> None:
 
 
 def megabytes(value: float | None) -> str:
-    """As a table of figures shows it; "-" for what could not be measured."""
+    """Megabytes for a table of figures; "-" for what could not be measured."""
     return "-" if value is None else f"{value:,.0f} MB"
 
 
 def print_rows(result: Any, rows: Iterable[tuple[str, str, str]]) -> None:
-    """rows: what, its median, the name of its runs in `result.runs` or "". Also audio/measure.py's."""
+    """Print rows: what, its median, and the name of its runs in `result.runs` or "". hearing.py uses it too."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
@@ -205,7 +205,7 @@ def _short(value: float) -> str:
 
 
 def needed_context(prompt: int, generate: int, depth: int) -> int:
-    """Tokens the session of a measurement holds at most."""
+    """The most tokens that the session of a measurement holds."""
     return depth + max(prompt, generate, SHORT_PROMPT)
 
 

@@ -228,7 +228,9 @@ def transcripts(folder: Path) -> list[tuple[Path, str]]:
 
 @dataclass(frozen=True)
 class Score:
-    """wer: wrong words a word said, 0.05 is 5%; None if nothing was said. failed: files that could not be read."""
+    """Wrong words. wer: wrong words for each word said, 0.05 is 5%; None if nothing was said. failed: files that could
+    not be read.
+    """
 
     wer: float | None
     words: int

@@ -30,7 +30,9 @@ Kind = Literal["chat", "continuation"]  # turns through a chat template, or a te
 
 @dataclass(frozen=True)
 class Transcript:
-    """model: its name, for the reader only. kind: "chat" where it is not given, None where nothing was said yet."""
+    """A saved conversation. model: its name, for readers only. kind: "chat" where the file gives none, None while
+    nothing was said.
+    """
 
     messages: tuple[Message, ...] = ()
     system: str | None = None
@@ -38,7 +40,7 @@ class Transcript:
     kind: Kind | None = None
 
     def __post_init__(self) -> None:
-        """Raises UsageError for anything that is not as it is declared."""
+        """Raises UsageError for a field of another type than declared."""
         check_messages(self.messages)
         for name in ("system", "model"):
             require(f"a transcript's {name}", value := getattr(self, name), isinstance(value, str | None), "a text")
@@ -53,7 +55,7 @@ class Transcript:
         )
 
     def as_bytes(self) -> bytes:
-        """What the file holds. Raises UsageError for a tool call with arguments that JSON has not."""
+        """The contents of the file. Raises UsageError for tool-call arguments that JSON cannot hold."""
         content = {
             "format": FORMAT,
             "version": VERSION,
@@ -69,7 +71,7 @@ class Transcript:
         return f"{text}\n".encode("utf-8", "replace")
 
     def save(self, path: Path | str) -> None:
-        """Replace `path`. Raises OSError; the old file is then as it was."""
+        """Replace `path`. Raises OSError; the old file is then unchanged."""
         write_file(file_path("the conversation's file", path), self.as_bytes())
 
     @classmethod
@@ -80,7 +82,7 @@ class Transcript:
 
     @classmethod
     def from_bytes(cls, data: bytes, path: Path | str) -> "Transcript":
-        """As `load`, of what stood in `path`."""
+        """As `load`, from the bytes of a file called `path`."""
         if len(data) > _SIZE_LIMIT:
             raise UsageError(f"{path} has more than {_SIZE_LIMIT >> 20} MB, which no conversation has")
         try:
@@ -102,14 +104,14 @@ class Transcript:
 
 
 class SessionFile:
-    """The file that a running chat is kept in. What another program writes there meanwhile stays."""
+    """The file in which a running chat is kept. It never replaces what another program has written there meanwhile."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._seen: str | None = None  # digest of what it held when this chat last read or wrote it
 
     def load(self) -> Transcript:
-        """What the file holds, an empty transcript where there is none. Raises as `Transcript.load`."""
+        """The contents of the file; an empty transcript if there is none. Raises as `Transcript.load`."""
         if not self.path.exists():
             return Transcript()
         with self.path.open("rb") as file:
@@ -118,7 +120,7 @@ class SessionFile:
         return Transcript.from_bytes(data, self.path)
 
     def save(self, transcript: Transcript) -> None:
-        """Replace the file. Raises OSError, UsageError where another program has written it since."""
+        """Replace the file. Raises OSError, and UsageError if another program has written it since."""
         data = transcript.as_bytes()
         with _alone_in(self.path.resolve().parent):
             if self.path.exists() and _digest(self.path.read_bytes()) != self._seen:
@@ -127,14 +129,16 @@ class SessionFile:
         self._seen = _digest(data)
 
     def beside(self) -> "SessionFile":
-        """A file of a free name: monday-2.json beside monday.json."""
+        """A file with a free name: monday-2.json beside monday.json."""
         names = (self.path.with_stem(f"{self.path.stem}-{i}") for i in itertools.count(2))
         return SessionFile(next(path for path in names if not path.exists()))
 
 
 @contextlib.contextmanager
 def _alone_in(folder: Path) -> Iterator[None]:
-    """No other chat looks at a file of `folder` and replaces it meanwhile, where the file system has locks."""
+    """Lock `folder`, where the file system has locks, so that no other chat checks a file there and replaces it
+    meanwhile.
+    """
     lock, deadline = None, time.monotonic() + _PATIENCE_S
     while time.monotonic() < deadline:
         try:

@@ -17,7 +17,7 @@ THINKING = "enable_thinking"  # the template's variable
 
 
 class ChatTokenizer(Protocol):
-    """What of `edge_gemma.text.tokenizer.Tokenizer` is used here."""
+    """The part of `edge_gemma.text.tokenizer.Tokenizer` that prompts use."""
 
     bos_id: int
     eos_id: int

@@ -1,4 +1,4 @@
-"""A model's reply, told apart into answer, reasoning and tool calls while its tokens arrive.
+"""Splits a model's reply into answer, reasoning and tool calls while its tokens arrive.
 
 The chat template writes `<|channel>thought\\n...<channel|>` and `<|tool_call>call:NAME{...}<tool_call|>`, and replies
 follow it. Vocabularies without these tokens (Gemma 3) have replies of answer text only.
@@ -18,7 +18,7 @@ from edge_gemma.text.tool_call import QUOTE, ToolCall, call_text, parse_call
 class Piece:
     """A part of a reply, in the order it arrived. A malformed tool call is answer text with `malformed` set.
 
-    A notice is not the model's: it tells the user what was done, for example that old turns were left out.
+    A notice does not come from the model. It tells the user what was done, for example that old turns were left out.
     """
 
     kind: Literal["answer", "thought", "tool_call", "notice"]
@@ -53,7 +53,7 @@ class ReplyParser:
                 break
 
     def push(self, token: int, text: str) -> list[Piece]:
-        """The pieces that a token completes. text: what the detokeniser made of it, "" for control tokens."""
+        """The pieces that a token completes. text: its text from the detokeniser, "" for control tokens."""
         pieces = self._text(text)
         if token == self._open:
             self._thinking, self._header = True, ""
@@ -68,7 +68,7 @@ class ReplyParser:
         return pieces
 
     def finish(self, text: str = "") -> list[Piece]:
-        """What is left when the reply ends. text: what the detokeniser still held."""
+        """The last pieces, when the reply ends. text: what the detokeniser still held."""
         pieces = self._text(text)
         if self._call is not None:
             pieces.append(self._end_call(""))

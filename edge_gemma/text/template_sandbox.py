@@ -4,11 +4,11 @@ Owns: the sandbox, what transformers gives templates (tojson, raise_exception, s
 control tags), and a ledger: a template that loops, recurses or builds huge values ends in a TemplateError, not in a
 full memory. Does not know: messages, tokens.
 
-The ledger. Each operation pays for what it reads and for what it makes, so values merely passed on cost nothing,
-whatever they are. A value's weight is its length were it written out, everything nested in it included; only operations
-of _GROWING make something heavier than their operands, and their results are estimated before they are made. One
-rendering may spend a constant, what its variables weigh, and the square of their longest list: released templates look
-back from every message to all earlier ones.
+The ledger. Each operation pays for what it reads and for what it makes, so passing a value on costs nothing. The weight
+of a value is its length when written out, with everything nested in it. Only the operations of _GROWING make something
+heavier than their operands, and their results are estimated before they are made. One rendering may spend a constant,
+plus the weight of its variables, plus the square of their longest list: released templates look back from every
+message to all earlier ones.
 """
 
 import functools
@@ -91,7 +91,7 @@ class _OverBudget(Exception):
 
 
 class _Ledger:
-    """What one rendering may still spend: `steps` of time, `characters` of memory."""
+    """The budget of one rendering: `steps` of time and `characters` of memory that are left."""
 
     def __init__(self, variables: Mapping[str, Any]) -> None:
         self._known: dict[int, tuple[Collection[Any], int, int]] = {}  # by id, which holds while the value is kept
@@ -236,7 +236,9 @@ def _through(name: str, node: nodes.Node, *arguments: nodes.Expr) -> nodes.Filte
 
 
 class _Namespace(Namespace):
-    """Written out it is only its name: namespaces hold each other, so their contents could be of any length."""
+    """A namespace that is written out as its name only. Namespaces can hold each other, so their contents have no
+    bound.
+    """
 
     def __repr__(self) -> str:
         return "<Namespace>"
@@ -348,7 +350,7 @@ def _tojson(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """JSON as it is: Jinja's own filter escapes for HTML."""
+    """JSON without escapes. Jinja's own filter escapes for HTML."""
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 

@@ -160,7 +160,7 @@ class Tokenizer:
 
 
 class Detokenizer:
-    """Ids in, complete characters out: `push` holds back the bytes of an unfinished character, `flush` gives it up."""
+    """Ids in, complete characters out. `push` holds back an unfinished character's bytes, `flush` releases them."""
 
     def __init__(self, tokenizer: Tokenizer, skip_special: bool = True) -> None:
         self._tokenizer = tokenizer

@@ -26,10 +26,11 @@ _SPACE = re.compile(r"\s*")
 
 @dataclass(frozen=True)
 class ToolCall:
-    """What the model wants done. arguments: JSON values by name.
+    """A call that the model asks for. arguments: JSON values by name.
 
-    The arguments may be given as OpenAI's clients send them, as the text of a JSON object; nothing at all is none.
-    Templates get a mapping: Gemma 4's of July 2026 refuse a text. Raises UsageError for a text that is no JSON object.
+    Arguments may also be given as OpenAI's clients send them: the text of a JSON object, where an empty text means no
+    arguments. Templates get a mapping, because Gemma 4's of July 2026 refuse a text. Raises UsageError for a text that
+    is no JSON object.
     """
 
     name: str
@@ -57,7 +58,7 @@ def call_text(parts: Sequence[str | object]) -> str:
 
 
 def parse_call(parts: Sequence[str | object]) -> ToolCall | None:
-    """Texts and QUOTEs to a call; None if they do not make one."""
+    """The call that texts and QUOTEs spell; None if they spell none."""
     try:
         return _Reader(parts).call()
     except (_Malformed, ValueError):
