@@ -117,7 +117,7 @@ def test_asking_answers_each_utterance_after_the_system_prompt():
     engine = SpeechEngine(lambda levels: f"You said {understand(levels)}.")
     events = listener(engine, ask=True, system="Be brief.").events(blocks_of(say(7, -15, 8, -15)))
     assert heard(events) == ["You said w7.", "You said w8."]
-    prompt = engine.tokenizer.spell(engine.timeline.prompts[-1]).replace("<pad>", "")
+    prompt = engine.tokenizer.spell(engine.timeline.prompts[-1]).replace("<|audio|>", "")
     assert prompt == ("<bos><|turn>system\nBe brief.<turn|>\n<|turn>user\n<|audio><audio|><turn|>\n<|turn>model\n")
 
 
@@ -136,7 +136,7 @@ def test_an_utterance_without_a_pause_is_answered_once():
     assert second.text == "w7"
     assert max(engine.audio.clips) <= 480_000
     prompt = next(p for p in engine.timeline.prompts if len(p) > 1400)
-    text = engine.tokenizer.spell(prompt).replace("<pad>", "")
+    text = engine.tokenizer.spell(prompt).replace("<|audio|>", "")
     assert text == "<bos><|turn>user\n<|audio><audio|><|audio><audio|><turn|>\n<|turn>model\n"
     streamed = np.concatenate(engine.audio.streamed)[: 56 * SAMPLE_RATE]
     assert np.array_equal(streamed, say(*words))

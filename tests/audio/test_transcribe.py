@@ -96,7 +96,7 @@ def test_progress_counts_seconds():
 def test_the_prompt_is_the_model_cards_with_the_sound_after_the_text():
     engine = SpeechEngine()
     transcribed(1, 2, -20, engine=engine, task=Task("de"))
-    before, _, after = spoken(engine).partition("<pad>")
+    before, _, after = spoken(engine).partition("<|audio|>")
     assert before == (
         "<bos><|turn>user\nTranscribe the following speech segment in German into German text.\n\n"
         "Follow these specific instructions for formatting the answer:\n"
@@ -104,7 +104,7 @@ def test_the_prompt_is_the_model_cards_with_the_sound_after_the_text():
         "*   When transcribing numbers, write the digits, i.e. write 1.7 and not one point seven, and write 3 instead "
         "of three.<|audio>"
     )
-    assert after.replace("<pad>", "") == "<audio|><turn|>\n<|turn>model\n"
+    assert after.replace("<|audio|>", "") == "<audio|><turn|>\n<|turn>model\n"
 
 
 def test_the_instruction_is_prefilled_once():
