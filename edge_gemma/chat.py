@@ -45,18 +45,18 @@ Said = str | Message | Mapping[str, Any] | Any  # what `send` takes; Any: sample
 
 
 class ChatEngine(Protocol):
-    """What of `edge_gemma.engine.Engine` is used here."""
+    """The part of `edge_gemma.engine.Engine` that a conversation uses."""
 
     @property
-    def tokenizer(self) -> StreamTokenizer: ...
+    def tokenizer(self) -> StreamTokenizer: ...  # noqa: D102
     @property
-    def chat_template(self) -> str | None: ...
+    def chat_template(self) -> str | None: ...  # noqa: D102
     @property
-    def generation_config(self) -> dict[str, Any]: ...
+    def generation_config(self) -> dict[str, Any]: ...  # noqa: D102
     @property
-    def name(self) -> str: ...
-    def hear(self, source: Any) -> tuple[np.ndarray, ...]: ...
-    def session(self, context: int | None = None) -> Timeline: ...
+    def name(self) -> str: ...  # noqa: D102
+    def hear(self, source: Any) -> tuple[np.ndarray, ...]: ...  # noqa: D102
+    def session(self, context: int | None = None) -> Timeline: ...  # noqa: D102
 
 
 class Conversation:
@@ -246,6 +246,7 @@ class Chat(Conversation):
 
     @property
     def can_think(self) -> bool:
+        """Whether the chat template knows of thinking."""
         return self._format.takes(THINKING)
 
     @property
@@ -353,6 +354,7 @@ class Chat(Conversation):
         return self.send(message)
 
     def reset(self) -> None:
+        """As `Conversation.reset`: the next prompt begins with the next message."""
         super().reset()
         self._first = 0
 
@@ -433,6 +435,7 @@ class Continuation(Conversation):
                 self._ids = prompt + result.tokens
 
     def reset(self) -> None:
+        """As `Conversation.reset`: there is no last text to go on with."""
         super().reset()
         self._ids = []
 
