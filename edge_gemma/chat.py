@@ -30,10 +30,10 @@ from edge_gemma.generation.generate import (
 from edge_gemma.generation.reply import Reply
 from edge_gemma.generation.sampler import Sampler, Sampling, Settings
 from edge_gemma.session import Timeline
-from edge_gemma.text.history import Kind, Transcript
 from edge_gemma.text.message import Message, as_messages
 from edge_gemma.text.prompt import THINKING, ChatFormat, Prompt, audio_marks
 from edge_gemma.text.reply import Piece
+from edge_gemma.text.session_file import Kind, Transcript
 from edge_gemma.text.tool_declaration import Tool, declared
 
 CONTINUATION_TOKENS = 128  # a base model seldom stops by itself

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from edge_gemma.errors import CheckpointError
-from edge_gemma.export.element_types import GGUF_TYPES, UNREAD_TYPES
+from edge_gemma.export.gguf_types import GGUF_TYPES, UNREAD_TYPES
 from edge_gemma.export.source_file import SourceFile, StoredTensor, show
 
 _MAX_HEADER = 128 << 20  # metadata and tensor table; Gemma 4's is 16 MB

@@ -1,7 +1,7 @@
 """GGUF checkpoints of the architectures gemma4 and gemma3.
 
 Owns: building a Hugging Face style `text_config` from GGUF metadata, and the mapping of tensor names. Does not know:
-the container's bytes (gguf_container.py) nor block layouts (element_types.py).
+the container's bytes (gguf_container.py) nor block layouts (gguf_types.py).
 
 Sources: llama.cpp's conversion of both architectures and its loader (as shipped in llama-cpp-python 0.3.36). GGUF
 norm weights are the factor itself for Gemma 3 too, and q and k rows are not permuted.
@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 from edge_gemma.config import FULL, SLIDING
 from edge_gemma.config_keys import check_ignored, known_keys
 from edge_gemma.errors import CheckpointError, ConfigError
-from edge_gemma.export.element_types import PACKED_TYPES
 from edge_gemma.export.gguf_container import GgufFile, Metadata
+from edge_gemma.export.gguf_types import PACKED_TYPES
 from edge_gemma.export.packed import Packed, PackedMatrix
 from edge_gemma.export.source_file import (
     SourceFile,
@@ -342,7 +342,7 @@ def _packed_matrix(tensor: StoredTensor) -> PackedMatrix:
 
 
 class GgufCheckpoint:
-    """A GGUF file as a `Checkpoint`: architectures gemma4 (dense) and gemma3, the types of element_types.GGUF_TYPES."""
+    """A GGUF file as a `Checkpoint`: architectures gemma4 (dense) and gemma3, the types of gguf_types.GGUF_TYPES."""
 
     trained_recipe: str | None = None
 

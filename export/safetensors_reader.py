@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from edge_gemma.errors import CheckpointError
 from edge_gemma.export import gemma_quant, hub_config
 from edge_gemma.export.audio_tower import AudioTower, bind_audio_tower
-from edge_gemma.export.element_types import BY_NAME
+from edge_gemma.export.element_types import FLOATS
 from edge_gemma.export.packed import PackedMatrix
 from edge_gemma.export.source_file import (
     SourceFile,
@@ -41,7 +41,6 @@ _ITEM_BYTES = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E5M2": 1, "F8_E4M3": 1, "F8_E8M0": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2,
     "I32": 4, "U32": 4, "F32": 4, "I64": 8, "U64": 8, "F64": 8,
 }  # fmt: skip
-_READABLE = ("F32", "F16", "BF16")
 _MAX_HEADER = 8 << 20  # E2B has 0.3 MB; parsing costs several times the size
 _MAX_JSON = 8 << 20
 _MAX_TOKENIZER = 128 << 20
@@ -121,7 +120,7 @@ def _stored(file: SourceFile, base: int, name: str, entry: Any) -> StoredTensor:
         raise CheckpointError(
             f"{where} has {offsets[1] - offsets[0]} bytes, {dtype} of shape {tuple(shape)} needs {needed}"
         )
-    kind = BY_NAME[dtype] if dtype in _READABLE else None
+    kind = FLOATS.get(dtype)
     return StoredTensor(file, base + offsets[0], tuple(shape), dtype, kind, needed)
 
 

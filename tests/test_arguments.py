@@ -17,8 +17,8 @@ from edge_gemma.chat import Chat, Continuation, open_conversation
 from edge_gemma.errors import EdgeGemmaError, UsageError
 from edge_gemma.export.convert import export_checkpoint
 from edge_gemma.generation.sampler import Sampling
-from edge_gemma.text.history import Transcript
 from edge_gemma.text.message import Message
+from edge_gemma.text.session_file import Transcript
 from edge_gemma.text.tool_call import ToolCall
 from tests.fake_speech import LevelDetector, SpeechEngine
 from tests.fakes import FakeEngine

@@ -13,8 +13,8 @@ from edge_gemma.chat import Chat, Continuation, first_that, open_conversation
 from edge_gemma.errors import ContextFullError, UsageError
 from edge_gemma.folder.find import EMBEDDED
 from edge_gemma.generation.sampler import Sampling
-from edge_gemma.text.history import SessionFile, Transcript
 from edge_gemma.text.message import Message
+from edge_gemma.text.session_file import SessionFile, Transcript
 from tests.fakes import TEMPLATE, FakeEngine, FakeSession, FakeTokenizer, reply
 
 GREEDY = Sampling(temperature=0)

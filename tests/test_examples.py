@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from edge_gemma.folder.find import EMBEDDED
-from edge_gemma.text.history import Transcript
+from edge_gemma.text.session_file import Transcript
 from tests import ROOT
 from tests.embedded import SPEECH, TIMER
 

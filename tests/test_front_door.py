@@ -13,8 +13,8 @@ from edge_gemma.engine import Engine
 from edge_gemma.errors import ContextFullError, EdgeGemmaError, UsageError
 from edge_gemma.folder import find
 from edge_gemma.generation.sampler import Sampling
-from edge_gemma.text.history import Transcript
 from edge_gemma.text.message import Message
+from edge_gemma.text.session_file import Transcript
 from edge_gemma.text.tool_call import ToolCall
 from tests.fakes import TEMPLATE, FakeEngine, FakeSession, reply
 from tests.tiny import CHAT_TEMPLATE

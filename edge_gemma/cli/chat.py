@@ -14,7 +14,7 @@ from edge_gemma.cli.screen import Screen, describe, show_reply
 from edge_gemma.errors import EdgeGemmaError, UsageError
 from edge_gemma.generation.generate import Result
 from edge_gemma.text.files import decode_text
-from edge_gemma.text.history import SessionFile
+from edge_gemma.text.session_file import SessionFile
 
 HELP = """\
 /help             this list

@@ -95,7 +95,7 @@ def chat(model: str | None, session_file: Path | None, **given: Any) -> None:
     from edge_gemma.cli.chat import ChatLoop
     from edge_gemma.cli.screen import Screen
     from edge_gemma.folder import find
-    from edge_gemma.text.history import SessionFile
+    from edge_gemma.text.session_file import SessionFile
 
     file = SessionFile(session_file) if session_file is not None else None
     if file is not None and not file.path.absolute().parent.is_dir():

@@ -16,8 +16,8 @@ from edge_gemma.engine import Engine
 from edge_gemma.errors import AudioError, ContextFullError, TemplateError, UsageError
 from edge_gemma.export.convert import export_checkpoint
 from edge_gemma.generation.sampler import Sampling
-from edge_gemma.text.history import Transcript
 from edge_gemma.text.message import Message
+from edge_gemma.text.session_file import Transcript
 from tests.fake_speech import PLACEHOLDER, FakeEncoder, LevelDetector, SpeechEngine, say
 from tests.fakes import FakeTokenizer
 from tests.tiny import write_checkpoint

@@ -13,8 +13,8 @@ from click.testing import CliRunner
 from edge_gemma.cli import options
 from edge_gemma.cli.main import cli
 from edge_gemma.errors import CheckpointError
-from edge_gemma.text.history import Transcript
 from edge_gemma.text.message import Message
+from edge_gemma.text.session_file import Transcript
 from tests.fakes import FakeEngine, reply
 from tests.tiny import write_checkpoint
 

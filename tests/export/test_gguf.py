@@ -12,9 +12,10 @@ import pytest
 from edge_gemma.config import GemmaConfig
 from edge_gemma.errors import CheckpointError, ConfigError
 from edge_gemma.export.checkpoint import TensorInfo, open_checkpoint
-from edge_gemma.export.element_types import GGUF_TYPES, UNREAD_TYPES, dequantize
+from edge_gemma.export.element_types import dequantize
 from edge_gemma.export.gguf_container import GgufFile
 from edge_gemma.export.gguf_reader import GgufCheckpoint, shortest
+from edge_gemma.export.gguf_types import GGUF_TYPES, UNREAD_TYPES
 from tests.tiny import KINDS, VOCAB, tiny_config, tiny_weights, write_checkpoint
 from tests.tiny_gguf import e2b_sized_file, gguf_name, tiny_tensors, write_gguf
 

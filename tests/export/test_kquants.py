@@ -12,7 +12,7 @@ from edge_gemma.engine import Engine
 from edge_gemma.errors import CheckpointError, ModelFolderError
 from edge_gemma.export.checkpoint import open_checkpoint
 from edge_gemma.export.convert import export_checkpoint
-from edge_gemma.export.element_types import BY_NAME, PACKED_TYPES
+from edge_gemma.export.gguf_types import BY_NAME, PACKED_TYPES
 from edge_gemma.folder import layouts
 from edge_gemma.folder.folder import FORMAT, MANIFEST, ModelFolder, manifest_digest, read_manifest
 from edge_gemma.folder.provenance import provenance

@@ -17,7 +17,7 @@ from edge_gemma.export.convert import export_checkpoint
 from edge_gemma.export.synth import synthesize
 from edge_gemma.folder import atomic
 from edge_gemma.host import system
-from edge_gemma.text.history import Transcript
+from edge_gemma.text.session_file import Transcript
 from tests.tiny import write_checkpoint
 
 
