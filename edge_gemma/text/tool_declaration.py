@@ -48,7 +48,7 @@ def declaration(function: Callable[..., Any]) -> dict[str, Any]:
     try:
         parameters = inspect.signature(function).parameters.values()
         hints = typing.get_type_hints(function)
-    except (TypeError, ValueError, NameError) as error:
+    except Exception as error:  # annotations in quotes are evaluated, and may do anything
         raise UsageError(f"the annotations of the tool {name} cannot be read: {error}") from None
     summary, described = _docstring(inspect.getdoc(function) or "")
     properties = {p.name: _parameter(name, p, hints, described.get(p.name)) for p in parameters}
@@ -80,7 +80,7 @@ def _schema(what: str, annotation: Any) -> dict[str, Any]:
         return {"type": _TYPES[type(arguments[0])], "enum": list(arguments)}
     elif origin is list and len(arguments) == 1:
         return {"type": "array", "items": _schema(what, arguments[0])}
-    elif (plain := origin or annotation) in _TYPES:
+    elif isinstance(plain := origin or annotation, type) and plain in _TYPES:
         return {"type": _TYPES[plain]}
     raise UsageError(f"{what} is annotated {shown(annotation)}, expected {_EXPECTED}")
 
