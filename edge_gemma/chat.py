@@ -91,7 +91,7 @@ class Conversation:
         self._sampler = Sampler(sampling)
         self._stop_ids = stop_ids_of(engine.generation_config, engine.tokenizer)
         self._stop_strings, self._progress = texts("stop_strings", stop_strings), progress
-        self._replying = threading.Lock()
+        self._replying, self._sending = threading.Lock(), threading.Lock()
         self._unread: Reply | None = None
         self._held: list[Sound] = []  # what the session has heard
 
@@ -108,12 +108,17 @@ class Conversation:
         reading the reply raises ContextFullError if what was said does not fit.
         """
         asked = self._asked(said)
-        if self._unread is not None:
-            self._unread.result()
-        if self._replying.locked():
+        if not self._sending.acquire(blocking=False):  # two threads would each forget the other's reply
             raise _busy()
-        self._unread = Reply(functools.partial(self._begin, asked))
-        return self._unread
+        try:
+            if self._unread is not None:
+                self._unread.result()
+            if self._replying.locked():
+                raise _busy()
+            self._unread = reply = Reply(functools.partial(self._begin, asked))
+            return reply
+        finally:
+            self._sending.release()
 
     def reset(self) -> None:
         """Start anew; the session is kept for what the next prompt shares with it. A reply not begun never will be.
