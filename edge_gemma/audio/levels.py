@@ -36,6 +36,18 @@ def louder(samples: np.ndarray, loudest: float) -> np.ndarray:
     return np.clip(samples * np.float32(10 ** (gain / 20)), -1, 1) if gain else samples
 
 
+def _moments(blocks: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+    """Blocks of at least a moment, but for the last: the power of less says nothing."""
+    short: list[np.ndarray] = []
+    for block in blocks:
+        short.append(block)
+        if sum(map(len, short)) >= _MOMENT:
+            yield np.concatenate(short) if len(short) > 1 else block
+            short = []
+    if short:
+        yield np.concatenate(short)
+
+
 def levelled(blocks: Iterable[np.ndarray], note: Note) -> Iterator[np.ndarray]:
     """Blocks of a recording, float32 [n] of 16 kHz mono: unchanged, or made louder where it is very quiet.
 
@@ -43,7 +55,7 @@ def levelled(blocks: Iterable[np.ndarray], note: Note) -> Iterator[np.ndarray]:
     falls. note is told of it at the end.
     """
     held, samples, loudest = list[np.ndarray](), 0, -120.0
-    stream = iter(blocks)
+    stream = _moments(blocks)
     for block in stream:
         held.append(block)
         samples, loudest = samples + len(block), max(loudest, loudest_db(block))

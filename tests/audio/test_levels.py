@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from edge_gemma.audio.features import SAMPLE_RATE
@@ -58,7 +58,16 @@ def test_the_gain_falls_before_speech_at_full_level():
     assert notes == []
 
 
+@pytest.mark.parametrize("size", [1, 7, 1999, 2001])
+def test_blocks_shorter_than_a_moment_are_judged_together(size):
+    for db, told in ((-15, 0), (-43, 0), (-47, 1)):
+        sound, notes = run(tone_at(db), size)
+        assert np.array_equal(sound, tone_at(db)) is not bool(told)
+        assert len(notes) == told
+
+
 @settings(deadline=None, max_examples=40)
+@example([(-15.0, 1.0)], 1)
 @given(st.lists(st.tuples(st.floats(-100, 0), st.floats(0.01, 3)), max_size=8), st.integers(1, 20_000))
 def test_no_sample_is_lost_and_normal_sound_is_untouched(parts, size):
     sound = np.concatenate([np.zeros(0, np.float32), *(tone_at(db, s) for db, s in parts)])
