@@ -44,7 +44,7 @@ class Session:
         self._decoder = decoder
         self._identity = identity
         self._audio_token_id = audio_token_id
-        self._pace = Pace(threads, kernels.threads)
+        self._pace = Pace(threads, kernels.threads())
         self._soft: SoftTokens = {}  # kept for rewinding and saving: about as many bytes a token as the KV cache
         self._cache = KVCache(decoder.config, context, CHUNK, kv_dtype)
         self._step = Step(decoder, self._cache)

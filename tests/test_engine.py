@@ -155,6 +155,19 @@ def test_threads_that_the_machine_does_not_have_are_refused(model: Path) -> None
     assert kernels.threads() == before
 
 
+@several_cpus
+def test_a_session_that_ran_with_fewer_threads_tries_more(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In single steps and in prompts: what is allowed is not what the run itself was limited to."""
+    for ids in ([5], [5, 6, 7]):
+        session = Engine.load(model).session()
+        session.prefill([2, 5])
+        with monkeypatch.context() as patch:
+            patch.setattr("edge_gemma.host.pace._UNIT_S", 0)
+            session._pace.limit, session._pace._next = 1, 0.0
+            session.prefill(ids)
+            assert session._pace.limit != 1
+
+
 # --- forks ------------------------------------------------------------------------------------------------------------
 
 FORK = """

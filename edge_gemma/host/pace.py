@@ -12,7 +12,7 @@ from collections.abc import Callable
 from types import TracebackType
 
 _UNIT_S = 0.004  # of work that is judged together: one token of a small model is too short to tell anything
-_BUSY = 0.85  # of the CPU time that the threads could have had; an idle machine gives 0.9 and more
+_BUSY = 0.85  # of the CPU time that the threads could have had; idle, E2B has 0.95, short prompts of a tiny model 0.8
 _BETTER = 1.05  # times as fast as before, for one more thread to be kept
 _FIRST_WAIT_S, _LONGEST_WAIT_S = 0.25, 4.0  # between two tries; each that was in vain doubles it
 
@@ -26,12 +26,12 @@ class Pace:
     def __init__(
         self,
         threads: int | None,
-        most: Callable[[], int],
+        most: int,
         *,
         clock: Callable[[], float] = time.perf_counter,
         cpu: Callable[[], float] = time.process_time,
     ) -> None:
-        """threads: what was asked for, which is never changed; None: chosen here, up to `most()`.
+        """threads: what was asked for, which is never changed; None: chosen here, up to `most`.
 
         clock, cpu: seconds passed, and seconds of CPU time of all threads.
         """
@@ -67,17 +67,16 @@ class Pace:
         self._cpu_seconds += self._cpu() - self._cpu_start
         self._tokens += self._running
         if self._seconds >= _UNIT_S:
-            threads = self.limit or self._most()
+            threads = self.limit or self._most
             self._judge(now, self._tokens / self._seconds, self._cpu_seconds / self._seconds / threads, threads)
             self._seconds = self._cpu_seconds = 0.0
             self._tokens = 0
 
     def _judge(self, now: float, speed: float, share: float, threads: int) -> None:
         """speed: tokens a second; share: of the CPU time that the threads could have had."""
-        most = self._most()
         if self._before is not None:
             (speed_before, limit), self._before = self._before, None
-            fewer = threads < (limit or most)
+            fewer = threads < (limit or self._most)
             if speed < speed_before * (1.0 if fewer else _BETTER):
                 self.limit, self._wait = limit, min(2 * self._wait, _LONGEST_WAIT_S)
             else:
@@ -85,6 +84,6 @@ class Pace:
             self._next = now + self._wait
         elif now >= self._next and share < _BUSY and threads > 1:
             self._before, self.limit = (speed, self.limit), threads - 1
-        elif now >= self._next and threads < most:
+        elif now >= self._next and threads < self._most:
             self._before = speed, self.limit
-            self.limit = threads + 1 if threads + 1 < most else None
+            self.limit = threads + 1 if threads + 1 < self._most else None

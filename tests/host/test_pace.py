@@ -26,7 +26,7 @@ class Machine:
         return threads
 
     def pace(self, threads: int | None = None) -> Pace:
-        return Pace(threads, lambda: self.cpus, clock=lambda: self.clock, cpu=lambda: self.cpu)
+        return Pace(threads, self.cpus, clock=lambda: self.clock, cpu=lambda: self.cpu)
 
     def share_at(self, pace: Pace, wanted: int, seconds: float, tokens: int) -> float:
         """The share of the time that ran with `wanted` threads."""
