@@ -111,8 +111,7 @@ class Conversation:
         if not self._sending.acquire(blocking=False):  # two threads would each forget the other's reply
             raise _busy()
         try:
-            if self._unread is not None:
-                self._unread.result()
+            self._finish_unread()
             if self._replying.locked():
                 raise _busy()
             self._unread = reply = Reply(functools.partial(self._begin, asked))
@@ -141,12 +140,16 @@ class Conversation:
         A reply that nobody has begun to read is read to its end first. Raises UsageError where the file cannot be
         written.
         """
-        if self._unread is not None:
-            self._unread.result()
+        self._finish_unread()
         try:
             self.transcript(self._name).save(path)
         except OSError as error:
             raise UsageError(f"the conversation cannot be saved: {path}: {error.strerror or error}") from None
+
+    def _finish_unread(self) -> None:
+        """Read a reply that nobody has begun to read to its end."""
+        if self._unread is not None:
+            self._unread.result()
 
     def _asked(self, said: Sequence[Said]) -> list[Message]:
         """Raises UsageError for what is no message."""
@@ -323,8 +326,7 @@ class Chat(Conversation):
 
         Returns what to tell of turns that are left out. What is heard is prefilled into `session`. Raises as `send`.
         """
-        if self._unread is not None:
-            self._unread.result()
+        self._finish_unread()
         with self._alone():
             dummy = Message("user", "", media=("audio",), clips=(np.empty((room, 0), np.float32),))
             prompt, notice = self._fitted([dummy])

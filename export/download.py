@@ -14,9 +14,7 @@ from edge_gemma.export.hub import HubFile
 from edge_gemma.export.source_file import StoredTensor
 from edge_gemma.export.spool import Range, Spool, SpooledFile
 
-# Bytes that may wait beyond what must, so that the link never does while something large is converted (the audio tower
-# takes 10 s and more): a fourth of the largest tensor, within these.
-_WINDOW, _WIDEST = 32 << 20, 512 << 20
+_WINDOW = 32 << 20  # bytes that may wait beyond what must, so that the link never does
 _SKIP = 1 << 18  # bytes nobody needs are skipped by another request from so many on
 
 Fetch = Callable[[HubFile, int, int], Iterator[bytes]]
@@ -53,8 +51,7 @@ def room_needed(units: Sequence[Unit], files: Sequence[SpooledFile]) -> int:
         most = max(most, held)
         if last[name] == place:
             held -= waiting.pop(name)
-    largest = max((nbytes for _, nbytes, _ in arriving), default=0)
-    return most + min(max(_WINDOW, largest // 4), _WIDEST)
+    return most + _WINDOW
 
 
 class Download(threading.Thread):

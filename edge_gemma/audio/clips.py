@@ -10,7 +10,7 @@ import numpy as np
 
 from edge_gemma.audio.features import MAX_SAMPLES, SAMPLE_RATE, SAMPLES_PER_TOKEN
 from edge_gemma.audio.files import AudioFile
-from edge_gemma.audio.levels import levelled
+from edge_gemma.audio.levels import levelled, quietest_moment
 from edge_gemma.audio.samples import SAMPLE_TYPES, Note, Samples, array_blocks, silent
 from edge_gemma.audio.sources import Source
 from edge_gemma.errors import ContextFullError, UsageError
@@ -60,9 +60,7 @@ def cut(samples: np.ndarray) -> list[np.ndarray]:
     """float32 [n] in parts of at most 30 s, each cut at the quietest moment of its last 5 s."""
     parts = []
     while len(samples) > MAX_SAMPLES:
-        last = samples[MAX_SAMPLES - _SEARCHED : MAX_SAMPLES].reshape(-1, _MOMENT)
-        quietest = int(np.square(last).sum(axis=1).argmin())
-        end = MAX_SAMPLES - _SEARCHED + quietest * _MOMENT + _MOMENT // 2
+        end = quietest_moment(samples, MAX_SAMPLES - _SEARCHED, MAX_SAMPLES, _MOMENT)
         parts.append(samples[:end])
         samples = samples[end:]
     return [*parts, samples]

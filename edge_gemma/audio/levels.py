@@ -30,6 +30,12 @@ def loudest_db(samples: np.ndarray) -> float:
     return float(10 * np.log10(sums.max() / _MOMENT + 1e-12))
 
 
+def quietest_moment(samples: np.ndarray, first: int, last: int, moment: int) -> int:
+    """The middle of the quietest `moment` samples of float32 samples[first:last], looked for in steps of a moment."""
+    windows = samples[first : last - (last - first) % moment].reshape(-1, moment)
+    return first + int(np.square(windows).sum(axis=1).argmin()) * moment + moment // 2
+
+
 def louder(samples: np.ndarray, loudest: float) -> np.ndarray:
     """float32 [n] with its loudest moment, now at `loudest` dB, at _TARGET_DB. What is above stays."""
     gain = min(max(_TARGET_DB - loudest, 0.0), _MOST_DB)

@@ -22,7 +22,7 @@ from edge_gemma.session import Timeline
 SEGMENT_TOKENS = 750  # soft tokens of 30 s
 STEP_MS = 640  # sound encoded at a time while listening; a shorter step reads all weights as well
 STEP_TOKENS = STEP_MS // 40
-BATCH = STEP_TOKENS  # soft tokens prefilled at a time
+_BATCH = STEP_TOKENS  # soft tokens prefilled at a time
 _LEAST_REPLY = 64  # tokens
 
 
@@ -66,7 +66,32 @@ def verbatim(config: Mapping[str, Any], num_beams: int | None = None) -> Samplin
     return Sampling.from_generation_config(config, temperature=0.0, repetition_penalty=1.0, num_beams=num_beams)
 
 
-class Scribe:
+class Hearing:
+    """Soft tokens as they come, prefilled a few at a time."""
+
+    session: Timeline
+    heard: int  # soft tokens of what is being said
+    _pending: list[np.ndarray]
+
+    def hear(self, tokens: np.ndarray) -> None:
+        """tokens: float32 [n, hidden_size], the next soft tokens. They are prefilled once there are a few."""
+        if len(tokens):
+            self._pending.append(tokens)
+            self.heard += len(tokens)
+        if sum(map(len, self._pending)) >= _BATCH:
+            self._prefill()
+
+    def _prefill(self) -> None:
+        if self._pending:
+            tokens, self._pending = np.concatenate(self._pending), []
+            self._prefilled(tokens)
+            self.session.prefill_soft(tokens, logits=False)
+
+    def _prefilled(self, tokens: np.ndarray) -> None:
+        """`tokens` go into the session next."""
+
+
+class Scribe(Hearing):
     """Hears one segment after another and writes a reply to each. `begin`, `hear` any number of times, `write`."""
 
     def __init__(
@@ -111,19 +136,6 @@ class Scribe:
         """What is heard next is another clip of the same turn: one has 30 s at most."""
         self._prefill()
         self.session.prefill([self._prompt.after[0], self._prompt.before[-1]])
-
-    def hear(self, tokens: np.ndarray) -> None:
-        """tokens: float32 [n, hidden_size], the next soft tokens. They are prefilled once there are a few."""
-        if len(tokens):
-            self._pending.append(tokens)
-            self.heard += len(tokens)
-        if sum(map(len, self._pending)) >= BATCH:
-            self._prefill()
-
-    def _prefill(self) -> None:
-        if self._pending:
-            tokens, self._pending = np.concatenate(self._pending), []
-            self.session.prefill_soft(tokens, logits=False)
 
     def write(self, max_tokens: int | None = None, *, since: float | None = None) -> Iterator[str]:
         """The sound is over: the reply's text in pieces. `last` is the whole afterwards.

@@ -9,14 +9,14 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from edge_gemma.audio.recogniser import BATCH, SEGMENT_TOKENS, STEP_TOKENS, Written
+from edge_gemma.audio.recogniser import SEGMENT_TOKENS, STEP_TOKENS, Hearing, Written
 from edge_gemma.audio.samples import Note
 from edge_gemma.chat import Chat
 from edge_gemma.generation.reply import Reply
 from edge_gemma.text.message import Message
 
 
-class SpokenTurn:
+class SpokenTurn(Hearing):
     """Hears one utterance after another and lets the chat answer. `begin`, `hear` any number of times, `write`."""
 
     def __init__(self, chat: Chat, note: Note) -> None:
@@ -45,19 +45,8 @@ class SpokenTurn:
         self._chat.next_sound(np.concatenate(self._clips[-1]))
         self._clips.append([])
 
-    def hear(self, tokens: np.ndarray) -> None:
-        """tokens: float32 [n, hidden_size], the next soft tokens. They are prefilled once there are a few."""
-        if len(tokens):
-            self._pending.append(tokens)
-            self.heard += len(tokens)
-        if sum(map(len, self._pending)) >= BATCH:
-            self._prefill()
-
-    def _prefill(self) -> None:
-        if self._pending:
-            tokens, self._pending = np.concatenate(self._pending), []
-            self._clips[-1].append(tokens)
-            self.session.prefill_soft(tokens, logits=False)
+    def _prefilled(self, tokens: np.ndarray) -> None:
+        self._clips[-1].append(tokens)
 
     def write(self, max_tokens: int | None = None, *, since: float | None = None) -> Iterator[str]:
         """The turn is over: the reply's text in pieces. `last` and `reply` are whole afterwards.

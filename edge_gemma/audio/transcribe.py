@@ -14,7 +14,7 @@ import numpy as np
 from edge_gemma.audio import segments as cut
 from edge_gemma.audio.features import SAMPLE_RATE
 from edge_gemma.audio.files import AudioFile
-from edge_gemma.audio.levels import levelled
+from edge_gemma.audio.levels import levelled, quietest_moment
 from edge_gemma.audio.prompts import Task, audio_prompt
 from edge_gemma.audio.recogniser import Scribe, SpeechEngine, verbatim
 from edge_gemma.audio.samples import (
@@ -295,9 +295,7 @@ def joined_pair(before: Segment, after: Segment) -> tuple[Segment, Segment]:
 
 def quietest(samples: np.ndarray) -> int:
     """The middle of the quietest 32 ms within the middle half."""
-    first, last = len(samples) // 4 // WINDOW, len(samples) * 3 // 4 // WINDOW
-    windows = samples[first * WINDOW : last * WINDOW].reshape(-1, WINDOW)
-    return (first + int(np.square(windows).sum(axis=1).argmin())) * WINDOW + WINDOW // 2
+    return quietest_moment(samples, len(samples) // 4 // WINDOW * WINDOW, len(samples) * 3 // 4, WINDOW)
 
 
 def subtitles(segments: Sequence[Segment]) -> str:
