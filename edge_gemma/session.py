@@ -4,7 +4,6 @@ Owns: the ids, the soft tokens among them, the KV cache, chunking, rewinding, sa
 sampling, where soft tokens come from.
 """
 
-import contextlib
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -17,10 +16,10 @@ from edge_gemma.arguments import file_path, is_integer, shown, token_ids
 from edge_gemma.errors import ContextFullError, ModelFolderError, UsageError
 from edge_gemma.folder.atomic import write_file
 from edge_gemma.host.pace import Pace
-from edge_gemma.kernels.buffers import reuse
 from edge_gemma.model.decoder import Decoder
 from edge_gemma.model.kv_cache import KVCache, Snapshot
 from edge_gemma.model.recorded import Step
+from edge_gemma.model.run_state import RunState
 
 CHUNK = 128  # tokens prefilled at a time
 MARKS = 4  # snapshots kept
@@ -69,7 +68,7 @@ class Session:
                 logits = self._step(ids[0])
             self.ids.append(ids[0])
             return logits
-        with self._computing():
+        with kernels.use_threads(self._pace.limit):
             return self._decoder.logits(self._run(ids, keep=1))[0]
 
     def prefill_soft(self, embeddings: np.ndarray, *, logits: bool = True) -> np.ndarray | None:
@@ -83,7 +82,7 @@ class Session:
         embeddings, ids = soft_tokens(embeddings, self._decoder.config.hidden_size, self._audio_token_id)
         self._check(ids)
         soft = {self.position + i: row for i, row in enumerate(embeddings.copy())}
-        with self._computing():
+        with kernels.use_threads(self._pace.limit):
             hidden = self._run(ids, keep=int(logits), soft=soft)
             return self._decoder.logits(hidden)[0] if logits else None
 
@@ -98,7 +97,7 @@ class Session:
     def hidden(self, ids: Sequence[int]) -> np.ndarray:
         """Append ids. Returns what enters the head: float32 [len(ids), hidden_size]. Raises as `prefill`."""
         ids = self._check(ids)
-        with self._computing():
+        with kernels.use_threads(self._pace.limit):
             return self._run(ids, keep=len(ids))
 
     def logits(self, hidden: np.ndarray) -> np.ndarray:
@@ -197,12 +196,6 @@ class Session:
     def _check(self, ids: Sequence[int]) -> list[int]:
         return check_ids(ids, self._decoder.config.vocab_size, self.position, self.context)
 
-    @contextlib.contextmanager
-    def _computing(self) -> Iterator[None]:
-        """Around a prompt's arithmetic: this model's threads, and memory that is used again."""
-        with kernels.use_threads(self._pace.limit), reuse():
-            yield
-
     def _run(self, ids: list[int], keep: int, soft: SoftTokens | None = None) -> np.ndarray:
         """Append ids; the last `keep` rows that enter the head. An interruption leaves whole chunks behind.
 
@@ -229,7 +222,7 @@ class Session:
             self._cache.restore(self._marks[-1])
         else:
             self._cache.resume(0, 0)
-        with self._computing():
+        with kernels.use_threads(self._pace.limit):
             for _ in self._chunks(self.ids[self._cache.position :], 0, self._soft):
                 pass
 
@@ -238,6 +231,7 @@ class Session:
     ) -> Iterator[tuple[list[int], SoftTokens, np.ndarray]]:
         """Run ids from where the cache is: each chunk's ids, its soft tokens, and its rows of the last `keep`."""
         chunk, first = self._cache.slack, self._cache.position
+        state = RunState(self._decoder.config, min(chunk, len(ids)))
         ahead = 2 * chunk  # tokens whose rows the disk fetches before they are needed
         self._decoder.expect(np.array(ids[:ahead], np.int64))
         for start in range(0, len(ids), chunk):
@@ -246,14 +240,14 @@ class Session:
             wanted = min(len(part), max(0, keep - (len(ids) - start - len(part))))
             span = range(first + start, first + start + len(part))
             here = {at: soft[at] for at in span if at in soft} if soft else {}
-            text, merged = np.array(part, np.int64), None
+            text, input_embeds = np.array(part, np.int64), None
             if here:
                 at = np.array(list(here)) - span.start
                 text[at] = PAD
-                merged = self._decoder.embed(text)
-                merged[at] = list(here.values())
+                input_embeds = self._decoder.embed(text)
+                input_embeds[at] = list(here.values())
             with kernels.use_threads(self._pace.limit), self._pace.of(len(part)):
-                rows = self._decoder.forward(text, self._cache, wanted, merged)
+                rows = self._decoder.forward(text, self._cache, wanted, input_embeds, state)
             yield part, here, rows
 
 

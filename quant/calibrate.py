@@ -103,7 +103,9 @@ class _SourceMatrix:
     def __init__(self, source: Source, name: str, product: Callable[[str, Activations], np.ndarray]) -> None:
         self._source, self._name, self._product = source, f"{name}.weight", product
 
-    def __call__(self, x: Activations, start: int = 0, stop: int | None = None) -> np.ndarray:
+    def __call__(
+        self, x: Activations, memory: np.ndarray | None = None, start: int = 0, stop: int | None = None
+    ) -> np.ndarray:
         return self._product(self._name, x)
 
     def gather(self, ids: np.ndarray) -> np.ndarray:

@@ -20,7 +20,7 @@ import numpy as np
 
 from edge_gemma.folder import layouts
 from edge_gemma.kernels import compiler
-from edge_gemma.kernels.compiler import array, kernel
+from edge_gemma.kernels.compiler import array, compiled
 from edge_gemma.kernels.convert import as_float, to_half
 from edge_gemma.quant.search import Rounded, levels, lines_of, search_scales
 
@@ -68,7 +68,7 @@ class Curvature:
         return cls(h, np.ascontiguousarray(feedback), shift)
 
 
-@kernel(
+@compiled(
     array(np.float32, 2), array(np.float32, 2), array(np.float32, 2), array(np.float32, 3),
     numba.int64, numba.int64, numba.int64, numba.int64,
     array(np.int8, 2, written=True), array(np.float32, 2, written=True),
@@ -185,7 +185,7 @@ def _move_integers(
                 g[j, r] += moved[r] * coupling
 
 
-@kernel(
+@compiled(
     array(np.float32, 2), array(np.float32, 2), array(np.float32, 3),
     numba.int64, numba.int64, numba.int64, numba.int64, numba.int64, numba.int64,
     array(np.int8, 2, written=True), array(np.float32, 3, written=True), array(np.float32, 2, written=True),

@@ -16,7 +16,7 @@ import numpy as np
 
 from edge_gemma.folder.layouts import FACTOR_COLUMNS, factors_shape
 from edge_gemma.kernels import compiler
-from edge_gemma.kernels.compiler import array, kernel
+from edge_gemma.kernels.compiler import array, compiled
 from edge_gemma.kernels.convert import as_float, to_half
 
 _STEPS = 8  # lengths of a step tried, from _SHORTEST of (largest - smallest) / (2^b - 1) to all of it
@@ -101,7 +101,7 @@ def _pair(
     return found_s, found_m
 
 
-@kernel(
+@compiled(
     array(np.float32, 2), array(np.float32, 1), numba.float32, numba.float32, numba.int64, numba.int64,
     array(np.uint8, 3, written=True), array(np.float32, 3, written=True),
     parallel=True,

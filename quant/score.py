@@ -160,9 +160,9 @@ class _Watched:
     def __init__(self, matrix: Matrix, inputs: list[np.ndarray]) -> None:
         self._matrix, self._inputs = matrix, inputs
 
-    def __call__(self, x: Activations) -> np.ndarray:
-        self._inputs.append(x.values)
-        return self._matrix(x)
+    def __call__(self, x: Activations, memory: np.ndarray | None = None) -> np.ndarray:
+        self._inputs.append(x.values.copy())  # the next layer's lie in the same memory
+        return self._matrix(x, memory)
 
 
 class _Scored:

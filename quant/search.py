@@ -17,7 +17,7 @@ import numpy as np
 
 from edge_gemma.folder import layouts
 from edge_gemma.kernels import compiler
-from edge_gemma.kernels.compiler import array, kernel
+from edge_gemma.kernels.compiler import array, compiled
 from edge_gemma.quant import minima
 from edge_gemma.quant.rtn import round_to_nearest
 
@@ -31,7 +31,7 @@ _TRIES = 10  # scales tried on each side of zero
 _REACH = {2: (0.8, 2.6), 4: (5.0, 9.5)}
 
 
-@kernel(
+@compiled(
     array(np.float32, 2), array(np.float32, 1), numba.int64, numba.int64, numba.float32, numba.float32,
     array(np.float32, 2, written=True), parallel=True, fastmath={"reassoc", "contract", "nsz"},
 )  # fmt: skip
@@ -73,7 +73,7 @@ def _search(
     return True
 
 
-@kernel(
+@compiled(
     array(np.float32, 2), array(np.float32, 3), numba.int64, numba.int64, numba.int64,
     array(np.int8, 2, written=True), parallel=True,
 )  # fmt: skip

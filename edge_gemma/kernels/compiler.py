@@ -1,6 +1,6 @@
 """Compiling kernels, and keeping the machine code on disk.
 
-Owns: the `kernel` decorator (numba, compiled at the first call), the on-disk cache, the number of threads, and what
+Owns: the `compiled` decorator (numba, compiled at the first call), the on-disk cache, the number of threads, and what
 must not happen meanwhile: Ctrl-C and fork. Does not know: what any kernel computes.
 
 This is the one door to numba's internals. What is taken for granted about them, each with a test of its own in
@@ -58,6 +58,11 @@ from edge_gemma.errors import UsageError
 from edge_gemma.host import cpus, interrupts, places
 from edge_gemma.kernels import sources
 
+__all__ = [
+    "announce_compiling", "cache_directory", "cache_note", "checked_threads", "set_cache_root", "set_threads",
+    "threads", "use_threads",
+]  # fmt: skip
+
 log = logging.getLogger(__name__)
 
 # numba numbers functions from 1 in every process, and the number is all that tells the symbols of two closures of one
@@ -65,8 +70,8 @@ log = logging.getLogger(__name__)
 # from a random start. (Seen: a kernel for scales a group that ran the code for scales a token.)
 FunctionIdentity._unique_ids = itertools.count(secrets.randbits(60))
 
-recording = threading.local()  # .recorder: who writes down this thread's kernel calls (kernels/program.py), or None
-PART_ARGUMENTS = (types.int64, types.int64, types.int64)
+recording = threading.local()  # .recorder: who writes down this thread's kernel calls (recording/program.py), or None
+CHUNK_ARGUMENTS = (types.int64, types.int64, types.int64)
 _caller = threading.local()  # .threads: what this thread told numba; .limit: what `use_threads` asks for here
 # Turns a thread of libgomp spins for the others before it sleeps, half a millisecond at most. The default, thirty times
 # more, is as fast on an idle machine and 4 to 8 times slower on a busy one: a thread that spins keeps its partner off
@@ -78,6 +83,8 @@ _threads: int | None = None
 _orphaned = False  # forked from a process that had started OpenMP's threads: they are not here, and it waits for them
 _cache_root: Path | None = None
 _KEEP_DAYS = 14
+SERIAL_ELEMENTS = 1 << 15
+"""Elements below which an elementwise kernel runs on the calling thread: a launch costs microseconds."""
 _FOLDER_NAME = re.compile(r"[0-9a-f]{24}")
 _unwritable = False
 
@@ -242,7 +249,7 @@ def array(dtype, axes: int, written: bool = False) -> types.Array:
     return types.Array(numba.from_dtype(np.dtype(dtype)), axes, "C", readonly=not written)
 
 
-def kernel(*signature, parallel=False, fastmath=False, key=None):
+def compiled(*signature, parallel=False, fastmath=False, key=None):
     """Decorator: a function compiled for one signature, at its first launch or from the cache. It releases the GIL.
 
     It returns False for shapes that do not fit each other, before touching anything, and else True. `key` names the
@@ -258,14 +265,14 @@ def kernel(*signature, parallel=False, fastmath=False, key=None):
     return decorate
 
 
-class Part:
+class ChunkFunction:
     """A C function void(int64 operation, int64 position, int64 chunk), compiled when its address is first asked for.
 
-    What programs are made of (kernels/program.py).
+    What programs are made of (recording/program.py).
     """
 
     def __init__(self, function, key: str) -> None:
-        self._compiled = CFunc(function, (PART_ARGUMENTS, types.void), {}, {"error_model": "numpy"})
+        self._compiled = CFunc(function, (CHUNK_ARGUMENTS, types.void), {}, {"error_model": "numpy"})
         self._compiled._cache = _KernelCache(function, key)
 
     @property
@@ -276,9 +283,14 @@ class Part:
         return self._compiled.address
 
 
-def part(key: str):
-    """Decorator: a Part. `key` as in `kernel`."""
-    return lambda function: Part(function, key)
+def chunk_function(key: str):
+    """Decorator: a ChunkFunction. `key` as in `compiled`."""
+    return lambda function: ChunkFunction(function, key)
+
+
+def is_compiled(function) -> bool:
+    """Whether this is what `compiled` returns."""
+    return hasattr(function, "kernel_signature")
 
 
 def make_ready(dispatcher) -> None:

@@ -3,14 +3,20 @@
 Owns: unpacking row records and rows of panels (edge_gemma/folder/layouts.py). Does not know: where the bytes come from.
 """
 
+import functools
+
 import numba
 import numpy as np
 from numba.core import types
 from numba.extending import intrinsic
 
+from edge_gemma.folder import layouts
 from edge_gemma.kernels import isa
-from edge_gemma.kernels.compiler import array, kernel
+from edge_gemma.kernels.compiler import array, compiled, launch
 from edge_gemma.kernels.convert import as_float, float_of_bits
+from edge_gemma.kernels.registry import Array, kernel
+
+__all__ = ["dequantize_records", "gather_panels"]
 
 
 @numba.njit(error_model="numpy")
@@ -81,8 +87,8 @@ def _record(record, bits, group, out):
             out[i] = np.float32(np.int32(field) - zero) * scale
 
 
-@kernel(array("u1", 2), types.int64, types.int64, array("f4", 2, True), parallel=True)
-def dequantize_records(records, bits, group, out):
+@compiled(array("u1", 2), types.int64, types.int64, array("f4", 2, True), parallel=True)
+def _dequantize_records(records, bits, group, out):
     n, columns = out.shape
     groups = (columns + group - 1) // group if group else 1
     head = records.shape[1] - (columns * bits + 7) // 8
@@ -96,7 +102,14 @@ def dequantize_records(records, bits, group, out):
     return True
 
 
-def make_gather_panels(half):
+@kernel(_dequantize_records, "records uint8 [n, record_bytes]; out float32 [n, columns]; 2, 4 or 8 bits")
+def dequantize_records(records: Array, bits: int, group: int, out: Array) -> None:
+    """float32 rows out of row records (folder/layouts.py). group: 0 (one scale a row), 16, 32 or 256."""
+    out[...] = layouts.dequantize_rows(records, out.shape[1], bits, group)
+
+
+@functools.cache
+def _make_gather_panels(half):
     """The kernel that takes rows out of panels, with float16 bits or float32 as scales."""
 
     def gather_panels(packed, scales, ids, bits, group, out):
@@ -126,4 +139,14 @@ def make_gather_panels(half):
     gather_panels.__name__ = f"gather_panels_{'half' if half else 'float'}"
     scales = array("u2" if half else "f4", 3)
     signature = array("u1", 4), scales, array("i8", 1), types.int64, types.int64, array("f4", 2, True)
-    return kernel(*signature, key=gather_panels.__name__)(gather_panels)
+    return compiled(*signature, key=gather_panels.__name__)(gather_panels)
+
+
+def _launch_gather_panels(packed, w_scale, ids, bits, group, out):
+    return launch(_make_gather_panels(w_scale.dtype == np.uint16), packed, w_scale, ids, bits, group, out)
+
+
+@kernel(_launch_gather_panels, "a packed matrix (see matmul); ids int64 [n], rows it has; out float32 [n, columns]")
+def gather_panels(packed: Array, w_scale: Array, ids: Array, bits: int, group: int, out: Array) -> None:
+    """float32 rows `ids` of a panel-packed matrix; packed, w_scale as in `matmul`."""
+    out[...] = layouts.dequantize_panels(packed, w_scale, bits, group, ids, out.shape[1])

@@ -10,27 +10,30 @@ from numba.core import types
 from numba.extending import intrinsic
 
 from edge_gemma.kernels import isa
-from edge_gemma.kernels.compiler import array, kernel
-from edge_gemma.kernels.elementwise import exp32
+from edge_gemma.kernels.compiler import array, compiled
+from edge_gemma.kernels.gates import exp32
 from edge_gemma.kernels.isa import F32, I32
+from edge_gemma.kernels.registry import Array, kernel
 
-BLOCK = 128
-"""Logits of a block."""
+__all__ = ["LOGITS_BLOCK", "block_maxima", "exp_sums"]
+
+LOGITS_BLOCK = 128
+"""Logits that are taken together."""
 _MAGNITUDE, _INFINITY = 0x7FFFFFFF, 0x7F800000
 
 
 @intrinsic
 def _largest_of_block(typingctx, x, first):
-    """The largest of BLOCK values from `first` on, NaN where one is. Compared as integers in the order of floats."""
+    """The largest of a block from `first` on, NaN where one is. Compared as integers in the order of floats."""
 
     def codegen(context, builder, signature, args):
-        b, wide = builder, isa.vector(I32, BLOCK)
+        b, wide = builder, isa.vector(I32, LOGITS_BLOCK)
         data = context.make_array(signature.args[0])(context, b, args[0]).data
         bits = isa.load(b, isa.at(b, data, I32, args[1]), wide)
-        mask = isa.splat_constant(I32, BLOCK, _MAGNITUDE)
-        magnitude = isa.call(b, f"llvm.vector.reduce.umax.v{BLOCK}i32", I32, b.and_(bits, mask))
-        ordered = b.xor(bits, b.and_(b.ashr(bits, isa.splat_constant(I32, BLOCK, 31)), mask))
-        top = isa.call(b, f"llvm.vector.reduce.smax.v{BLOCK}i32", I32, ordered)
+        mask = isa.splat_constant(I32, LOGITS_BLOCK, _MAGNITUDE)
+        magnitude = isa.call(b, f"llvm.vector.reduce.umax.v{LOGITS_BLOCK}i32", I32, b.and_(bits, mask))
+        ordered = b.xor(bits, b.and_(b.ashr(bits, isa.splat_constant(I32, LOGITS_BLOCK, 31)), mask))
+        top = isa.call(b, f"llvm.vector.reduce.smax.v{LOGITS_BLOCK}i32", I32, ordered)
         value = b.bitcast(b.xor(top, b.and_(b.ashr(top, I32(31)), I32(_MAGNITUDE))), F32)
         return b.select(b.icmp_unsigned("<=", magnitude, I32(_INFINITY)), value, F32(float("nan")))
 
@@ -39,31 +42,46 @@ def _largest_of_block(typingctx, x, first):
 
 @numba.njit(error_model="numpy")
 def _fits(x, out):
-    return out.shape[0] == (x.shape[0] + BLOCK - 1) // BLOCK
+    return out.shape[0] == (x.shape[0] + LOGITS_BLOCK - 1) // LOGITS_BLOCK
 
 
-@kernel(array("f4", 1), array("f4", 1, True))
-def block_maxima(x, out):
+@compiled(array("f4", 1), array("f4", 1, True))
+def _block_maxima(x, out):
     if not _fits(x, out):
         return False
-    whole = x.shape[0] // BLOCK
+    whole = x.shape[0] // LOGITS_BLOCK
     for block in range(whole):
-        out[block] = _largest_of_block(x, block * BLOCK)
+        out[block] = _largest_of_block(x, block * LOGITS_BLOCK)
     if whole < out.shape[0]:
-        value = x[whole * BLOCK]
-        for i in range(whole * BLOCK, x.shape[0]):
+        value = x[whole * LOGITS_BLOCK]
+        for i in range(whole * LOGITS_BLOCK, x.shape[0]):
             value = x[i] if x[i] > value or x[i] != x[i] else value
         out[whole] = value
     return True
 
 
-@kernel(array("f4", 1), types.float32, types.float32, array("f4", 1, True), fastmath={"contract", "reassoc"})
-def exp_sums(x, top, factor, out):
+@kernel(_block_maxima, "x float32 [n]; out float32 [blocks of 128]")
+def block_maxima(x: Array, out: Array) -> None:
+    """out[b] = the largest of x[128 b : 128 (b + 1)], NaN where one of these is NaN; the last block may be shorter."""
+    for b in range(len(out)):
+        out[b] = x[b * LOGITS_BLOCK : (b + 1) * LOGITS_BLOCK].max()
+
+
+@compiled(array("f4", 1), types.float32, types.float32, array("f4", 1, True), fastmath={"contract", "reassoc"})
+def _exp_sums(x, top, factor, out):
     if not _fits(x, out):
         return False
     for block in range(out.shape[0]):
         total = np.float32(0)
-        for i in range(block * BLOCK, min(x.shape[0], (block + 1) * BLOCK)):
+        for i in range(block * LOGITS_BLOCK, min(x.shape[0], (block + 1) * LOGITS_BLOCK)):
             total += exp32((x[i] - top) * factor)
         out[block] = total
     return True
+
+
+@kernel(_exp_sums, "x float32 [n]; out float32 [blocks of 128]")
+def exp_sums(x: Array, top: float, factor: float, out: Array) -> None:
+    """out[b] = sum of exp((x - top) factor) over x[128 b : 128 (b + 1)]; the last block may be shorter."""
+    for b in range(len(out)):
+        block = x[b * LOGITS_BLOCK : (b + 1) * LOGITS_BLOCK].astype(np.float64)
+        out[b] = np.exp((block - top) * factor).sum()

@@ -19,7 +19,7 @@ from numba.extending import intrinsic
 from edge_gemma import kernels
 from edge_gemma.errors import UsageError
 from edge_gemma.kernels import isa
-from edge_gemma.kernels.compiler import array, kernel, launch
+from edge_gemma.kernels.compiler import array, compiled, launch
 
 _PASS_BYTES = 256_000_000  # read at least for one timing of the bandwidth
 _PASSES = 4
@@ -70,7 +70,7 @@ def _prefetch(typing_context, array, index):  # type: ignore[no-untyped-def]
     return types.void(array, types.int64), emit
 
 
-@kernel(array("u8", 1), types.int64, array("u8", 1, True), parallel=True)
+@compiled(array("u8", 1), types.int64, array("u8", 1, True), parallel=True)
 def _sum(words, parts, out):  # type: ignore[no-untyped-def]
     """out[0] = the sum of uint64 words; each part is read by one thread, in _STREAMS runs side by side."""
     run = len(words) // (parts * _STREAMS * _LINE) * _LINE

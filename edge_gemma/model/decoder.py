@@ -18,6 +18,7 @@ from edge_gemma.model import ops
 from edge_gemma.model.disk_rows import DiskRows
 from edge_gemma.model.kv_cache import KVCache
 from edge_gemma.model.linear import Activations
+from edge_gemma.model.run_state import RunState
 from edge_gemma.model.weights import Weights
 
 Rope = dict[str, tuple[np.ndarray, np.ndarray]]  # layer_type -> (cos, sin), each float32 [n, hd / 2]
@@ -48,6 +49,7 @@ class Rows:
     first: int  # position of the first row
     rope: Rope
     cache: KVCache
+    state: RunState
     per_layer: dict[int, np.ndarray]  # layer -> its per-layer inputs, float32 [n, P]; empty in models without them
 
 
@@ -72,25 +74,34 @@ class Decoder:
         if isinstance(w.embed_tokens, DiskRows):
             w.embed_tokens.expect(ids)
 
-    def inputs(self, ids: np.ndarray, first: int, merged: np.ndarray | None = None) -> Inputs:
+    def inputs(self, ids: np.ndarray, first: int, input_embeds: np.ndarray | None = None) -> Inputs:
         """What `run` needs of ids at positions first, first + 1, ...; arguments as in `forward`."""
-        h = self.embed(ids) if merged is None else merged.copy()
+        h = self.embed(ids) if input_embeds is None else input_embeds.copy()
         w = self.weights.per_layer_embeddings
         return Inputs(h, None if w is None else w.table.gather(ids), self.rope(first, len(ids)))
 
-    def forward(self, ids: np.ndarray, cache: KVCache, keep: int, merged: np.ndarray | None = None) -> np.ndarray:
+    def forward(
+        self,
+        ids: np.ndarray,
+        cache: KVCache,
+        keep: int,
+        input_embeds: np.ndarray | None = None,
+        state: RunState | None = None,
+    ) -> np.ndarray:
         """Run n tokens at the cache's position, write their K and V, and return the last `keep` rows before the head.
 
         ids: int64 [n], n <= cache.slack. Returns float32 [keep, D], after the final norm.
-        merged: float32 [n, D], what enters layer 0 where that is not `embed(ids)`: rows of `embed` and soft tokens,
-        which come unscaled; ids are then the pad token at soft positions, whose per-layer row they take.
+        input_embeds: float32 [n, D], what enters layer 0 where that is not `embed(ids)`: rows of `embed`, and soft
+        tokens, which come unscaled; ids are then the pad token at soft positions, whose per-layer row they take.
+        state: memory for n rows or more, this call's own if it is None.
         """
         cache.reserve(len(ids))
-        rows = self.run(self.inputs(ids, cache.position, merged), cache, keep)
+        state = state or RunState(self.config, len(ids))
+        rows = self.run(self.inputs(ids, cache.position, input_embeds), cache, state, keep)
         cache.advance(len(ids))
         return rows
 
-    def run(self, inputs: Inputs, cache: KVCache, keep: int) -> np.ndarray:
+    def run(self, inputs: Inputs, cache: KVCache, state: RunState, keep: int) -> np.ndarray:
         """The layers and the final norm: float32 [keep, D]. K and V go to the cache's next positions.
 
         Above the last layer that writes a cache nothing but the kept rows matters, and in that layer itself the other
@@ -100,7 +111,7 @@ class Decoder:
         config, h, dropped = self.config, inputs.h, len(inputs.h) - keep
         below, (last, *above) = config.layers[: config.last_kv_producer], config.layers[config.last_kv_producer :]
         kept = inputs.tail(keep)
-        rows = self.rows(inputs, cache, cache.position, 0, last.index if dropped else config.num_hidden_layers)
+        rows = self.rows(inputs, cache, state, cache.position, 0, last.index if dropped else config.num_hidden_layers)
         for layer in below:
             self.layer(h, self.extend_cache(h, layer, rows), layer, rows)
         x = self.extend_cache(h, last, rows)
@@ -108,29 +119,29 @@ class Decoder:
             return h[:0]
         if dropped:  # from here on, only rows that reach the logits matter
             h, x = h[dropped:], x.tail(keep)
-            rows = self.rows(kept, cache, cache.position + dropped, last.index, config.num_hidden_layers)
+            rows = self.rows(kept, cache, state, cache.position + dropped, last.index, config.num_hidden_layers)
         self.layer(h, x, last, rows)
         for layer in above:
-            self.layer(h, self.attention_input(h, layer), layer, rows)
+            self.layer(h, self.attention_input(h, layer, state), layer, rows)
         return self.norm(h, self.weights.norm)
 
     def layer(self, h: np.ndarray, x: Activations, layer: LayerSpec, rows: Rows) -> None:
         """One layer on rows h [n, D], in place, with x = input_layernorm(h)."""
-        w = self.weights.layers[layer.index]
+        w, s = self.weights.layers[layer.index], rows.state
         # 1. attention
-        a = w.o_proj(Activations(self.attention(x, layer, rows)))
+        a = w.o_proj(Activations(self.attention(x, layer, rows), s), s.y)
         self.add_norm(h, a, w.post_attention_layernorm)
 
         # 2. feed-forward
-        x = Activations(self.norm(h, w.pre_feedforward_layernorm))
-        m = ops.gelu_mul(w.gate_proj(x), w.up_proj(x))
-        m = w.down_proj(Activations(m))
+        x = Activations(self.norm(h, w.pre_feedforward_layernorm, s.x), s)
+        m = ops.gelu_mul(w.gate_proj(x, s.gate), w.up_proj(x, s.up))
+        m = w.down_proj(Activations(m, s), s.y)
         self.add_norm(h, m, w.post_feedforward_layernorm)
 
         # 3. per-layer input
         if (branch := w.per_layer_input) is not None:  # the gate reads h as it is, not normalised
-            b = ops.gelu_mul(branch.gate(Activations(h)), rows.per_layer[layer.index])
-            b = branch.projection(Activations(b))
+            b = ops.gelu_mul(branch.gate(Activations(h, s), s.gate), rows.per_layer[layer.index])
+            b = branch.projection(Activations(b, s), s.y)
             self.add_norm(h, b, branch.post_norm)
 
         # 4. scale
@@ -138,27 +149,29 @@ class Decoder:
 
     def extend_cache(self, h: np.ndarray, layer: LayerSpec, rows: Rows) -> Activations:
         """Store K after k_norm and RoPE, V after the weightless v_norm. Returns x = input_layernorm(h)."""
-        x, w = self.attention_input(h, layer), self.weights.layers[layer.index].kv
+        s, w = rows.state, self.weights.layers[layer.index].kv
         assert w is not None
-        k = w.k_proj(x).reshape(-1, layer.num_key_value_heads, layer.head_dim)
-        v = k if w.v_proj is None else w.v_proj(x).reshape(k.shape)  # attention_k_eq_v: the raw key projection
+        x = self.attention_input(h, layer, s)
+        k = w.k_proj(x, s.k).reshape(-1, layer.num_key_value_heads, layer.head_dim)
+        v = k if w.v_proj is None else w.v_proj(x, s.v).reshape(k.shape)  # attention_k_eq_v: the raw key projection
         if layer.v_norm:
-            v = self.norm(v, None)
-        k = ops.rms_norm_rope(k, w.k_norm, *rows.rope[layer.layer_type], self.config.rms_norm_eps)
+            v = self.norm(v, None, s.values)
+        k = ops.rms_norm_rope(k, w.k_norm, *rows.rope[layer.layer_type], self.config.rms_norm_eps, s.keys)
         rows.cache.layers[layer.index].store(rows.first, k, v)
         return x
 
     def attention(self, x: Activations, layer: LayerSpec, rows: Rows) -> np.ndarray:
         """softmax(q k^T * attention_scale + mask) v: float32 [n, H * hd]."""
-        w = self.weights.layers[layer.index]
-        q = w.q_proj(x).reshape(-1, layer.num_attention_heads, layer.head_dim)
-        q = ops.rms_norm_rope(q, w.q_norm, *rows.rope[layer.layer_type], self.config.rms_norm_eps)
-        source = rows.cache.layers[layer.kv_source]
-        return ops.attention(q, source.k, source.v, rows.first, layer.sliding_window, layer.attention_scale)
+        s, w = rows.state, self.weights.layers[layer.index]
+        q = w.q_proj(x, s.q).reshape(-1, layer.num_attention_heads, layer.head_dim)
+        q = ops.rms_norm_rope(q, w.q_norm, *rows.rope[layer.layer_type], self.config.rms_norm_eps, s.rotated)
+        kv = rows.cache.layers[layer.kv_source]
+        window, scale = layer.sliding_window, layer.attention_scale
+        return ops.attention(q, kv.k, kv.v, rows.first, window, scale, s.attention)
 
-    def rows(self, inputs: Inputs, cache: KVCache, first: int, start: int, stop: int) -> Rows:
-        """What the attention of some rows needs, and the per-layer inputs of layers start to stop - 1."""
-        return Rows(first, inputs.rope, cache, self.per_layer_inputs(inputs.h, inputs.per_layer, start, stop))
+    def rows(self, inputs: Inputs, cache: KVCache, state: RunState, first: int, start: int, stop: int) -> Rows:
+        """What the layers that run on some rows share, with the per-layer inputs of layers start to stop - 1."""
+        return Rows(first, inputs.rope, cache, state, self.per_layer_inputs(inputs.h, inputs.per_layer, start, stop))
 
     def per_layer_inputs(
         self, embeds: np.ndarray, per_layer: np.ndarray | None, start: int, stop: int
@@ -171,7 +184,7 @@ class Decoder:
         w, p = self.weights.per_layer_embeddings, self.config.hidden_size_per_layer_input
         if w is None or per_layer is None or len(embeds) == 0 or start == stop:
             return {}
-        x = w.model_projection(Activations(embeds), start * p, stop * p)
+        x = w.model_projection(Activations(embeds), start=start * p, stop=stop * p)
         kernels.scale(x, self.config.hidden_size**-0.5)
         x = self.norm(x.reshape(-1, p), w.projection_norm)
         own = np.ascontiguousarray(per_layer[:, start * p : stop * p]).reshape(x.shape)
@@ -181,13 +194,13 @@ class Decoder:
 
     # -- building blocks -------------------------------------------------------------------------------------------
 
-    def attention_input(self, h: np.ndarray, layer: LayerSpec) -> Activations:
+    def attention_input(self, h: np.ndarray, layer: LayerSpec, state: RunState) -> Activations:
         """x = input_layernorm(h)."""
-        return Activations(self.norm(h, self.weights.layers[layer.index].input_layernorm))
+        return Activations(self.norm(h, self.weights.layers[layer.index].input_layernorm, state.x), state)
 
-    def norm(self, x: np.ndarray, weight: np.ndarray | None) -> np.ndarray:
-        """x / sqrt(mean(x^2) + eps) * weight over the last axis."""
-        return ops.rms_norm(x, weight, self.config.rms_norm_eps)
+    def norm(self, x: np.ndarray, weight: np.ndarray | None, memory: np.ndarray | None = None) -> np.ndarray:
+        """x / sqrt(mean(x^2) + eps) * weight over the last axis, in `memory` (a field of RunState) if it is given."""
+        return ops.rms_norm(x, weight, self.config.rms_norm_eps, memory)
 
     def add_norm(self, h: np.ndarray, x: np.ndarray, weight: np.ndarray) -> None:
         """h += norm(x, weight)."""

@@ -14,7 +14,6 @@ from edge_gemma import kernels
 from edge_gemma.errors import ModelFolderError, UsageError
 from edge_gemma.folder.folder import Tensor
 from edge_gemma.host import system
-from edge_gemma.kernels.buffers import empty
 from edge_gemma.model.linear import widen
 
 
@@ -37,12 +36,12 @@ class DiskRows:
         """Rows ids [n] of the table: float32 [n, columns]. Raises ModelFolderError if the disk fails, UsageError if it
         was closed.
         """
-        records = empty((len(ids), self._record), np.uint8)
+        records = np.empty((len(ids), self._record), np.uint8)
         for record, offset in zip(records, self._offsets(ids), strict=True):
             self._read(record, offset)
         if self._tensor.layout == "dense":
             return widen(records.view(np.float32 if self._part.dtype == "F32" else np.uint16))
-        rows = empty((len(ids), self._tensor.shape[1]))
+        rows = np.empty((len(ids), self._tensor.shape[1]), np.float32)
         kernels.dequantize_records(records, self._tensor.bits, self._tensor.group, rows)
         return rows
 

@@ -8,34 +8,36 @@ import numpy as np
 
 from edge_gemma import kernels
 from edge_gemma.folder import layouts
-from edge_gemma.kernels.buffers import empty
-
-Int8 = tuple[np.ndarray, np.ndarray, np.ndarray]  # of activations: q, scale, sums
+from edge_gemma.model.run_state import Int8, RunState, new_int8, shaped
 
 
 class Activations:
-    """The input of one or several matrices: float32 [n, k], and its int8 form made once for all that need it."""
+    """The input of one or several matrices: float32 [n, k], and its int8 form made once for all that need it.
 
-    def __init__(self, values: np.ndarray) -> None:
+    state: where the int8 form lies; the next Activations with this state use the same memory.
+    """
+
+    def __init__(self, values: np.ndarray, state: RunState | None = None) -> None:
         self.values = values
+        self._state = state
         self._int8: dict[tuple[int, float], Int8] = {}
 
     def tail(self, n: int) -> "Activations":
         """The last n rows."""
-        return self if n == len(self.values) else Activations(np.ascontiguousarray(self.values[-n:]))
+        return self if n == len(self.values) else Activations(self.values[-n:], self._state)
 
     def int8(self, group: int, static: float = 0.0) -> Int8:
         """(q int8 [n, k padded], scale float32 [n, groups], sums int32 [n, groups]) for weights in groups of `group`.
 
-        Activations take a scale for each group of the weights they meet (one a token where rows have one scale):
-        one scale a token costs 3.2% of perplexity on Gemma 3 270M (docs/LOG.md), because a few channels are large.
+        Activations take a scale for each group of the weights they meet (one a token where rows have one scale): one
+        scale a token costs 3.2% of perplexity on Gemma 3 270M, because a few channels are large
+        (docs/LOG.md#activation-scales).
         Weights trained with one fixed scale for all tokens, `static`, get that one.
         """
         if (group, static) not in self._int8:
             n, k = self.values.shape
-            q = empty((n, layouts.padded_k(k)), np.int8)
-            groups = layouts.group_count(k, group)
-            scale, sums = empty((n, groups)), empty((n, groups), np.int32)
+            shape = n, layouts.padded_k(k), layouts.group_count(k, group)
+            q, scale, sums = self._state.int8(len(self._int8), *shape) if self._state else new_int8(*shape)
             if static:
                 kernels.quantize_static(self.values, static, q, scale, sums)
             else:
@@ -51,12 +53,14 @@ class DenseMatrix:
         self.values = values
         self.rows = len(values)
 
-    def __call__(self, x: Activations, start: int = 0, stop: int | None = None) -> np.ndarray:
-        """x W[start:stop]^T: float32 [n, stop - start]."""
+    def __call__(
+        self, x: Activations, memory: np.ndarray | None = None, start: int = 0, stop: int | None = None
+    ) -> np.ndarray:
+        """x W[start:stop]^T: float32 [n, stop - start], in `memory` (a field of RunState) if it is given."""
         w = self.values[start:stop]
+        out = shaped(memory, (len(x.values), len(w)))
         if w.dtype == np.float32 and len(x.values) > 1:
-            return x.values @ w.T
-        out = empty((len(x.values), len(w)))
+            return np.matmul(x.values, w.T, out=out)
         (kernels.matmul_float if w.dtype == np.float32 else kernels.matmul_bfloat16)(x.values, w, out)
         return out
 
@@ -90,12 +94,14 @@ class PanelMatrix:
         self.bits, self.group = bits, group
         self.input_scale, self.output_scale = input_scale, output_scale
 
-    def __call__(self, x: Activations, start: int = 0, stop: int | None = None) -> np.ndarray:
-        """x W[start:stop]^T: float32 [n, stop - start]; `start` is a multiple of 8."""
+    def __call__(
+        self, x: Activations, memory: np.ndarray | None = None, start: int = 0, stop: int | None = None
+    ) -> np.ndarray:
+        """x W[start:stop]^T: float32 [n, stop - start], in `memory` if it is given; `start` is a multiple of 8."""
         stop = self.rows if stop is None else stop
         first, last = start // 8, -(-stop // 8)
         q, scale, sums = x.int8(self.group, self.input_scale)
-        out = empty((len(q), 8 * (last - first)))
+        out = shaped(memory, (len(q), 8 * (last - first)))
         factors = None if self.factors is None else self.factors[first:last]
         weights = self.packed[first:last], self.scales[first:last], self.bits, self.group
         kernels.matmul(q, scale, sums, *weights, out, factors)
@@ -108,7 +114,7 @@ class PanelMatrix:
         if self.factors is not None:
             halves = self.factors.view(np.float16)
             return layouts.dequantize_panels(self.packed, self.scales, self.bits, self.group, ids, self.columns, halves)
-        rows = empty((len(ids), self.columns))
+        rows = np.empty((len(ids), self.columns), np.float32)
         kernels.gather_panels(self.packed, self.scales, np.asarray(ids, np.int64), self.bits, self.group, rows)
         return rows
 

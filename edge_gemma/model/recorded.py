@@ -5,9 +5,11 @@ Owns: the arrays a recorded pass reads and writes. Does not know: what the pass 
 
 import numpy as np
 
-from edge_gemma.kernels.recording.program import NotRecordableError, Program, record
+from edge_gemma.kernels.recording.operation import NotRecordableError
+from edge_gemma.kernels.recording.program import Program, record
 from edge_gemma.model.decoder import Decoder, Inputs
 from edge_gemma.model.kv_cache import KVCache
+from edge_gemma.model.run_state import RunState
 
 
 class Step:
@@ -16,6 +18,7 @@ class Step:
     def __init__(self, decoder: Decoder, cache: KVCache) -> None:
         self._decoder = decoder
         self._cache = cache
+        self._state = RunState(decoder.config, 1)
         self._program: Program | None = None
         self._inputs: Inputs  # what the program reads
         self._logits: np.ndarray  # float32 [1, vocab_size]: what it writes
@@ -37,7 +40,7 @@ class Step:
         return self._logits[0].copy()
 
     def _forward(self, inputs: Inputs) -> np.ndarray:
-        return self._decoder.logits(self._decoder.run(inputs, self._cache, keep=1))
+        return self._decoder.logits(self._decoder.run(inputs, self._cache, self._state, keep=1))
 
     def _record(self, inputs: Inputs) -> None:
         kept = Inputs(inputs.h.copy(), inputs.per_layer, inputs.rope)

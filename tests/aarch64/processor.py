@@ -10,7 +10,7 @@ import struct
 import pytest
 
 from edge_gemma import kernels
-from edge_gemma.kernels import reference
+from tests.kernels.definitions import definitions
 from tests.kernels.test_matmul import LAYOUTS, SCALES, Case
 from tests.tolerance import assert_rounding
 
@@ -66,7 +66,7 @@ def test_every_layout_with_the_activation_scales_of_the_decoder(name, bits, grou
         for rows, k, n in [(13, 100, 3), (40, 96, 4), (67, 224, 5), (24, 544, 17), (9, 1056, 1)]:
             case = Case(n, rows, k, bits, group, minimum, per_group=True)
             what = f"{kernels.variant()} {bits} bits, groups of {group}, n={n}"
-            assert_rounding(case.run(), case.run(reference), [case.terms + SCALES], what)
+            assert_rounding(case.run(), case.run(definitions), [case.terms + SCALES], what)
     finally:
         kernels.set_variant(None)
 

@@ -7,10 +7,12 @@ import pytest
 
 from edge_gemma import kernels
 from edge_gemma.folder import layouts
-from edge_gemma.kernels import isa, reference
+from edge_gemma.kernels import isa
 from edge_gemma.kernels.matrix.assembly import ARM_LINUX, assembly
 from edge_gemma.kernels.matrix.ir import TileSpec
+from edge_gemma.kernels.matrix.packed import PREFILL_FROM
 from edge_gemma.model.linear import Activations, PanelMatrix
+from tests.kernels.definitions import definitions
 from tests.tolerance import assert_rounding
 
 # bits, group, bits of a minimum; with one, those of GGUF's Q2_K, Q3_K, Q4_K, Q4_1 and Q5_K
@@ -70,7 +72,7 @@ class Case:
         self.q = np.empty((n, layouts.padded_k(k)), np.int8)
         self.a_scale = np.empty((n, groups if per_group else 1), np.float32)
         self.sums = np.empty((n, groups), np.int32)
-        reference.quantize_activations(self.x, group, self.q, self.a_scale, self.sums)
+        definitions.quantize_activations(self.x, group, self.q, self.a_scale, self.sums)
         self.terms = groups * (2 if minimum else 1)  # float32 terms of a product; integers are summed exactly
 
     def run(self, module=kernels, rows=slice(None)):
@@ -88,7 +90,7 @@ def test_matmul_is_the_oracle(variant, bits, group, minimum, per_group):
     many = [(8, 32, 24), (67, 1056, 29), (187, 96, 26), (13, 544, 300)]  # through kernels/matrix/prefill.py
     for rows, k, n in [*small, (136, 64, 1), (187, 96, 2), *many]:
         case = Case(n, rows, k, bits, group, minimum, per_group)
-        assert_rounding(case.run(), case.run(reference), [case.terms + SCALES], f"{variant} {rows}x{k} n={n}")
+        assert_rounding(case.run(), case.run(definitions), [case.terms + SCALES], f"{variant} {rows}x{k} n={n}")
 
 
 @pytest.mark.parametrize(("bits", "group", "minimum"), LAYOUTS)
@@ -101,7 +103,7 @@ def test_matmul_integers_are_exact_at_the_extremes(variant, bits, group, minimum
     packed = layouts.pack_panels(w, bits)
     value = w[:, 0].astype(np.float64) + (layouts.zero_point(bits) - 1 if minimum else 0)
     for a in (127, -127) if group else (127, -127, -128):
-        for n in (5, kernels.BLOCKED_FROM):
+        for n in (5, PREFILL_FROM):
             q = np.full((n, k), a, np.int8)
             sums = q.reshape(n, groups, -1).sum(2, dtype=np.int32)
             out = np.empty((n, 16), np.float32)
@@ -141,7 +143,7 @@ def test_a_matrix_with_minima_is_its_float_values(bits, group, minimum):
     x = np.random.default_rng(1).integers(-127, 128, (3, 352)).astype(np.float32)
     x[:, ::16] = 127  # so that int8 holds them as they are
     assert_rounding(matrix(Activations(x)), x.astype(np.float64) @ w.T.astype(np.float64), [case.terms + SCALES])
-    assert np.array_equal(matrix(Activations(x), 8, 29), matrix(Activations(x))[:, 8:29])
+    assert np.array_equal(matrix(Activations(x), start=8, stop=29), matrix(Activations(x))[:, 8:29])
     pairs = layouts.unpack_words(case.scales, case.factors.view(np.float16), group, 40)
     fields = layouts.unpack_panels(case.packed, bits, 40, 352).astype(np.float32) + layouts.zero_point(bits)
     scale, lowest = np.moveaxis(layouts.scales_and_minima(*pairs, group), 2, 0).repeat(group, axis=2)[:, :, :352]
@@ -164,7 +166,7 @@ def test_quantize_activations_is_the_oracle_bit_for_bit(n, k, group, per_group):
         module.quantize_activations(x, group, q, scale, sums)
         return q, scale, sums
 
-    for name, got, expected in zip(("q", "scale", "sums"), run(kernels), run(reference), strict=True):
+    for name, got, expected in zip(("q", "scale", "sums"), run(kernels), run(definitions), strict=True):
         assert np.array_equal(got, expected), name
 
 
@@ -197,7 +199,7 @@ def test_static_scales_are_the_oracle_bit_for_bit(n, k):
         module.round_to_step(rounded, float(step))
         return q, scale, sums, rounded
 
-    for name, got, expected in zip(("q", "scale", "sums", "rounded"), run(kernels), run(reference), strict=True):
+    for name, got, expected in zip(("q", "scale", "sums", "rounded"), run(kernels), run(definitions), strict=True):
         assert np.array_equal(got, expected, equal_nan=True), name
 
 
@@ -215,7 +217,7 @@ def test_matrices_with_static_scales(variant, bits):
     y = np.clip(np.rint(x / np.float32(step)), -128, 127) * step @ (w * scales[:, None]).astype(np.float64).T
     exact = PanelMatrix(*packed, w.shape, bits, 0, step)(Activations(x))
     assert_rounding(exact, y, [SCALES], variant)
-    some = PanelMatrix(*packed, w.shape, bits, 0, step)(Activations(x), 8, 17)
+    some = PanelMatrix(*packed, w.shape, bits, 0, step)(Activations(x), start=8, stop=17)
     assert_rounding(some, y[:, 8:17], [SCALES], variant)
     rounded = PanelMatrix(*packed, w.shape, bits, 0, step, out_step)(Activations(x))
     assert np.array_equal(rounded, np.clip(np.rint(exact / np.float32(out_step)), -128, 127) * np.float32(out_step))

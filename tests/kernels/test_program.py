@@ -12,6 +12,7 @@ from edge_gemma.engine import Engine
 from edge_gemma.export.convert import export_checkpoint
 from edge_gemma.export.synth import synthesize
 from edge_gemma.kernels.recording import program
+from edge_gemma.kernels.recording.operation import NotRecordableError
 from edge_gemma.session import Session
 from tests import ROOT
 from tests.tiny import write_checkpoint
@@ -50,7 +51,7 @@ def test_the_mobile_mix_is_recorded_too(tmp_path: Path) -> None:
 
 def test_several_rows_cannot_be_recorded() -> None:
     h, weight = np.ones((2, 8), np.float32), np.ones(8, np.float32)
-    with program.record() as recorder, pytest.raises(program.NotRecordableError):
+    with program.record() as recorder, pytest.raises(NotRecordableError):
         kernels.add_rms_norm(h, h.copy(), weight, 1e-6)
     assert recorder.operations == []
     kernels.add_rms_norm(h, h.copy(), weight, 1e-6)
@@ -108,6 +109,7 @@ import numpy as np
 from tests.kernels.test_program import chain
 from edge_gemma.kernels import compiler
 from edge_gemma.kernels.recording import program
+from edge_gemma.kernels.recording.operation import NotRecordableError
 recorded, x, outs = chain(5)
 expected = x.copy()
 x[...] = 0

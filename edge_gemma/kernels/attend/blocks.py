@@ -16,9 +16,14 @@ import numpy as np
 from numba.core import types
 
 from edge_gemma.kernels.attend.ir import make_block, rows_of
-from edge_gemma.kernels.compiler import array, kernel
-from edge_gemma.kernels.convert import as_float, to_half
-from edge_gemma.kernels.elementwise import exp32
+from edge_gemma.kernels.compiler import array, chunk_function, compiled, launch
+from edge_gemma.kernels.convert import as_float
+from edge_gemma.kernels.gates import exp32
+from edge_gemma.kernels.recording.operation import Operation, floats, one_row, operands, pointer
+from edge_gemma.kernels.registry import Array, kernel
+from edge_gemma.kernels.variants import variant
+
+__all__ = ["attention"]
 
 BLOCK = 128
 """Keys of a block."""
@@ -54,7 +59,7 @@ def _plain_block(q, k_cache, v_cache, kv, slot, count, first, scores, top, total
 
 
 @numba.njit(fastmath={"contract"}, error_model="numpy")
-def merge(top, total, values, new_top, new_total, new_values):
+def _merge(top, total, values, new_top, new_total, new_values):
     """Fold one block's (maximum, sum, values) into the running ones, head by head."""
     for h in range(top.shape[0]):
         best = max(top[h], new_top[h])
@@ -66,7 +71,7 @@ def merge(top, total, values, new_top, new_total, new_values):
 
 
 @numba.njit(error_model="numpy")
-def scaled_rows(q, first, rows, scale, padded):
+def _scaled_rows(q, first, rows, scale, padded):
     """float32 [padded, hd]: rows of q times the attention scale, then zeros."""
     result = np.zeros((padded, q.shape[1]), np.float32)
     for h in range(rows):
@@ -76,7 +81,7 @@ def scaled_rows(q, first, rows, scale, padded):
 
 
 @numba.njit(error_model="numpy")
-def finish(total, values, out, first, rows):
+def _finish(total, values, out, first, rows):
     for h in range(rows):
         inverse = np.float32(1) / total[h]
         for d in range(values.shape[1]):
@@ -84,7 +89,7 @@ def finish(total, values, out, first, rows):
 
 
 @functools.cache
-def make_span(variant, half, group_rows, plain):
+def _make_span(variant, half, group_rows, plain):
     """(span, rows of its tile) of an instruction set, for float32 or (half) float16 caches.
 
     group_rows: query heads of a KV head, which decides the tile; plain: loops without vector IR, for any head size.
@@ -106,14 +111,14 @@ def make_span(variant, half, group_rows, plain):
             for first in range(0, q.shape[0], tile):
                 block(q, k_cache, v_cache, kv, slot, count, first, scores, t, s, v)
             if b > b0:
-                merge(top, total, values, t, s, v)
+                _merge(top, total, values, t, s, v)
 
     return span, tile
 
 
-def make(variant, half, group_rows, plain):
-    """The attention kernel; arguments as in make_span."""
-    span, tile = make_span(variant, half, group_rows, plain)
+def _make(variant, half, group_rows, plain):
+    """The attention kernel; arguments as in _make_span."""
+    span, tile = _make_span(variant, half, group_rows, plain)
 
     def attention(q, k_cache, v_cache, first_position, window, scale, out):
         n, heads, hd = q.shape
@@ -143,7 +148,7 @@ def make(variant, half, group_rows, plain):
             low = max(0, position - window + 1) if window else 0
             b0 = low // BLOCK + part
             b1 = position // BLOCK + 1 if parts == 1 else b0 + 1
-            mine = scaled_rows(q[i], kv * rows, rows, scale, padded)
+            mine = _scaled_rows(q[i], kv * rows, rows, scale, padded)
             if parts > 1:
                 span(mine, k_cache, v_cache, kv, low, position, b0, b1,
                      tops[part, kv], totals[part, kv], everything[part, kv])  # fmt: skip
@@ -151,52 +156,113 @@ def make(variant, half, group_rows, plain):
                 top, total = np.empty(padded, np.float32), np.empty(padded, np.float32)
                 values = np.empty((padded, hd), np.float32)
                 span(mine, k_cache, v_cache, kv, low, position, b0, b1, top, total, values)
-                finish(total, values, out[i], kv * rows, rows)
+                _finish(total, values, out[i], kv * rows, rows)
         if parts > 1:
             for kv in range(kv_heads):
                 for part in range(1, parts):
-                    merge(tops[0, kv], totals[0, kv], everything[0, kv],
+                    _merge(tops[0, kv], totals[0, kv], everything[0, kv],
                            tops[part, kv], totals[part, kv], everything[part, kv])  # fmt: skip
-                finish(totals[0, kv], everything[0, kv], out[0], kv * rows, rows)
+                _finish(totals[0, kv], everything[0, kv], out[0], kv * rows, rows)
 
         return True
 
     attention.__name__ = f"attention_{'plain' if plain else variant}_{'half' if half else 'float'}_{tile}"
     cache = array("u2" if half else "f4", 3)
     signature = array("f4", 3), cache, cache, types.int64, types.int64, types.float32, array("f4", 3, True)
-    return kernel(*signature, parallel=True, key=attention.__name__)(attention)
+    return compiled(*signature, parallel=True, key=attention.__name__)(attention)
 
 
 @functools.cache
-def make_store_row(half):
-    """store_row(rows float32 [KV, hd], slot [KV, hd])."""
-
-    @numba.njit(error_model="numpy")
-    def store_row(rows, slot):
-        for h in range(rows.shape[0]):
-            for d in range(rows.shape[1]):
-                slot[h, d] = to_half(rows[h, d]) if half else rows[h, d]
-
-    return store_row
+def _kernel(variant_name, half, many_rows, plain):
+    return _make(variant_name, half, 8 if many_rows else 4, plain)
 
 
-def make_store(half):
-    """The kernel that writes rows into ring caches."""
-    store_row = make_store_row(half)
+def _choice(q, k_cache):
+    """What the compiled code depends on: the arguments of _make_span, many_rows in place of the number."""
+    rows = q.shape[1] // max(k_cache.shape[1], 1)
+    return variant(), k_cache.dtype == np.uint16, rows > 4, q.shape[2] % HEAD_MULTIPLE != 0
 
-    def store_kv(k, v, k_cache, v_cache, first_position):
-        n, kv_heads, hd = k.shape
-        capacity = k_cache.shape[0]
-        if v.shape != k.shape or v_cache.shape != k_cache.shape or k_cache.shape[1:] != (kv_heads, hd):
-            return False
-        if n > capacity or first_position < 0:
-            return False
-        for i in range(n):
-            slot = (first_position + i) % capacity
-            store_row(k[i], k_cache[slot])
-            store_row(v[i], v_cache[slot])
-        return True
 
-    store_kv.__name__ = f"store_kv_{'half' if half else 'float'}"
-    rows, cache = array("f4", 3), array("u2" if half else "f4", 3, True)
-    return kernel(rows, rows, cache, cache, types.int64, key=store_kv.__name__)(store_kv)
+def _launch(q, k_cache, v_cache, first_position, window, scale, out):
+    return launch(_kernel(*_choice(q, k_cache)), q, k_cache, v_cache, first_position, window, scale, out)
+
+
+@functools.cache
+def _make_chunk(variant_name, half, many_rows, plain):
+    """q, k_cache, v_cache, tops, totals, values, H, KV, hd, capacity, window, scale: a block of keys of one KV head."""
+    span, tile = _make_span(variant_name, half, 8 if many_rows else 4, plain)
+    dtype = np.uint16 if half else np.float32
+
+    def attention(row, position, chunk):
+        w, f = operands(row)
+        heads, kv_heads, hd, capacity, window = w[6], w[7], w[8], w[9], w[10]
+        rows = heads // kv_heads
+        padded = (rows + tile - 1) // tile * tile
+        kv, index = chunk % kv_heads, chunk // kv_heads
+        low = max(0, position - window + 1) if window else 0
+        first = low // BLOCK + index
+        cache = capacity, kv_heads, hd
+        k_cache, v_cache = numba.carray(pointer(w[1]), cache, dtype), numba.carray(pointer(w[2]), cache, dtype)
+        mine = _scaled_rows(floats(w[0], (heads, hd)), kv * rows, rows, np.float32(f[11]), padded)
+        at = chunk * padded
+        top, total = floats(w[3] + 4 * at, padded), floats(w[4] + 4 * at, padded)
+        values = floats(w[5] + 4 * at * hd, (padded, hd))
+        span(mine, k_cache, v_cache, kv, low, position, first, first + 1, top, total, values)
+
+    return chunk_function(f"attention {variant_name} {half} {tile}")(attention), tile
+
+
+@chunk_function("merge_attention")
+def _merge_chunk(row, position, chunk):
+    """tops, totals, values, out, H, KV, hd, padded, window: the blocks of KV head `chunk`, in ascending order."""
+    w, _ = operands(row)
+    heads, kv_heads, hd, padded, window = w[4], w[5], w[6], w[7], w[8]
+    low = max(0, position - window + 1) if window else 0
+    blocks = position // BLOCK + 1 - low // BLOCK
+    shape = blocks, kv_heads, padded
+    tops, totals, values = floats(w[0], shape), floats(w[1], shape), floats(w[2], (blocks, kv_heads, padded, hd))
+    top, total, value = tops[0, chunk], totals[0, chunk], values[0, chunk]
+    for block in range(1, blocks):
+        _merge(top, total, value, tops[block, chunk], totals[block, chunk], values[block, chunk])
+    rows = heads // kv_heads
+    _finish(total, value, floats(w[3], (heads, hd)), chunk * rows, rows)
+
+
+def _record(recorder, q, k_cache, v_cache, first_position, window, scale, out):
+    one_row(q)
+    (_, heads, hd), (capacity, kv_heads, _) = q.shape, k_cache.shape
+    rows = heads // kv_heads
+    function, tile = _make_chunk(*_choice(q, k_cache))
+    padded = -(-rows // tile) * tile
+    scratch = recorder.attention_scratch((window or capacity) // BLOCK + 2, kv_heads, padded, hd)
+    operand = q, k_cache, v_cache, *scratch, heads, kv_heads, hd, capacity, window, float(scale)
+    yield Operation(function, operand, (q, k_cache, v_cache), scratch, kv_heads, window)
+    operand = *scratch, out, heads, kv_heads, hd, padded, window
+    yield Operation(_merge_chunk, operand, scratch, (out, *scratch), kv_heads)
+
+
+@kernel(
+    _launch,
+    "q, out float32 [n, heads, hd] and caches [capacity, kv_heads, hd] of one type that hold the window of every row",
+    _record,
+)
+def attention(
+    q: Array, k_cache: Array, v_cache: Array, first_position: int, window: int, scale: float, out: Array
+) -> None:
+    """Causal softmax attention of n queries at positions first_position + i, in float32, the maximum subtracted.
+
+    Caches are float32 or uint16 (float16), key position p in slot p % capacity. Query head j reads KV head j * kv_heads
+    // heads. Visible are max(0, position - window + 1) <= p <= position, or all p <= position when window is 0.
+    """
+    n, heads, _ = q.shape
+    capacity, kv_heads, _ = k_cache.shape
+    k, v = (c.view(np.float16) if c.dtype == np.uint16 else c for c in (k_cache, v_cache))
+    for i in range(n):
+        position = first_position + i
+        first = max(0, position - window + 1) if window else 0
+        slots = np.arange(first, position + 1) % capacity
+        for j in range(heads):
+            kv = j * kv_heads // heads
+            scores = k[slots, kv].astype(np.float64) @ q[i, j].astype(np.float64) * scale
+            p = np.exp(scores - scores.max())
+            out[i, j] = p / p.sum() @ v[slots, kv].astype(np.float64)

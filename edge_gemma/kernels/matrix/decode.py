@@ -19,7 +19,7 @@ import numpy as np
 
 from edge_gemma.folder.layouts import FACTOR_COLUMNS
 from edge_gemma.kernels import isa
-from edge_gemma.kernels.compiler import array, kernel
+from edge_gemma.kernels.compiler import array, compiled
 from edge_gemma.kernels.matrix.ir import TileSpec, make_tile
 
 TOKEN_BLOCK_BYTES = 1 << 18
@@ -121,4 +121,4 @@ def make(variant, bits, group, scale_groups, minimum):
     matmul.__name__ = f"matmul_{variant}_{bits}_{group}_{'groups' if scale_groups else 'tokens'}_{minimum}"
     signature = array("i1", 2), array("f4", 2), array("i4", 2), array("u1", 4)
     signature += array(scale_type(group, minimum), 3), array("u2", 4), array("f4", 2, True)
-    return kernel(*signature, parallel=True, key=matmul.__name__)(matmul)
+    return compiled(*signature, parallel=True, key=matmul.__name__)(matmul)

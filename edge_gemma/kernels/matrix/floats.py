@@ -14,9 +14,14 @@ from numba.extending import intrinsic, overload
 
 from edge_gemma.kernels import isa
 from edge_gemma.kernels.attend.ir import fold
-from edge_gemma.kernels.compiler import array, kernel
+from edge_gemma.kernels.compiler import array, chunk_function, compiled, launch
 from edge_gemma.kernels.convert import float_of_bits
 from edge_gemma.kernels.isa import F32, I16, I32, I64, at, load, loop, multiply_add, splat_constant, store, vector
+from edge_gemma.kernels.recording.operation import CHUNK_BYTES, Operation, floats, one_row, operands, pointer
+from edge_gemma.kernels.registry import Array, kernel
+from edge_gemma.kernels.variants import variant
+
+__all__ = ["matmul_bfloat16", "matmul_float"]
 
 ROWS = 4
 """Rows of w that a tile takes: their sums are folded together."""
@@ -81,7 +86,7 @@ def _make_tile(variant, half, tokens):
 
 
 @functools.cache
-def make_rows(variant, half):
+def _make_rows(variant, half):
     """rows(x, w, out, begin, end): out[:, begin:end] = x w[begin:end]^T."""
     chosen = isa.SETS[variant]
     lanes, tokens = chosen.float_lanes, chosen.float_sums // ROWS
@@ -108,9 +113,9 @@ def make_rows(variant, half):
 
 
 @functools.cache
-def make(variant, half):
+def _make(variant, half):
     """The kernel of an instruction set for bfloat16 (half) or float32 rows."""
-    rows = make_rows(variant, half)
+    rows = _make_rows(variant, half)
 
     def matmul(x, w, out):
         if x.shape[1] != w.shape[1] or out.shape != (x.shape[0], w.shape[0]):
@@ -121,4 +126,45 @@ def make(variant, half):
 
     matmul.__name__ = f"matmul_{'bfloat16' if half else 'float'}_{variant}"
     signature = array("f4", 2), array("u2" if half else "f4", 2), array("f4", 2, True)
-    return kernel(*signature, parallel=True, key=matmul.__name__)(matmul)
+    return compiled(*signature, parallel=True, key=matmul.__name__)(matmul)
+
+
+@functools.cache
+def _make_chunk(variant, half):
+    """x, w, out, rows, k, rows a chunk."""
+    dtype = np.uint16 if half else np.float32
+    rows = _make_rows(variant, half)
+
+    def dense(row, position, chunk):
+        w, _ = operands(row)
+        matrix = numba.carray(pointer(w[1]), (w[3], w[4]), dtype)
+        rows(floats(w[0], (1, w[4])), matrix, floats(w[2], (1, w[3])), chunk * w[5], min(w[3], (chunk + 1) * w[5]))
+
+    return chunk_function(f"dense {variant} {half}")(dense)
+
+
+def _record(_, x, w, out):
+    one_row(x)
+    rows = ROWS * max(1, CHUNK_BYTES // (ROWS * w.itemsize * w.shape[1]))
+    function = _make_chunk(variant(), w.dtype == np.uint16)
+    yield Operation(function, (x, w, out, *w.shape, rows), (x,), (out,), -(-len(w) // rows))
+
+
+def _launch_float(x, w, out):
+    return launch(_make(variant(), False), x, w, out)
+
+
+def _launch_bfloat16(x, w, out):
+    return launch(_make(variant(), True), x, w, out)
+
+
+@kernel(_launch_float, "x float32 [n, k]; w float32 [rows, k]; out float32 [n, rows]", _record)
+def matmul_float(x: Array, w: Array, out: Array) -> None:
+    """out = x w^T, the same for every n and every number of threads."""
+    out[...] = x.astype(np.float64) @ w.astype(np.float64).T
+
+
+@kernel(_launch_bfloat16, "x float32 [n, k]; w uint16 [rows, k]; out float32 [n, rows]", _record)
+def matmul_bfloat16(x: Array, w: Array, out: Array) -> None:
+    """The same with w in bfloat16: the upper halves of float32."""
+    out[...] = x.astype(np.float64) @ (w.astype(np.uint32) << 16).view(np.float32).astype(np.float64).T

@@ -16,6 +16,8 @@ rounded in the same order, minima included: which of the two computed a product 
 """
 
 import functools
+import math
+import threading
 
 import numba
 import numpy as np
@@ -24,8 +26,7 @@ from numba.extending import intrinsic
 
 from edge_gemma.folder.layouts import FACTOR_COLUMNS
 from edge_gemma.kernels import isa
-from edge_gemma.kernels.buffers import empty
-from edge_gemma.kernels.compiler import array, kernel, launch
+from edge_gemma.kernels.compiler import array, compiled, launch
 from edge_gemma.kernels.convert import as_float, bits_of_float
 from edge_gemma.kernels.isa import F32, I8, I32, I64, at, join, load, loop, multiply_add, splat, splat_constant, vector
 from edge_gemma.kernels.matrix.decode import factor_blocks, scale_type
@@ -285,7 +286,7 @@ def _make_unit(variant, bits, group, scale_groups, minimum):
     return unit, panels
 
 
-@kernel(array("i1", 2), array("f4", 2), array("i4", 2), types.int64, types.boolean,
+@compiled(array("i1", 2), array("f4", 2), array("i4", 2), types.int64, types.boolean,
         array("i4", 3, True), array("i4", 3, True), array("f4", 3, True), parallel=True)  # fmt: skip
 def _interleave(q, a_scale, sums, zero, minimum, activations, correction, scale):
     n, tokens = q.shape[0], activations.shape[2]
@@ -310,6 +311,17 @@ def _interleave(q, a_scale, sums, zero, minimum, activations, correction, scale)
     return True
 
 
+_interleaved = threading.local()  # what this thread's last product used: name -> flat array
+
+
+def _memory(name, shape, dtype):
+    """An array in memory that this thread's next product uses again."""
+    memory, size = vars(_interleaved), math.prod(shape)
+    if name not in memory or len(memory[name]) < size:
+        memory[name] = np.empty(size, dtype)
+    return memory[name][:size].reshape(shape)
+
+
 def interleaved(variant, bits, group, minimum, q, a_scale, sums):
     """Activations as `make`'s kernels take them: q, a_scale and sums of each tile's tokens side by side. None for
     arrays that do not fit each other.
@@ -321,8 +333,8 @@ def interleaved(variant, bits, group, minimum, q, a_scale, sums):
     if q.ndim != 2 or a_scale.ndim != 2 or sums.ndim != 2 or q.shape[1] % 32:
         return None
     tiles = -(-len(q) // tokens)
-    shapes = q.shape[1] // 4, sums.shape[1], a_scale.shape[1]
-    result = [empty((tiles, n, tokens), kind) for n, kind in zip(shapes, ("i4", "i4", "f4"), strict=True)]
+    widths = {"dwords": (q.shape[1] // 4, "i4"), "sums": (sums.shape[1], "i4"), "scales": (a_scale.shape[1], "f4")}
+    result = [_memory(name, (tiles, width, tokens), dtype) for name, (width, dtype) in widths.items()]
     zero = isa.SETS[variant].zero_point(bits, group)
     return result if launch(_interleave, q, a_scale, sums, zero, minimum != 0, *result) else None
 
@@ -363,4 +375,4 @@ def make(variant, bits, group, scale_groups, minimum):
     matmul.__name__ = f"matmul_blocked_{variant}_{bits}_{group}_{'groups' if scale_groups else 'tokens'}_{minimum}"
     signature = array("i4", 3), array("i4", 3), array("f4", 3), array("u1", 4)
     signature += array(scale_type(group, minimum), 3), array("u2", 4), array("f4", 2, True)
-    return kernel(*signature, parallel=True, key=matmul.__name__)(matmul)
+    return compiled(*signature, parallel=True, key=matmul.__name__)(matmul)

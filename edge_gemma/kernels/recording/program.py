@@ -6,7 +6,7 @@
     program.run(position)            # the same kernels on the same arrays, for another token
 
 Owns: recording, which operations must wait for which, and the threads' way through the list. Does not know: what is
-computed (operations.py), or what the caller puts into the arrays between two runs.
+computed (the kernels say), or what the caller puts into the arrays between two runs.
 
 A token's 800 kernels last from 1 to 500 us, and a launch costs 5 to 50: a program is one launch. Every thread goes
 through the whole list and claims chunks of an operation until none is left; before an operation that reads what earlier
@@ -16,7 +16,6 @@ thread that has not come, and one thread alone does everything. Results do not d
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import numba
 import numpy as np
@@ -26,29 +25,13 @@ from numba.extending import intrinsic
 
 from edge_gemma.kernels import compiler
 from edge_gemma.kernels.attend.blocks import BLOCK
-from edge_gemma.kernels.compiler import array, kernel
-from edge_gemma.kernels.isa import I32, I64, SETS, call
-from edge_gemma.kernels.matrix.floats import ROWS
-from edge_gemma.kernels.recording import operations as op
+from edge_gemma.kernels.compiler import array, compiled
+from edge_gemma.kernels.isa import I32, I64, call
+from edge_gemma.kernels.recording.operation import CHUNKS, OPERANDS, WAITS, WINDOW, WORDS, Operation
+from edge_gemma.kernels.registry import Kernel
 
 _SPINS = 4000  # turns a thread waits for the others before it offers its core to someone else
 _LINE = 8  # int64 in a cache line: counters of two operations share none
-
-
-class NotRecordableError(Exception):
-    """What was called cannot be repeated as a program: several rows, or arithmetic outside the kernels."""
-
-
-@dataclass(frozen=True)
-class Operation:
-    """One row of a program, before it is laid out."""
-
-    part: compiler.Part
-    words: tuple[object, ...]  # arrays (their addresses), None (0), int, float (its bits)
-    reads: tuple[np.ndarray, ...]
-    writes: tuple[np.ndarray, ...]
-    chunks: int = 1
-    window: int = -1
 
 
 class Recorder:
@@ -58,9 +41,9 @@ class Recorder:
         self.operations: list[Operation] = []
         self._scratch: dict[tuple[int, int, int], tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
 
-    def add(self, name: str, arguments: tuple) -> None:
-        """A call of kernels.`name`. Raises NotRecordableError where it has no counterpart for one token."""
-        self.operations += _OPERATIONS[name](self, *arguments)
+    def add(self, kernel: Kernel, arguments: tuple, named: dict) -> None:
+        """A call of a kernel. Raises NotRecordableError where it cannot be repeated for one token."""
+        self.operations += kernel.operations(self, *arguments, **named)
 
     def attention_scratch(self, blocks: int, kv_heads: int, rows: int, hd: int) -> tuple[np.ndarray, ...]:
         """tops, totals, values of the blocks, shared by all layers of a shape."""
@@ -79,12 +62,12 @@ class Program:
 
     def __init__(self, operations: list[Operation]) -> None:
         self._operations = operations
-        self._rows = np.zeros((len(operations), op.WORDS), np.int64)
+        self._rows = np.zeros((len(operations), WORDS), np.int64)
         self._counters = np.zeros((len(operations), _LINE), np.int64)
         for row, operation, waits in zip(self._rows, operations, _waits(operations), strict=True):
-            own = [_word(word) for word in operation.words]
-            row[: op.OWN] = operation.part.address, operation.chunks, operation.window, waits
-            row[op.OWN : op.OWN + len(own)] = own
+            operands = [_word(operand) for operand in operation.operands]
+            row[:OPERANDS] = operation.function.address, operation.chunks, operation.window, waits
+            row[OPERANDS : OPERANDS + len(operands)] = operands
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -133,133 +116,6 @@ def _ranges(arrays: tuple[np.ndarray, ...]) -> list[tuple[int, int]]:
 
 def _overlap(some: list[tuple[int, int]], others: list[tuple[int, int]]) -> bool:
     return any(a < d and c < b for a, b in some for c, d in others)
-
-
-# --- how each kernel's arguments become operations --------------------------------------------------------------------
-
-
-def _one(rows: np.ndarray) -> None:
-    if len(rows) != 1:
-        raise NotRecordableError(f"{len(rows)} rows")
-
-
-def _elements(size: int) -> int:
-    return -(-size // op.ELEMENTS)
-
-
-def _rms_norm(_, x, weight, eps, out):
-    yield Operation(op.rms_norm, (x, weight, out, *x.shape, float(eps)), (x,), (out,))
-
-
-def _add_rms_norm(_, h, a, weight, eps):
-    _one(h)
-    yield Operation(op.add_rms_norm, (h, a, weight, h.shape[1], float(eps)), (a, h), (h,))
-
-
-def _rms_norm_rope(_, x, weight, cos, sin, eps, out):
-    _one(x)
-    words = x, weight, cos, sin, out, *x.shape[1:], float(eps)
-    yield Operation(op.rms_norm_rope, words, (x, cos, sin), (out,))
-
-
-def _gelu_tanh_mul(_, gate, up, out):
-    yield Operation(op.gelu_tanh_mul, (gate, up, out, out.size), (gate, up), (out,), _elements(out.size))
-
-
-def _softcap(_, x, cap):
-    yield Operation(op.softcap, (x, x.size, float(cap)), (x,), (x,), _elements(x.size))
-
-
-def _scale(_, x, factor):
-    yield Operation(op.scale, (x, x.size, float(factor)), (x,), (x,))
-
-
-def _add_scaled(_, x, y, factor, scale):
-    words = x, y, x.size, float(factor), float(scale)
-    yield Operation(op.add_scaled, words, (x, y), (x,), _elements(x.size))
-
-
-def _round_to_step(_, x, step):
-    yield Operation(op.round_to_step, (x, x.size, float(step)), (x,), (x,), _elements(x.size))
-
-
-def _quantize_activations(_, x, group, q, scale, sums):
-    _one(x)
-    if scale.shape != sums.shape:
-        raise NotRecordableError("one scale a token for weights in groups")
-    groups = sums.shape[1]
-    together = max(1, op.ELEMENTS // (q.shape[1] // groups))
-    words = x, q, scale, sums, x.shape[1], q.shape[1], groups, together
-    yield Operation(op.quantize_activations, words, (x,), (q, scale, sums), -(-groups // together))
-
-
-def _quantize_static(_, x, step, q, scale, sums):
-    _one(x)
-    yield Operation(
-        op.quantize_static, (x, q, scale, sums, x.shape[1], q.shape[1], float(step)), (x,), (q, scale, sums)
-    )
-
-
-def _dense(_, x, w, out):
-    from edge_gemma import kernels
-
-    _one(x)
-    rows = ROWS * max(1, op.CHUNK_BYTES // (ROWS * w.itemsize * w.shape[1]))
-    part = op.dense(kernels.variant(), w.dtype == np.uint16)
-    yield Operation(part, (x, w, out, *w.shape, rows), (x,), (out,), -(-len(w) // rows))
-
-
-def _matmul(_, q, a_scale, sums, packed, w_scale, bits, group, out, factors=None):
-    from edge_gemma import kernels
-
-    _one(q)
-    variant, panels = kernels.variant(), len(packed)
-    apart = -(-panels // SETS[variant].streams)
-    units = max(1, min(op.CHUNK_BYTES * apart // packed.nbytes, apart // (2 * compiler.threads())))
-    minimum = kernels.minimum_bits(w_scale, factors)
-    part = op.matmul(variant, bits, group, group != 0 and a_scale.shape[1] != 1, minimum)
-    words = q, a_scale, sums, packed, w_scale, factors, out, q.shape[1], panels, apart, units
-    yield Operation(part, words, (q, a_scale, sums), (out,), -(-apart // units))
-
-
-def _store_kv(_, k, v, k_cache, v_cache, first_position):
-    _one(k)
-    part = op.store_kv(k_cache.dtype == np.uint16)
-    yield Operation(part, (k, v, k_cache, v_cache, *k.shape[1:], len(k_cache)), (k, v), (k_cache, v_cache))
-
-
-def _attention(recorder, q, k_cache, v_cache, first_position, window, scale, out):
-    from edge_gemma import kernels
-
-    _one(q)
-    (_, heads, hd), (capacity, kv_heads, _) = q.shape, k_cache.shape
-    rows = heads // kv_heads
-    part, tile = op.attention(kernels.variant(), k_cache.dtype == np.uint16, rows > 4, hd % 64 != 0)
-    padded = -(-rows // tile) * tile
-    scratch = recorder.attention_scratch((window or capacity) // BLOCK + 2, kv_heads, padded, hd)
-    words = q, k_cache, v_cache, *scratch, heads, kv_heads, hd, capacity, window, float(scale)
-    yield Operation(part, words, (q, k_cache, v_cache), scratch, kv_heads, window)
-    words = *scratch, out, heads, kv_heads, hd, padded, window
-    yield Operation(op.merge_attention, words, scratch, (out, *scratch), kv_heads)
-
-
-_OPERATIONS = {
-    "rms_norm": _rms_norm,
-    "add_rms_norm": _add_rms_norm,
-    "rms_norm_rope": _rms_norm_rope,
-    "gelu_tanh_mul": _gelu_tanh_mul,
-    "softcap": _softcap,
-    "scale": _scale,
-    "add_scaled": _add_scaled,
-    "round_to_step": _round_to_step,
-    "quantize_activations": _quantize_activations,
-    "quantize_static": _quantize_static,
-    "matmul_bfloat16": _dense,
-    "matmul_float": _dense,
-    "matmul": _matmul,
-    "store_kv": _store_kv,
-    "attention": _attention,
-}
 
 
 # --- the threads' way through the list --------------------------------------------------------------------------------
@@ -337,11 +193,11 @@ def offer_core(typing_context):
 
 @numba.njit(error_model="numpy")
 def _chunks(operations, i, position):
-    window = operations[i, op.WINDOW]
+    window = operations[i, WINDOW]
     if window < 0:
-        return operations[i, op.CHUNKS]
+        return operations[i, CHUNKS]
     low = max(0, position - window + 1) if window else 0
-    return operations[i, op.CHUNKS] * (position // BLOCK + 1 - low // BLOCK)
+    return operations[i, CHUNKS] * (position // BLOCK + 1 - low // BLOCK)
 
 
 @numba.njit(error_model="numpy")
@@ -355,14 +211,14 @@ def _wait(counters, i, count):
             offer_core()
 
 
-@kernel(array("i8", 2), array("i8", 2, True), types.int64, types.int64, parallel=True)
+@compiled(array("i8", 2), array("i8", 2, True), types.int64, types.int64, parallel=True)
 def replay(operations, counters, position, workers):
-    if operations.shape[0] != counters.shape[0] or operations.shape[1] != op.WORDS or counters.shape[1] != _LINE:
+    if operations.shape[0] != counters.shape[0] or operations.shape[1] != WORDS or counters.shape[1] != _LINE:
         return False
     for _ in numba.prange(workers):
         begin = 0
         for i in range(operations.shape[0]):
-            if operations[i, op.WAITS]:
+            if operations[i, WAITS]:
                 for j in range(begin, i):
                     _wait(counters, j, _chunks(operations, j, position))
                 begin = i

@@ -1,0 +1,217 @@
+"""Gates, scalings and the cap of logits: kernels that take their arrays element by element, in float32.
+
+Owns: everything about these kernels: compiled code, definition, operation; exp() for other kernels. Does not know:
+which layer calls them. The loops are plain, LLVM vectorises them.
+"""
+
+import numba
+import numpy as np
+from numba.core import types
+
+from edge_gemma.kernels.compiler import SERIAL_ELEMENTS, array, chunk_function, compiled, launch
+from edge_gemma.kernels.convert import float_of_bits
+from edge_gemma.kernels.recording.operation import Operation, element_chunks, elements, floats, operands
+from edge_gemma.kernels.registry import Array, kernel
+
+__all__ = ["add_scaled", "gelu_tanh_mul", "scale", "softcap"]
+
+_READ_2D, _WRITTEN_1D, _WRITTEN_2D = array("f4", 2), array("f4", 1, True), array("f4", 2, True)
+_F64 = types.float64
+
+_LOG2E = np.float32(1.4426950408889634)
+_LN2_HIGH = np.float32(0.693359375)
+_LN2_LOW = np.float32(-2.12194440e-4)
+
+
+@numba.njit(fastmath={"contract", "nsz"}, error_model="numpy")
+def exp32(x):
+    """exp(x) in float32: 2^n times a polynomial on [-ln2/2, ln2/2] (Cephes expf); relative error below 2e-7, and 0
+    below -87.
+    """
+    n = np.rint(x * _LOG2E)
+    n = min(max(n, np.float32(-127)), np.float32(127))
+    r = x - n * _LN2_HIGH
+    r = r - n * _LN2_LOW
+    r = min(max(r, np.float32(-1)), np.float32(1))
+    p = np.float32(1.9875691500e-4)
+    p = p * r + np.float32(1.3981999507e-3)
+    p = p * r + np.float32(8.3334519073e-3)
+    p = p * r + np.float32(4.1665795894e-2)
+    p = p * r + np.float32(1.6666665459e-1)
+    p = p * r + np.float32(5.0000001201e-1)
+    y = p * r * r + r + np.float32(1)
+    return y * float_of_bits((np.int32(n) + np.int32(127)) << np.int32(23))
+
+
+# --- scale ------------------------------------------------------------------------------------------------------------
+
+
+@numba.njit(fastmath={"contract"}, error_model="numpy")
+def _scale_row(x, factor):
+    for i in range(x.shape[0]):
+        x[i] *= factor
+
+
+@compiled(_WRITTEN_2D, _F64)
+def _scale(x, factor):
+    for n in range(x.shape[0]):
+        _scale_row(x[n], np.float32(factor))
+    return True
+
+
+@chunk_function("scale")
+def _scale_chunk(row, position, chunk):
+    """x, d, factor."""
+    w, f = operands(row)
+    _scale_row(floats(w[0], w[1]), np.float32(f[2]))
+
+
+def _record_scale(_, x, factor):
+    yield Operation(_scale_chunk, (x, x.size, float(factor)), (x,), (x,))
+
+
+@kernel(_scale, "x float32 [n, d]", _record_scale)
+def scale(x: Array, factor: float) -> None:
+    """x *= factor, in place."""
+    x *= np.float32(factor)
+
+
+# --- add_scaled -------------------------------------------------------------------------------------------------------
+
+
+@numba.njit(error_model="numpy")  # not contracted: the reference rounds the product
+def _add_scaled_row(x, y, factor, scale):
+    for i in range(x.shape[0]):
+        x[i] = (x[i] + y[i] * factor) * scale
+
+
+@compiled(_WRITTEN_2D, _READ_2D, _F64, _F64, parallel=True)
+def _add_scaled(x, y, factor, scale):
+    if x.shape != y.shape:
+        return False
+    narrow = np.float32(factor), np.float32(scale)
+    if x.size < SERIAL_ELEMENTS:
+        for n in range(x.shape[0]):
+            _add_scaled_row(x[n], y[n], narrow[0], narrow[1])
+    else:
+        for n in numba.prange(x.shape[0]):
+            _add_scaled_row(x[n], y[n], narrow[0], narrow[1])
+    return True
+
+
+@chunk_function("add_scaled")
+def _add_scaled_chunk(row, position, chunk):
+    """x, y, d, factor, scale."""
+    w, f = operands(row)
+    begin, end = elements(chunk, w[2])
+    x, y = floats(w[0], w[2]), floats(w[1], w[2])
+    _add_scaled_row(x[begin:end], y[begin:end], np.float32(f[3]), np.float32(f[4]))
+
+
+def _record_add_scaled(_, x, y, factor, scale):
+    operand = x, y, x.size, float(factor), float(scale)
+    yield Operation(_add_scaled_chunk, operand, (x, y), (x,), element_chunks(x.size))
+
+
+@kernel(_add_scaled, "x, y float32 [n, d]", _record_add_scaled)
+def add_scaled(x: Array, y: Array, factor: float, scale: float) -> None:
+    """x = (x + y * factor) * scale, in place; each step rounded, as the reference does."""
+    x[...] = (x + y * np.float32(factor)) * np.float32(scale)
+
+
+# --- gelu_tanh_mul ----------------------------------------------------------------------------------------------------
+
+
+@numba.njit(fastmath={"contract", "nsz"}, error_model="numpy")
+def _gelu(x):
+    """x * sigmoid(2 u): the tanh form without its cancellation for negative x."""
+    u = np.float32(1.5957691216057308) * x * (np.float32(1) + np.float32(0.044715) * x * x)
+    return x / (np.float32(1) + exp32(-u))
+
+
+@numba.njit(fastmath={"contract", "nsz"}, error_model="numpy")
+def _gelu_row(gate, up, out):
+    if gate.ctypes.data == out.ctypes.data:  # a loop of its own: LLVM does not vectorise one whose arrays may overlap
+        for i in range(out.shape[0]):
+            out[i] = _gelu(out[i]) * up[i]
+    else:
+        for i in range(out.shape[0]):
+            out[i] = _gelu(gate[i]) * up[i]
+
+
+@compiled(_READ_2D, _READ_2D, _WRITTEN_2D, parallel=True)
+def _gelu_tanh_mul(gate, up, out):
+    if gate.shape != up.shape or gate.shape != out.shape:
+        return False
+    if gate.size < SERIAL_ELEMENTS:
+        for n in range(gate.shape[0]):
+            _gelu_row(gate[n], up[n], out[n])
+    else:
+        for n in numba.prange(gate.shape[0]):
+            _gelu_row(gate[n], up[n], out[n])
+    return True
+
+
+@chunk_function("gelu_tanh_mul")
+def _gelu_tanh_mul_chunk(row, position, chunk):
+    """gate, up, out, d."""
+    w, _ = operands(row)
+    begin, end = elements(chunk, w[3])
+    gate, up, out = floats(w[0], w[3]), floats(w[1], w[3]), floats(w[2], w[3])
+    _gelu_row(gate[begin:end], up[begin:end], out[begin:end])
+
+
+def _record_gelu_tanh_mul(_, gate, up, out):
+    yield Operation(_gelu_tanh_mul_chunk, (gate, up, out, out.size), (gate, up), (out,), element_chunks(out.size))
+
+
+@kernel(_gelu_tanh_mul, "gate, up, out float32 [n, d]", _record_gelu_tanh_mul)
+def gelu_tanh_mul(gate: Array, up: Array, out: Array) -> None:
+    """out = 0.5 gate (1 + tanh(sqrt(2/pi) (gate + 0.044715 gate^3))) * up; out may be gate or up."""
+    x = gate.astype(np.float64)
+    out[...] = 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3))) * up
+
+
+# --- softcap ----------------------------------------------------------------------------------------------------------
+
+
+@numba.njit(fastmath={"contract", "nsz"}, error_model="numpy")
+def _softcap_row(x, cap):
+    inverse = np.float32(1) / np.float32(cap)
+    for i in range(x.shape[0]):
+        y = x[i] * inverse
+        z = y * y
+        near = np.float32(-5.37397155531e-2) + z * (np.float32(2.06390887954e-2) + z * np.float32(-5.70498872745e-3))
+        near = y + y * z * (np.float32(-3.33332819422e-1) + z * (np.float32(1.33314422036e-1) + z * near))
+        e = exp32(np.float32(-2) * abs(y))
+        far = (np.float32(1) - e) / (np.float32(1) + e)
+        far = far if y > np.float32(0) else -far
+        x[i] = np.float32(cap) * (near if abs(y) < np.float32(0.625) else far)
+
+
+@compiled(_WRITTEN_1D, _F64)
+def _softcap(x, cap):
+    _softcap_row(x, cap)
+    return True
+
+
+@chunk_function("softcap")
+def _softcap_chunk(row, position, chunk):
+    """x, d, cap."""
+    w, f = operands(row)
+    begin, end = elements(chunk, w[1])
+    _softcap_row(floats(w[0], w[1])[begin:end], f[2])
+
+
+def _launch_softcap(x, cap):
+    return x.flags.c_contiguous and launch(_softcap, x.reshape(-1), cap)
+
+
+def _record_softcap(_, x, cap):
+    yield Operation(_softcap_chunk, (x, x.size, float(cap)), (x,), (x,), element_chunks(x.size))
+
+
+@kernel(_launch_softcap, "x float32 [n, d]", _record_softcap)
+def softcap(x: Array, cap: float) -> None:
+    """x = cap * tanh(x / cap), in place; x may have any shape."""
+    x[...] = cap * np.tanh(x.astype(np.float64) / cap)

@@ -1,0 +1,150 @@
+"""The product of 8-bit activations with packed weights: which compiled code computes it, and what it must compute.
+
+Owns: the choice between one token's code (decode.py) and many tokens' (prefill.py), the definition, the operation. Does
+not know: the arithmetic of a tile, how weights were quantised.
+"""
+
+import functools
+
+import numba
+import numpy as np
+
+from edge_gemma.folder import layouts
+from edge_gemma.kernels import isa
+from edge_gemma.kernels.compiler import chunk_function, launch, threads
+from edge_gemma.kernels.matrix import decode, prefill
+from edge_gemma.kernels.matrix.decode import factor_blocks, make_correction, make_one_token, scale_type
+from edge_gemma.kernels.recording.operation import CHUNK_BYTES, Operation, floats, one_row, operands, pointer
+from edge_gemma.kernels.registry import Array, kernel
+from edge_gemma.kernels.variants import variant
+
+__all__ = ["matmul"]
+
+PREFILL_FROM = 24
+"""Tokens from which unpacking weights first pays (prefill.py)."""
+
+_NO_FACTORS = np.empty((0, 0, 2, 8), np.uint16)
+
+
+def _minimum_bits(w_scale, factors):
+    """Bits of the minimum in a word of w_scale; 0 where w_scale are scales alone."""
+    return 0 if factors is None else 4 * w_scale.itemsize
+
+
+def _choice(a_scale, w_scale, bits, group, factors):
+    """What the compiled code depends on: the arguments of decode.make and prefill.make."""
+    return variant(), bits, group, group != 0 and a_scale.shape[1] != 1, _minimum_bits(w_scale, factors)
+
+
+@functools.cache
+def _one_by_one(variant_name, bits, group, scale_groups, minimum):
+    if bits not in (2, 4, 8) or group not in (0, 16, 32):
+        raise ValueError(f"weights of {bits} bits in groups of {group}, expected 2, 4 or 8 bits and 0, 16 or 32")
+    return functools.partial(launch, decode.make(variant_name, bits, group, scale_groups, minimum))
+
+
+@functools.cache
+def _many(variant_name, bits, group, scale_groups, minimum):
+    """The same for many tokens; None where the instruction set has no such code."""
+    if isa.SETS[variant_name].block(group != 0) is None:
+        return None
+
+    def run(q, a_scale, sums, packed, w_scale, factors, out):
+        activations = prefill.interleaved(variant_name, bits, group, minimum, q, a_scale, sums)
+        if activations is None or len(q) != len(out):
+            return False
+        function = prefill.make(variant_name, bits, group, scale_groups, minimum)
+        return launch(function, *activations, packed, w_scale, factors, out)
+
+    return run
+
+
+def _launch(q, a_scale, sums, packed, w_scale, bits, group, out, factors=None):
+    choice = _choice(a_scale, w_scale, bits, group, factors)
+    many = _many(*choice) if len(q) >= PREFILL_FROM else None
+    run = many or _one_by_one(*choice)
+    return run(q, a_scale, sums, packed, w_scale, _NO_FACTORS if factors is None else factors, out)
+
+
+@functools.cache
+def _make_chunk(variant_name, bits, group, scale_groups, minimum):
+    """q, a_scale, sums, packed, w_scale, factors, out, kpad, panels, panels apart, units a chunk."""
+    one_token = make_one_token(variant_name, bits, group, scale_groups, minimum)
+    correct = make_correction(variant_name, bits, group, scale_groups, minimum)
+    w_scale_type = scale_type(group, minimum)
+
+    def matmul(row, position, chunk):
+        w, _ = operands(row)
+        kpad, panels = w[7], w[8]
+        groups = kpad // group if group else 1
+        q, a_scale = numba.carray(pointer(w[0]), (1, kpad), np.int8), floats(w[1], (1, groups if scale_groups else 1))
+        sums = numba.carray(pointer(w[2]), (1, groups), np.int32)
+        packed = numba.carray(pointer(w[3]), (panels, kpad * bits // 32, 8, 4), np.uint8)
+        w_scale = numba.carray(pointer(w[4]), (panels, groups, 8), w_scale_type)
+        factors = numba.carray(pointer(w[5]), (panels, factor_blocks(kpad, minimum), 2, 8), np.uint16)
+        out = floats(w[6], (1, 8 * panels))
+        correction = correct(sums, a_scale)
+        for unit in range(chunk * w[10], min(w[9], (chunk + 1) * w[10])):
+            one_token(q, a_scale, correction, packed, w_scale, factors, out, 0, unit, w[9])
+
+    return chunk_function(f"matmul {variant_name} {bits} {group} {scale_groups} {minimum}")(matmul)
+
+
+def _record(_, q, a_scale, sums, packed, w_scale, bits, group, out, factors=None):
+    one_row(q)
+    choice, panels = _choice(a_scale, w_scale, bits, group, factors), len(packed)
+    apart = -(-panels // isa.SETS[choice[0]].streams)
+    units = max(1, min(CHUNK_BYTES * apart // packed.nbytes, apart // (2 * threads())))
+    operand = q, a_scale, sums, packed, w_scale, factors, out, q.shape[1], panels, apart, units
+    yield Operation(_make_chunk(*choice), operand, (q, a_scale, sums), (out,), -(-apart // units))
+
+
+@kernel(
+    _launch,
+    "a packed matrix: q int8 [n, kpad]; a_scale float32 [n, 1 or groups]; sums int32 [n, groups]; packed uint8 "
+    "[panels, chunks, 8, 4]; w_scale [panels, groups, 8]; out float32 [n, 8 panels]",
+    _record,
+)
+def matmul(
+    q: Array,
+    a_scale: Array,
+    sums: Array,
+    packed: Array,
+    w_scale: Array,
+    bits: int,
+    group: int,
+    out: Array,
+    factors: Array | None = None,
+) -> None:
+    """out[n, r] = sum over groups g of a_scale[n, g] * w_scale[g, r] * (sum over k in g of q[n, k] * w[r, k]).
+
+    q, a_scale and sums come from `quantize_activations`; packed and w_scale are as in folder/layouts.py: w_scale uint16
+    (the view of float16) for groups of 32 or 16, float32 when group is 0. Any run of panels is a matrix of its own.
+    Integer sums are exact; float32 products are added in ascending order of g, so a result is the same for every n and
+    every number of threads. q may be -128 where group is 0, else +-127 at most.
+
+    With factors, uint16 (the view of float16) [panels, blocks of 256 columns, 2, 8], w_scale holds words of scale and
+    minimum (layouts.py) and weights are w_scale * field - minimum: the fields as they are stored, unsigned, bytes at
+    most 127. Words of 32 bits need none: [panels, 0, 2, 8].
+
+    Raises ValueError for other bits and groups too.
+    """
+    dots, wide_a = integer_dots(q, packed, bits, group), a_scale.astype(np.float64)[:, :, None]
+    if factors is not None:
+        words = layouts.unpack_words(w_scale, factors.view(np.float16), group, 8 * len(packed))
+        scales, minima = layouts.scales_and_minima(*words, group).astype(np.float64).transpose(2, 1, 0)
+        dots = dots + layouts.zero_point(bits) * sums[:, :, None].astype(np.int64)
+        out[...] = ((dots * scales - minima * sums[:, :, None]) * wide_a).sum(axis=1)
+        return
+    scales = w_scale.view(np.float16) if w_scale.dtype == np.uint16 else w_scale
+    scales = scales.astype(np.float64).transpose(1, 0, 2).reshape(scales.shape[1], -1)
+    out[...] = (dots * scales * wide_a).sum(axis=1)
+
+
+def integer_dots(q: Array, packed: Array, bits: int, group: int) -> Array:
+    """int64 [n, groups, rows padded to 8]: the exact sum of q * w over each weight group (one group when group = 0)."""
+    n, k = q.shape
+    w = layouts.unpack_panels(packed, bits, packed.shape[0] * 8, k).astype(np.int64)
+    width = group or k
+    a = q.astype(np.int64).reshape(n, -1, width)
+    return np.einsum("ngk,rgk->ngr", a, w.reshape(len(w), -1, width))

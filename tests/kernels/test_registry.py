@@ -1,0 +1,124 @@
+"""Every kernel against its definition, at odd sizes, called and repeated as a program.
+
+The arguments are made from what a kernel says it expects ("x, out float32 [n, d]; weight float32 [d]"), so that a new
+kernel whose arrays are float32 is tested as soon as it is written. The others are tested by name elsewhere.
+"""
+
+import inspect
+import re
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+from edge_gemma import kernels
+from edge_gemma.kernels.recording import program
+from edge_gemma.kernels.recording.operation import NotRecordableError
+from edge_gemma.kernels.registry import Kernel, kernel, registered
+from tests.tolerance import assert_rounding
+
+# Kernels with other arrays than float32, and the file that tests them.
+ELSEWHERE = {
+    "attention": "test_kernels", "block_maxima": "test_kernels", "dequantize_records": "../model/test_rows",
+    "exp_sums": "test_kernels", "gather_panels": "../model/test_rows", "matmul": "test_matmul",
+    "matmul_bfloat16": "test_kernels", "quantize_activations": "test_matmul", "quantize_static": "test_matmul",
+    "store_kv": "test_kernels",
+}  # fmt: skip
+SIZES = [
+    {"n": 1, "d": 1, "k": 1, "rows": 1, "heads": 1, "hd": 2},
+    {"n": 1, "d": 9001, "k": 1536, "rows": 131, "heads": 8, "hd": 256},
+    {"n": 3, "d": 67, "k": 33, "rows": 7, "heads": 5, "hd": 12},
+    {"n": 41, "d": 1536, "k": 256, "rows": 66, "heads": 3, "hd": 64},
+]
+SCALAR = 0.75  # eps, a factor, a cap, a step
+FLOATS = [name for name in registered if name not in ELSEWHERE]
+
+
+def arguments_of(made: Kernel[Any], size: dict[str, int]) -> list[Any]:
+    """Arrays of the shapes that it expects, and SCALAR for what is no array."""
+    rng, arrays = np.random.default_rng(7), {}
+    for part in made.expected.split("; "):
+        names, shape = re.fullmatch(r"([\w, ]+) float32 \[(.*)\](?: or None)?", part).groups()
+        dimensions = [d.partition(" / ") for d in shape.split(", ")]
+        lengths = [size[name] // int(divisor or 1) for name, _, divisor in dimensions]
+        for name in names.split(", "):
+            arrays[name] = (rng.standard_normal(lengths) * 3).astype(np.float32)
+    return [arrays.get(name, SCALAR) for name in inspect.signature(made.definition).parameters]
+
+
+def copies(arguments: list[Any]) -> list[Any]:
+    return [a.copy() if isinstance(a, np.ndarray) else a for a in arguments]
+
+
+@pytest.mark.parametrize("size", SIZES, ids=lambda size: f"{size['n']}x{size['d']}")
+@pytest.mark.parametrize("name", FLOATS)
+def test_a_kernel_is_its_definition(name: str, size: dict[str, int]) -> None:
+    made = registered[name]
+    got = arguments_of(made, size)
+    before, expected = copies(got), copies(got)
+    made(*got)
+    made.definition(*expected)
+    changed = False
+    for mine, theirs, old in zip(got, expected, before, strict=True):
+        if isinstance(mine, np.ndarray):
+            assert_rounding(mine, theirs, [max(size.values())], name)
+            changed |= not np.array_equal(mine, old)
+    assert changed  # a kernel that does nothing is not tested
+
+
+@pytest.mark.parametrize("size", [size for size in SIZES if size["n"] == 1], ids=lambda size: str(size["d"]))
+@pytest.mark.parametrize("name", FLOATS)
+def test_a_recorded_call_is_the_call_bit_for_bit(name: str, size: dict[str, int]) -> None:
+    made = registered[name]
+    arguments = arguments_of(made, size)
+    before = copies(arguments)
+    with program.record() as recorder:
+        made(*arguments)
+    called = copies(arguments)
+    for now, old in zip(arguments, before, strict=True):
+        if isinstance(now, np.ndarray):
+            now[...] = old
+    recorder.program().run(0)
+    for now, direct in zip(arguments, called, strict=True):
+        assert np.array_equal(now, direct)
+
+
+@pytest.mark.parametrize("name", FLOATS)
+def test_arrays_that_do_not_fit_are_refused_untouched(name: str) -> None:
+    """Another dtype, another memory order, a column too many: each array in turn."""
+    made = registered[name]
+    spoil: list[Callable[[np.ndarray], np.ndarray]] = [
+        lambda a: a.astype(np.float64),
+        lambda a: np.repeat(a, 2, axis=-1)[..., ::2],
+        lambda a: np.zeros((*a.shape[:-1], a.shape[-1] + 1), np.float32),
+    ]
+    whole = arguments_of(made, SIZES[2])
+    arrays = [i for i, a in enumerate(whole) if isinstance(a, np.ndarray)]
+    for at in arrays:
+        for wrong in spoil[: 3 if len(arrays) > 1 else 2]:  # one array alone fits itself
+            given = copies(whole)
+            given[at] = wrong(given[at])
+            old = copies(given)
+            with pytest.raises(ValueError, match="arguments do not fit") as refused:
+                made(*given)
+            assert made.expected in str(refused.value)
+            assert all(np.array_equal(a, b) for a, b in zip(given, old, strict=True))
+
+
+def test_a_kernel_is_what_its_definition_says_and_editors_see() -> None:
+    assert inspect.signature(kernels.add_rms_norm) == inspect.signature(kernels.add_rms_norm.definition)
+    assert "rms_norm" in str(kernels.add_rms_norm.__doc__)
+    assert set(ELSEWHERE) < set(registered)
+    assert all(getattr(kernels, name) is made for name, made in registered.items())
+
+
+def test_a_kernel_without_operation_cannot_be_recorded() -> None:
+    @kernel(lambda x: True, "x float32 [n]")
+    def nothing(x: np.ndarray) -> None:
+        """Nothing."""
+
+    del registered["nothing"]
+    nothing(np.zeros(1, np.float32))
+    with program.record(), pytest.raises(NotRecordableError, match="nothing"):
+        nothing(np.zeros(1, np.float32))
