@@ -13,6 +13,8 @@ import numpy as np
 
 from edge_gemma import chat as talk
 from edge_gemma.arguments import file_path, integer, is_integer, is_one_of, require, shown
+from edge_gemma.backends.native import NativeModel
+from edge_gemma.backends.onnx import OnnxModel
 from edge_gemma.config import GemmaConfig
 from edge_gemma.errors import ModelFolderError, UsageError
 from edge_gemma.folder import find
@@ -20,8 +22,6 @@ from edge_gemma.folder.folder import GENERATION, TEMPLATE, TOKENIZER, ModelFolde
 from edge_gemma.folder.folder import Progress as LoadProgress
 from edge_gemma.generation.reply import Reply
 from edge_gemma.generation.sampler import Sampling, Settings
-from edge_gemma.model.decoder import Decoder
-from edge_gemma.model.weights import bind
 from edge_gemma.session import Session
 from edge_gemma.text.message import Message
 from edge_gemma.text.tokenizer import Tokenizer
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from edge_gemma.audio.transcribe import Progress, Segment, Transcription
 
 DEFAULT_CONTEXT = 4096  # tokens
+_BACKENDS: dict[str, type[NativeModel | OnnxModel]] = {"native": NativeModel, "onnx": OnnxModel}
 
 
 class Engine:
@@ -44,16 +45,21 @@ class Engine:
     "spawn" has no such trouble.
     """
 
-    def __init__(self, folder: ModelFolder, *, context: int | None, threads: int | None, kv_dtype: str | None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        model: type[NativeModel | OnnxModel] = NativeModel,
+        *,
+        context: int | None = None,
+        threads: int | None = None,
+        kv_dtype: str | None = None,
+    ) -> None:
+        """path: a folder as `model` opens it. model: the class that runs it. The other arguments as in `load`."""
         from edge_gemma import kernels
 
-        good = kv_dtype is None or is_one_of(kv_dtype, ("float16", "float32"))
-        require("kv_dtype", kv_dtype, good, "float16 or float32")
-        self._read(folder, context)
-        self._kv_dtype = kv_dtype or "float16"
+        self._read(model.folder_type.open(path), context)
         self._threads = kernels.checked_threads(threads)
-        self._weights = bind(folder)
-        self._decoder = Decoder(self.config, self._weights)
+        self._model = model(self._folder, threads=self._threads, kv_dtype=kv_dtype)
 
     def _read(self, folder: ModelFolder, context: int | None) -> None:
         """Everything but the weights."""
@@ -97,30 +103,15 @@ class Engine:
             integer("threads", threads, 1)
         require("backend", backend, backend is None or is_one_of(backend, ("onnx",)), "onnx or none")
         try:
-            return cls._open(find.resolve(model, progress), context, threads, kv_dtype, backend)
+            path = find.resolve(model, progress)
+            return cls(path, _BACKENDS[backend or "native"], context=context, threads=threads, kv_dtype=kv_dtype)
         except OSError as error:
             raise ModelFolderError(f"{error.filename or model}: {error.strerror or error}") from None
 
-    @classmethod
-    def _open(
-        cls, path: Path, context: int | None, threads: int | None, kv_dtype: str | None, backend: str | None
-    ) -> "Engine":
-        if backend == "onnx":
-            from edge_gemma.backends.onnx import OnnxEngine, OnnxFolder
-
-            if kv_dtype is not None:
-                raise UsageError("kv_dtype means nothing beside backend onnx, whose cache is float32: leave it out")
-            return OnnxEngine(OnnxFolder.open(path), context=context, threads=threads)
-        folder = ModelFolder.open(path)
-        return cls(folder, context=context, threads=threads, kv_dtype=kv_dtype)
-
     def session(self, context: int | None = None) -> Session:
         """A new, empty timeline."""
-        context = self._checked_context(context, self.context)
-        section = self._folder.audio
-        placeholder = section.audio_token_id if section else None
-        identity = str(self.manifest["digest"])
-        return Session(self._decoder, context, self._kv_dtype, identity, placeholder, self._threads)
+        # an OnnxSession has the part of Session that the rest of the package uses
+        return self._model.session(self._checked_context(context, self.context))  # type: ignore[return-value]
 
     @property
     def name(self) -> str:
@@ -292,7 +283,7 @@ class Engine:
     def close(self) -> None:
         """Close the files read on demand; mapped weights go when the last session does."""
         self.release_audio()
-        self._weights.close()
+        self._model.close()
 
     def __enter__(self) -> "Engine":
         return self

@@ -13,8 +13,8 @@ import pytest
 from tests import ROOT
 
 ROOMS = [
-    "errors", "arguments", "host", "config_keys", "config", "folder", "text", "kernels", "model", "session",
-    "generation", "chat", "audio", "engine", "backends", "measure", "cli", "__main__",
+    "errors", "arguments", "host", "config_keys", "config", "folder", "text", "kernels", "model", "session", "backends",
+    "generation", "chat", "audio", "engine", "measure", "cli", "__main__",
 ]  # fmt: skip
 # The places of the runtime that may reach into export/ and quant/, and only inside a function.
 CONVERTERS = {"cli", "folder"}

@@ -1,13 +1,13 @@
-"""Runs an ONNX folder (`edge-gemma export --onnx`) with onnxruntime, as Engine and Session do: for cross-checking.
+"""Runs an ONNX folder (`edge-gemma export --onnx`) with onnxruntime, to cross-check this package's own decoder.
 
 Owns: opening such a folder, the two graphs' inputs and outputs, the KV cache between calls. Does not know: how the
-graphs were built. It is not meant to be fast: the graphs' layout has the whole cache copied at every step.
+graphs were built. It is slow: every step copies the whole cache, because the graphs take it as an input.
 
 A folder holds
     manifest.json, config.json, generation_config.json, tokenizer.model, chat_template.jinja (where the model has one)
     onnx/embed_tokens.onnx and .onnx_data           token embeddings, rows of the per-layer table
     onnx/decoder_model_merged.onnx and .onnx_data   all layers and the head
-    onnx/audio_encoder.onnx, ...                    the encoders of the model folder it was made from, if any
+    onnx/audio_encoder.onnx, ...                    the encoders of the source model folder, if it has any
 """
 
 from collections.abc import Sequence
@@ -18,7 +18,6 @@ import numpy as np
 
 from edge_gemma.arguments import file_path, is_integer, shown
 from edge_gemma.config import GemmaConfig
-from edge_gemma.engine import Engine
 from edge_gemma.errors import ModelFolderError, UsageError
 from edge_gemma.folder.atomic import write_file
 from edge_gemma.folder.folder import ONNX_FORMAT, ONNX_VERSION, ModelFolder, read_audio, read_manifest
@@ -35,7 +34,7 @@ class OnnxFolder(ModelFolder):
 
     @classmethod
     def open(cls, path: Path | str) -> "OnnxFolder":
-        """Raises ModelFolderError, one line."""
+        """Open the folder. Raises ModelFolderError, one line, for one that is damaged or of another format."""
         path = Path(path)
         manifest, config = read_manifest(path, ONNX_FORMAT, ONNX_VERSION)
         folder = cls(path, config, {}, manifest, read_audio(manifest, config, FOLDER))
@@ -48,34 +47,40 @@ class OnnxFolder(ModelFolder):
         return super()._may_hold(name.removeprefix(f"{FOLDER}/"))
 
 
-class OnnxEngine(Engine):
-    """An ONNX folder, loaded."""
+class OnnxModel:
+    """An ONNX folder, its graphs loaded. Takes the place of `edge_gemma.backends.native.NativeModel`."""
 
-    def __init__(self, folder: OnnxFolder, *, context: int | None, threads: int | None) -> None:
+    folder_type = OnnxFolder
+
+    def __init__(self, folder: ModelFolder, *, threads: int | None, kv_dtype: str | None) -> None:
+        """threads: None for all that the process may use. kv_dtype: None; the graphs' cache is float32.
+
+        Raises UsageError for a kv_dtype, ModelFolderError for a graph that onnxruntime refuses.
+        """
         from edge_gemma import kernels
         from edge_gemma.host.ort import open_graph
 
-        self._read(folder, context)
+        if kv_dtype is not None:
+            raise UsageError("kv_dtype means nothing beside backend onnx, whose cache is float32: leave it out")
+        self._config = folder.config
         self._identity = folder.manifest["digest"]
-        self._threads = kernels.checked_threads(threads)
-        self._graphs = {
-            graph: open_graph(folder.path / FOLDER / f"{graph}.onnx", self.threads) for graph in (EMBED, DECODER)
-        }
+        self._audio_token_id = folder.audio.audio_token_id if folder.audio else None
+        used = threads or kernels.threads()
+        self._graphs = {graph: open_graph(folder.path / FOLDER / f"{graph}.onnx", used) for graph in (EMBED, DECODER)}
 
-    def session(self, context: int | None = None) -> "OnnxSession":  # type: ignore[override]
-        """A new, empty timeline."""
-        context = self._checked_context(context, self.context)
-        section = self._folder.audio
-        placeholder = section.audio_token_id if section else None
-        return OnnxSession(self._graphs, self.config, context, self._identity, placeholder)
+    def session(self, context: int) -> "OnnxSession":
+        """A new, empty timeline of at most `context` tokens."""
+        return OnnxSession(self._graphs, self._config, context, self._identity, self._audio_token_id)
 
     def close(self) -> None:
-        self.release_audio()
+        """Drop the graphs; their memory goes when the last session does."""
         self._graphs = {}
 
 
 class OnnxSession:
-    """A timeline of at most `context` tokens; what of `edge_gemma.session.Session` runs and scores text and hears."""
+    """A timeline of at most `context` tokens. It has the part of `edge_gemma.session.Session` that generation, scoring
+    and speech use.
+    """
 
     def __init__(
         self, graphs: dict[str, Any], config: GemmaConfig, context: int, identity: str, audio_token_id: int | None
@@ -121,10 +126,11 @@ class OnnxSession:
         return logits
 
     def hidden(self, ids: Sequence[int]) -> np.ndarray:
-        """What `logits` takes: here the logits themselves, the head is part of the graph."""
+        """Append ids. Returns what `logits` takes. Here that is the logits already: the graph contains the head."""
         return self.forward(ids)
 
     def logits(self, hidden: np.ndarray) -> np.ndarray:
+        """float32 [n, vocab_size] from what `hidden` returned: the same array."""
         return hidden
 
     def rewind(self, position: int) -> None:
@@ -145,7 +151,7 @@ class OnnxSession:
                 self._past[name] = onnxruntime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(rows))
 
     def mark(self) -> None:
-        """Rewinding is cheap everywhere: every layer keeps all its rows."""
+        """Does nothing: every layer keeps all its rows, so rewinding is cheap everywhere."""
 
     def save(self, path: Path | str) -> None:
         """Write the timeline and its KV cache, whole or not at all (safetensors)."""
@@ -155,7 +161,7 @@ class OnnxSession:
         write_file(file_path("the session's file", path), save(tensors, {"onnx_session": self._identity}))
 
     def load(self, path: Path | str) -> None:
-        """Continue a saved timeline. Raises ModelFolderError if the file is damaged or belongs to another model."""
+        """Take over a saved timeline. Raises ModelFolderError if the file is damaged or belongs to another model."""
         from safetensors import SafetensorError, safe_open
 
         from edge_gemma.host.ort import onnxruntime
@@ -184,9 +190,9 @@ class OnnxSession:
         return check_ids(ids, self._config.vocab_size, self.position, self.context)
 
     def _run(self, ids: list[int], keep: int, soft: np.ndarray | None = None) -> np.ndarray:
-        """Logits of the last `keep` of ids (0: of all): float32 [n, vocab_size].
+        """Append ids. Returns the logits after the last `keep` of them (0: after all): float32 [n, vocab_size].
 
-        soft: float32 [len(ids), hidden_size], what enters layer 0 instead of the ids' embeddings.
+        soft: float32 [len(ids), hidden_size], which enters layer 0 instead of the ids' embeddings.
         """
         from edge_gemma.host.ort import onnxruntime
 

@@ -35,7 +35,7 @@ def with_rows(head: Matrix, rows: int) -> Matrix:
 def test_a_step_gives_back_what_it_allocates(tmp_path: Path, recipe: str) -> None:
     write_checkpoint(tmp_path / "in", "e2b")
     with Engine.load(export_checkpoint(tmp_path / "in", tmp_path / "out", recipe)) as engine:
-        decoder = engine._decoder
+        decoder = engine._model.decoder
         decoder.weights = dataclasses.replace(decoder.weights, lm_head=with_rows(decoder.weights.lm_head, VOCABULARY))
         session = engine.session()
         session.prefill([2] * 20)

@@ -1,0 +1,40 @@
+"""Runs a model folder with this package's own decoder.
+
+Owns: binding the weights, what all sessions share. Does not know: timelines (session.py), tokenizers, sound.
+"""
+
+from edge_gemma.arguments import is_one_of, require
+from edge_gemma.folder.folder import ModelFolder
+from edge_gemma.model.decoder import Decoder
+from edge_gemma.model.weights import bind
+from edge_gemma.session import Session
+
+KV_DTYPES = ("float16", "float32")
+
+
+class NativeModel:
+    """An opened model folder, its weights bound. Read-only: sessions hold all state."""
+
+    folder_type = ModelFolder
+
+    def __init__(self, folder: ModelFolder, *, threads: int | None, kv_dtype: str | None) -> None:
+        """threads: None; each session chooses as many as pay. kv_dtype: of KV_DTYPES, None for the first.
+
+        Raises UsageError for another kv_dtype, ModelFolderError for a folder whose weights do not fit the model.
+        """
+        good = kv_dtype is None or is_one_of(kv_dtype, KV_DTYPES)
+        require("kv_dtype", kv_dtype, good, " or ".join(KV_DTYPES))
+        self._kv_dtype = kv_dtype or KV_DTYPES[0]
+        self._threads = threads
+        self._identity = str(folder.manifest["digest"])
+        self._audio_token_id = folder.audio.audio_token_id if folder.audio else None
+        self._weights = bind(folder)
+        self.decoder = Decoder(folder.config, self._weights)
+
+    def session(self, context: int) -> Session:
+        """A new, empty timeline of at most `context` tokens."""
+        return Session(self.decoder, context, self._kv_dtype, self._identity, self._audio_token_id, self._threads)
+
+    def close(self) -> None:
+        """Close the files read on demand; mapped weights go when the last session does."""
+        self._weights.close()
