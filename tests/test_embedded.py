@@ -22,7 +22,7 @@ from edge_gemma.cli.main import cli
 from edge_gemma.engine import Engine
 from edge_gemma.folder import find
 from edge_gemma.generation.sampler import Sampling
-from edge_gemma.measure.wer import Score, normalise
+from edge_gemma.measure.wer import WordErrors, normalise
 from edge_gemma.text.message import Message
 from tests import ROOT
 from tests.embedded import FOLDER, TIMER, clips, in_recipe, reply_logits, samples
@@ -121,7 +121,7 @@ def test_the_spoken_example() -> None:
 def test_it_hears_commands(engine: Engine) -> None:
     transcriber = Transcriber(engine, Task("en"))
     pairs = [(said, transcriber.transcribe(sound).text) for sound, said in clips()]
-    score = Score.of(pairs)
+    score = WordErrors.of(pairs)
     assert score.wer is not None
     assert score.wer <= WORST_WER, pairs
 
@@ -143,7 +143,7 @@ def test_live_and_file_transcripts_are_the_same(engine: Engine) -> None:
 def test_it_hears_commands_live(engine: Engine) -> None:
     """With the silence around them that a microphone hears."""
     listener = Listener(engine, Task("en"))
-    score = Score.of([(said, live(listener, np.pad(sound, (8000, 16000)))) for sound, said in clips()])
+    score = WordErrors.of([(said, live(listener, np.pad(sound, (8000, 16000)))) for sound, said in clips()])
     assert score.wer is not None
     assert score.wer <= WORST_WER
 
@@ -189,7 +189,7 @@ def test_long_sound_in_segments(engine: Engine) -> None:
     result = Transcriber(engine, Task("en")).transcribe(np.concatenate(parts))
     assert result.duration_s > 25
     assert [segment.start for segment in result.segments] == pytest.approx(starts, abs=0.5)
-    score = Score.of([(said, s.text) for (_, said), s in zip(chosen, result.segments, strict=True)])
+    score = WordErrors.of([(said, s.text) for (_, said), s in zip(chosen, result.segments, strict=True)])
     assert score.wer is not None
     assert score.wer <= WORST_WER, result.text
 
@@ -205,7 +205,7 @@ def test_what_rounding_costs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         recipe: [Transcriber(engine, Task("en")).transcribe(sound).text for sound, _ in sounds]
         for recipe, engine in engines.items()
     }
-    wer = {r: Score.of([(said, t) for (_, said), t in zip(sounds, texts[r], strict=True)]).wer for r in texts}
+    wer = {r: WordErrors.of([(said, t) for (_, said), t in zip(sounds, texts[r], strict=True)]).wer for r in texts}
     rows = {
         recipe: np.concatenate([reply_logits(e, s, t) for (s, _), t in zip(sounds, texts["float"], strict=True)])
         for recipe, e in engines.items()

@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from edge_gemma.folder.atomic import write_file
-from edge_gemma.measure.wer import Score
+from edge_gemma.measure.wer import WordErrors
 from training.recognisers import RATE, SYSTEMS
 
 SPLITS = ("test_seen", "test_unseen", "test_human")
@@ -126,7 +126,7 @@ def rows(
             groups.setdefault((clip.split, *source), []).append((clip, answer))
     found = []
     for (split, voice, engine, kind), members in sorted(groups.items()):
-        score = Score.of([(clip.text, answer["text"]) for clip, answer in members])
+        score = WordErrors.of([(clip.text, answer["text"]) for clip, answer in members])
         seconds = [clip.samples / RATE for clip, _ in members]
         work, busy = (
             [a[name] / s for (_, a), s in zip(members, seconds, strict=True)] for name in ("seconds", "cpu_s")

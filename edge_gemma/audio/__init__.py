@@ -1,1 +1,1 @@
-"""Hearing: waveform to features, features to soft tokens, speech to text."""
+"""Sound: waveforms to features, features to soft tokens, speech to text."""

@@ -1,4 +1,4 @@
-"""A sound as the soft tokens of a message: clips of at most 30 s.
+"""Turns a sound into the soft tokens of a message, in clips of at most 30 s.
 
 Owns: where a longer sound is cut. Does not know: conversations, segments of speech.
 """
@@ -15,22 +15,26 @@ from edge_gemma.audio.samples import SAMPLE_TYPES, Note, Samples, array_blocks, 
 from edge_gemma.audio.sources import Source
 from edge_gemma.errors import ContextFullError, UsageError
 
-_SEARCHED = 5 * SAMPLE_RATE  # samples at a clip's end in which the quietest moment is looked for
-_MOMENT = SAMPLE_RATE // 50  # samples
+_SEARCHED = 5 * SAMPLE_RATE  # samples at a clip's end: the cut is at the quietest moment in them
+_MOMENT = SAMPLE_RATE // 50  # samples: 20 ms
 
 
 class ClipEncoder(Protocol):
     """The part of `edge_gemma.audio.encoder.AudioEncoder` that is used here."""
 
-    def encode(self, samples: np.ndarray) -> np.ndarray: ...
+    def encode(self, samples: np.ndarray) -> np.ndarray:
+        """samples: float32 [n]. Returns the soft tokens: float32 [t, hidden_size]."""
+        ...
 
 
 def soft_clips(
     encoder: ClipEncoder, source: Source | Samples, *, most: int, rate: int | None = None, note: Note = silent
 ) -> tuple[np.ndarray, ...]:
-    """The soft tokens of a sound: float32 [n, hidden_size] for each clip. source, rate: as in `Engine.transcribe`.
+    """Encode a sound. Returns the soft tokens of each clip: float32 [t, hidden_size].
 
-    most: soft tokens that there is room for. Raises ContextFullError for a longer sound, AudioError, UsageError.
+    source, rate: as in `Engine.transcribe`. most: the soft tokens that the context has room for. note is called with
+    what the user should know about the sound. Raises ContextFullError for a longer sound, AudioError for one that
+    cannot be read, UsageError for what is no sound or is shorter than 40 ms.
     """
     if isinstance(source, SAMPLE_TYPES):
         samples = _whole(array_blocks(source, SAMPLE_RATE if rate is None else rate, note), most, note)
@@ -57,10 +61,10 @@ def _whole(blocks: Iterable[np.ndarray], most: int, note: Note) -> np.ndarray:
 
 
 def cut(samples: np.ndarray) -> list[np.ndarray]:
-    """float32 [n] in parts of at most 30 s, each cut at the quietest moment of its last 5 s."""
-    parts = []
+    """Cut float32 [n] into clips of at most 30 s, each at the quietest moment of its last 5 s."""
+    clips = []
     while len(samples) > MAX_SAMPLES:
         end = quietest_moment(samples, MAX_SAMPLES - _SEARCHED, MAX_SAMPLES, _MOMENT)
-        parts.append(samples[:end])
+        clips.append(samples[:end])
         samples = samples[end:]
-    return [*parts, samples]
+    return [*clips, samples]

@@ -1,10 +1,10 @@
-"""The audio encoder: waveform in, soft tokens out, a whole clip or as it arrives.
+"""The audio encoder: waveform in, soft tokens out, for a whole clip or for sound as it arrives.
 
 Owns: the ONNX session, a stream's state and its steps. Does not know: where samples come from, what the decoder does
 with soft tokens, how the graph computes (export/audio_graph.py).
 
-One graph serves both: the encoder is causal but for three frames, so that a clip is a stream fed all at once, in long
-steps. Token t is final once 640 (t + 1) + 1 samples are there.
+One graph serves both. The encoder looks only three frames ahead, so a whole clip is a stream that is fed at once, in
+long steps. Token t is final when 640 (t + 1) + 1 samples have arrived.
 """
 
 from typing import Any
@@ -24,9 +24,10 @@ from edge_gemma.errors import ModelFolderError, UsageError
 from edge_gemma.folder.folder import AUDIO_STREAM, ModelFolder
 
 TOKEN_MS = SAMPLES_PER_TOKEN * 1000 // SAMPLE_RATE  # 40
-_LONG_STEP = 96  # tokens of a step where there is a whole clip to encode
-# Idle threads look for work 20 us and then sleep, and none spins between steps: the decoder wants the cores too. Steps
-# of 160 ms take 26 ms without spinning at all, 21 so; onnxruntime's default is 19 and half slower on a busy machine.
+_LONG_STEP = 96  # tokens of a step when a whole clip is encoded
+# Idle threads spin for 20 us and then sleep; none spins between steps, because the decoder needs the cores too. A step
+# of 160 ms takes 21 ms this way, 26 without spinning, and 19 with onnxruntime's default, which is half as slow again on
+# a busy machine.
 _WAITING = {"session.intra_op.spin_duration_us": "20", "session.force_spinning_stop": "1"}
 _STATE = ("mel", "conv", "kv", "glu")
 
@@ -36,12 +37,12 @@ def _settings() -> dict[str, str]:
 
     if any("vnni" in name for name in kernels.available_variants()):
         return _WAITING
-    # x86 without VNNI adds products of 8-bit integers in 16 bits, which overflow: ask for the slower, exact way
+    # x86 without VNNI adds products of 8-bit integers in 16 bits, which can overflow: ask for the slower, exact way
     return _WAITING | {"session.x64quantprecision": "1"}
 
 
 class AudioEncoder:
-    """A loaded encoder; streams share it. Not for two threads at a time."""
+    """A loaded encoder, shared by its streams. Only one thread may use it at a time."""
 
     def __init__(self, session: Any, hidden_size: int) -> None:
         self._session = session
@@ -52,9 +53,9 @@ class AudioEncoder:
 
     @classmethod
     def load(cls, folder: ModelFolder, threads: int, graphs_in: str = "") -> "AudioEncoder":
-        """Load the folder's encoder. graphs_in: where below the folder its graphs lie.
+        """Load the folder's encoder. graphs_in: the folder below it that holds the graphs.
 
-        Raises UsageError if it has none, ModelFolderError if it cannot be loaded.
+        Raises UsageError if there is no encoder, ModelFolderError if it cannot be loaded.
         """
         if folder.audio is None:
             raise UsageError(f"{folder.path} has no audio tower: export a model that has, without --no-audio")
@@ -67,7 +68,7 @@ class AudioEncoder:
             raise ModelFolderError(f"{path} lacks the input {missing}: export the model again") from None
 
     def encode(self, samples: np.ndarray) -> np.ndarray:
-        """Soft tokens of a whole clip: float32 [features.token_count(n), hidden_size]; none for less than 161 samples.
+        """Encode a whole clip. Returns float32 [features.token_count(n), hidden_size]: no row below 161 samples.
 
         samples: float32 [n] at SAMPLE_RATE, n <= MAX_SAMPLES. Raises UsageError for anything else.
         """
@@ -81,10 +82,10 @@ class AudioEncoder:
         return np.concatenate([stream.feed(samples), stream.finish()])
 
     def stream(self, step_ms: int = 160) -> "AudioStream":
-        """A new stream, encoded `step_ms` (a multiple of 40) at a time.
+        """A new stream, encoded `step_ms` (a multiple of 40) at a time. Raises UsageError for another number.
 
-        A step reads all weights, however short it is: 320 ms cost half of what 160 do, and at the end of speech one
-        step is left to do in either case.
+        Every step reads all weights, however short it is, so steps of 320 ms cost half as much as steps of 160 ms. In
+        either case at most one step is left to do when speech ends.
         """
         tokens, rest = divmod(step_ms, TOKEN_MS)
         if rest or tokens < 1:
@@ -92,13 +93,15 @@ class AudioEncoder:
         return AudioStream(self, tokens)
 
     def initial_state(self) -> dict[str, np.ndarray]:
+        """The state of a stream that has heard nothing: zeros, by the names of the graph's inputs."""
         state = {f"past_{name}": np.zeros(shape, np.float32) for name, shape in self._state_shapes.items()}
         return state | {"history": np.zeros(1, np.int64)}
 
     def step(self, mel: np.ndarray, valid: int, state: dict[str, np.ndarray]) -> np.ndarray:
-        """Encode frames and move `state` on. mel: float32 [4 n, MEL_BINS], its first `valid` rows are frames.
+        """Encode frames and update `state`. mel: float32 [4 n, MEL_BINS]; its first `valid` rows are frames.
 
-        Returns float32 [n, hidden_size]. After a step with invalid frames the state is of no use.
+        Returns float32 [n, hidden_size]. After a step with fewer valid frames than rows the stream cannot continue.
+        Raises UsageError after `close`.
         """
         if self._session is None:
             raise UsageError("the audio encoder was released: take engine.audio again")
@@ -111,12 +114,12 @@ class AudioEncoder:
         return named["audio_features"][0]
 
     def close(self) -> None:
-        """Give the memory back."""
+        """Free the encoder's memory."""
         self._session = None
 
 
 class AudioStream:
-    """One clip as it arrives. `feed` and `finish` return soft tokens, float32 [t, hidden_size], that became final."""
+    """One clip as it arrives. `feed` and `finish` return soft tokens that became final: float32 [t, hidden_size]."""
 
     def __init__(self, encoder: AudioEncoder, tokens_per_step: int) -> None:
         self._encoder = encoder
@@ -134,7 +137,7 @@ class AudioStream:
         return self._encode(ready)
 
     def finish(self) -> np.ndarray:
-        """The clip has ended: what is left of it."""
+        """End the clip. Returns the soft tokens of the rest of it. Raises UsageError when called twice."""
         self._check_open()
         self._finished = True
         return self._encode(len(self._mel))
@@ -144,7 +147,7 @@ class AudioStream:
             raise UsageError("the audio stream has ended: begin another")
 
     def _encode(self, frames: int) -> np.ndarray:
-        """Encode that many frames, in long steps where many are waiting."""
+        """Encode that many frames, in long steps when many are waiting."""
         ready, self._mel = self._mel[:frames], self._mel[frames:]
         tokens = [np.zeros((0, self._encoder.hidden_size), np.float32)]
         longest = max(self._step, _LONG_STEP * FRAMES_PER_TOKEN)

@@ -1,4 +1,4 @@
-"""Waveform to log-mel features, all at once or as samples arrive.
+"""Waveform to log-mel features, for a whole clip or for samples as they arrive.
 
 Owns: the front end's constants and arithmetic. Does not know: files, sample rates other than 16 kHz, the encoder.
 
@@ -19,21 +19,21 @@ FRAME = SAMPLE_RATE * 20 // 1000  # samples under the window: 320
 HOP = SAMPLE_RATE * 10 // 1000  # samples from frame to frame: 160
 FFT = 512  # points; a frame is padded with zeros on the right
 LEFT_PAD = FRAME // 2  # zeros before the first sample
-NEEDED = FRAME + 1  # a frame counts once one sample beyond its window exists
+NEEDED = FRAME + 1  # samples that a frame needs: its window and one more
 MEL_FLOOR = 0.001  # added to the magnitudes before the logarithm
 
 FRAMES_PER_TOKEN = 4  # two convolutions of stride 2 in the encoder
 SAMPLES_PER_TOKEN = FRAMES_PER_TOKEN * HOP  # 640: a soft token every 40 ms
-MAX_SAMPLES = 30 * SAMPLE_RATE  # what the model was trained on; longer clips are cut by whoever makes segments
+MAX_SAMPLES = 30 * SAMPLE_RATE  # the longest clip that the model was trained on; callers cut longer sound
 
 
 def frame_count(samples: int) -> int:
-    """Frames of a clip of that many samples: 16,000 samples have 99."""
+    """The number of frames of a clip of that many samples: 99 for 16,000."""
     return max(0, (samples + LEFT_PAD - NEEDED) // HOP + 1)
 
 
 def token_count(samples: int) -> int:
-    """Soft tokens of a clip of that many samples: a fourth of its frames, rounded up twice by halves."""
+    """The number of soft tokens of a clip of that many samples: a quarter of its frames, rounded up."""
     return -(-frame_count(samples) // FRAMES_PER_TOKEN)
 
 
@@ -44,19 +44,19 @@ def window() -> np.ndarray:
 
 
 def to_mel(hz: np.ndarray | float) -> np.ndarray:
-    """HTK's: 2595 log10(1 + Hz / 700)."""
+    """Hz to HTK's mel: 2595 log10(1 + Hz / 700). Returns the same shape, float64."""
     return 2595 * np.log10(1 + np.asarray(hz) / 700)
 
 
 @cache
 def mel_edges() -> np.ndarray:
-    """float64 [MEL_BINS + 2], Hz: equally spaced in mel; a filter lies between the edges on both sides of its own."""
+    """float64 [MEL_BINS + 2], Hz, equally spaced in mel. Filter i rises from edge i to i + 1 and falls to i + 2."""
     return 700 * (10 ** (np.linspace(0, to_mel(SAMPLE_RATE / 2), MEL_BINS + 2) / 2595) - 1)
 
 
 @cache
 def mel_filters() -> np.ndarray:
-    """float64 [FFT / 2 + 1, MEL_BINS]: triangles between the edges.
+    """The triangular filters: float64 [FFT / 2 + 1, MEL_BINS].
 
     The first triangle lies between two bins of the spectrum and is empty: feature 0 is always ln(MEL_FLOOR).
     """
@@ -68,9 +68,9 @@ def mel_filters() -> np.ndarray:
 
 @cache
 def _spans() -> tuple[np.ndarray, np.ndarray]:
-    """Each filter's bins and weights, int64 and float64 [MEL_BINS, widest]: a dozen bins instead of 257.
+    """Each filter's bins and weights: int64 and float64 [MEL_BINS, widest], a dozen bins instead of 257.
 
-    Not a matrix product: NumPy's would wake threads of its own, which keep the encoder's off the cores for a while.
+    A matrix product is not used: NumPy's starts threads of its own, which compete with the encoder's for the cores.
     """
     filters = mel_filters().T
     widest = int((filters > 0).sum(axis=1).max())
@@ -80,7 +80,7 @@ def _spans() -> tuple[np.ndarray, np.ndarray]:
 
 
 def checked(samples: np.ndarray) -> np.ndarray:
-    """Mono samples as float32. Raises UsageError for another shape, for integers and for values that are not finite."""
+    """Mono samples as float32 [n]. Raises UsageError for another shape, for integers and for values not finite."""
     samples = np.asarray(samples)
     if samples.ndim != 1 or samples.dtype.kind != "f":
         raise UsageError(f"audio is {samples.dtype} of shape {list(samples.shape)}, expected mono floats from -1 to 1")
@@ -91,7 +91,7 @@ def checked(samples: np.ndarray) -> np.ndarray:
 
 
 class MelStream:
-    """Features of one clip, as its samples arrive. Nothing is left at the end: a frame not whole does not count."""
+    """Features of one clip, as its samples arrive. An incomplete frame at the end does not count."""
 
     def __init__(self) -> None:
         self._tail = np.zeros(LEFT_PAD, np.float32)  # samples from the start of the next frame on
@@ -110,5 +110,5 @@ class MelStream:
 
 
 def log_mel(samples: np.ndarray) -> np.ndarray:
-    """The features of a whole clip, float32 [n] at SAMPLE_RATE: float32 [frame_count(n), MEL_BINS]."""
+    """The features of a whole clip. samples: float32 [n] at SAMPLE_RATE. Returns float32 [frame_count(n), MEL_BINS]."""
     return MelStream().feed(samples)

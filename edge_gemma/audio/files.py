@@ -1,10 +1,10 @@
 """A sound file, or the sound of a video, as a stream of 16 kHz mono blocks (`AudioFile`).
 
-Owns: decoding (FFmpeg through PyAV), which of several sound tracks is read, silence where the file's own time stamps
-leave a hole. Does not know: speech, segments, models. Memory does not grow with a recording's length.
+Owns: decoding (FFmpeg through PyAV), the choice of a sound track, silence where the file's time stamps leave a hole.
+Does not know: speech, segments, models. Memory does not grow with a recording's length.
 
-Files are untrusted. FFmpeg gets an open file and never a name, and only formats that hold sound themselves: playlists,
-which name other files and addresses, are refused.
+Files are untrusted. FFmpeg gets an open file and never a name. Only formats that hold sound themselves are read:
+playlists, which name other files and addresses, are refused.
 """
 
 import math
@@ -21,31 +21,32 @@ from edge_gemma.audio.sources import Source, opened
 from edge_gemma.errors import AudioError, UsageError
 from edge_gemma.host.extras import imported
 
-BLOCK_S = 0.5  # of sound handed on at a time, about
+BLOCK_S = 0.5  # seconds of sound in a block, about
 _FORMATS = (
     "wav,w64,aiff,au,caf,flac,ogg,mp3,mp2,aac,ac3,eac3,amr,amrnb,amrwb,g722,gsm,wv,ape,tta,asf,avi,flv,"
     "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,mpeg,mpegts"
 )
 _BY_SUFFIX = {".g722": "g722", ".gsm": "gsm"}  # formats without a header
 _MP4 = "mov,mp4,m4a,3gp,3g2,mj2"
-_EXACT_DURATION = ("flac", _MP4)  # the others estimate it, or shorten it to what is there
-_STAMPED = (_MP4, "matroska,webm", "mpegts", "mpeg", "flv", "asf")  # the others' time stamps are counted samples
-_JITTER_S = 0.2  # time stamps that are this far off are not late sound
-_SILENCE_S = 2 * 3600.0  # put in for missing sound, at most: a time stamp may say anything
+_EXACT_DURATION = ("flac", _MP4)  # other formats estimate it, or shorten it to what is there
+_STAMPED = (_MP4, "matroska,webm", "mpegts", "mpeg", "flv", "asf")  # others: counted samples
+_JITTER_S = 0.2  # seconds that a time stamp may be off before it counts as a hole
+_SILENCE_S = 2 * 3600.0  # seconds of silence put in for missing sound, at most: time stamps are untrusted
 
 
 class _Clock:
-    """Where on the file's own time line its sound lies.
+    """Compares the file's time stamps with the sound read so far.
 
-    Zero is where the first of its streams begins, as players have it. Time stamps that go back begin a new count.
+    Time zero is where the first of the file's streams begins, as in players. A time stamp that goes back starts a new
+    count.
     """
 
     def __init__(self, origin: float | None) -> None:
         self.at = 0.0  # seconds handed on so far, silence included
         self.lead: float | None = None  # seconds of silence before the first sound
-        self.left_out = 0.0  # seconds of silence that were too much
+        self.left_out = 0.0  # seconds of silence beyond the limit, left out
         self._origin = origin  # the time stamp of zero
-        self._stamp = -math.inf  # where the next frame lies if none is missing
+        self._stamp = -math.inf  # the next frame's time stamp if nothing is missing
         self._room = _SILENCE_S
 
     def missing(self, time: float | None) -> float:
@@ -68,23 +69,24 @@ class _Clock:
         return gap
 
     def passed(self, silence: float, sound: float) -> None:
-        """So many seconds were handed on."""
+        """Count the seconds of silence and sound that were handed on."""
         self.at += silence + sound
         self._stamp += sound
 
 
 class AudioFile:
-    """A sound file (or the sound of a video), opened. Iterate for float32 [n] blocks of 16 kHz mono.
+    """A sound file (or the sound of a video), opened. Iterating yields float32 [n] blocks of 16 kHz mono.
 
-    duration_s: what the file says of itself, None where it does not say. tracks: how many sound tracks it has; track:
-    the number, from 1, of the one that is read.
+    duration_s: the length that the file states, None if it states none. tracks: the number of sound tracks. track: the
+    number, from 1, of the track that is read.
     """
 
     def __init__(self, source: Source, note: Note = silent, *, track: int | None = None) -> None:
         """source: a path (a pipe's too), a file's bytes, or a file opened in binary mode.
 
-        track: None for the one that the file marks as default, else the first. note is told what is wrong with a file
-        that can be used nevertheless. Raises AudioError if it cannot, UsageError if there is no such track.
+        track: a number from 1; None takes the track that the file marks as default, else the first. note is called
+        with what is wrong with a file that can still be used. Raises AudioError for a file that cannot be read,
+        UsageError if there is no such track.
         """
         self._av = imported("av", "reading sound files", "audio", AudioError)
         self._note = note
@@ -162,7 +164,7 @@ class AudioFile:
         self._compare(clock)
 
     def _compare(self, clock: _Clock) -> None:
-        """Tell where what was read is not what the file says it holds."""
+        """Note where the sound read differs from what the file says it holds."""
         if clock.left_out:
             self._note(
                 f"{self.name} has time stamps with holes of {clock.left_out:.0f} s, more than {_SILENCE_S:.0f} s in "
@@ -175,7 +177,7 @@ class AudioFile:
             self._note(f"{self.name} is cut short or damaged: {found:.1f} s of {promised:.1f} s could be read")
 
     def _gathered(self, clock: _Clock, stamped: bool) -> Iterator[tuple[int, np.ndarray]]:
-        """Decoded samples of about a block, [n, channels], with their rate; zeros where sound is missing."""
+        """Yields (rate, samples [n, channels]), about a block each; zeros stand where sound is missing."""
         parts: list[np.ndarray] = []
         kind: tuple[Any, ...] = (0, 0, None)  # rate, channels, dtype
         for rate, part in self._pieces(clock, stamped):
@@ -206,7 +208,7 @@ class AudioFile:
             raise AudioError(f"{self.name}: {error}") from None
 
     def _frames(self) -> Iterator[Any]:
-        """Decoded frames; packets that cannot be decoded are passed over."""
+        """Decoded frames. Packets that cannot be decoded are skipped."""
         damaged = 0
         packets = self._container.demux(self._stream)
         while True:

@@ -1,23 +1,23 @@
-"""Is a sound file shorter than it says? By its bytes alone, where its format says how many there are.
+"""Tells whether a sound file is cut off: it has fewer bytes than its format says.
 
 Owns: where each format keeps its length (`is_cut`). Does not know: decoding.
 
-Programs that write into a pipe do not know the length when they write the header. What they put there instead is
-taken as no length: zero, or a size just below 2 GiB or above it (SoX: 0x7ffff000 in WAV and 0x7f000000 in AIFF,
-arecord: 0x80000000, FFmpeg: 0xffffffff).
+Programs that write into a pipe do not know the length when they write the header. Their placeholders count as no
+length: zero, or a size just below 2 GiB or above it (SoX: 0x7ffff000 in WAV and 0x7f000000 in AIFF, arecord:
+0x80000000, FFmpeg: 0xffffffff).
 """
 
 from collections.abc import Callable
 from typing import BinaryIO
 
-_UNKNOWN = 0x7F00_0000  # bytes; sizes from here on in a header of 32 bits
-_PAGE = 65_307  # bytes of an Ogg page at most
-_BOXES = 100_000  # of an MP4 file looked at: a fragment of two seconds has two
-_ELEMENTS = 1 << 20  # of a live WebM stream looked at: a block is 20 ms or more
+_UNKNOWN = 0x7F00_0000  # bytes: a 32-bit size from here on means that the length is not known
+_PAGE = 65_307  # bytes: the largest Ogg page
+_BOXES = 100_000  # boxes of an MP4 file that are read, at most: a fragment of two seconds has two
+_ELEMENTS = 1 << 20  # elements of a live WebM stream that are read, at most: a block is 20 ms or more
 _SEGMENT, _CLUSTER = b"\x18\x53\x80\x67", b"\x1f\x43\xb6\x75"
-_FRAMES = 8  # of an MP3 file's end looked at
-_FRAME = 1_729  # bytes of an MP3 frame at most
-# Of layer III, by version 1 or 2 and 2.5: kbit/s by the header's index; Hz by its index, of version 1.
+_FRAMES = 8  # frames at an MP3 file's end that are read
+_FRAME = 1_729  # bytes: the largest MP3 frame
+# Layer III. kbit/s by the header's index, for version 1 and for versions 2 and 2.5; Hz by its index, for version 1.
 _BITRATES = (
     (32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320),
     (8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160),
@@ -26,7 +26,10 @@ _HERTZ = (44_100, 48_000, 32_000)
 
 
 def is_cut(format_name: str, file: BinaryIO, size: int) -> bool:
-    """True if `file`, of `size` bytes, lacks bytes that it says it has. format_name: FFmpeg's. Its position stays."""
+    """True if `file`, of `size` bytes, lacks bytes that it says it has. The file's position stays.
+
+    format_name: FFmpeg's name of the format. Returns False for a format that states no length.
+    """
     position, end = file.tell(), _ENDS.get(format_name)
     try:
         return end is not None and end(file, size) > size
@@ -40,16 +43,17 @@ def _at(file: BinaryIO, offset: int, count: int) -> bytes:
 
 
 def _riff_end(file: BinaryIO, size: int) -> int:
-    """RIFF (little-endian) and AIFF's FORM (big-endian): the size of all that follows the first 8 bytes."""
+    """The end of a RIFF (little-endian) or AIFF FORM (big-endian) chunk: its size counts what follows 8 bytes."""
     head = _at(file, 0, 8)
     promised = int.from_bytes(head[4:8], "big" if head[:4] == b"FORM" else "little")
     return 8 + promised if head[:4] in (b"RIFF", b"FORM") and promised < _UNKNOWN else 0
 
 
 def _element(file: BinaryIO, at: int) -> tuple[bytes, int, int | None]:
-    """An EBML element: its id, where its content begins, and the content's length, None where that is unknown.
+    """An EBML element: its id, where its content begins, and the content's length (None if unknown).
 
-    The number of leading zeros says how many bytes an id and a length have. The id is empty where there is no element.
+    The number of leading zero bits gives the number of bytes of an id or a length. The id is empty if there is no
+    element.
     """
     head = _at(file, at, 12)
     of_id = 9 - head[0].bit_length() if head and head[0] else 9
@@ -63,7 +67,7 @@ def _element(file: BinaryIO, at: int) -> tuple[bytes, int, int | None]:
 
 
 def _matroska_end(file: BinaryIO, size: int) -> int:
-    """The EBML header and the one Segment after it; of a live stream, whose Segment has no size, the last element."""
+    """The end of the Segment after the EBML header; of the last element if the Segment has no size (a live stream)."""
     at = 0
     for expected in (b"\x1a\x45\xdf\xa3", _SEGMENT):
         found, start, length = _element(file, at)
@@ -107,7 +111,7 @@ def _mp4_end(file: BinaryIO, size: int) -> int:
 
 
 def _mp3_end(file: BinaryIO, size: int) -> int:
-    """The bytes that the first frame's Xing or Info header counts, from that frame on; without one the last frame."""
+    """The end by the byte count of the first frame's Xing or Info header; without one, the end of the last frame."""
     tag, start = _at(file, 0, 10), 0
     if tag[:3] == b"ID3" and len(tag) == 10:
         start = 10 + sum((byte & 127) << shift for byte, shift in zip(tag[6:], (21, 14, 7, 0), strict=True))
@@ -123,7 +127,7 @@ def _mp3_end(file: BinaryIO, size: int) -> int:
 
 
 def _last_mp3_frame(file: BinaryIO, size: int) -> int:
-    """The end of the last of a chain of frames, 0 where there is none. What follows it (a tag) does not matter."""
+    """The end of the last of a chain of frames, 0 if there is none. What follows it (a tag) does not matter."""
     start = max(0, size - _FRAMES * _FRAME)
     tail = _at(file, start, _FRAMES * _FRAME)
     for first in range(min(_FRAME, len(tail))):
@@ -136,9 +140,9 @@ def _last_mp3_frame(file: BinaryIO, size: int) -> int:
 
 
 def _mp3_frame(header: bytes) -> int:
-    """The bytes of the frame that begins with this header, 0 where it is none.
+    """The number of bytes of the frame that begins with this header, 0 if it is no header.
 
-    Source: ISO/IEC 11172-3 2.4.1.3 and 13818-3; version 2.5 as decoders know it.
+    Source: ISO/IEC 11172-3 2.4.1.3 and 13818-3; version 2.5 as decoders treat it.
     """
     bits = int.from_bytes(header, "big")
     version, layer = bits >> 19 & 3, bits >> 17 & 3  # 3: version 1, 2: 2, 0: 2.5; 1: layer III

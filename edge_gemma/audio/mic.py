@@ -1,10 +1,10 @@
 """A microphone as a stream of 16 kHz mono blocks.
 
-Owns: the capture device (PortAudio through sounddevice), the queue between its callback and whoever iterates, what can
-go wrong with either. Does not know: what is done with the sound.
+Owns: the capture device (PortAudio through sounddevice), the queue between its callback and the reader, errors of both.
+Does not know: what is done with the sound.
 
 The callback runs in PortAudio's own thread and only enqueues: nothing that could make it late happens there. The queue
-holds two minutes; who falls further behind loses the newest sound, and is told.
+holds two minutes. A reader that falls further behind loses the newest sound, and `note` says so.
 """
 
 import queue
@@ -20,15 +20,15 @@ from edge_gemma.audio.samples import Converter, Note, silent
 from edge_gemma.errors import AudioError
 from edge_gemma.host.extras import imported
 
-PIECE_MS = 32  # sound handed over by one callback
+PIECE_MS = 32  # milliseconds of sound in one callback
 _QUEUE_S = 120
-_STALLED_S = 5.0  # without any sound: the device is gone
-_BLOCK = SAMPLE_RATE // 2  # samples of a block at most, where sound has piled up
+_STALLED_S = 5.0  # seconds without any sound after which the device counts as gone
+_BLOCK = SAMPLE_RATE // 2  # the most samples in a block, when sound has piled up
 
 
 @dataclass(frozen=True)
 class Device:
-    """A microphone the system knows. rate: its own, in Hz."""
+    """A microphone of this machine. rate: its own sample rate, Hz."""
 
     index: int
     name: str
@@ -43,7 +43,7 @@ def _sounddevice() -> Any:
 
 
 def devices() -> list[Device]:
-    """All microphones. Raises AudioError where none can be looked for."""
+    """All microphones. Raises AudioError if sounddevice or PortAudio cannot be loaded."""
     sounddevice = _sounddevice()
     try:
         default = sounddevice.default.device[0]
@@ -57,13 +57,13 @@ def devices() -> list[Device]:
 
 
 class Microphone:
-    """An open microphone. Iterate for float32 [n] blocks of 16 kHz mono until `close` is called, from anywhere.
+    """An open microphone. Iterating yields float32 [n] blocks of 16 kHz mono until `close` is called, by any thread.
 
-    Iterating raises AudioError when the device goes away; what was captured before comes first.
+    Iterating raises AudioError when the device goes away, after yielding what was captured before.
     """
 
     def __init__(self, device: int | str | None = None, note: Note = silent) -> None:
-        """device: an index, a part of a name, None for the system's default. note is told of sound that was lost.
+        """device: an index, a part of a name, None for the system's default. note is called when sound was lost.
 
         Raises AudioError if there is no such device or it cannot be opened.
         """
@@ -86,7 +86,7 @@ class Microphone:
             raise AudioError(f"{wanted} cannot be used: {_reason(error)}; edge-gemma listen --list-devices") from None
 
     def _open(self, info: dict[str, Any]) -> Any:
-        """Start capturing: 16 kHz mono where the device can, what it has otherwise."""
+        """Start capturing: 16 kHz mono if the device can, else its own rate and channels."""
         own, most = int(info["default_samplerate"]), int(info["max_input_channels"])
         reason = ""
         for rate, channels in ((SAMPLE_RATE, 1), (own, 1), (own, min(2, most)), (own, most)):
@@ -119,7 +119,7 @@ class Microphone:
             self._dropped += frames
 
     def _finished(self) -> None:
-        """PortAudio's callback for the end, wanted or not."""
+        """PortAudio's callback when the stream ends, by `close` or by itself."""
         self._pieces.put(None)
 
     def __iter__(self) -> Iterator[np.ndarray]:
@@ -135,7 +135,7 @@ class Microphone:
             raise AudioError(f"the microphone {self.name!r} has ended: was it unplugged?")
 
     def _next_pieces(self) -> list[bytes] | None:
-        """What was captured, up to a block; waits for the first. None: the end."""
+        """Captured pieces, up to a block; waits for the first. None at the end."""
         pieces: list[bytes] = []
         try:
             while len(pieces) * PIECE_MS < _BLOCK * 1000 // SAMPLE_RATE:
@@ -164,7 +164,7 @@ class Microphone:
             self._note(f"{lost:.1f} s of sound were lost: this machine is too slow to follow")
 
     def close(self) -> None:
-        """Stop capturing. What was captured can still be iterated over."""
+        """Stop capturing. Iterating still yields what was captured before."""
         if not self._closed:
             self._closed = True
             self._stream.close()

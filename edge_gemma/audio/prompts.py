@@ -1,7 +1,7 @@
-"""What a speech model is asked, and where in the prompt the sound goes.
+"""The prompts of speech tasks, and the place of the sound in them.
 
-Owns: the instructions (Gemma 4's model card), names of languages, splitting the rendered chat template at the sound's
-place, reading a reply that holds a translation. Does not know: samples, sessions.
+Owns: the instructions (Gemma 4's model card), names of languages, splitting the rendered chat template at the sound,
+splitting a reply into transcription and translation. Does not know: samples, sessions.
 """
 
 from collections.abc import Mapping, Sequence
@@ -33,7 +33,7 @@ LANGUAGES = {
 
 
 def language_name(language: str) -> str:
-    """ "de" or "German" -> "German". Raises UsageError for what can be neither a code nor a name."""
+    """ "de" or "German" -> "German". Raises UsageError for a text that is neither a code nor a name."""
     require("the language", language, isinstance(language, str), "a name (German) or a code (de)")
     language = " ".join(language.split())
     code = language.lower().split("-")[0]
@@ -46,7 +46,10 @@ def language_name(language: str) -> str:
 
 @dataclass(frozen=True)
 class Task:
-    """What is to be done with speech. language: None leaves it to the model; translate_to: None only writes down."""
+    """A speech task. language: of the speech, None lets the model find out. translate_to: None for no translation.
+
+    Both are names or codes, and names afterwards. Raises UsageError as `language_name`.
+    """
 
     language: str | None = None
     translate_to: str | None = None
@@ -58,7 +61,7 @@ class Task:
 
     @property
     def instruction(self) -> str:
-        """The model card's words; without a language, its "in its original language"."""
+        """The instruction in the model card's words; without a language, "in its original language"."""
         source = self.language
         spoken = f"in {source}" if source else "in its original language"
         if self.translate_to:
@@ -72,7 +75,7 @@ class Task:
         return f"Transcribe the following speech segment {spoken}{into}.\n\n{_RULES}"
 
     def read(self, reply: str) -> tuple[str, str | None]:
-        """A reply as (transcription, translation). The translation is None where none was asked for or none came."""
+        """Split a reply. Returns (transcription, translation); None where none was asked for or none came."""
         if not self.translate_to:
             return one_line(reply), None
         before, found, after = reply.partition(f"{self.translate_to}:")
@@ -80,12 +83,13 @@ class Task:
 
 
 def one_line(text: str) -> str:
+    """The text with each run of white space as one space."""
     return " ".join(text.split())
 
 
 @dataclass(frozen=True)
 class AudioPrompt:
-    """Ids before the soft tokens, the opening mark included, and after them, from the closing mark to the reply."""
+    """The ids around the soft tokens. before ends with the opening mark; after is the closing mark up to the reply."""
 
     before: tuple[int, ...]
     after: tuple[int, ...]
@@ -99,11 +103,10 @@ def audio_prompt(
     earlier: Sequence[Message] = (),
     tools: Sequence[Mapping[str, Any]] | None = None,
 ) -> AudioPrompt:
-    """The prompt of one user turn, `text` and then sound. earlier: messages before it, a system prompt for example.
+    """The prompt of one user turn: `text`, then sound.
 
-    tools: as in `ChatFormat.render`.
-
-    Raises UsageError for a model that was not made for speech, TemplateError if its template has no place for sound.
+    earlier: the messages before it, for example a system prompt. tools: as in `ChatFormat.render`. Raises UsageError
+    for a model that was not made for speech, TemplateError if its template has no place for sound.
     """
     if template is None:
         raise UsageError(NO_SPEECH)

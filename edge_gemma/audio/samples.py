@@ -1,4 +1,4 @@
-"""Samples of any kind as blocks of 16 kHz mono: arrays, lists, bytes from a sound card.
+"""Converts samples of any kind (arrays, lists, bytes from a sound card) to blocks of 16 kHz mono.
 
 Owns: what counts as samples (`as_samples`), channels, sample rates, samples that are not numbers. Does not know: files,
 speech, models.
@@ -15,24 +15,24 @@ from edge_gemma.errors import AudioError, UsageError
 from edge_gemma.host.extras import imported
 
 RATES = (2_000, 768_000)  # Hz
-CHANNELS = 128  # at most; an array that is wider is [channels, n]
+CHANNELS = 128  # at most: a wider array is probably [channels, n]
 _FULL_SCALE = 0.999
-_CLIPPED_SHARE = 0.01  # of the samples at full scale: worth telling
-_WRONG_SCALE = 16.0  # floats beyond it are not in [-1, 1] at all: integers as floats
-_FIRST_TOLD = 2 * SAMPLE_RATE  # samples of a live stream before anything is said of it
+_CLIPPED_SHARE = 0.01  # share of samples at full scale from which on the user is told
+_WRONG_SCALE = 16.0  # a peak beyond it means integers stored as floats
+_FIRST_TOLD = 2 * SAMPLE_RATE  # samples of a live stream before the first note about it
 _EXPECTED = "expected [n] or [n, channels] of floats in [-1, 1], int8, int16 or int32"
 
-SAMPLE_TYPES = (np.ndarray, list, tuple, array)  # what is samples as a whole; bytes are a file's
+SAMPLE_TYPES = (np.ndarray, list, tuple, array)  # bytes are not here: given whole, they are a file's
 Samples = Any  # what `as_samples` takes
 Note = Callable[[str], None]
 
 
 def silent(_: str) -> None:
-    """The note taker of who does not want notes."""
+    """Ignores a note: the default for callers that want none."""
 
 
 def checked_rate(rate: Any) -> int:
-    """Samples a second as an int; 16000.0 is one too. Raises UsageError for others, and outside RATES."""
+    """A sample rate in Hz as an int; 16000.0 is accepted. Raises UsageError for other numbers and outside RATES."""
     try:
         whole = int(rate)
         if isinstance(rate, (bool, str, bytes)) or whole != rate:
@@ -45,10 +45,10 @@ def checked_rate(rate: Any) -> int:
 
 
 def as_samples(value: Any) -> np.ndarray:
-    """Samples as an array [n] or [n, channels] of floats or signed integers of at most 32 bits; n may be 0.
+    """Samples as an array. Returns [n] or [n, channels], floats or signed integers of at most 32 bits; n may be 0.
 
-    value: an array, a list of floats, or a bytes-like object of 16-bit samples of one channel, as a sound card's raw
-    stream gives them. Raises UsageError for anything else.
+    value: an array, a list of floats, or a bytes-like object of 16-bit mono samples, as a sound card's raw stream
+    gives them. Raises UsageError for anything else.
     """
     try:
         view = None if isinstance(value, (np.ndarray, list, tuple)) else memoryview(value)
@@ -72,14 +72,15 @@ def as_samples(value: Any) -> np.ndarray:
 
 
 class Converter:
-    """Samples of any rate and channel count to 16 kHz mono, as they come.
+    """Converts samples of any rate and channel count to 16 kHz mono, block by block.
 
     16 kHz mono passes unchanged. Channels are averaged. Values beyond [-1, 1] are clipped; what is not a number becomes
-    0. `clipped` counts samples at full scale, `strange` those that were not numbers, `seen` all; `peak` is the largest.
+    0. seen: samples so far. clipped: those at full scale. strange: those that were not numbers. peak: the largest
+    magnitude.
     """
 
     def __init__(self, rate: int) -> None:
-        """Raises AudioError for a rate outside RATES, or if soxr is missing and needed."""
+        """rate: Hz. Raises AudioError for a rate outside RATES, or if soxr is needed and missing."""
         if not RATES[0] <= rate <= RATES[1]:
             raise AudioError(f"the sound has {rate} samples a second, expected {RATES[0]} to {RATES[1]}")
         self.rate = rate
@@ -91,12 +92,12 @@ class Converter:
             self._resampler = soxr.ResampleStream(rate, SAMPLE_RATE, 1, dtype="float32")
 
     def feed(self, samples: Any) -> np.ndarray:
-        """samples: what `as_samples` takes. Returns float32 [m], what is ready."""
+        """Append samples, as `as_samples` takes them. Returns the converted samples that are ready: float32 [m]."""
         mono = self._mono(as_samples(samples))
         return mono if self._resampler is None else np.clip(self._resampler.resample_chunk(mono), -1, 1)
 
     def finish(self) -> np.ndarray:
-        """The rest: float32 [m]."""
+        """End the sound. Returns the rest: float32 [m]."""
         empty = np.zeros(0, np.float32)
         if self._resampler is None or not self.seen:
             return empty
@@ -108,7 +109,7 @@ class Converter:
         if samples.ndim == 2:
             samples = samples[:, 0] if samples.shape[1] == 1 else samples.mean(axis=1)
         with np.errstate(over="ignore"):  # a double beyond a float's range is infinite: not a number either
-            mono = samples.astype(np.float32)  # a copy: what follows changes it
+            mono = samples.astype(np.float32)  # a copy: the lines below change it
         finite = np.isfinite(mono)
         if not finite.all():
             self.strange += int((~finite).sum())
@@ -120,7 +121,7 @@ class Converter:
         return np.clip(mono, -1, 1, out=mono)
 
     def notes(self) -> list[str]:
-        """What the user should know about the samples so far."""
+        """One-line texts that the user should know about the samples so far."""
         found = []
         if self.strange:
             found.append(f"{self.strange} of {self.seen} samples are not numbers and were taken as silence")
@@ -133,9 +134,10 @@ class Converter:
 
 
 def array_blocks(samples: Any, rate: int = SAMPLE_RATE, note: Note = silent) -> Iterator[np.ndarray]:
-    """Samples, as `as_samples` takes them, as blocks of float32 [n], 16 kHz mono.
+    """Yields samples, as `as_samples` takes them, as blocks of 16 kHz mono: float32 [n].
 
-    Raises UsageError for other shapes, dtypes and rates, and where there are none.
+    rate: of `samples`, Hz. note is called at the end with what is wrong with them. Raises UsageError for other shapes,
+    dtypes and rates, and if there are no samples.
     """
     samples, rate = as_samples(samples), checked_rate(rate)
     if not len(samples):
@@ -149,9 +151,10 @@ def array_blocks(samples: Any, rate: int = SAMPLE_RATE, note: Note = silent) -> 
 
 
 def live_blocks(blocks: Iterable[Any], rate: int = SAMPLE_RATE, note: Note = silent) -> Iterator[np.ndarray]:
-    """Blocks of samples as they arrive, each as `as_samples` takes it, as blocks of float32 [n], 16 kHz mono.
+    """Yields blocks of samples as they arrive, each as `as_samples` takes it, as 16 kHz mono: float32 [n].
 
-    note is told what is wrong with them as soon as it is known, once. Raises as `array_blocks`; a block may be empty.
+    note is called once, as soon as something is known to be wrong with them. A block may be empty. Raises as
+    `array_blocks`.
     """
     converter, told = Converter(checked_rate(rate)), False
     for block in blocks:

@@ -1,6 +1,6 @@
-"""Texts of neighbouring segments: joining them, and noticing a model that repeats itself.
+"""Joins the texts of neighbouring segments, and notices a model that repeats itself.
 
-Owns: words and their comparison. Does not know: sound, models.
+Owns: splitting texts into words and comparing these. Does not know: sound, models.
 """
 
 import re
@@ -13,15 +13,15 @@ _UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u
 _WORD = re.compile(rf"[{_UNSPACED}]|[^\s{_UNSPACED}]+")
 _NO_SPACE = re.compile(rf"[{_UNSPACED}\u3000-\u303f\uff00-\uffef]")
 _LOOKED_AT = 40  # words on each side of a seam: more than anyone says in two seconds
-_HALF_HEARD = 2  # words at the very edges of the overlap that may differ
+_HALF_HEARD = 2  # words at either edge of the overlap that may differ: the cut goes through them
 
-_LOOP_PERIODS = 40  # tokens of the longest phrase looked for
-_LOOP_TOKENS, _LOOP_TIMES = 30, 5  # a phrase that is said five times, in thirty tokens or more, is a loop
+_LOOP_PERIODS = 40  # tokens: the longest phrase whose repetition is noticed
+_LOOP_TOKENS, _LOOP_TIMES = 30, 5  # five repetitions of a phrase, thirty tokens or more in all, are a loop
 
 
 @dataclass(frozen=True)
 class _Word:
-    key: str  # what is compared: no case, no punctuation
+    key: str  # the word as it is compared: lower case, no punctuation
     start: int
     end: int
 
@@ -32,11 +32,11 @@ def _words(text: str) -> list[_Word]:
 
 
 def seam(before: str, after: str) -> tuple[str, str]:
-    """Two texts, the end of one and the start of the other being the same sound, with each word in one of them.
+    """Remove from two texts the words they share: the end of `before` and the start of `after` are the same sound.
 
-    The words heard twice are the longest run found near both edges; up to two words beyond it at either edge were cut
-    in half and are left out. The last of them is taken from `after`, which heard what follows. Nothing in common: both
-    stay whole, for a word twice is better than a word lost.
+    Returns both texts, with each word in one of them. The shared words are the longest common run near both edges. Up
+    to two words beyond it at either edge were cut in half and are left out. The last shared word is taken from `after`,
+    which heard what follows. If nothing is shared, both stay whole: a word twice is better than a word lost.
     """
     if (match := _match(before, after)) is None:
         return before, after
@@ -44,26 +44,29 @@ def seam(before: str, after: str) -> tuple[str, str]:
 
 
 def hold_back(text: str) -> tuple[str, str]:
-    """A text that ends at a seam but has to be told now: all but its last word, which may be cut in half, and that."""
+    """Split off the last word of a text that ends at a seam: it may be cut in half. Returns (all before it, it)."""
     if not (words := _words(text)):
         return "", text
     return text[: words[-1].start].rstrip(), text[words[-1].start :]
 
 
 def go_on(told: str, held: str, after: str) -> str:
-    """What is to be told next, after `hold_back` gave (told, held) and the next segment `after`."""
+    """The text to show next: `hold_back` gave (told, held), and the next segment's text is `after`."""
     match = _match(told, after)
     return glue(held, after) if match is None else after[match[1].end :].lstrip()
 
 
 class Telling:
-    """Texts of segments, each told as soon as it ends: words at a seam once, in the one text or the other."""
+    """Decides what to show of each segment as soon as it ends. Words at a seam are shown once."""
 
     def __init__(self) -> None:
-        self._last = self._held = ""  # of a segment cut in speech: its text, and the last word, not told yet
+        self._last = self._held = ""  # of a segment cut in speech: its text, and its last word, not shown yet
 
     def next(self, text: str, *, joined: bool, cut: bool) -> str:
-        """What to tell of a segment. joined: its first words end the segment before; cut: its last begin the next."""
+        """The text to show of a segment.
+
+        joined: the segment before ends with the same words. cut: the next one will begin with its last words.
+        """
         if joined:
             text = go_on(self._last, self._held, text)
         if cut:
@@ -73,7 +76,7 @@ class Telling:
 
 
 def _match(before: str, after: str) -> tuple[_Word, _Word] | None:
-    """The last of the words heard twice, in each of the texts."""
+    """The last word of the shared run, in each of the texts; None if nothing is shared."""
     a, b = _words(before)[-_LOOKED_AT:], _words(after)[:_LOOKED_AT]
     best, best_score = None, -1
     for i in range(len(a)):
@@ -88,7 +91,7 @@ def _match(before: str, after: str) -> tuple[_Word, _Word] | None:
 
 
 def glue(before: str, after: str) -> str:
-    """Two texts with a space between them, where their script has spaces."""
+    """Two texts joined by a space, or by nothing if their script has no spaces."""
     if not before or not after:
         return before or after
     spaced = not (_NO_SPACE.match(before[-1]) or _NO_SPACE.match(after[0]))
@@ -96,11 +99,12 @@ def glue(before: str, after: str) -> str:
 
 
 def glued(texts: Sequence[str]) -> str:
+    """All texts joined by `glue`."""
     return reduce(glue, texts, "")
 
 
 def loop(tokens: Sequence[int]) -> int:
-    """How many tokens at the end are needless repetitions of those before them; 0: no loop."""
+    """The number of tokens at the end that only repeat those before them; 0 if there is no loop."""
     n = len(tokens)
     for period in range(1, min(_LOOP_PERIODS, n // _LOOP_TIMES) + 1):
         same = (tokens[i] == tokens[i - period] for i in range(n - 1, period - 1, -1))

@@ -1,15 +1,15 @@
-"""A stream of sound cut into segments of speech, as it comes: start, end, longest length, hangover.
+"""Cuts a stream of sound into segments of speech as it arrives.
 
 Owns: where segments begin and end (`Segmenter`). Does not know: how speech is told from noise (vad.py), what is done
 with a segment.
 
-Segments own the samples exactly: speech and silence together cover each sample once. Around what it owns a segment may
-hear more as context: where a speaker makes no pause for 30 s, the segment is cut and the next one hears its last two
-seconds again, so that the word at the cut is heard whole twice (transcribe.py joins the texts).
+Each sample is owned by exactly one segment, of speech or of silence. A segment of speech may hear more than it owns, as
+context: if a speaker makes no pause for 30 s, the segment is cut, and the next one hears its last two seconds again.
+So the word at the cut is heard whole at least once (transcribe.py joins the texts).
 
-A pause ends a segment. The longer the segment, the shorter the pause that will do: `pause_s` up to `relaxed_s`, then
-less and less, `shortest_pause_s` in the last five seconds. So a cut without a pause is rare, nothing is ever decided in
-hindsight, and what was heard can be worked on at once.
+A pause ends a segment. The longer the segment, the shorter the pause that is enough: `pause_s` up to a length of
+`relaxed_s`, then less and less, and `shortest_pause_s` in the last five seconds. So a cut without a pause is rare. No
+decision is changed later, so sound can be processed as soon as it is heard.
 """
 
 from collections import deque
@@ -22,12 +22,12 @@ from edge_gemma.audio.features import MAX_SAMPLES, SAMPLE_RATE
 from edge_gemma.audio.vad import WINDOW, Detector
 from edge_gemma.errors import UsageError
 
-_STARTS, _GOES_ON = 0.5, 0.35  # probabilities of speech, Silero's own defaults
-_START_WINDOWS = 2  # of speech in a row begin a segment: a click does not
-_BEFORE = 10 * WINDOW  # samples heard before the first that counts as speech: 0.32 s
-_AFTER = 8 * WINDOW  # and owned after the last: 0.26 s
-OVERLAP = 64 * WINDOW  # heard twice at a cut without pause: 2.05 s
-_LAST = 5.0  # seconds before the longest length in which the shortest pause ends a segment
+_STARTS, _GOES_ON = 0.5, 0.35  # probabilities at which speech starts and continues: Silero's own defaults
+_START_WINDOWS = 2  # windows of speech in a row that begin a segment: a click has one
+_BEFORE = 10 * WINDOW  # samples owned before the first window of speech: 0.32 s
+_AFTER = 8 * WINDOW  # samples owned after the last window of speech: 0.26 s
+OVERLAP = 64 * WINDOW  # samples heard twice at a cut without a pause: 2.05 s
+_LAST = 5.0  # the last seconds before the longest length: the shortest pause ends a segment
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Rules:
     """When a segment ends, in seconds."""
 
     pause_s: float  # of silence
-    relaxed_s: float = 12.0  # length from which on shorter pauses will do
+    relaxed_s: float = 12.0  # length from which on shorter pauses are enough
     shortest_pause_s: float = 0.16
     longest_s: float = MAX_SAMPLES / SAMPLE_RATE
 
@@ -47,7 +47,7 @@ class Rules:
             raise UsageError(f"a pause of {self.pause_s} s ends a segment, expected {self.shortest_pause_s} or more")
 
     def pause_needed(self, length_s: float) -> float:
-        """The silence that ends a segment of this length."""
+        """Seconds of silence that end a segment of this length."""
         end = self.longest_s - _LAST
         share = (end - length_s) / max(end - self.relaxed_s, 1e-9)
         return max(self.shortest_pause_s, self.pause_s * min(1.0, share))
@@ -57,7 +57,7 @@ FILE_RULES = Rules(pause_s=1.5)  # a recording: long segments, more context for 
 
 
 def live_rules(pause_s: float = 0.6) -> Rules:
-    """For a conversation: an answer soon."""
+    """Rules for a conversation, where an answer has to come soon. Raises UsageError for a pause_s that is not > 0."""
     return Rules(pause_s, shortest_pause_s=min(pause_s, Rules.shortest_pause_s))
 
 
@@ -66,9 +66,10 @@ LIVE_RULES = live_rules()
 
 @dataclass(frozen=True)
 class Span:
-    """Samples [start, end), owned; [heard_from, heard_to) around them, heard. Counted from the stream's first.
+    """A segment: it owns samples [start, end) and hears [heard_from, heard_to), counted from the stream's first.
 
-    joined: it begins without a pause, in the words of the segment before; cut: it ends so.
+    speech: False for silence. joined: it begins at a cut, without a pause after the segment before. cut: it ends at
+    one.
     """
 
     start: int
@@ -82,7 +83,7 @@ class Span:
 
 @dataclass(frozen=True)
 class Opened:
-    """Someone began to speak: what is heard next belongs to a new segment."""
+    """Speech began: what is heard next belongs to a new segment."""
 
     start: int
     heard_from: int
@@ -90,14 +91,14 @@ class Opened:
 
 @dataclass(frozen=True)
 class Heard:
-    """Sound of the open segment: float32 [n], following what was heard before."""
+    """The next samples of the open segment: float32 [n]."""
 
     samples: np.ndarray
 
 
 @dataclass(frozen=True)
 class Closed:
-    """The open segment is whole; or a silent one, which was never opened."""
+    """The open segment has ended; or a silent one has, which is never opened."""
 
     segment: Span
 
@@ -106,28 +107,28 @@ Step = Opened | Heard | Closed
 
 
 class Segmenter:
-    """Feed it sound, it says what happens. Holds two seconds at most."""
+    """Takes sound and returns steps: segments that open, what they hear, segments that close. Holds two seconds."""
 
     def __init__(self, detector: Detector, rules: Rules) -> None:
         self._detector, self._rules = detector, rules
-        self._rest = np.zeros(0, np.float32)  # less than a window
+        self._rest = np.zeros(0, np.float32)  # samples of an incomplete window
         self._recent: deque[np.ndarray] = deque(maxlen=OVERLAP // WINDOW)
         self._position = 0  # samples in whole windows so far
-        self._owned = 0  # up to here samples belong to closed segments
+        self._owned = 0  # samples before this belong to closed segments
         self._opened: Opened | None = None
         self._joined = False
         self._voiced = 0  # windows of speech in a row, while closed
         self._speech_end = 0
 
     def feed(self, samples: np.ndarray) -> list[Step]:
-        """samples: float32 [n], any n, following those before."""
+        """Append samples: float32 [n] of 16 kHz, any n. Returns the steps that they cause."""
         samples = np.concatenate([self._rest, samples]) if len(self._rest) else samples
         whole = len(samples) // WINDOW * WINDOW
         self._rest = samples[whole:].copy()
         return _merged([step for at in range(0, whole, WINDOW) for step in self._window(samples[at : at + WINDOW])])
 
     def finish(self) -> list[Step]:
-        """The stream is over. What is left of a window belongs to whatever was going on."""
+        """End the stream. An incomplete window belongs to the open segment, or to silence."""
         rest, self._rest = self._rest, self._rest[:0]
         self._position += len(rest)
         steps: list[Step] = []
@@ -137,7 +138,7 @@ class Segmenter:
         return [*steps, *self._silence(self._position)]
 
     def steps(self, blocks: Iterable[np.ndarray]) -> Iterator[Step]:
-        """All steps of a whole stream."""
+        """All steps of a whole stream of blocks, each float32 [n] of 16 kHz."""
         for block in blocks:
             yield from self.feed(block)
         yield from self.finish()
@@ -188,7 +189,7 @@ class Segmenter:
 
 
 def _merged(steps: list[Step]) -> list[Step]:
-    """Sound that follows sound, in one piece."""
+    """The steps, with consecutive `Heard`s joined to one."""
     merged: list[Step] = []
     parts: list[np.ndarray] = []
     for step in [*steps, None]:

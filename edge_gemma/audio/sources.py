@@ -1,4 +1,4 @@
-"""What can be given as a sound file, as one open file that can be read again from its start.
+"""Opens whatever can be given as a sound file, as one file that can be read again from its start.
 
 Owns: paths, pipes, bytes, open files (`opened`). Does not know: formats.
 """
@@ -14,15 +14,15 @@ from typing import IO, Any
 
 from edge_gemma.errors import AudioError, UsageError
 
-_PIPE_BYTES = 8 << 30  # of a pipe, at most: it is kept on disk while it is read
-_PIPE_S = 30  # of waiting for the first byte of a named pipe
+_PIPE_BYTES = 8 << 30  # bytes of a pipe, at most: they are kept on disk while they are read
+_PIPE_S = 30  # seconds to wait for the first byte of a named pipe
 
 Source = Path | str | bytes | IO[bytes]
 
 
 @dataclass(frozen=True)
 class OpenedFile:
-    """name: what the user calls it; size in bytes; owned: to be closed by who opened it here."""
+    """An open file. name: for messages. size: bytes. owned: it was opened here, and `close` closes it."""
 
     name: str
     file: Any
@@ -30,15 +30,16 @@ class OpenedFile:
     owned: bool
 
     def close(self) -> None:
+        """Close the file, unless the caller opened it."""
         if self.owned:
             self.file.close()
 
 
 def opened(source: Source) -> OpenedFile:
-    """Open a path (a pipe's too), a file's bytes, or take a file that is open for reading bytes.
+    """Open a path (also of a pipe) or a file's bytes, or take a file that is open for reading bytes.
 
-    What cannot be read twice is copied to a temporary file first. Raises AudioError if it cannot be read or is empty,
-    UsageError for what is no source at all.
+    A source that cannot be read twice is copied to a temporary file first. Raises AudioError if it cannot be read or is
+    empty, UsageError for anything that is no source.
     """
     if isinstance(source, (str, Path)):
         found = _opened_path(Path(source))
@@ -72,8 +73,8 @@ def _opened_path(path: Path) -> OpenedFile:
 
 
 def _opened_pipe(path: Path) -> IO[bytes]:
-    """A named pipe, once something was written into it. Raises AudioError if nothing is."""
-    pipe = os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb")  # else opening waits for ever
+    """Open a named pipe and wait until something is written into it. Raises AudioError if nothing is."""
+    pipe = os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb")  # without it, opening can wait for ever
     if not select.select([pipe], [], [], _PIPE_S)[0]:
         pipe.close()
         raise AudioError(f"{path} is not a file but a pipe, into which nothing was written for {_PIPE_S} s")
@@ -97,7 +98,7 @@ def _opened_file(file: Any) -> OpenedFile:
 
 
 def _kept(name: str, pipe: Any) -> OpenedFile:
-    """What comes out of a pipe, in a temporary file without a name."""
+    """Copy what comes out of a pipe to a temporary file without a name."""
     try:
         kept = tempfile.TemporaryFile()  # noqa: SIM115  (OpenedFile closes it)
     except OSError as error:

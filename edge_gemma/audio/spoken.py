@@ -1,7 +1,7 @@
-"""A user's turn of a chat, prefilled while it is spoken, then answered.
+"""One spoken user turn of a chat: prefilled while the user speaks, then answered.
 
-Owns: the clips of the turn, which of them the chat's session has. Does not know: samples, microphones, how a reply is
-written.
+Owns: the clips of the turn, and which of them the chat's session has. Does not know: samples, microphones, how a reply
+is written.
 """
 
 import time
@@ -17,7 +17,7 @@ from edge_gemma.text.message import Message
 
 
 class SpokenTurn(Hearing):
-    """Hears one utterance after another and lets the chat answer. `begin`, `hear` any number of times, `write`."""
+    """One turn after another. For each: `begin`, `hear` any number of times, `write`."""
 
     def __init__(self, chat: Chat, note: Note) -> None:
         self._chat, self._note = chat, note
@@ -29,18 +29,18 @@ class SpokenTurn(Hearing):
         self._pending: list[np.ndarray] = []
 
     def begin(self) -> None:
-        """A new turn: the conversation so far is prefilled up to where its sound begins. Raises as `Chat.send`."""
+        """Start a turn: prefill the conversation up to where the turn's sound begins. Raises as `Chat.send`."""
         self.heard, self.last, self.reply = 0, None, None
         self._clips, self._pending = [[]], []
         if notice := self._chat.begin_sound(min(SEGMENT_TOKENS, self.session.context // 4)):
             self._note(notice)
 
     def room_for_clip(self, reply: int) -> bool:
-        """True if this turn may have one more clip: the context holds it, the rest of this one, and the reply."""
+        """True if the context has room for the rest of this clip, one more clip, and `reply` tokens."""
         return self.session.position + 2 * STEP_TOKENS + SEGMENT_TOKENS + 32 + reply <= self.session.context
 
     def next_clip(self) -> None:
-        """What is heard next is another clip of the same turn: one has 30 s at most."""
+        """Start another clip of the same turn, as a clip has at most 30 s."""
         self._prefill()
         self._chat.next_sound(np.concatenate(self._clips[-1]))
         self._clips.append([])
@@ -49,9 +49,10 @@ class SpokenTurn(Hearing):
         self._clips[-1].append(tokens)
 
     def write(self, max_tokens: int | None = None, *, since: float | None = None) -> Iterator[str]:
-        """The turn is over: the reply's text in pieces. `last` and `reply` are whole afterwards.
+        """End the turn. Yields the reply's text in pieces; afterwards `last` and `reply` are complete.
 
-        max_tokens: None; the chat has its own. since: when the sound ended, by time.perf_counter; None: now.
+        max_tokens: ignored, because the chat has its own limit. since: when the sound ended, by time.perf_counter; None
+        for now.
         """
         start = time.perf_counter() if since is None else since
         self._prefill()

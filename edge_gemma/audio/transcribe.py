@@ -1,7 +1,7 @@
 """Recorded speech to text: any length, in segments.
 
 Owns: the way from blocks of sound to a `Transcription` (segments, retries, joining) and to subtitles. Does not know:
-file formats (files.py), what a segment is (segments.py), how a session is driven (recogniser.py).
+file formats (files.py), where segments begin and end (segments.py), how a session is driven (recogniser.py).
 """
 
 import time
@@ -11,8 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from edge_gemma.audio import segments as cut
-from edge_gemma.audio.features import SAMPLE_RATE
+from edge_gemma.audio.features import MAX_SAMPLES, SAMPLE_RATE
 from edge_gemma.audio.files import AudioFile
 from edge_gemma.audio.levels import levelled, quietest_moment
 from edge_gemma.audio.prompts import Task, audio_prompt
@@ -28,17 +27,18 @@ from edge_gemma.audio.samples import (
     silent,
 )
 from edge_gemma.audio.seams import glue, glued, seam
+from edge_gemma.audio.segments import FILE_RULES, Heard, Opened, Rules, Segmenter, Span
 from edge_gemma.audio.sources import Source
 from edge_gemma.audio.vad import WINDOW, Detector, open_detector
 from edge_gemma.errors import UsageError
 
-_SPLIT_FROM_S = 8.0  # a segment that fails is tried again in halves if it is longer
-_LEAST_CHARACTERS = 1.0  # for each second of speech; English has about 14, Chinese 4
-_PADDING = np.zeros(SAMPLE_RATE // 2, np.float32)  # around a segment that gave no text, for the second try
-_OTHER_TRACKS = 7  # of a file, tried where the first has no speech
-_CUE_CHARACTERS = 84  # of a subtitle: two lines
+_SPLIT_FROM_S = 8.0  # seconds: a longer segment that fails is tried again in halves
+_LEAST_CHARACTERS = 1.0  # for a second of speech; English has about 14, Chinese 4
+_PADDING = np.zeros(SAMPLE_RATE // 2, np.float32)  # silence around a segment that gave no text, for the second try
+_OTHER_TRACKS = 7  # tracks of a file that are tried if the first has no speech
+_CUE_CHARACTERS = 84  # characters of a subtitle: two lines
 
-Progress = Callable[[float, float | None], None]  # (seconds done, seconds in all where known)
+Progress = Callable[[float, float | None], None]  # (seconds done, seconds in all or None)
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Segment:
 
 @dataclass(frozen=True)
 class Transcription:
-    """One recording. language: as it was asked for, None if it was left to the model."""
+    """The text of one recording. language: the one asked for, None if it was left to the model."""
 
     text: str
     segments: tuple[Segment, ...]
@@ -65,13 +65,13 @@ class Transcription:
     translate_to: str | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON; what was not asked for is left out."""
+        """The fields for JSON. Those that are None are left out, except `language`."""
         entry = asdict(self)
         entry["segments"] = [{k: v for k, v in s.items() if v is not None} for s in entry["segments"]]
         return {k: v for k, v in entry.items() if v is not None or k == "language"}
 
     def srt(self) -> str:
-        """SubRip subtitles, of the translation where there is one."""
+        """SubRip subtitles: of the translation if there is one, else of the text."""
         return subtitles(self.segments)
 
 
@@ -79,21 +79,22 @@ OnSegment = Callable[[Segment], None]
 
 
 class Transcriber:
-    """Writes down one recording after another; the instruction is prefilled once."""
+    """Transcribes one recording after another; the instruction is prefilled once."""
 
     def __init__(
         self,
         engine: SpeechEngine,
         task: Task | None = None,
         *,
-        rules: cut.Rules = cut.FILE_RULES,
+        rules: Rules = FILE_RULES,
         detector: Callable[[], Detector] | None = None,
         num_beams: int | None = None,
         note: Note = silent,
     ) -> None:
-        """num_beams: hypotheses of a text kept side by side, None for the checkpoint's own number.
+        """task: None for a transcription in any language. detector: makes one for each recording, None for Silero.
 
-        Raises UsageError for a model that was not made for speech.
+        num_beams: the hypotheses that the beam search keeps, None for the checkpoint's own number. note is called with
+        what the user should know. Raises UsageError for a model that was not made for speech.
         """
         self.task = task or Task()
         self._rules, self._note = rules, note
@@ -111,11 +112,11 @@ class Transcriber:
         progress: Progress | None = None,
         on_segment: OnSegment = lambda segment: None,
     ) -> Transcription:
-        """A file as `AudioFile` takes it, or samples as `samples.array_blocks` does. Raises AudioError, UsageError.
+        """Transcribe a file, as `AudioFile` takes it, or samples, as `samples.array_blocks` does.
 
-        rate: of samples, a second, 16000 by default. track: of a file with several sound tracks, counted from 1; by
-        default the next one is tried if the first has no speech. progress is told after each block, on_segment of each
-        segment once its text will not change any more.
+        rate: of samples, Hz, 16000 by default. track: of a file with several sound tracks, from 1; None tries the next
+        one if the first has no speech. progress is called after each block, on_segment with each segment when its text
+        is final. Raises AudioError for sound that cannot be read, UsageError for arguments that cannot be served.
         """
         return _drained(self.stream(source, rate=rate, track=track, progress=progress), on_segment)
 
@@ -127,7 +128,7 @@ class Transcriber:
         track: int | None = None,
         progress: Progress | None = None,
     ) -> Generator[Segment, None, Transcription]:
-        """As `transcribe`: yields each segment once its text will not change any more, returns the whole."""
+        """As `transcribe`, but a generator: yields each segment when its text is final, returns the whole."""
         if isinstance(source, SAMPLE_TYPES):
             if track is not None:
                 raise UsageError("track means nothing beside samples, which have one: leave it out")
@@ -156,7 +157,7 @@ class Transcriber:
         duration_s: float | None = None,
         on_segment: OnSegment = lambda segment: None,
     ) -> Transcription:
-        """As `transcribe`, for blocks of samples one after another, `rate` of them a second."""
+        """As `transcribe`, for consecutive blocks of samples at `rate` Hz. duration_s: of all, for `progress`."""
         written = self._run(live_blocks(blocks, rate, self._note), progress, duration_s)
         return self._told(_drained(written, on_segment))
 
@@ -171,7 +172,7 @@ class Transcriber:
         progress: Progress | None,
         duration_s: float | None,
     ) -> Generator[Segment, None, Transcription]:
-        """Yields segments that are final, returns the whole. blocks: float32 [n] of 16 kHz mono."""
+        """Yields segments whose text is final, returns the whole. blocks: float32 [n] of 16 kHz mono."""
         clock, samples = time.perf_counter(), 0
         found: list[Segment] = []
 
@@ -204,25 +205,25 @@ class Transcriber:
         )
 
     def segments(self, blocks: Iterable[Samples], rate: int = SAMPLE_RATE) -> Iterator[tuple[Segment, bool]]:
-        """Segments with text as they end; True for one whose first words the segment before has heard too.
+        """Yields (segment, joined) as segments end. joined: the segment before has heard its first words too.
 
-        blocks: as in `run`.
+        blocks, rate: as in `run`.
         """
         return self._segments(levelled(live_blocks(blocks, rate, self._note), self._note))
 
     def _segments(self, blocks: Iterable[np.ndarray]) -> Iterator[tuple[Segment, bool]]:
         heard: list[np.ndarray] = []
-        for step in cut.Segmenter(self._detector(), self._rules).steps(blocks):
-            if isinstance(step, cut.Opened):
+        for step in Segmenter(self._detector(), self._rules).steps(blocks):
+            if isinstance(step, Opened):
                 heard = []
-            elif isinstance(step, cut.Heard):
+            elif isinstance(step, Heard):
                 heard.append(step.samples)
             elif step.segment.speech:
                 yield self._written(step.segment, np.concatenate(heard)), step.segment.joined
                 heard = []
 
-    def _written(self, segment: cut.Span, heard: np.ndarray) -> Segment:
-        if not segment.cut:  # what follows its end is the pause
+    def _written(self, segment: Span, heard: np.ndarray) -> Segment:
+        if not segment.cut:  # only the pause follows its end
             heard = heard[: segment.end - segment.heard_from]
         text, translation, note = self.text(heard)
         start, end = segment.start / SAMPLE_RATE, segment.end / SAMPLE_RATE
@@ -231,9 +232,10 @@ class Transcriber:
         return Segment(start, end, text, translation, note)
 
     def text(self, samples: np.ndarray) -> tuple[str, str | None, str | None]:
-        """One segment, float32 [n], at most 30 s: its text, its translation and a note, as in Segment.
+        """Transcribe one segment: float32 [n], at most 30 s. Returns (text, translation, note), as in `Segment`.
 
-        A loop, or a text that is far too short: tried once more in halves. Nothing: with silence around it.
+        After a loop, or a text that is far too short, it is tried once more in halves. If there is no text at all, it
+        is tried once more with silence around it.
         """
         text, translation, looped = self._try(samples)
         seconds = len(samples) / SAMPLE_RATE
@@ -247,7 +249,7 @@ class Transcriber:
                 text, looped = glue(a, b), a_looped or b_looped
                 translation = glue(a_translated or "", b_translated or "") if self.task.translate_to else None
         if not text and not translation:
-            padding = _PADDING[: (cut.MAX_SAMPLES - len(samples)) // 2]
+            padding = _PADDING[: (MAX_SAMPLES - len(samples)) // 2]
             text, translation, looped = self._try(np.concatenate([padding, samples, padding]))
         return text, translation, "looped" if looped else None if text or translation else "empty"
 
@@ -274,17 +276,17 @@ def _drained(written: Generator[Segment, None, Transcription], on_segment: OnSeg
 
 
 def no_text(start: float, end: float) -> str:
-    """The note on speech that was found and gave no text. Times are seconds."""
+    """The note about speech that gave no text. start, end: seconds."""
     return f"what was heard from {start:.1f} to {end:.1f} s gave no text"
 
 
 def reply_limit(soft_tokens: int, task: Task) -> int:
-    """Tokens a reply may have: nobody speaks a token every 40 ms."""
+    """The most tokens of a reply: one for each soft token, as nobody speaks a token every 40 ms."""
     return (soft_tokens + 32) * (2 if task.translate_to else 1)
 
 
 def joined_pair(before: Segment, after: Segment) -> tuple[Segment, Segment]:
-    """Two segments that heard the same words at their seam, each word in one of them."""
+    """Remove from two segments the words that both have heard at their seam: each stays in one of them."""
     first, second = seam(before.text, after.text)
     before, after = replace(before, text=first), replace(after, text=second)
     if before.translation and after.translation:
@@ -294,32 +296,32 @@ def joined_pair(before: Segment, after: Segment) -> tuple[Segment, Segment]:
 
 
 def quietest(samples: np.ndarray) -> int:
-    """The middle of the quietest 32 ms within the middle half."""
+    """The index of the middle of the quietest 32 ms within the middle half of float32 [n]."""
     return quietest_moment(samples, len(samples) // 4 // WINDOW * WINDOW, len(samples) * 3 // 4, WINDOW)
 
 
 def subtitles(segments: Sequence[Segment]) -> str:
-    """SubRip subtitles, of the translation where there is one. Times inside a segment are shared out by characters."""
+    """SubRip subtitles: of the translation if there is one. Times within a segment are proportional to characters."""
     cues: list[tuple[float, float, str]] = []
     for segment in segments:
         text = segment.translation or segment.text
-        parts, at = _lines(text), 0
-        for part in parts:
+        at = 0
+        for line in _lines(text):
             span = (segment.end - segment.start) / max(len(text), 1)
-            cues.append((segment.start + at * span, segment.start + (at + len(part)) * span, part))
-            at += len(part) + 1
+            cues.append((segment.start + at * span, segment.start + (at + len(line)) * span, line))
+            at += len(line) + 1
     return "".join(f"{i}\n{_clock(a)} --> {_clock(b)}\n{text}\n\n" for i, (a, b, text) in enumerate(cues, 1))
 
 
 def _lines(text: str) -> list[str]:
-    """A text in parts of at most _CUE_CHARACTERS, between words where it has any."""
-    parts: list[str] = []
+    """The text in lines of at most _CUE_CHARACTERS, broken between words where possible."""
+    lines: list[str] = []
     for word in text.split():
-        if parts and len(parts[-1]) + 1 + len(word) <= _CUE_CHARACTERS:
-            parts[-1] += " " + word
+        if lines and len(lines[-1]) + 1 + len(word) <= _CUE_CHARACTERS:
+            lines[-1] += " " + word
         else:
-            parts += [word[i : i + _CUE_CHARACTERS] for i in range(0, len(word), _CUE_CHARACTERS)]
-    return parts
+            lines += [word[i : i + _CUE_CHARACTERS] for i in range(0, len(word), _CUE_CHARACTERS)]
+    return lines
 
 
 def _clock(seconds: float) -> str:

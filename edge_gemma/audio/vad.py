@@ -1,9 +1,9 @@
-"""Is this speech? One probability for each 32 ms of sound, in order.
+"""Voice activity detection: one probability of speech for each 32 ms of sound, in order.
 
-Owns: the detectors. Does not know: what is made of the probabilities (segments.py).
+Owns: the detectors. Does not know: how the probabilities are used (segments.py).
 
 `SileroDetector` runs the Silero VAD network (github.com/snakers4/silero-vad, MIT), which is shipped in silero/ with its
-licence. `LoudnessDetector` needs nothing and tells speech from noise only by being louder.
+licence. `LoudnessDetector` needs no network; it only tells loud from quiet.
 """
 
 from collections.abc import Callable
@@ -15,13 +15,13 @@ import numpy as np
 from edge_gemma.audio.features import SAMPLE_RATE
 from edge_gemma.errors import ModelFolderError
 
-WINDOW = 512  # samples that a probability is for: 32 ms
-_CONTEXT = 64  # samples before the window that the network looks at
+WINDOW = 512  # samples for each probability: 32 ms
+_CONTEXT = 64  # samples before the window that the network also gets
 SILERO = Path(__file__).parent / "silero" / "silero_vad.onnx"
 
 
 class Detector(Protocol):
-    """A detector with memory: feed it consecutive windows."""
+    """A detector with memory: it has to get consecutive windows."""
 
     def probability(self, window: np.ndarray) -> float:
         """window: float32 [WINDOW]. Returns the probability, 0 to 1, that it is speech."""
@@ -32,10 +32,10 @@ class SileroDetector:
     """Silero VAD, versions 5 and 6, at 16 kHz."""
 
     def __init__(self, model: Path = SILERO) -> None:
-        """Raises ModelFolderError, one line, where onnxruntime cannot be loaded or does not take the network."""
+        """Raises ModelFolderError, one line, if onnxruntime cannot be loaded or refuses the network."""
         from edge_gemma.host.ort import open_graph
 
-        self._network = open_graph(model, threads=1)  # 0.1 ms a window: threads only cost
+        self._network = open_graph(model, threads=1)  # a window takes 0.1 ms: more threads would make it slower
         self._state = np.zeros((2, 1, 128), np.float32)
         self._rate = np.array(SAMPLE_RATE, np.int64)
         self._heard = np.zeros((1, _CONTEXT + WINDOW), np.float32)
@@ -49,14 +49,14 @@ class SileroDetector:
 
 
 class LoudnessDetector:
-    """Louder than the quietest of the last seconds: speech.
+    """Takes sound for speech when it is louder than the noise floor, the quietest of the last seconds.
 
-    The floor falls at once and rises slowly, so that it follows a room's noise and not a speaker.
+    The floor falls at once and rises slowly, so it follows a room's noise and not a speaker.
     """
 
-    margin_db = 10.0  # above the floor: probability 0.5
-    rise_db = 1.0 * WINDOW / SAMPLE_RATE  # a window: 1 dB a second
-    quietest_db = -65.0  # below full scale; nothing under it counts, nor does the floor fall further
+    margin_db = 10.0  # dB above the floor at which the probability is 0.5
+    rise_db = 1.0 * WINDOW / SAMPLE_RATE  # dB that the floor may rise in a window: 1 dB a second
+    quietest_db = -65.0  # dB of full scale: the lowest floor
     loudest_floor_db = -30.0
 
     def __init__(self) -> None:
@@ -70,7 +70,7 @@ class LoudnessDetector:
 
 
 def open_detector(note: Callable[[str], None]) -> Detector:
-    """Silero; loudness where it cannot be opened, which `note` is told."""
+    """A new SileroDetector; a LoudnessDetector, and a call of `note`, if that cannot be opened."""
     try:
         return SileroDetector()
     except ModelFolderError as error:

@@ -35,7 +35,7 @@ Note = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class Result:
+class SpeedResult:
     """One object of `bench --json`. Speeds in tokens a second, MB and GB are powers of ten, times in seconds."""
 
     model: str
@@ -76,7 +76,7 @@ def measure(
     repeat: int = 3,
     seed: int = 0,
     note: Note = lambda text: None,
-) -> Result:
+) -> SpeedResult:
     """Load a model folder and measure it; `note` is told what is going on. Raises EdgeGemmaError as Engine.load does,
     UsageError for counts that are not positive (depth: negative).
     """
@@ -131,7 +131,7 @@ def _result(
     ttft_s: float,
     memory: list[int | None],
     disk: list[int | None],
-) -> Result:
+) -> SpeedResult:
     """Medians of `runs` and what follows from them; disk: bytes read before loading, after warming up, at the end."""
     middle: dict[str, Any] = {name: statistics.median(values) for name, values in runs.items()}
     touched = bytes_per_token(folder, counts["depth"] + counts["generate"] // 2)
@@ -140,7 +140,7 @@ def _result(
     loading, running = (
         _mb(None if before is None or after is None else after - before) for before, after in itertools.pairwise(disk)
     )
-    return Result(
+    return SpeedResult(
         model=model,
         recipe=str(folder.manifest.get("recipe")),
         kernels=kernels.variant(),
@@ -160,7 +160,7 @@ def _result(
     )
 
 
-def print_table(result: Result) -> None:
+def print_table(result: SpeedResult) -> None:
     """The result for people, on standard output."""
     after = f" after {result.depth}" if result.depth else ""
     rows = [

@@ -227,7 +227,7 @@ def transcripts(folder: Path) -> list[tuple[Path, str]]:
 
 
 @dataclass(frozen=True)
-class Score:
+class WordErrors:
     """Wrong words. wer: wrong words for each word said, 0.05 is 5%; None if nothing was said. failed: files that could
     not be read.
     """
@@ -246,7 +246,7 @@ class Score:
     @classmethod
     def of(
         cls, pairs: Sequence[tuple[str, str]], *, failed: int = 0, duration_s: float = 0.0, work_s: float = 0.0
-    ) -> "Score":
+    ) -> "WordErrors":
         """pairs: (what was said, what was written). Raises UsageError if a package of the `wer` extra is missing."""
         ours, whisper = _errors(pairs, normalise), _errors(pairs, _whisper_words())
         rtf = work_s / duration_s if duration_s else 0.0
@@ -300,7 +300,7 @@ def score(
     report: Callable[[Path, str, str], None] = lambda path, said, written: None,
     progress: Callable[[int, int, str], None] = lambda done, total, name: None,
     note: Callable[[str], None] = lambda text: None,
-) -> Score:
+) -> WordErrors:
     """Transcribe a folder's recordings (the first `limit`) and count. report is told each file's texts; a file that
     cannot be read is noted and counted apart.
     """
@@ -317,4 +317,4 @@ def score(
         pairs.append((said, result.text))
         duration, work = duration + result.duration_s, work + result.rtf * result.duration_s
         report(path, said, result.text)
-    return Score.of(pairs, failed=failed, duration_s=duration, work_s=work)
+    return WordErrors.of(pairs, failed=failed, duration_s=duration, work_s=work)

@@ -9,7 +9,7 @@ import pytest
 from edge_gemma.audio import mic, vad
 from edge_gemma.errors import AudioError, EdgeGemmaError, ModelFolderError, UsageError
 from edge_gemma.host.extras import imported
-from edge_gemma.measure.wer import Score
+from edge_gemma.measure.wer import WordErrors
 
 
 def _graph() -> None:
@@ -19,8 +19,8 @@ def _graph() -> None:
 
 NEEDING = {
     "sounddevice": (mic.devices, AudioError, "edge-gemma[mic]"),
-    "jiwer": (lambda: Score.of([("a", "a")]), UsageError, "edge-gemma[wer]"),
-    "whisper_normalizer": (lambda: Score.of([("a", "a")]), UsageError, "edge-gemma[wer]"),
+    "jiwer": (lambda: WordErrors.of([("a", "a")]), UsageError, "edge-gemma[wer]"),
+    "whisper_normalizer": (lambda: WordErrors.of([("a", "a")]), UsageError, "edge-gemma[wer]"),
     "onnxruntime": (_graph, ModelFolderError, "pip install onnxruntime"),
 }
 

@@ -172,7 +172,7 @@ def test_json_is_one_object_with_every_field(tiny: Path) -> None:
     assert result.exit_code == 0, result.output
     assert result.stdout.count("\n") == 1
     answer = json.loads(result.stdout)
-    assert set(answer) == {field.name for field in fields(speed.Result)} >= CONTRACT
+    assert set(answer) == {field.name for field in fields(speed.SpeedResult)} >= CONTRACT
     assert (answer["prompt"], answer["generate"], answer["depth"], answer["repeat"]) == (9, 3, 2, 2)
     assert result.stderr.splitlines()[-1] == "run 2 of 2"
 

@@ -11,7 +11,7 @@ from edge_gemma.audio import transcribe
 from edge_gemma.cli import options
 from edge_gemma.cli.main import cli
 from edge_gemma.errors import UsageError
-from edge_gemma.measure.wer import Score, normalise, transcripts
+from edge_gemma.measure.wer import WordErrors, normalise, transcripts
 from tests.audio.test_files import write_float_wav
 from tests.fake_speech import LevelDetector, SpeechEngine, say
 
@@ -107,25 +107,25 @@ def test_numbers_in_words_are_numbers_in_digits(n):
 
 
 def test_the_score_counts_words_over_all_files():
-    score = Score.of([("the cat sat on the mat", "the cat sat the hat"), ("yes", "yes"), ("[beep]", "uh")])
+    score = WordErrors.of([("the cat sat on the mat", "the cat sat the hat"), ("yes", "yes"), ("[beep]", "uh")])
     assert (score.words, score.substitutions, score.deletions, score.insertions, score.files) == (7, 1, 1, 1, 3)
     assert score.wer == pytest.approx(3 / 7)
-    assert Score.of([("one two", "12")]).wer == 0
-    assert Score.of([]).wer is None
-    assert Score.of([("a b", "")]).wer == 1
+    assert WordErrors.of([("one two", "12")]).wer == 0
+    assert WordErrors.of([]).wer is None
+    assert WordErrors.of([("a b", "")]).wer == 1
 
 
 def test_the_score_in_whispers_spelling():
     """Where the two differ: Whisper's drops "uh" and spells out "it's"; it reads "seven o'clock" as "70 clock"."""
-    score = Score.of([("it's, uh, seven", "it is seven")])
+    score = WordErrors.of([("it's, uh, seven", "it is seven")])
     assert (score.wer, score.wer_whisper) == (pytest.approx(2 / 3), 0)
-    score = Score.of([("seven o'clock", "7:00")])
+    score = WordErrors.of([("seven o'clock", "7:00")])
     assert score.wer == 0
     assert score.wer_whisper is not None
     assert score.wer_whisper > 0
-    assert Score.of([("nineteen ninety-five colours", "1995 colors")]).wer_whisper == 0
-    assert Score.of([]).wer_whisper is None
-    assert Score.of([("uh", "yes"), ("a b", "a b")]).wer_whisper == 1 / 2  # nothing was said: the word is added
+    assert WordErrors.of([("nineteen ninety-five colours", "1995 colors")]).wer_whisper == 0
+    assert WordErrors.of([]).wer_whisper is None
+    assert WordErrors.of([("uh", "yes"), ("a b", "a b")]).wer_whisper == 1 / 2  # nothing was said: the word is added
 
 
 def test_where_transcripts_are_found(tmp_path):
