@@ -1,9 +1,8 @@
-"""What a Gemma text decoder is made of, resolved once.
+"""The configuration of a Gemma text decoder, resolved once.
 
-Owns: reading a `text_config` in the checkpoint's own words (which keys count: config_keys.py), the reference's
+Owns: reading a `text_config` with the checkpoint's own keys (which keys count: config_keys.py), the reference's
 defaults, and resolving every layer's attention type, head sizes, KV source, MLP width and rotary frequencies into a
-tuple of `LayerSpec`. Does not know: files, weights, tokenizers. After this module nobody asks "which variant is this?"
-again.
+tuple of `LayerSpec`. Does not know: files, weights, tokenizers. No other module distinguishes model variants.
 
 Sources: transformers 5.23 `configuration_gemma4.py` and `configuration_gemma3.py`.
 """
@@ -18,7 +17,7 @@ from edge_gemma.errors import ConfigError
 
 SLIDING, FULL = "sliding_attention", "full_attention"
 
-# The keys that are read, and what the reference assumes without them (transformers' configuration classes).
+# The keys that are read, and the reference's defaults (transformers' configuration classes).
 _COMMON: dict[str, Any] = {
     "attention_bias": False, "final_logit_softcapping": None, "head_dim": 256,
     "hidden_activation": "gelu_pytorch_tanh", "hidden_size": 2304, "intermediate_size": 9216, "layer_types": None,
@@ -40,13 +39,13 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "vocab_size": 262208,
     },
 }  # fmt: skip
-# Sizes of experts: nothing reads them unless `enable_moe_block` is set, which is refused. The first is an older name.
+# Sizes of experts. They only matter with `enable_moe_block`, which is refused. The first is an older name.
 _EXPERTS = {"expert_intermediate_size", "moe_intermediate_size", "num_experts", "top_k_experts"}
 KNOWN = {model_type: {*defaults, *_EXPERTS} for model_type, defaults in DEFAULTS.items()}
 
 _ROPE = ("factor", "partial_rotary_factor", "rope_theta", "rope_type", "type")
 
-# Sizes a file may claim. Far above any Gemma; they bound what a hostile configuration can make us allocate.
+# The largest accepted sizes, far above any Gemma: they bound what a hostile configuration can make us allocate.
 _LIMITS = {
     "vocab_size": 1 << 22, "hidden_size": 1 << 16, "intermediate_size": 1 << 19, "num_hidden_layers": 512,
     "num_attention_heads": 512, "num_key_value_heads": 512, "head_dim": 4096, "max_position_embeddings": 1 << 24,
@@ -56,7 +55,7 @@ _LIMITS = {
 
 @dataclass(frozen=True)
 class LayerSpec:
-    """One decoder layer, fully resolved. Sizes in elements, frequencies in radians a position."""
+    """One decoder layer, fully resolved. Sizes are numbers of elements."""
 
     index: int
     layer_type: str  # "sliding_attention" | "full_attention"
@@ -65,22 +64,23 @@ class LayerSpec:
     num_key_value_heads: int
     intermediate_size: int
     kv_source: int  # the layer whose K and V this layer reads; its own index where it owns them
-    sliding_window: int | None  # keys visible, the current one included; None: all before
+    sliding_window: int | None  # keys that a query sees, its own included; None: all before it
     attention_scale: float  # factor on q.k: 1 in Gemma 4, query_pre_attn_scalar ** -0.5 in Gemma 3
     attention_k_eq_v: bool  # no v_proj: V is the raw key projection
-    v_norm: bool  # weightless RMS norm on V (Gemma 4)
+    v_norm: bool  # V gets an RMS norm without weights (Gemma 4)
     rope_theta: float
     rope_factor: float  # positions are divided by this (linear scaling)
     rotary_dim: int  # elements of a head that rotate: pairs (i, i + head_dim / 2) for i < rotary_dim / 2
 
     @property
     def owns_kv(self) -> bool:
+        """True if the layer writes a KV cache of its own."""
         return self.kv_source == self.index
 
 
 @dataclass(frozen=True)
 class GemmaConfig:
-    """A text decoder's configuration; `text_config` has it in the checkpoint's own words, for the manifest."""
+    """A text decoder's configuration, resolved. text_config: as in the checkpoint, for the manifest."""
 
     model_type: str  # "gemma4_text" | "gemma3_text"
     vocab_size: int
@@ -95,27 +95,29 @@ class GemmaConfig:
 
     @property
     def num_hidden_layers(self) -> int:
+        """The number of decoder layers."""
         return len(self.layers)
 
     @property
     def has_layer_scalar(self) -> bool:
+        """True if each layer's output is multiplied by a scalar (Gemma 4)."""
         return self.model_type == "gemma4_text"
 
     @property
     def norm_weight_offset(self) -> float:
-        """What a checkpoint's RMS-norm weights lack: Gemma 3 stores w - 1 in safetensors, Gemma 4 stores w."""
+        """The number to add to a safetensors checkpoint's RMS-norm weights: Gemma 3 stores w - 1, Gemma 4 stores w."""
         return 1.0 if self.model_type == "gemma3_text" else 0.0
 
     @cached_property
     def last_kv_producer(self) -> int:
-        """Index of the last layer that writes a KV cache: above it only rows that reach the logits matter."""
+        """The index of the last layer that writes a KV cache. Above it only rows that reach the logits are needed."""
         return max(layer.kv_source for layer in self.layers)
 
     @classmethod
     def from_text_config(cls, text_config: Mapping[str, Any], ignored: Collection[str] = ()) -> "GemmaConfig":
-        """Resolve a checkpoint's `text_config`; keys that are missing or null have the reference's defaults.
+        """Resolve a checkpoint's `text_config`. Keys that are missing or null get the reference's defaults.
 
-        ignored: names of unknown keys to pass over. Raises ConfigError for anything unknown or not supported.
+        ignored: unknown keys to ignore. Raises ConfigError for a key that is unknown, or a value not supported.
         """
         model_type = text_config.get("model_type")
         if not isinstance(model_type, str) or model_type not in DEFAULTS:
@@ -145,12 +147,12 @@ class GemmaConfig:
         )
 
     def read_by_row(self, name: str) -> bool:
-        """Whether a matrix is only ever read row by row: the per-layer table, token embeddings apart from the head."""
+        """True for a matrix of which only single rows are read: the per-layer table, untied token embeddings."""
         apart = name == "embed_tokens.weight" and not self.tie_word_embeddings
         return apart or name == "embed_tokens_per_layer.weight"
 
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Every tensor the decoder needs: name (the checkpoint's, without `model.language_model.`) -> shape."""
+        """All tensors of the decoder: name (the checkpoint's, without `model.language_model.`) -> shape."""
         d, p, depth = self.hidden_size, self.hidden_size_per_layer_input, self.num_hidden_layers
         shapes: dict[str, tuple[int, ...]] = {"embed_tokens.weight": (self.vocab_size, d)}
         if p:
@@ -193,7 +195,7 @@ class GemmaConfig:
 
 
 def _refuse_unsupported(c: Mapping[str, Any]) -> None:
-    """Known words with a meaning this runtime does not have."""
+    """Raises ConfigError for a known key whose value this runtime does not support."""
     expected = {
         "hidden_activation": ("gelu_pytorch_tanh", None),
         "attention_bias": (False, None),
@@ -207,7 +209,7 @@ def _refuse_unsupported(c: Mapping[str, Any]) -> None:
 
 
 def _integer(c: Mapping[str, Any], key: str, default: int | None = None) -> int:
-    """A size; `default` where the configuration has none. 0 only where that is the default: it means "none"."""
+    """A size, or `default` if it is missing. 0 is only accepted if it is the default; then it means "none"."""
     value = default if c.get(key) is None else c[key]
     least = 0 if default == 0 else 1
     most = _LIMITS.get(key, 1 << 24)
@@ -235,15 +237,15 @@ def _mapping(c: Mapping[str, Any], key: str) -> dict[str, Any]:
 def _layer_types(c: Mapping[str, Any], depth: int) -> list[str]:
     types = c.get("layer_types")
     if types is None:
-        pattern = _integer(c, "sliding_window_pattern", 6)  # the reference's 5:1
+        pattern = _integer(c, "sliding_window_pattern", 6)  # the reference: 5 sliding layers, then a full one
         types = [SLIDING if (i + 1) % pattern else FULL for i in range(depth)]
     if not isinstance(types, list) or len(types) != depth or not all(t in (SLIDING, FULL) for t in types):
         raise ConfigError(f"layer_types must name {SLIDING} or {FULL} for each of the {depth} layers")
-    return [*types[:-1], FULL] if c["model_type"] == "gemma4_text" else types  # the reference forces the last one
+    return [*types[:-1], FULL] if c["model_type"] == "gemma4_text" else types  # the reference makes the last layer full
 
 
 def _kv_sources(layer_types: list[str], shared: int) -> list[int]:
-    """Shared layers read the last unshared layer of their own type (GEMMA 4: one source a type)."""
+    """For each layer, the layer whose K and V it reads: shared layers read the last unshared layer of their type."""
     first_shared = len(layer_types) - shared
     if first_shared < 1 and shared:
         raise ConfigError(f"num_kv_shared_layers is {shared}, expected fewer than the {len(layer_types)} layers")
@@ -297,7 +299,7 @@ def _layer(c: Mapping[str, Any], index: int, layer_type: str, kv_source: int) ->
 
 
 def _rope(c: Mapping[str, Any], layer_type: str, head_dim: int) -> tuple[float, float, int]:
-    """(theta, linear factor, rotating elements a head) of a layer type, from either spelling of the rope keys."""
+    """(theta, linear factor, rotary elements of a head) for a layer type, from either spelling of the rope keys."""
     full = layer_type == FULL
     by_type = known_keys(_mapping(c, "rope_parameters"), (SLIDING, FULL), "rope_parameters")
     rope = _mapping(by_type, layer_type)

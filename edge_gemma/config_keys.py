@@ -1,11 +1,9 @@
-"""Which keys of a configuration count: one policy for config.json, its parts, and GGUF metadata.
+"""Decides which keys of a configuration count: one policy for config.json, its parts, and GGUF metadata.
 
-1. A key that its reader knows is read; null stands for the reference's default.
-2. A key that cannot change the arithmetic is passed over: how a model was trained or saved, what it may be asked to
-   return, how tokens are drawn, ids of tokens.
-3. An unknown key that says nothing is passed over: its value is null, false, empty, or what the reference assumes
-   without it.
-4. Any other unknown key stops the export. The user may pass over it by name (`--ignore-key`).
+1. A key that the reader knows is read. null means the reference's default.
+2. A key that cannot change the arithmetic is ignored: training, saving, choice of outputs, sampling, token ids.
+3. An unknown key without effect is ignored: its value is null, false, empty, or the reference's default.
+4. Any other unknown key stops the export. The user can ignore it by name (`--ignore-key`).
 
 Owns: this policy. Does not know: what a known key means, where a configuration is stored.
 """
@@ -25,18 +23,18 @@ PASSED_OVER = frozenset({
     "transformers_version", "transformers_weights", "use_bfloat16",
     # training
     "attention_dropout", "initializer_range", "router_aux_loss_coef", "tf_legacy_loss",
-    # what is returned, kept and cut in pieces; heads of other tasks
+    # which outputs are returned, caching, chunking; heads of other tasks
     "cache_implementation", "chunk_size_feed_forward", "id2label", "is_encoder_decoder", "label2id", "num_labels",
     "output_attentions", "output_hidden_states", "output_scores", "problem_type", "return_dict",
     "return_dict_in_generate", "task_specific_params", "tie_last_hidden_states", "use_cache",
-    # how tokens are drawn: generation_config.json says it
+    # sampling, which generation_config.json defines
     "bad_words_ids", "begin_suppress_tokens", "diversity_penalty", "do_sample", "early_stopping",
     "encoder_no_repeat_ngram_size", "exponential_decay_length_penalty", "length_penalty", "max_length", "min_length",
     "no_repeat_ngram_size", "num_beam_groups", "num_beams", "num_return_sequences", "prefix", "remove_invalid_values",
     "repetition_penalty", "suppress_tokens", "temperature", "top_k", "top_p", "typical_p",
 })  # fmt: skip
 _PASSED_OVER = re.compile(r"_?unsloth_\w+|\w+_token_(id|ids|index)|\w+_per_(image|video|frame|audio|second)")
-# What the reference assumes of keys that we do not read.
+# The reference's defaults for keys that are not read here.
 REFERENCE_DEFAULTS: dict[str, Any] = {"is_causal": True}
 _NOTHING: tuple[Any, ...] = (None, False, "", [], {})
 
@@ -51,8 +49,8 @@ def known_keys(
 ) -> dict[str, Any]:
     """The keys of `config` that are in `known`, with their values.
 
-    part: the configuration's name in messages. defaults: values of unknown keys that say nothing. ignored: names of
-    unknown keys that the user passes over. Raises ConfigError, one line, for an unknown key that may matter.
+    part: the configuration's name in messages. defaults: values that unknown keys may have, without effect. ignored:
+    unknown keys that the user ignores. Raises ConfigError, one line, for another unknown key that may matter.
     """
     unknown = [key for key in config if key not in known and key not in ignored]
     strange = sorted(key for key in unknown if not _says_nothing(key, config[key], defaults))
@@ -67,9 +65,9 @@ def known_keys(
 
 
 def check_ignored(ignored: Iterable[str], parts: Iterable[tuple[Mapping[str, Any], Container[str]]]) -> None:
-    """Whether every key to be ignored is in a part, and unknown there. parts: (configuration, known keys).
+    """Check the keys that the user ignores. parts: (configuration, known keys).
 
-    Raises UsageError: passing over a key that is read, or that is nowhere, means nothing.
+    Raises UsageError for a key that no part has, or that is known in every part that has it.
     """
     parts = list(parts)
     for name in ignored:
@@ -81,13 +79,13 @@ def check_ignored(ignored: Iterable[str], parts: Iterable[tuple[Mapping[str, Any
 
 
 def with_defaults(config: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """`config` with `defaults` for keys that are missing or null."""
+    """`config` with the values of `defaults` for keys that are missing or null."""
     said = {key: value for key, value in defaults.items() if value is not None}
     return {**said, **{key: defaults.get(key) if value is None else value for key, value in config.items()}}
 
 
 def passed_over(key: str) -> bool:
-    """Whether a key cannot change the arithmetic."""
+    """True for a key that cannot change the arithmetic."""
     return key in PASSED_OVER or _PASSED_OVER.fullmatch(key) is not None
 
 

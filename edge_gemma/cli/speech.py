@@ -275,7 +275,7 @@ def wer(
     engine = options.load_engine(model, context=context, threads=threads)
     transcriber = Transcriber(engine, Task(language), num_beams=num_beams, note=_tell)
     with progress_bar("transcribing", unit="files") as progress:
-        score = wer_module.score(transcriber, folder, limit=limit, report=report, progress=progress, note=_tell)
+        score = wer_module.measure(transcriber, folder, limit=limit, report=report, progress=progress, note=_tell)
     if as_json:
         options.print_json(asdict(score) | {"texts": texts})
     else:

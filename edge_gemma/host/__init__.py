@@ -1,1 +1,1 @@
-"""The machine and this Python: files, folders, CPUs, signals, and packages that come with an extra."""
+"""The machine and this Python: files, folders, CPUs, signals, optional packages."""

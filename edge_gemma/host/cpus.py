@@ -1,7 +1,7 @@
-"""How many CPUs this process may keep busy.
+"""Finds out how many CPUs this process may keep busy.
 
-Owns: its affinity and the CPU quota of its control groups (containers, `systemd-run -p CPUQuota=`, Kubernetes limits).
-Does not know: threads, kernels.
+Owns: the process's affinity and the CPU quota of its control groups (containers, `systemd-run -p CPUQuota=`, Kubernetes
+limits). Does not know: threads, kernels.
 
 A quota is a share of time, not a set of CPUs. The process sees all CPUs. When it has used its share, it is stopped for
 the rest of the period, and threads that wait for each other are stopped together.
@@ -16,14 +16,14 @@ from pathlib import Path
 
 
 def available() -> int:
-    """CPUs that this process can keep busy all the time, at least 1."""
+    """The number of CPUs that this process can keep busy all the time, at least 1."""
     affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     limit = quota()
     return affinity if limit is None else max(1, min(affinity, math.floor(limit)))
 
 
 def quota(root: Path = Path("/")) -> float | None:
-    """CPUs that the tightest control group around this process allows it, None: no limit, or the system does not say.
+    """The number of CPUs that the tightest control group of this process allows; None if there is no known limit.
 
     root: where the file system begins. Sources: the kernel's Documentation/admin-guide/cgroup-v2.rst (cpu.max) and
     scheduler/sched-bwc.rst (cpu.cfs_quota_us), proc_pid_mountinfo(5).
@@ -37,7 +37,7 @@ def quota(root: Path = Path("/")) -> float | None:
 
 
 def _groups(text: str) -> dict[str, str]:
-    """The process's control group in the hierarchies that limit CPU time: "cgroup2" or "cgroup" (version 1) -> path."""
+    """The process's control groups that limit CPU time: "cgroup2" or "cgroup" (version 1) -> path in the hierarchy."""
     found = {}
     for line in text.splitlines():
         _, controllers, path = line.split(":", 2)
@@ -49,7 +49,7 @@ def _groups(text: str) -> dict[str, str]:
 
 
 def _mounts(text: str) -> Iterator[tuple[str, str, str]]:
-    """Where these hierarchies are mounted: (kind, the group that is mounted, the mount point)."""
+    """Where the hierarchies are mounted: (kind, the group at the mount's root, the mount point)."""
     for line in text.splitlines():
         mount, _, source = line.partition(" - ")
         kind, _, options = source.split(" ", 2)
@@ -63,13 +63,13 @@ def _unescaped(field: str) -> str:
 
 
 def _below(path: str, inside: str) -> list[str]:
-    """The names of a group's path below the group that is mounted; none where it lies elsewhere."""
+    """The names of a group's path below the mounted group; empty if it lies elsewhere."""
     own, mounted = (value.strip("/").split("/") if value.strip("/") else [] for value in (path, inside))
     return own[len(mounted) :] if own[: len(mounted)] == mounted and ".." not in own else []
 
 
 def _limits(mounted: Path, names: list[str]) -> Iterator[float]:
-    """The quota of a group and of those around it, in CPUs, where there is one."""
+    """The quotas of a group and its parents, in CPUs, if they have any."""
     for depth in range(len(names) + 1):
         folder = mounted.joinpath(*names[:depth])
         for read in (_version2, _version1):

@@ -1,7 +1,7 @@
-"""Packages that are imported when they are first needed; most come with an extra.
+"""Imports packages when they are first needed; most come with an extra.
 
-Owns: the one line about a package that is not installed, or that is and cannot be loaded. Does not know: what the
-packages are for.
+Owns: the one-line error for a package that is not installed or cannot be loaded. Does not know: what the packages are
+for.
 """
 
 import importlib
@@ -11,11 +11,10 @@ from edge_gemma.errors import EdgeGemmaError
 
 
 def imported(module: str, what: str, extra: str, error: type[EdgeGemmaError], remedy: str = "") -> Any:
-    """The package `module`, or a module of it.
+    """Import and return a package or a module of one.
 
-    what: what needs it, the beginning of a sentence; extra: what brings it, "" if no extra; remedy: what helps where it
-    is installed and cannot be loaded. Raises `error`, one line: the package is not installed, or why it cannot be
-    loaded.
+    what: what needs it, the beginning of a sentence. extra: the extra that it comes with, "" for none. remedy: what
+    helps if it is installed and cannot be loaded. Raises `error`, one line, if it is not installed or cannot be loaded.
     """
     try:
         return importlib.import_module(module)

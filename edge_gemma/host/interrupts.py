@@ -1,6 +1,6 @@
 """Holds a Ctrl-C that arrives where it would be lost, and delivers it afterwards.
 
-Owns: holding it. Does not know: what runs meanwhile.
+Owns: holding and delivering the signal. Does not know: what runs meanwhile.
 """
 
 import contextlib
@@ -13,9 +13,9 @@ from collections.abc import Iterator
 def held() -> Iterator[None]:
     """Hold signals around C code that calls back into Python, as LLVM does while it compiles or loads machine code.
 
-    Python runs a signal's handler wherever its main thread is. An exception raised inside such a callback cannot travel
-    on: it is printed as ignored, and the program continues. Signals do nothing to other threads, so there this does
-    nothing either.
+    Python runs a signal's handler wherever its main thread is. An exception raised inside such a callback cannot
+    propagate: it is printed as ignored, and the program continues. Other threads get no signals, so there this does
+    nothing.
     """
     handler = signal.getsignal(signal.SIGINT)
     if threading.current_thread() is not threading.main_thread() or not callable(handler):

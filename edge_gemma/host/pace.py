@@ -1,24 +1,24 @@
-"""How many threads pay at the moment: fewer while other programs keep CPUs busy.
+"""Chooses the number of threads: fewer while other programs keep CPUs busy.
 
-A kernel's parts are dealt out evenly and all wait for the last, so a CPU that another program uses too holds up every
-thread. Waiting threads use no CPU time: where a run gets less of it than its threads could have, one thread fewer is
-tried, and kept where it is not slower. After a while one more is tried again. Results do not depend on it.
+A kernel's work is divided evenly and all threads wait for the last, so a CPU that another program uses too delays every
+thread. Waiting threads use no CPU time. If a run gets less CPU time than its threads could have had, one thread fewer
+is tried, and kept if it is not slower. After a while one more is tried again. Results do not depend on the number.
 
-Does not know: what is run.
+Owns: the measurements and the choice. Does not know: what is run.
 """
 
 import time
 from collections.abc import Callable
 from types import TracebackType
 
-_UNIT_S = 0.004  # of work that is judged together: one token of a small model is too short to tell anything
-_BUSY = 0.85  # of the CPU time that the threads could have had; idle, E2B has 0.95, short prompts of a tiny model 0.8
-_BETTER = 1.05  # times as fast as before, for one more thread to be kept
-_FIRST_WAIT_S, _LONGEST_WAIT_S = 0.25, 4.0  # between two tries; each that was in vain doubles it
+_UNIT_S = 0.004  # seconds of work that are judged together: one token of a small model is too short
+_BUSY = 0.85  # share of the CPU time; on an idle machine E2B has 0.95, short prompts of a tiny model 0.8
+_BETTER = 1.05  # times faster that one more thread has to be
+_FIRST_WAIT_S, _LONGEST_WAIT_S = 0.25, 4.0  # between two tries; a try in vain doubles it
 
 
 class Pace:
-    """Measures the runs of one session and chooses their threads: `with pace.of(tokens): ...`, then `limit`.
+    """Measures the runs of one session, `with pace.of(tokens): ...`, and chooses the threads of the next: `limit`.
 
     limit: threads, None for all that are allowed.
     """
@@ -31,9 +31,9 @@ class Pace:
         clock: Callable[[], float] = time.perf_counter,
         cpu: Callable[[], float] = time.process_time,
     ) -> None:
-        """threads: what was asked for, which is never changed; None: chosen here, up to `most`.
+        """threads: a number that was asked for, which then never changes; None lets this class choose, up to `most`.
 
-        clock, cpu: seconds passed, and seconds of CPU time of all threads.
+        clock: seconds of wall time. cpu: seconds of CPU time of all threads.
         """
         self.limit = threads
         self._fixed, self._most, self._clock, self._cpu = threads is not None, most, clock, cpu
@@ -41,13 +41,13 @@ class Pace:
         self._reset(1)
 
     def _reset(self, tokens: int) -> None:
-        self._prompt = tokens > 1  # a prompt's speed says nothing of single tokens'
+        self._prompt = tokens > 1  # the speeds of prompts and of single tokens cannot be compared
         self._seconds = self._cpu_seconds = 0.0
         self._tokens = 0
-        self._before: tuple[float, int | None] | None = None  # speed and limit before the one that is being tried
+        self._before: tuple[float, int | None] | None = None  # speed and limit before the current try
 
     def of(self, tokens: int) -> "Pace":
-        """Around a run of so many tokens."""
+        """The context manager for a run of so many tokens."""
         self._running = tokens
         return self
 
@@ -73,7 +73,7 @@ class Pace:
             self._tokens = 0
 
     def _judge(self, now: float, speed: float, share: float, threads: int) -> None:
-        """speed: tokens a second; share: of the CPU time that the threads could have had."""
+        """Choose the next limit. speed: tokens a second. share: of the CPU time that the threads could have had."""
         if self._before is not None:
             (speed_before, limit), self._before = self._before, None
             fewer = threads < (limit or self._most)

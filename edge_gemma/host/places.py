@@ -1,6 +1,6 @@
-"""Where this user's files are kept: compiled kernels and converted models, pulled models.
+"""The folders for this user's files: a cache (compiled kernels, converted models) and data (pulled models).
 
-Owns: the two folders. Does not know: what is put there.
+Owns: the two paths. Does not know: what is stored there.
 """
 
 from collections.abc import Callable
@@ -12,18 +12,18 @@ CACHE_VARIABLE, DATA_VARIABLE = "XDG_CACHE_HOME", "XDG_DATA_HOME"
 
 
 def cache() -> Path | None:
-    """The folder for files that can be made again. None for a user without a home and without $XDG_CACHE_HOME."""
+    """The folder for files that can be made again. None for a user with neither a home nor $XDG_CACHE_HOME."""
     return _folder(platformdirs.user_cache_dir)
 
 
 def data() -> Path | None:
-    """The folder for files that cannot. None for a user without a home and without $XDG_DATA_HOME."""
+    """The folder for files that cannot be made again. None for a user with neither a home nor $XDG_DATA_HOME."""
     return _folder(platformdirs.user_data_dir)
 
 
 def _folder(find: Callable[..., str]) -> Path | None:
     try:
         path = Path(find("edge-gemma", appauthor=False))
-    except RuntimeError:  # no HOME and an unknown user: what a container runs with any user id
+    except RuntimeError:  # no HOME and an unknown user, as in a container with any user id
         return None
-    return None if path.parts[0].startswith("~") else path  # how older versions of platformdirs say so
+    return None if path.parts[0].startswith("~") else path  # older versions of platformdirs return "~"

@@ -1,10 +1,9 @@
-"""System calls on files that some platforms and file systems lack, and what is done without them.
+"""System calls on files that some platforms and file systems lack, and their replacements.
 
 Owns: reading and writing at an offset, mapping a file, flushing, locks, swapping two names, advice about reading, and
 asking for memory beforehand. Does not know: what files hold.
 
-Reading and writing at an offset are needed, so they have a replacement. The others are extras: work goes on without
-them.
+Reading and writing at an offset have a replacement. The other calls are optional: without them nothing is done.
 """
 
 import contextlib
@@ -21,10 +20,10 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-BINARY = getattr(os, "O_BINARY", 0)  # a flag of os.open: bytes as they are, which only Windows must be told
-# What a failing or full disk says. Any other refusal to flush means that the file system knows no flushing.
+BINARY = getattr(os, "O_BINARY", 0)  # a flag of os.open that only Windows has: do not translate line ends
+# The errors of a failing or full disk. Any other error of a flush means that the file system has no flushing.
 _DISK_FAULTS = {errno.EIO, errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)}
-_position = threading.Lock()  # of all files, where reading at an offset must move it
+_position = threading.Lock()  # guards the files' positions where reading at an offset has to move them
 
 
 def read_at(fd: int, buffer: memoryview, offset: int) -> int:
@@ -56,9 +55,7 @@ def write_at(fd: int, data: bytes | memoryview, offset: int) -> int:
 
 
 def allocated(path: Path) -> int:
-    """The bytes that a file takes on the disk: less than its size if it has holes. Its size where nothing else is
-    known.
-    """
+    """The bytes that a file takes on the disk: less than its size if it has holes. Its size if this is not known."""
     status = path.stat()
     return 512 * status.st_blocks if hasattr(status, "st_blocks") else status.st_size
 
@@ -66,7 +63,7 @@ def allocated(path: Path) -> int:
 def map_file(path: Path) -> mmap.mmap:
     """Map a whole file read-only. Raises OSError.
 
-    Some file systems (9p, FUSE) allow only private maps; to a reader they are the same.
+    Some file systems (9p, FUSE) allow only private maps, which are the same to a reader.
     """
     with path.open("rb") as file:
         try:
@@ -78,10 +75,9 @@ def map_file(path: Path) -> mmap.mmap:
 
 
 def need_memory(nbytes: int) -> None:
-    """Raise MemoryError if this process may not have so much more memory. Called before a library that would crash
-    instead.
+    """Raises MemoryError if this process cannot have so many more bytes. For calls of libraries that crash instead.
 
-    It asks for addresses only, which `ulimit -v` and strict accounting refuse. Nothing is touched.
+    Only addresses are reserved, which `ulimit -v` and strict accounting refuse. No page is touched.
     """
     try:
         mmap.mmap(-1, nbytes).close()
@@ -90,7 +86,7 @@ def need_memory(nbytes: int) -> None:
 
 
 def flush(fd: int) -> None:
-    """Flush a file to the disk, where the file system can. Raises OSError if the disk fails or is full."""
+    """Flush a file to the disk, if the file system can. Raises OSError if the disk fails or is full."""
     try:
         os.fsync(fd)
     except OSError as error:
@@ -99,10 +95,10 @@ def flush(fd: int) -> None:
 
 
 def flush_folder(path: Path) -> None:
-    """Flush a folder's entries to the disk, where the system can. Raises OSError if the disk fails or is full."""
+    """Flush a folder's entries to the disk, if the system can. Raises OSError if the disk fails or is full."""
     if not hasattr(os, "O_DIRECTORY"):
         return
-    with contextlib.suppress(PermissionError):  # a folder that may be written and not read
+    with contextlib.suppress(PermissionError):  # a folder that can be written but not read
         fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
         try:
             flush(fd)
@@ -111,7 +107,7 @@ def flush_folder(path: Path) -> None:
 
 
 def lock_folder(path: Path) -> int | None:
-    """Lock a folder until the returned descriptor is closed or the process ends. None: there are no locks here.
+    """Lock a folder until the returned descriptor is closed or the process ends. None on a system without locks.
 
     Raises BlockingIOError while another process holds the lock.
     """
@@ -130,7 +126,7 @@ def lock_folder(path: Path) -> int | None:
 
 
 def exchange(a: Path, b: Path) -> bool:
-    """Swap two names in one step, where the system and the file system can (Linux `renameat2`, RENAME_EXCHANGE)."""
+    """Swap two names in one step. Returns False if the system cannot (Linux `renameat2`, RENAME_EXCHANGE, can)."""
     if sys.platform != "linux":
         return False
     renameat2 = getattr(ctypes.CDLL(None), "renameat2", None)
@@ -139,18 +135,22 @@ def exchange(a: Path, b: Path) -> bool:
 
 
 def advise(fd: int, advice: str, offset: int = 0, length: int = 0) -> None:
-    """Say how a part of a file will be read: "RANDOM", "WILLNEED", "DONTNEED" of posix_fadvise. length 0: the rest."""
+    """Tell the system how a part of a file will be read. advice: "RANDOM", "WILLNEED" or "DONTNEED" of posix_fadvise.
+
+    length: bytes from `offset`; 0 for all of the rest.
+    """
     if hasattr(os, "posix_fadvise"):
         with contextlib.suppress(OSError):
             os.posix_fadvise(fd, offset, length, getattr(os, f"POSIX_FADV_{advice}"))
 
 
 def read_in_order(mapped: mmap.mmap) -> None:
-    """Read a mapped file from start to end into memory, in large pages where the system has them for files.
+    """Read a mapped file into memory from start to end, in large pages if the system has them for files.
 
-    Every token reads all weights, so nothing is read in vain. Read in order, a file comes in 2 MB pages (Linux 6.16 on
-    ext4, and others). These decode 9% faster than the 4 kB pages of random faults (docs/LOG.md#small-pages). Pages that
-    are in memory already are only mapped, in milliseconds. A system that knows neither advice reads on demand.
+    Every token reads all weights, so no byte is read needlessly. A file that is read in order gets 2 MB pages (Linux
+    6.16 on ext4, and others). Decoding from these is 9% faster than from the 4 kB pages of random faults
+    (docs/LOG.md#small-pages). Pages in memory already are only mapped, in milliseconds. A system without these calls
+    reads on demand.
     """
     if sys.platform != "linux":
         return

@@ -1,1 +1,1 @@
-"""Measuring: speed, memory, hearing, wrong words."""
+"""Measurements: speed, memory, cost of listening, word error rates."""

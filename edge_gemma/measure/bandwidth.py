@@ -1,9 +1,9 @@
-"""How fast this machine can read its memory: the bound that a model's speed is compared with.
+"""Measures how fast this machine reads its memory. A model's speed is compared with this bound.
 
-The bandwidth is that of a plain sum over the pages that the weights are mapped from, by the same number of threads.
-Each thread reads from four places at a time, with software prefetch 1 kB ahead. (From one place, some machines give a
-quarter less. Without prefetch, a core of some others reaches a fifth.) The best of several passes counts. A model
-smaller than the CPU's caches is read from those.
+What is timed is a plain sum over the mapped pages of the weights, with the model's number of threads. Each thread reads
+from four places at a time, with software prefetch 1 kB ahead. (From one place, some machines give a quarter less.
+Without prefetch, one core of some others reaches a fifth.) The best of several passes counts. A model that is smaller
+than the CPU's caches is read from the caches.
 
 Owns: `ReadBandwidth`. Does not know: models.
 """
@@ -21,7 +21,7 @@ from edge_gemma.errors import UsageError
 from edge_gemma.kernels import isa
 from edge_gemma.kernels.compiler import array, compiled, launch
 
-_PASS_BYTES = 256_000_000  # read at least for one timing of the bandwidth
+_PASS_BYTES = 256_000_000  # the fewest bytes of one timed pass
 _PASSES = 4
 _LINE = 8  # 64-bit words in a cache line
 _STREAMS = 4  # places a thread reads from
@@ -29,7 +29,7 @@ _AHEAD = 16 * _LINE  # 1 kB
 
 
 class ReadBandwidth:
-    """The speed at which some of this machine's threads read a file's pages that are in memory."""
+    """Measures the speed at which a number of threads read a file's pages in memory."""
 
     def __init__(self, file: Path, threads: int) -> None:
         words = file.stat().st_size // 8
@@ -40,7 +40,7 @@ class ReadBandwidth:
         self._sum()  # compiles, and maps every page
 
     def measure(self) -> float:
-        """GB/s of the best of several passes."""
+        """Returns the best of several passes, in GB/s (10^9 bytes)."""
         rounds = -(-_PASS_BYTES // self._words.nbytes)
         best = 0.0
         for _ in range(_PASSES):
@@ -72,7 +72,7 @@ def _prefetch(typing_context, array, index):  # type: ignore[no-untyped-def]
 
 @compiled(array("u8", 1), types.int64, array("u8", 1, True), parallel=True)
 def _sum(words, parts, out):  # type: ignore[no-untyped-def]
-    """out[0] = the sum of uint64 words; each part is read by one thread, in _STREAMS runs side by side."""
+    """out[0] = the sum of words, uint64 [n]. Each of `parts` threads reads a part, in _STREAMS runs at a time."""
     run = len(words) // (parts * _STREAMS * _LINE) * _LINE
     total = np.uint64(0)
     for part in numba.prange(parts):

@@ -1,12 +1,13 @@
-"""What hearing costs on this machine: encoder, prefill, and the wait between the end of speech and the first token.
+"""Measures what speech costs on this machine: encoder, prefill, and the wait from the end of speech to the first token.
 
 Owns: what is timed and how (`measure`). Does not know: whether the words are right (wer.py).
 
-Method. The sound is noise: neither encoder nor decoder work less for it. "Listening" feeds it as `Listener` does,
-160 ms after 160 ms, as fast as the machine can; the clock of its first token starts when the last of it has been fed,
-so the silence that ends an utterance (0.6 s by default) comes on top. "Clip" is the same sound handed over as a whole.
-The whole pipeline is a clip of the longest length and a reply of 4 tokens for each second of it, about what fast speech
-has; the model does not choose them. The shortest utterance is run first, untimed. Results are medians of `repeat` runs.
+Method. The sound is noise, which costs encoder and decoder as much as speech. "Listening" feeds it in blocks of 160 ms,
+as fast as the machine can, to a stream with the steps of `Listener`. The time to its first token starts when the last
+block has been fed, so the silence that ends an utterance (0.6 s by default) comes on top. "Clip" is the same sound
+given as a whole. "Pipeline" is a clip of the longest length and a reply of 4 tokens for each second of it, about as
+many as fast speech has; the tokens are random. The shortest utterance is run first, untimed. Results are medians of
+`repeat` runs.
 """
 
 import statistics
@@ -28,7 +29,7 @@ from edge_gemma.measure.speed import megabytes, print_rows
 
 LENGTHS_S = (2, 10, 28)  # seconds of the utterances
 SHORT_STEP_MS = 160
-_FED = SAMPLE_RATE * SHORT_STEP_MS // 1000  # samples handed over at a time
+_FED = SAMPLE_RATE * SHORT_STEP_MS // 1000  # samples of a block
 REPLY_TOKENS = 4  # for each second of sound
 
 
@@ -51,17 +52,19 @@ class SpeechResult:
     first_token_clip_s: dict[str, float]
     rss_without_encoder_mb: float | None
     peak_rss_mb: float | None
-    runs: dict[str, list[float]]  # every repetition of what medians were taken of
+    runs: dict[str, list[float]]  # all repetitions of the figures that are medians
 
     def as_dict(self) -> dict[str, Any]:
+        """The fields for JSON."""
         return asdict(self)
 
 
 def measure(
     model: Path | str, *, threads: int | None = None, repeat: int = 3, note: Callable[[str], None] = lambda text: None
 ) -> SpeechResult:
-    """Load a model folder and measure it; `note` is told what is going on. Raises EdgeGemmaError as Engine.load does,
-    UsageError for a model that does not hear.
+    """Load a model folder and measure it. note is called with the progress.
+
+    Raises EdgeGemmaError as `Engine.load`, UsageError for a model without an audio tower.
     """
     start = time.perf_counter()
     with Engine.load(model, threads=threads) as engine:
@@ -100,7 +103,7 @@ def measure(
 
 
 def _repetition(engine: Engine, scribe: Scribe) -> dict[str, float]:
-    """One run of everything that is measured."""
+    """One run of all measurements. Returns the figures by name."""
     longest = LENGTHS_S[-1]
     noise, random = _noise(longest), np.random.default_rng(longest)
     found = {}
@@ -126,7 +129,7 @@ def _repetition(engine: Engine, scribe: Scribe) -> dict[str, float]:
 
 
 def _utterance(engine: Engine, scribe: Scribe, seconds: int, *, listening: bool) -> tuple[float, float]:
-    """Seconds of work until the first token, and how many of them come after the end of the sound."""
+    """Returns (seconds of work until the first token, those of them after the end of the sound)."""
     noise = _noise(seconds)
     start = time.perf_counter()
     scribe.begin()
@@ -150,7 +153,7 @@ def _noise(seconds: int) -> np.ndarray:
 
 
 def print_table(result: SpeechResult) -> None:
-    """The result for people, on standard output."""
+    """Print the result as a table on standard output."""
     rows = [
         ("encoder, a clip", f"{result.encoder_rtf:.3f} of real time", "encoder_rtf"),
         ("encoder, in steps of 160 ms", f"{result.encoder_stream_rtf:.3f} of real time", "encoder_stream_rtf"),

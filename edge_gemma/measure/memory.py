@@ -1,12 +1,12 @@
-"""How much memory a model will need, known before it is loaded.
+"""Estimates how much memory a model needs, before it is loaded.
 
-Owns: the estimate (`footprint`), this process's own figures (`resident`), and the refusal that says what would fit.
-Does not know: how to measure speed (speed.py). MB are 10^6 bytes.
+Owns: the estimate (`footprint`), the figures of this process (`resident`), the check against a limit. Does not know:
+how to measure speed (speed.py). MB are 10^6 bytes.
 
-Resident is what counts against a board's memory: the interpreter with its libraries, the vocabulary, the mapped
-weights a token touches, the KV cache of the whole context, the snapshots of its rings that a chat goes back to, the
-activations of the longest chunk, and, where speech is heard, the audio encoder. Rows of the per-layer-embedding table
-are read from disk and stay in the system's own cache, which gives way to everything else.
+Resident memory counts against a board's memory: the interpreter with its libraries, the vocabulary, the mapped weights
+that a token touches, the KV cache of the whole context, the snapshots of its rings that a chat rewinds to, the
+activations of the longest chunk, and the audio encoder if speech is used. Rows of the per-layer-embedding table are
+read from disk. They stay in the system's page cache, which gives way to everything else.
 """
 
 import mmap
@@ -23,17 +23,17 @@ from edge_gemma.session import CHUNK, MARKS
 from edge_gemma.text.tokenizer import TABLES_FACTOR
 
 # Measured with `edge-gemma bench` on x86-64 Linux, Python 3.11 to 3.13, numba 0.61 to 0.66.
-_KERNEL_CODE = 60_000_000  # compiled kernels loaded from their cache, and the parts of LLVM that takes
-_COMPILER = 100_000_000  # on top when they are compiled first; kept until the process ends
+_KERNEL_CODE = 60_000_000  # compiled kernels loaded from their cache, and the parts of LLVM that loading needs
+_COMPILER = 100_000_000  # added if they have to be compiled; kept until the process ends
 _PAGE = mmap.PAGESIZE  # 16 kB on a Raspberry Pi 5
-# An encoder in onnxruntime, after 30 s of sound: of 6 MB of weights 93 MB, of 303 MB 553 MB.
+# Measured: an encoder in onnxruntime after 30 s of sound has 93 MB with 6 MB of weights, 553 MB with 303 MB.
 _ENCODER = 83_000_000  # the library and a long step's arrays
-_ENCODER_FACTOR = 1.55  # weights, and their copy in the order that the CPU multiplies them in
+_ENCODER_FACTOR = 1.55  # the weights, and onnxruntime's copy of them in its own order
 
 
 @dataclass(frozen=True)
 class Footprint:
-    """Bytes that will be resident, by what they are for."""
+    """Bytes that will be resident, by their use."""
 
     process: int
     tokenizer: int
@@ -45,13 +45,14 @@ class Footprint:
 
     @property
     def total(self) -> int:
+        """The sum of all fields, bytes."""
         return sum(getattr(self, field.name) for field in fields(self))
 
 
 def resident(key: str = "VmRSS") -> int | None:
-    """Bytes of this process in memory now ("VmRSS"), at most so far ("VmHWM") or not in files ("RssAnon").
+    """Resident bytes of this process: now ("VmRSS"), the peak ("VmHWM"), or those that no file backs ("RssAnon").
 
-    None where the system does not say (/proc/self/status).
+    Source: /proc/self/status. Returns None on a system without it.
     """
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
@@ -61,9 +62,9 @@ def resident(key: str = "VmRSS") -> int | None:
 
 
 def footprint(folder: ModelFolder, context: int | None = None, *, audio: bool = False) -> Footprint:
-    """The estimate for a session of `context` tokens (None: the default). audio: with the audio encoder.
+    """The estimate for a session of `context` tokens (None: the default). audio: include the audio encoder.
 
-    It is within 15% of the measured peak (tests/measure/test_speed.py).
+    The estimate is within 15% of the measured peak (tests/measure/test_speed.py).
     """
     config = folder.config
     context = context or min(DEFAULT_CONTEXT, config.max_position_embeddings)
@@ -81,9 +82,9 @@ def footprint(folder: ModelFolder, context: int | None = None, *, audio: bool = 
 
 
 def check_limit(folder: ModelFolder, context: int | None, limit: int, *, audio: bool = False) -> None:
-    """Raise UsageError if a session of `context` tokens needs more than `limit` bytes. The message says what would fit.
+    """Raises UsageError if a session of `context` tokens needs more than `limit` bytes.
 
-    audio: as in `footprint`.
+    The message says which context or recipe would fit. audio: as in `footprint`.
     """
     context = context or min(DEFAULT_CONTEXT, folder.config.max_position_embeddings)
     needed = footprint(folder, context, audio=audio)
@@ -102,7 +103,7 @@ def check_limit(folder: ModelFolder, context: int | None, limit: int, *, audio: 
 
 
 def _shorter(context: int) -> list[int]:
-    """Shorter contexts to offer, longest first: multiples of 256, then halves."""
+    """Shorter contexts to suggest, longest first: multiples of 256, then halves."""
     return [*range((context - 1) // 256 * 256, 0, -256), *(c for c in (128, 64) if c < context)]
 
 
@@ -111,24 +112,24 @@ def _weights(folder: ModelFolder, context: int) -> int:
     for name, tensor in folder.tensors.items():
         size = sum(part.nbytes for part in tensor.parts.values() if part.file != PER_LAYER)
         if folder.config.read_by_row(name):
-            size = min(size, context * 2 * _PAGE)  # dense token embeddings: rows of the tokens seen
+            size = min(size, context * 2 * _PAGE)  # dense token embeddings: only the pages of the tokens seen
         total += size
     return total
 
 
 def _weights_at_4_bits(folder: ModelFolder) -> int:
-    """Groups of 32 with a float16 scale: 4.5 bits a weight."""
+    """Bytes of the weights at 4.5 bits: groups of 32 with a float16 scale."""
     shapes = [t.shape for t in folder.tensors.values() if len(t.shape) == 2 and t.layout != "rows"]
     return sum(rows * layouts.padded_k(k) * 9 // 16 for rows, k in shapes)
 
 
 def _kv_cache(config: GemmaConfig, context: int) -> int:
-    """K and V (kv_cache.py): rings of the window and a chunk, or the whole context."""
+    """Bytes of K and V (kv_cache.py): rings of a window and a chunk, or the whole context."""
     return sum(_layer_cache(layer, context) for layer in config.layers if layer.owns_kv)
 
 
 def _rings(config: GemmaConfig, context: int) -> int:
-    """The part of the KV cache that a snapshot copies: the rings, which do not hold the whole context."""
+    """Bytes of the KV cache that a snapshot copies: the rings that do not hold the whole context."""
     rings = (layer for layer in config.layers if layer.owns_kv and layer.sliding_window)
     return sum(_layer_cache(layer, context) for layer in rings if _slots(layer, context) < context)
 
@@ -138,7 +139,7 @@ def _slots(layer: LayerSpec, context: int) -> int:
 
 
 def _layer_cache(layer: LayerSpec, context: int) -> int:
-    """float16 K and V."""
+    """Bytes of one layer's float16 K and V."""
     return _slots(layer, context) * layer.num_key_value_heads * layer.head_dim * 2 * 2
 
 
@@ -148,7 +149,7 @@ def _encoder(folder: ModelFolder) -> int:
 
 
 def _activations(folder: ModelFolder, chunk: int) -> int:
-    """float32 rows of a chunk where it is widest: the gated MLP, the per-layer inputs; and the logits."""
+    """Bytes of the float32 rows of a chunk (the gated MLP, the per-layer inputs) and of the logits."""
     config = folder.config
     widest = max(layer.intermediate_size for layer in config.layers[: config.last_kv_producer + 1])
     per_layer = config.hidden_size_per_layer_input * config.num_hidden_layers

@@ -1,14 +1,13 @@
-"""Measures a model's speed on this machine, beside the bandwidth of its memory. Every published speed comes from here.
+"""Measures a model's speed and the read bandwidth of this machine. Every published speed comes from here.
 
-Owns: what is timed and how (`measure`), bytes a token costs (`bytes_per_token`). Does not know: other runtimes
+Owns: what is timed and how (`measure`), the bytes that a token reads (`bytes_per_token`). Does not know: other runtimes
 (benchmarks/ compares with them).
 
-Method. Prompts and continuations are random ids, so that rows of the per-layer-embedding table come from everywhere;
-every repetition has its own. One untimed run first: it compiles kernels where their cache is empty, and brings the
-weights into memory. Then, `repeat` times: the prompt, a prompt of 20 tokens, the decoding of `generate` tokens one at a
-time (each after `depth` tokens), and the read bandwidth, so that a machine with other work to do disturbs both alike.
-Results are medians. Sampling is not in the decoding speed; the choice of the likeliest token is in the time to first
-token.
+Method. Prompts and continuations are random ids, new in every repetition, so rows come from the whole per-layer table.
+First there is one untimed run: it compiles kernels if their cache is empty, and brings the weights into memory. Then,
+`repeat` times: the prompt, a prompt of 20 tokens, decoding of `generate` tokens one at a time (each after `depth`
+tokens), and the read bandwidth, so that other work on the machine disturbs both alike. Results are medians. Decoding
+speed has no sampling in it; the time to first token includes the argmax.
 """
 
 import itertools
@@ -48,21 +47,22 @@ class SpeedResult:
     repeat: int
     prefill_tok_s: float
     decode_tok_s: float
-    ttft_s: float  # from the prompt's ids to the first token
+    ttft_s: float  # time to first token, from the prompt's ids
     ttft_20_s: float  # the same for a prompt of 20 tokens
     load_s: float
     peak_rss_mb: float | None  # of the whole process
     rss_mb: float | None  # after a whole repetition
-    anonymous_rss_mb: float | None  # of these, what no file backs
+    anonymous_rss_mb: float | None  # the part of rss_mb that no file backs
     bytes_per_token: int  # read to decode one token, halfway through `generate`
     read_gb_s: float  # bytes_per_token x decode_tok_s
     bandwidth_gb_s: float
     share: float  # read_gb_s / bandwidth_gb_s
     disk_load_mb: float | None  # read from the disk by loading and the untimed run
     disk_run_mb: float | None  # read from the disk afterwards
-    runs: dict[str, list[float]]  # every repetition of what medians were taken of
+    runs: dict[str, list[float]]  # all repetitions of the figures that are medians
 
     def as_dict(self) -> dict[str, Any]:
+        """The fields for JSON."""
         return asdict(self)
 
 
@@ -77,8 +77,9 @@ def measure(
     seed: int = 0,
     note: Note = lambda text: None,
 ) -> SpeedResult:
-    """Load a model folder and measure it; `note` is told what is going on. Raises EdgeGemmaError as Engine.load does,
-    UsageError for counts that are not positive (depth: negative).
+    """Load a model folder and measure it. prompt, generate, depth: tokens. note is called with the progress.
+
+    Raises EdgeGemmaError as `Engine.load`, UsageError for a count below 1 (depth: below 0).
     """
     if min(prompt, generate, repeat) < 1 or depth < 0:
         raise UsageError("prompt, generate and repeat must be at least 1, depth at least 0")
@@ -110,12 +111,15 @@ def measure(
 def _repetitions(
     session: Session, random: np.random.Generator, engine: Engine, prompt: int, generate: int, repeat: int, note: Note
 ) -> tuple[list[tuple[float, float, float]], list[float], list[int | None]]:
-    """Times of all repetitions, the bandwidth beside each, the memory after the first (peak, resident, anonymous)."""
+    """Returns the times of all repetitions, the bandwidth of each (GB/s), and bytes of memory after the first.
+
+    Times are those of `_repetition`. Memory is (peak, resident, anonymous).
+    """
     seconds, bandwidths = [], []
     for i in range(repeat):
         note(f"run {i + 1} of {repeat}")
         seconds.append(_repetition(session, random, engine, prompt, generate))
-        if i == 0:  # the bandwidth's own mapping would count from here on
+        if i == 0:  # before the mapping of the bandwidth measurement, which would count too
             memory = [resident(key) for key in ("VmHWM", "VmRSS", "RssAnon")]
             bandwidth = ReadBandwidth(engine.path / WEIGHTS, engine.threads)
         bandwidths.append(bandwidth.measure())
@@ -132,7 +136,10 @@ def _result(
     memory: list[int | None],
     disk: list[int | None],
 ) -> SpeedResult:
-    """Medians of `runs` and what follows from them; disk: bytes read before loading, after warming up, at the end."""
+    """The result: medians of `runs` and what follows from them.
+
+    memory: bytes, as in `_repetitions`. disk: bytes read from it before loading, after warming up, at the end.
+    """
     middle: dict[str, Any] = {name: statistics.median(values) for name, values in runs.items()}
     touched = bytes_per_token(folder, counts["depth"] + counts["generate"] // 2)
     read = touched * middle["decode_tok_s"] / 1e9
@@ -161,7 +168,7 @@ def _result(
 
 
 def print_table(result: SpeedResult) -> None:
-    """The result for people, on standard output."""
+    """Print the result as a table on standard output."""
     after = f" after {result.depth}" if result.depth else ""
     rows = [
         (f"prefill, {result.prompt} tokens{after}", f"{result.prefill_tok_s:.1f} tok/s", "prefill_tok_s"),
@@ -183,12 +190,12 @@ def print_table(result: SpeedResult) -> None:
 
 
 def megabytes(value: float | None) -> str:
-    """Megabytes for a table of figures; "-" for what could not be measured."""
+    """A figure in megabytes for a table; "-" for None."""
     return "-" if value is None else f"{value:,.0f} MB"
 
 
 def print_rows(result: Any, rows: Iterable[tuple[str, str, str]]) -> None:
-    """Print rows: what, its median, and the name of its runs in `result.runs` or "". hearing.py uses it too."""
+    """Print rows (label, median, name of the repetitions in `result.runs` or ""). hearing.py uses it too."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
@@ -205,14 +212,17 @@ def _short(value: float) -> str:
 
 
 def needed_context(prompt: int, generate: int, depth: int) -> int:
-    """The most tokens that the session of a measurement holds."""
+    """The context that a measurement needs, tokens."""
     return depth + max(prompt, generate, SHORT_PROMPT)
 
 
 def _repetition(
     session: Session, random: np.random.Generator, engine: Engine, prompt: int, generate: int
 ) -> tuple[float, float, float]:
-    """Seconds to the first token of the prompt, of the short prompt, and of decoding; the session ends as it began."""
+    """Returns seconds to the first token of the prompt, of the short prompt, and of decoding.
+
+    The session is left as it was.
+    """
     depth, seconds = session.position, []
     for n in (prompt, SHORT_PROMPT):
         ids = _ids(random, engine, n)
@@ -234,10 +244,10 @@ def _ids(random: np.random.Generator, engine: Engine, n: int) -> list[int]:
 
 
 def bytes_per_token(folder: ModelFolder, position: int) -> int:
-    """Bytes that decoding one token at `position` must bring from memory or disk, at least.
+    """The fewest bytes that decoding one token at `position` reads from memory or disk.
 
-    Every matrix and vector of the decoder and the head once, one row of each embedding table, and what the float16
-    caches hold for the token to see. A cache that several layers read counts once, as does a tied head and embedding.
+    Counted are every matrix and vector of the decoder and the head, one row of each embedding table, and the part of
+    the float16 caches that the token attends to. A cache that several layers read counts once, as do tied matrices.
     """
     total, tied = 0, folder.config.tie_word_embeddings
     for name, tensor in folder.tensors.items():
@@ -254,7 +264,7 @@ def bytes_per_token(folder: ModelFolder, position: int) -> int:
 
 
 def disk_bytes() -> int | None:
-    """Bytes this process has had read from a disk so far; None where the system does not say (/proc/self/io)."""
+    """Bytes that this process has read from disks so far. Source: /proc/self/io; None on a system without it."""
     try:
         lines = Path("/proc/self/io").read_text().splitlines()
     except OSError:

@@ -1,16 +1,16 @@
-"""How many words a model gets wrong, over a folder of recordings with transcripts.
+"""Measures word error rates over a folder of recordings with transcripts.
 
-Owns: finding the transcripts, bringing texts to a common spelling (`normalise`), the score (jiwer). Does not know: how
-speech becomes text.
+Owns: finding the transcripts, bringing texts to a common spelling (`normalise`), counting errors (jiwer). Does not
+know: how speech becomes text.
 
-Words are counted twice: in our own spelling, and in that of Whisper's English normaliser (the whisper-normalizer
-package), which published error rates use. They differ by what each takes for the same word.
+Words are compared twice: in our own spelling, and in that of Whisper's English normaliser (the whisper-normalizer
+package), which published error rates use. The two differ in which spellings they treat as the same word.
 
-Spelling. Case, punctuation and what stands in brackets do not count. Numbers count as numbers: "nineteen ninety-five",
-"1995" and "one nine nine five" are one word, 1995; "first" is 1st. So with clock times, signs and abbreviations that
-are written in several ways: "7:30 A.M." is "seven thirty am", "-5°C" "minus five degrees celsius", "OK" "okay",
-"colour" "color"; the point in a number and "o'clock" do not count, since 7.30 may be a time. English only; digits
-elsewhere stay as they are.
+Spelling. Case, punctuation and text in brackets are ignored. Numbers become digits: "nineteen ninety-five", "1995" and
+"one nine nine five" are one word, 1995; "first" is 1st. Clock times, signs and abbreviations with several spellings
+become one: "7:30 A.M." is "seven thirty am", "-5°C" is "minus five degrees celsius", "OK" is "okay", "colour" is
+"color". The point in a number and "o'clock" are ignored, because 7.30 may be a time. All this is for English; in other
+languages digits stay as they are.
 """
 
 import re
@@ -48,7 +48,7 @@ _MONTHS = {
     "december",
 }  # fmt: skip
 _MONEY = {"$": "dollar", "€": "euro", "£": "pound"}
-# What is written in several ways, in lower case, and what stands for all of them; one after another.
+# (pattern of several spellings in lower case, the common one), applied in order.
 _SPELLINGS = tuple(
     (re.compile(pattern), instead)
     for pattern, instead in (
@@ -93,7 +93,7 @@ _SPELLINGS = tuple(
 
 
 def normalise(text: str) -> list[str]:
-    """The words of a text in a common spelling."""
+    """The words of a text in the common spelling."""
     text = unicodedata.normalize("NFKC", text).casefold()
     for pattern, instead in _SPELLINGS:
         text = pattern.sub(instead, text)
@@ -105,7 +105,7 @@ def normalise(text: str) -> list[str]:
 
 
 def _numbers(words: Sequence[str]) -> list[str]:
-    """Runs of number words and digits become one number; its parts are written one after another."""
+    """Replaces each run of number words and digits by one number, written as in `_digits`."""
     found: list[str] = []
     run: list[str] = []
 
@@ -124,7 +124,7 @@ def _numbers(words: Sequence[str]) -> list[str]:
         if word == "a" and after in ("hundred", *_SCALES):
             run.append("one")
         elif word == "oh" and (run or all(_is_number(w) for w in (after, *words[i + 2 : i + 3]))):
-            run.append("zero")  # of a telephone number, not a sigh
+            run.append("zero")  # in a telephone number, not an exclamation
         elif _is_number(cardinal) and not (ordinal and word == "second" and not run):  # a second: a time
             run.append(cardinal)
             if ordinal:
@@ -142,7 +142,7 @@ def _is_number(word: str) -> bool:
 
 
 def _cardinal(word: str) -> tuple[str, bool]:
-    """("four", True) of "fourth"; a word that is no ordinal as it is."""
+    """("four", True) for "fourth"; (word, False) for a word that is no ordinal."""
     if word in _ORDINALS:
         return _ORDINALS[word], True
     if (digits := re.fullmatch(r"([0-9]+)(st|nd|rd|th)", word)) is not None:
@@ -159,7 +159,7 @@ def _suffix(value: int) -> str:
 
 def _digits(run: Sequence[str]) -> str:
     """The digits of a run: "nineteen ninety five" 1995, "two hundred five" 205, "five five five" 555."""
-    parts: list[int | str] = []  # finished numbers; digits typed keep their leading zeros
+    parts: list[int | str] = []  # finished numbers; written digits keep their leading zeros
     total, current, last = 0, 0, ""  # of the number being read; last: the kind of its last word
 
     def end() -> None:
@@ -196,10 +196,11 @@ def _digits(run: Sequence[str]) -> str:
 
 
 def transcripts(folder: Path) -> list[tuple[Path, str]]:
-    """Recordings with what is said in them: NAME.txt beside NAME.wav, LibriSpeech's *.trans.txt, or transcripts.tsv
-    (or .txt) with lines `FILE<tab>TEXT` or `FILE: TEXT`, FILE with or without its suffix.
+    """The recordings of a folder with their transcripts: (file, text), sorted.
 
-    Raises UsageError if there are none, or for a text that is not UTF-8.
+    A transcript is NAME.txt beside NAME.wav, a line of LibriSpeech's *.trans.txt, or a line `FILE<tab>TEXT` or
+    `FILE: TEXT` of transcripts.tsv (or .txt), FILE with or without its suffix. Raises UsageError if there are none, or
+    for a text that is not UTF-8.
     """
     if not folder.is_dir():
         raise UsageError(f"{folder} is not a folder")
@@ -228,9 +229,7 @@ def transcripts(folder: Path) -> list[tuple[Path, str]]:
 
 @dataclass(frozen=True)
 class WordErrors:
-    """Wrong words. wer: wrong words for each word said, 0.05 is 5%; None if nothing was said. failed: files that could
-    not be read.
-    """
+    """Counted errors. wer: errors for each word said, 0.05 is 5%; None if nothing was said. failed: unreadable files."""
 
     wer: float | None
     words: int
@@ -247,7 +246,10 @@ class WordErrors:
     def of(
         cls, pairs: Sequence[tuple[str, str]], *, failed: int = 0, duration_s: float = 0.0, work_s: float = 0.0
     ) -> "WordErrors":
-        """pairs: (what was said, what was written). Raises UsageError if a package of the `wer` extra is missing."""
+        """Compare texts. pairs: (what was said, what was written). duration_s: of the sound. work_s: of transcribing.
+
+        Raises UsageError if a package of the `wer` extra is missing.
+        """
         ours, whisper = _errors(pairs, normalise), _errors(pairs, _whisper_words())
         rtf = work_s / duration_s if duration_s else 0.0
         return cls(
@@ -269,7 +271,7 @@ class _Errors:
 
 
 def _errors(pairs: Sequence[tuple[str, str]], words_of: Callable[[str], list[str]]) -> _Errors:
-    """pairs: (what was said, what was written), each taken to words by `words_of`."""
+    """Count errors. pairs: (what was said, what was written). words_of: splits a text into words to compare."""
     jiwer = imported("jiwer", "counting wrong words", "wer", UsageError)
     said, written = [], []
     silent_insertions = 0  # jiwer takes no empty reference
@@ -286,13 +288,13 @@ def _errors(pairs: Sequence[tuple[str, str]], words_of: Callable[[str], list[str
 
 
 def _whisper_words() -> Callable[[str], list[str]]:
-    """The words of a text as Whisper's English normaliser spells them."""
+    """A function from a text to its words in the spelling of Whisper's English normaliser."""
     english = imported("whisper_normalizer.english", "counting words as Whisper does", "wer", UsageError)
     normaliser = english.EnglishTextNormalizer()
     return lambda text: normaliser(text).split()
 
 
-def score(
+def measure(
     transcriber: Transcriber,
     folder: Path,
     *,
@@ -301,8 +303,10 @@ def score(
     progress: Callable[[int, int, str], None] = lambda done, total, name: None,
     note: Callable[[str], None] = lambda text: None,
 ) -> WordErrors:
-    """Transcribe a folder's recordings (the first `limit`) and count. report is told each file's texts; a file that
-    cannot be read is noted and counted apart.
+    """Transcribe the recordings of a folder, the first `limit` or all, and count errors.
+
+    report is called with (file, what was said, what was written), progress with (done, total, file name), note with
+    why a file could not be read: it only counts in `failed`. Raises UsageError as `transcripts`.
     """
     entries = transcripts(folder)[:limit]
     pairs, failed, duration, work = [], 0, 0.0, 0.0
