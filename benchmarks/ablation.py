@@ -1,10 +1,10 @@
-"""What each choice of the recipes below 4 bits buys: variants of a recipe beside it, in megabytes and KL divergence.
+"""Measures what each choice of the recipes below 4 bits gains: each recipe and variants of it, in MB and KL divergence.
 
     python benchmarks/ablation.py gemma3-270m.gguf text.txt SCRATCH [--windows 8] [--only q2mix] [--no-calibration]
 
-Every variant is exported into SCRATCH (150 MB each; those that are there are kept), then all are scored in one pass
-against SCRATCH/float. A choice pays where it lowers the divergence by more for its megabytes than others do: the last
-column is the divergence that the choice takes off, per megabyte it costs.
+Every variant is exported into SCRATCH (150 MB each; existing ones are kept), then all are scored in one pass against
+SCRATCH/float. The last column is the divergence that a choice removes, per megabyte that it costs: a choice is good if
+it is higher there than others.
 """
 
 from collections.abc import Iterator
@@ -27,7 +27,7 @@ def _first(recipe: str, pattern: str, form: Format, **where: object) -> tuple[Ru
     return Rule(pattern, form, where), *RECIPES[recipe]
 
 
-# (base, variant) -> (rules, share of the drift undone, None: as it is)
+# (base, variant) -> (rules, share of the drift that is undone or None for the usual one)
 VARIANTS: dict[tuple[str, str], tuple[tuple[Rule, ...], float | None]] = {
     ("q2mix", "MLP of the first two layers in 2 bits"): (_first("q2mix", "layers.[01].mlp.*", TWO), None),
     ("q2mix", "MLP of the last two in 2 bits"): (_first("q2mix", "layers.1[67].mlp.*", TWO), None),  # of 18
@@ -48,7 +48,7 @@ VARIANTS: dict[tuple[str, str], tuple[tuple[Rule, ...], float | None]] = {
 
 @contextmanager
 def recipe(rules: tuple[Rule, ...], undo: float | None) -> Iterator[str]:
-    """The name of a recipe that exists for the while."""
+    """Register a recipe while the context lasts. Yields its name."""
     share = feedback._UNDO if undo is None else undo
     with patch.dict(recipes.RECIPES, {"variant": rules}), patch.object(feedback, "_UNDO", share):
         yield "variant"

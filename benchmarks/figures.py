@@ -1,4 +1,4 @@
-"""A figure with matplotlib, for every plot of this project.
+"""Opens and writes matplotlib figures, for every plot of this project.
 
 Owns: how a figure is opened and written. Does not know: what is in it.
 """
@@ -11,7 +11,7 @@ from typing import Any
 
 @contextmanager
 def figure(path: Path, **subplots: Any) -> Iterator[Any]:
-    """The axes of a new figure, written to `path` (.svg, .png) at the end; the same numbers make the same file.
+    """Yields the axes of a new figure and writes it to `path` (.svg, .png) at the end. Same numbers, same file.
 
     subplots: what `pyplot.subplots` takes. Raises ImportError without matplotlib.
     """

@@ -1,12 +1,11 @@
-"""A full-size random E2B or E4B checkpoint, exported and run: time and peak memory of each step.
+"""Writes a full-size random E2B or E4B checkpoint, exports and runs it: time and peak memory of each step.
 
     python benchmarks/full_size.py e2b FOLDER [--recipe q4] [--no-calibration] [--onnx] [--layers 5]
 
 Writes FOLDER/checkpoint (Hugging Face layout, bfloat16, 10.2 GB for E2B, towers left as a sparse hole; for the recipe
 mobile FOLDER/checkpoint-mobile in the official QAT schema, 2.6 GB), exports it to FOLDER/model-RECIPE and answers one
-prompt, each step in a process of its own so that its peak memory can be read off. With --onnx the same once more, from
-that model folder through ONNX and onnxruntime.
-The weights are random: this proves sizes, speed and memory, not quality.
+prompt. Each step is a process of its own, so its peak memory can be measured. With --onnx the model folder is then
+exported to ONNX and run by onnxruntime. The weights are random: this shows sizes, speed and memory, not quality.
 """
 
 import json
@@ -36,16 +35,16 @@ TOWERS: Entries = {
     "model.audio_tower.weights": ("BF16", (304_825_088,)),
     "model.vision_tower.weights": ("BF16", (167_365_056,)),
 }
-_BLOCK = 1 << 23  # values drawn at a time
+_BLOCK = 1 << 23  # values that are drawn at once
 
 
 def bfloat16(values: np.ndarray) -> np.ndarray:
-    """float32 -> bfloat16 bits, cut off (the values are random anyway)."""
+    """float32 to the bits of bfloat16, truncated (the values are random anyway)."""
     return (values.astype(np.float32).view(np.uint32) >> 16).astype(np.uint16)
 
 
 def text_config(size: str, layers: int | None = None) -> dict[str, Any]:
-    """The decoder's configuration; with its first `layers` layers only, each with a KV cache of its own."""
+    """The decoder's configuration. layers: only the first so many, each with a KV cache of its own; None for all."""
     whole = dict(TEXT_CONFIGS[size])
     if layers is None:
         return whole
@@ -60,7 +59,7 @@ def bf16_entries(text: dict[str, Any]) -> Entries:
 
 
 def mobile_entries(text: dict[str, Any]) -> Entries:
-    """The official QAT schema, quant_method "gemma": packed integers, scales a row, static activation scales."""
+    """The official QAT schema, quant_method "gemma": packed integers, row scales, static activation scales."""
     config = GemmaConfig.from_text_config(text | {"tie_word_embeddings": False})
     entries: Entries = {}
     for name, shape in config.tensor_shapes().items():
@@ -82,7 +81,7 @@ def mobile_entries(text: dict[str, Any]) -> Entries:
 
 
 def quantization_config(text: dict[str, Any]) -> dict[str, Any]:
-    """The released patterns."""
+    """The quantization_config of the released checkpoints."""
     layers = r"language_model\.layers\.\d+\."
     wide = {r"language_model\.layers\.(\d|1[0-4])\.mlp\.": 4, rf"{layers}mlp\.": 2}
     patterns = {
@@ -158,7 +157,7 @@ def noise(dtype: str) -> np.ndarray:
 
 
 def measured(*command: str) -> tuple[str, str]:
-    """(how long a process ran, its processor time and peak resident memory, in words; its standard output)."""
+    """Run a command. Returns (its time, processor time and peak resident memory as text, its standard output)."""
     start = time.perf_counter()
     with tempfile.TemporaryFile("w+") as out:
         pid = subprocess.Popen(command, stdout=out, stdin=subprocess.DEVNULL).pid

@@ -1,10 +1,10 @@
-"""Exports that are killed at random moments, then run to their end: the folder is the same as if nothing had happened.
+"""Kills exports at random moments, runs them to their end, and checks that the folder is as if nothing had happened.
 
     python benchmarks/interrupted.py gemma3-270m.gguf SCRATCH [--kills 5] -- --recipe q4 --no-calibration
     python benchmarks/full_size.py e2b FOLDER --layers 5 --recipe q4       # writes FOLDER/checkpoint, a slice of E2B
     python benchmarks/interrupted.py FOLDER/checkpoint SCRATCH -- --recipe q4 --onnx
 
-What follows `--` goes to `edge-gemma export`. Exits with 1 where the folders differ or something is left behind.
+What follows `--` goes to `edge-gemma export`. The exit status is 1 if the folders differ or a file is left behind.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ import click
 
 
 def digests(folder: Path) -> dict[str, str]:
-    """Relative path -> sha256 of every file."""
+    """Relative path -> SHA-256 of every file."""
     found = {}
     for path in sorted(folder.rglob("*")):
         if path.is_file():
@@ -37,7 +37,7 @@ def digests(folder: Path) -> dict[str, str]:
 @click.option("--kills", default=5, show_default=True)
 @click.option("--seed", default=0, show_default=True)
 def main(source: Path, scratch: Path, options: tuple[str, ...], kills: int, seed: int) -> None:
-    """Export SOURCE below SCRATCH once whole, then with kills, and compare."""
+    """Export SOURCE below SCRATCH once undisturbed, then with kills, and compare."""
     scratch.mkdir(parents=True)
     command = [sys.executable, "-m", "edge_gemma", "export", str(source)]
     start = time.perf_counter()

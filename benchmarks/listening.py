@@ -1,10 +1,10 @@
-"""A process that listens for a long time: what it asks of the network, what it writes, and whether it grows.
+"""Watches a process that listens for a long time: network, files, memory.
 
     python benchmarks/listening.py --seconds 3600 --json listening.json
 
 Feeds Engine.listen in real time, speech and silence in turn (examples/timer.wav, tests/speech), in a process whose
 system calls are watched (tests/watched.py), with an empty home. Every 10 s its memory and open files are counted. The
-exit status is 1 if it went out, wrote outside its cache, fell behind, or ended early.
+exit status is 1 if it used the network, wrote outside its cache, fell behind, or ended early.
 """
 
 import argparse
@@ -24,14 +24,14 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 RATE = 16_000
-_BLOCK = RATE // 10  # samples that arrive at once
-_SILENCE_S = (1.0, 12.0)  # between two recordings
+_BLOCK = RATE // 10  # samples of a block
+_SILENCE_S = (1.0, 12.0)  # seconds between two recordings
 _EVERY_S = 10
-_SETTLED = 0.1  # of the time: after that memory should not grow
+_SETTLED = 0.1  # share of the time after which memory should not grow
 
 
 def sound(seconds: float) -> Iterator[np.ndarray]:
-    """Blocks of speech and of faint noise, `seconds` of them, as fast as they are taken."""
+    """Yields blocks of speech and of faint noise, float32 of 16 kHz, `seconds` in all."""
     from edge_gemma.audio.files import AudioFile
 
     rng = np.random.default_rng(0)
@@ -47,7 +47,7 @@ def sound(seconds: float) -> Iterator[np.ndarray]:
 
 
 def listen(seconds: float, model: str | None) -> None:
-    """In the child: listen, and print what happened as one JSON object. behind_s: the most it was late for a block."""
+    """In the child: listen, and print the result as one JSON object. Its behind_s is the longest delay of a block."""
     from edge_gemma import Engine
 
     behind = cpu = 0.0
@@ -85,7 +85,7 @@ def _files(folder: Path) -> set[Path]:
 
 
 def measure(seconds: float, model: str | None, home: Path, progress: bool = False) -> dict:
-    """Run the child in `home` and report on it. Raises OSError where system calls cannot be watched."""
+    """Run the child in `home`. Returns the report. Raises OSError if system calls cannot be watched."""
     from tests.watched import Watched
 
     before = _files(home)
@@ -97,7 +97,7 @@ def measure(seconds: float, model: str | None, home: Path, progress: bool = Fals
         try:
             watched.process.wait(min(_EVERY_S, seconds / 10))
         except subprocess.TimeoutExpired:
-            with suppress(OSError, IndexError):  # it ends just now
+            with suppress(OSError, IndexError):  # the process has just ended
                 samples.append((time.monotonic() - begin, *_sample(watched.process.pid)))
             if progress:
                 print(f"{samples[-1][0]:.0f} s: {samples[-1][1]:.0f} MB, {samples[-1][2]} files", file=sys.stderr)

@@ -1,14 +1,15 @@
-"""What llama.cpp's quantisers make of a model, as float32 again: so that only the weights differ when it is scored.
+"""Rounds a model with llama.cpp's quantisers and writes the weights as float32, so that only these differ in scores.
 
     python benchmarks/llama_quantise.py gemma3-270m.gguf Q4_0 q4_0-float32.gguf
     edge-gemma export q4_0-float32.gguf q4_0 --recipe float
     edge-gemma score -m q4_0 --reference 270m-float text.txt
 
-The source is dequantised by the gguf package, quantised anew by llama.cpp (llama-cpp-python), dequantised by the gguf
-package. Kinds: Q4_0 and Q2_K as `llama-quantize` writes them, Q4_0-pure with the token table in Q4_0 too (--pure), and
-Q2_K-flat and Q2_K-flat-pure: K-quants need rows of a multiple of 256 weights, which 640 is not, so `llama-quantize`
-falls back to 4.5 bits for most of Gemma 3 270M; these cut blocks across the rows instead (a sub-block of 16 still lies
-within one), with the types that Q2_K gives a model of wide rows. Prints the bytes of the quantised tensors.
+The gguf package dequantises the source, llama.cpp (llama-cpp-python) quantises it, the gguf package dequantises it
+again. Kinds: Q4_0 and Q2_K as `llama-quantize` writes them; Q4_0-pure with the token table in Q4_0 too (--pure); and
+Q2_K-flat and Q2_K-flat-pure. K-quants need rows of a multiple of 256 weights, which 640 is not, so `llama-quantize`
+falls back to 4.5 bits for most of Gemma 3 270M. The flat kinds cut blocks across the rows instead (a sub-block of 16
+still lies within one row), with the types that Q2_K gives a model of wide rows. Prints the bytes of the quantised
+tensors.
 """
 
 import ctypes
@@ -59,7 +60,7 @@ def llama_quantise(source: Path, dest: Path, kind: str) -> None:
 
 
 def flat_type(name: str, pure: bool) -> str:
-    """What Q2_K is made of in a model with four or more query heads a KV head."""
+    """The type that Q2_K gives a tensor in a model with four or more query heads for a KV head."""
     if pure:
         return "Q2_K"
     tensor = name.removesuffix(".weight").rpartition(".")[2]
@@ -67,7 +68,10 @@ def flat_type(name: str, pure: bool) -> str:
 
 
 def flat_round(ggml: Any, values: np.ndarray, kind: str) -> tuple[np.ndarray, int]:
-    """(values through a K-quant whose blocks ignore the ends of rows, bytes). values: float32, a multiple of 256."""
+    """Round float32 values, a multiple of 256, with a K-quant whose blocks ignore the ends of rows.
+
+    Returns (the rounded values, the bytes of the quantised ones).
+    """
     quant = gguf.GGMLQuantizationType[kind]
     elements, size = gguf.GGML_QUANT_SIZES[quant]
     rows = values.size // elements
@@ -85,7 +89,7 @@ def flat_round(ggml: Any, values: np.ndarray, kind: str) -> tuple[np.ndarray, in
 @click.argument("kind", type=click.Choice(KINDS))
 @click.argument("dest", type=click.Path(path_type=Path))
 def main(source: Path, kind: str, dest: Path) -> None:
-    """Send the weights of SOURCE (a GGUF file) through KIND and write them to DEST as float32."""
+    """Round the weights of SOURCE (a GGUF file) to KIND and write them to DEST as float32."""
     reader, weights = dequantised(source)
     if kind in FTYPES:
         with tempfile.TemporaryDirectory(dir=dest.parent) as folder:

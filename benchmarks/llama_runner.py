@@ -2,10 +2,11 @@
 
     python benchmarks/llama_runner.py model.gguf --prompts 512 --depths 0 --generate 128 --threads 2
 
-Owns: the calls of llama.cpp. Does not know: edge_gemma; it runs in an environment that need not have it.
-Prompts are random tokens in batches of 2048 (512 at a time, llama.cpp's defaults), with logits for the last token only;
-decoding evaluates one random token after another. Everything else is left at llama.cpp's defaults: file mapped, weights
-repacked for the CPU, flash attention chosen by it, float16 KV.
+Owns: the calls of llama.cpp. Does not know: edge_gemma, which its environment need not have.
+
+Prompts are random tokens in batches of 2048 (512 at a time, llama.cpp's defaults), with logits for the last token only.
+Decoding evaluates one random token after another. Everything else has llama.cpp's defaults: file mapped, weights
+repacked for the CPU, flash attention if it chooses so, float16 KV.
 """
 
 import argparse

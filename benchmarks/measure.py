@@ -1,4 +1,4 @@
-"""Measurements as rows of a CSV: what was run, on what, and what came out.
+"""Measurements as rows of a CSV: the command, the machine, the result.
 
 Owns: the row, the machine's facts, running a command in a process of its own. Does not know: engines, tables, models.
 """
@@ -25,8 +25,8 @@ class RunFailedError(Exception):
 
 @dataclass(frozen=True)
 class Row:
-    """One measured number. `engine` is edge_gemma, llama.cpp or onnxruntime; the rows of one `round` ran next to
-    each other and may be divided by each other; those of round 0 did not.
+    """One measured number. engine: edge_gemma, llama.cpp or onnxruntime. round: rows of the same round ran next to each
+    other, so ratios between them are meaningful; those of round 0 did not.
     """
 
     round: int
@@ -36,13 +36,13 @@ class Row:
     test: str  # "prefill 512", "decode 128 at 0", "peak RSS", ...
     value: float
     unit: str
-    others: float  # cores that other processes kept busy meanwhile, stolen time of a virtual machine included
+    others: float  # cores that other processes kept busy meanwhile, including a virtual machine's stolen time
     command: str
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What the numbers depend on besides the command."""
+    """The machine and the versions that the numbers depend on."""
 
     date: str
     cpu: str
@@ -54,7 +54,7 @@ class Machine:
 
 
 def cpu_name(cpuinfo: str) -> str:
-    """The model's name from the text of /proc/cpuinfo; ARM boards have none there, so their part number stands in."""
+    """The CPU's name from the text of /proc/cpuinfo; on ARM boards, which have none there, the part number."""
     found = {}
     for line in cpuinfo.splitlines():
         key, _, value = line.partition(":")
@@ -64,7 +64,7 @@ def cpu_name(cpuinfo: str) -> str:
 
 
 def slug(name: str) -> str:
-    """A file name of a CPU's name."""
+    """A file name made of a CPU's name."""
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
@@ -84,7 +84,7 @@ def machine(threads: int, versions: dict[str, str]) -> Machine:
 
 
 def versions(*packages: str) -> dict[str, str]:
-    """Installed versions of packages, those that are there."""
+    """The versions of those packages that are installed."""
     found = {}
     for name in packages:
         try:
@@ -96,7 +96,7 @@ def versions(*packages: str) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Finished:
-    """A command that ended well."""
+    """A command that ended without an error."""
 
     answer: dict[str, Any]  # the last line of its standard output, a JSON object; empty when it printed none
     seconds: float  # from its start to its end
@@ -114,7 +114,7 @@ def busy_now() -> float:
 
 
 def run(command: Sequence[str]) -> Finished:
-    """Run a command, its messages left out. Raises RunFailedError with the end of its messages."""
+    """Run a command without showing its messages. Raises RunFailedError with the end of them."""
     busy, start = busy_now(), time.perf_counter()
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+", errors="replace") as err:
         process = subprocess.Popen(command, stdout=out, stderr=err, stdin=subprocess.DEVNULL)
@@ -132,7 +132,7 @@ def run(command: Sequence[str]) -> Finished:
 
 
 def write_csv(path: Path, about: Machine, rows: Iterable[Row]) -> None:
-    """One line a number, the machine repeated on each: lines of several machines can be joined."""
+    """Write one line for each row. Each repeats the machine, so files of several machines can be joined."""
     path.parent.mkdir(parents=True, exist_ok=True)
     names = [f.name for f in (*fields(Machine), *fields(Row))]
     with path.open("w", newline="", encoding="utf-8") as file:
@@ -144,7 +144,7 @@ def write_csv(path: Path, about: Machine, rows: Iterable[Row]) -> None:
 
 
 def merge(old: Iterable[Row], new: Iterable[Row]) -> list[Row]:
-    """Rows of both; a new measurement takes the place of the old one of the same round, engine and test."""
+    """Rows of both. A new row replaces the old one of the same round, engine and test."""
     rows = {(r.round, r.model, r.engine, r.form, r.test): r for r in (*old, *new)}
     return sorted(rows.values(), key=lambda r: r.model.startswith("matmul"))
 

@@ -1,4 +1,4 @@
-"""Prefill and decode beside a busy neighbour: one thread, all threads, and as many as pay (edge_gemma/host/pace.py).
+"""Prefill and decode beside a busy neighbour: one thread, all threads, and the number that host/pace.py chooses.
 
     python -m benchmarks.neighbour MODEL --neighbours 1
 

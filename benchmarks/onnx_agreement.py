@@ -1,9 +1,9 @@
-"""How often two decoders of the same weights choose the same next token: ours and onnxruntime's, in int8 and float32.
+"""Counts how often two decoders of the same weights choose the same token: ours and onnxruntime's, int8 and float32.
 
     python benchmarks/onnx_agreement.py MODEL TEXT [--windows 4]
 
-MODEL is a model folder of a quantised recipe. Owns: five ways to run it side by side, window by window, so that the
-logits of a few rows at a time are all that is held. What is compared with what: `PAIRS`.
+MODEL is a model folder of a quantised recipe. Owns: five ways to run it side by side, window by window, so that only
+the logits of a few rows are in memory. `PAIRS` lists what is compared.
 """
 
 import tempfile
@@ -30,7 +30,7 @@ WINDOW, ROWS, CLEAR = 512, 64, 0.5  # tokens run on their own, rows of logits at
 
 @dataclass
 class Agreement:
-    """Of two ways over the same positions."""
+    """The agreement of two ways over the same positions."""
 
     positions: int = 0
     same: int = 0  # the same best token
@@ -64,7 +64,7 @@ class Agreement:
 
 
 def engines(model: Path, scratch: Path) -> dict[str, Engine]:
-    """The five ways. Float32 products: the integers and scales multiplied out, activations not rounded."""
+    """The five ways. Those with float32 products dequantise the weights and do not round activations."""
 
     def multiplied_out(self: _Binder, name: str) -> DenseMatrix:
         matrix = packed(self, name)

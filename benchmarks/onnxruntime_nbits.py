@@ -1,10 +1,10 @@
-"""One matrix product by onnxruntime's MatMulNBits or by our kernels, on the same shape: speeds as a JSON object.
+"""Times one matrix product by onnxruntime's MatMulNBits or by our kernels, on the same shape; prints a JSON object.
 
     python benchmarks/onnxruntime_nbits.py onnxruntime 12288 1536 --bits 4 --tokens 1 128 --threads 2
 
-Owns: the two ways to call it. Both get float32 activations and make float32 results; both quantise the activations to
-int8 inside what is measured (MatMulNBits at accuracy_level 4). Copies of the weights, more than any cache holds, are
-gone through in turn, as a decoder goes through its layers. Does not know: models.
+Owns: the two ways to call it. Does not know: models. Both get float32 activations and return float32; both quantise the
+activations to int8 within the measured time (MatMulNBits at accuracy_level 4). Several copies of the weights, larger
+than any cache, are used in turn, as a decoder uses its layers.
 """
 
 import argparse

@@ -1,10 +1,10 @@
-"""This project and its peers side by side: the same work, in alternation, each measurement in a process of its own.
+"""Measures this project and its peers: the same work, in alternation, each measurement in a process of its own.
 
     python benchmarks/peers.py --out benchmarks/results --llama-python llama/bin/python
 
-Owns: what is compared with what, and the order of the runs. Does not know: the arithmetic of tables (report.py). Models
-are written on first use to --models (E2B: 12 GB with random weights). Each round runs every pair once, the next round
-in the other order, so that a machine that slows down slows both. See benchmarks/README.md.
+Owns: what is compared, and the order of the runs. Does not know: the arithmetic of tables (report.py). Models are
+written on first use to --models (E2B: 12 GB with random weights). Each round runs every pair once; the next round runs
+in the opposite order, so a machine that slows down slows both. See benchmarks/README.md.
 """
 
 import itertools
@@ -61,7 +61,7 @@ FIRST = f"first token, prompt {SHORT_PROMPT}"
 
 
 class Bench:
-    """Runs measurements and collects their rows."""
+    """Runs measurements and collects the rows."""
 
     def __init__(self, models: Path, llama_python: str, threads: int, quiet: tuple[float, int, int]) -> None:
         self.models, self.llama_python, self.threads = models, llama_python, threads
@@ -83,7 +83,7 @@ class Bench:
         return Run(best, text, self.rows)
 
     def _wait(self) -> None:
-        """Until other processes are quiet for two seconds, or patience (in seconds) is at an end."""
+        """Wait until other processes are quiet for two seconds, at most `patience` seconds."""
         for _ in range(self.patience // 2):
             busy = measure.busy_now()
             time.sleep(2)
@@ -141,7 +141,7 @@ class Bench:
             step()
 
     def start_round(self, pair: Pair, round_: int) -> None:
-        """From the start of a process to its end after one token."""
+        """The time of a whole process that writes one token."""
         kind, test = pair.files[0], f"process with one token, prompt {SHORT_PROMPT}"
         options = ["--raw", "--max-tokens", "1", "--temperature", "0", "--json", *words(threads=[self.threads])]
         command = [*CLI, "run", "-m", str(self.folder(pair)), *options, SHORT_TEXT]
@@ -151,7 +151,7 @@ class Bench:
         run.add(round_, pair.model, report.PEER, kind, test, run.seconds, "s")
 
     def memory(self, pair: Pair) -> None:
-        """Peaks with a context of 4096 tokens: ours is full, llama.cpp touches all of its own at once."""
+        """Peak memory with a context of 4096 tokens. Ours is filled; llama.cpp touches all of its own at the start."""
         run, who = self.ours(pair, PROMPT, CURVE_GENERATE, CONTEXT - PROMPT), (pair.model, report.OURS, pair.recipe)
         run.add(0, *who, PEAK, run.answer["peak_rss_mb"] * 1e6 / 2**20, "MiB")
         run.add(0, *who, f"{PEAK}, not backed by files", run.answer["anonymous_rss_mb"] * 1e6 / 2**20, "MiB")
@@ -162,7 +162,7 @@ class Bench:
                 run.add(0, pair.model, report.PEER, form, PEAK, run.answer["peak_rss_mb"] * 1e6 / 2**20, "MiB")
 
     def curves(self, pair: Pair) -> None:
-        """Prefill against prompt length, decoding against depth; the peer's in one process, ours in one a point."""
+        """Prefill by prompt length, decoding by depth: the peer's in one process, each point of ours in its own."""
         who = (pair.model, report.OURS, pair.recipe)
         for prompt in PROMPTS:
             run = self.ours(pair, prompt, 1, 0)
@@ -207,7 +207,7 @@ class Bench:
     # --- models -------------------------------------------------------------------------------------------------------
 
     def folder(self, pair: Pair) -> Path:
-        """Our model folder, written if it is not there."""
+        """Our model folder, written if it does not exist."""
         dest = self.models / pair.model
         if not dest.exists():
             click.echo(f"writing {dest.name}", err=True)
@@ -218,7 +218,7 @@ class Bench:
         return dest
 
     def gguf(self, pair: Pair, kind: str) -> Path:
-        """llama.cpp's file, written if it is not there."""
+        """llama.cpp's file, written if it does not exist."""
         path = self.models / (f"e2b-{kind}.gguf" if pair.random else f"{pair.model}.gguf")
         if not path.exists():
             click.echo(f"writing {path.name}", err=True)
@@ -233,7 +233,7 @@ class Bench:
 
 
 class Run:
-    """One finished process, and where its rows go."""
+    """One finished process, and the list that its rows go to."""
 
     def __init__(self, finished: measure.Finished, command: str, rows: list[Row]) -> None:
         self.answer, self.seconds = finished.answer, finished.seconds
@@ -257,7 +257,7 @@ def words(**options: list[int]) -> list[str]:
 
 @cache
 def bytes_read(path: Path) -> int:
-    """Bytes of weights a GGUF file makes llama.cpp read for one token."""
+    """The bytes of weights that llama.cpp reads for one token from a GGUF file."""
     import gguf
 
     found = gguf.GGUFReader(path).tensors

@@ -1,8 +1,8 @@
-"""What E2B would do on a Raspberry Pi 5: an estimate from emitted machine code and a machine that was measured.
+"""Estimates E2B's speed on a Raspberry Pi 5, from emitted machine code and a machine that was measured.
 
     python benchmarks/pi5_estimate.py benchmarks/results/MACHINE.csv --llvm-mca llvm-mca-19
 
-Owns: the method, which it writes above its numbers. Does not know: how the CSV came to be. Nothing here was run on a
+Owns: the method, which it writes above its numbers. Does not know: how the CSV was measured. Nothing here was run on a
 Raspberry Pi.
 
 Needs llvm-mca of LLVM 17 or later: older ones take the Cortex-A57's tables for `neoverse-n1`.
@@ -53,7 +53,7 @@ token, is 8.4 to 9.4 GB/s.
 
 
 def inner_loop(assembly: str) -> str:
-    """The instructions of the only loop of a tile: from a label to the branch back to it. Raises ValueError."""
+    """The instructions of a tile's only loop, from a label to the branch back to it. Raises ValueError for none."""
     lines = assembly.splitlines()
     for start, line in enumerate(lines):
         if not re.match(r"\.LBB\w+:", line):
@@ -85,11 +85,11 @@ class Loop:
     cycles: float
 
     def gops(self, ghz: float) -> float:
-        """Operations (two a multiply-add) in a nanosecond on one core."""
+        """Operations in a nanosecond on one core; a multiply-add is two. ghz: the clock."""
         return 2 * 32 * 8 * self.panels * self.tokens / self.cycles * ghz
 
     def gb_s(self, ghz: float) -> float:
-        """GB/s of weights and scales that one core passes through."""
+        """GB/s of weights and scales that one core processes. ghz: the clock."""
         scales = 8 * 2 if self.group else 0
         return (32 * 8 * self.bits / 8 + scales) * self.panels / self.cycles * ghz
 

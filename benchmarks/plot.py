@@ -15,7 +15,7 @@ AXES = {"prefill": ("tokens in the prompt", "prefill, tokens a second"),
 
 
 def draw(about: Machine, rows: Sequence[Row], results: Path, stem: str) -> list[Path]:
-    """Write results/STEM-prefill.svg and -decode.svg, where at least one curve has two points; return them."""
+    """Write results/STEM-prefill.svg and -decode.svg if at least one curve has two points. Returns their paths."""
     written = []
     models = [r for r in rows if not r.model.startswith("matmul")]
     names = list(dict.fromkeys((r.model, r.engine, r.form) for r in models))

@@ -1,11 +1,11 @@
-"""A pull of a whole checkpoint over a limited link, killed at random moments: time, memory, disk, bytes fetched.
+"""Pulls a whole checkpoint over a slow link, with kills at random moments: time, memory, disk, bytes fetched.
 
     python benchmarks/pulled.py CHECKPOINT SCRATCH --rate 20e6 -- --recipe q4
     python benchmarks/pulled.py CHECKPOINT SCRATCH --rate 60e6 --kills 40 --same-as FOLDER -- --recipe q4
 
-CHECKPOINT is a folder with the files of a release; the hub that serves it is a stand-in on loopback (tests/). What
-follows `--` goes to `edge-gemma pull`. Prints one JSON object; exits with 1 where the folder is not FOLDER's, byte for
-byte but for the manifest's words on where it came from.
+CHECKPOINT is a folder with the files of a release. A stand-in for the hub serves it on loopback (tests/). What follows
+`--` goes to `edge-gemma pull`. Prints one JSON object. The exit status is 1 if the folder differs from FOLDER in any
+byte, apart from the manifest's entries about its source.
 """
 
 import json
@@ -26,7 +26,7 @@ REPO = "owner/released"
 
 
 def disk(folder: Path) -> int:
-    """Bytes that a folder takes on the disk now."""
+    """The bytes that a folder takes on the disk now."""
     total = 0
     for path in folder.rglob("*"):
         try:
@@ -37,7 +37,7 @@ def disk(folder: Path) -> int:
 
 
 def high_water(pid: int) -> int:
-    """Most bytes of memory that a process has held so far; 0 when it is gone."""
+    """The peak resident memory of a process so far, bytes; 0 when it has ended."""
     try:
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     except OSError:
@@ -53,7 +53,10 @@ def largest_tensor(checkpoint: Path) -> int:
 
 
 def waits(link: list[tuple[float, int]], rate: float) -> dict[str, float]:
-    """Seconds in which the link carried less than half of its rate: before 1% had come, between, and after the last."""
+    """Seconds in which the link carried less than half of its rate: in the first 1%, later, and after the last byte.
+
+    link: (time in seconds, bytes sent so far). rate: bytes a second.
+    """
     if not rate:
         return {}
     first = next(at for at, sent in link if sent > link[-1][1] / 100)

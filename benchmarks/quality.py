@@ -1,10 +1,10 @@
-"""A table and a plot of quality against size, from what `edge-gemma score --json` printed.
+"""Makes a table and a plot of quality against size, from the output of `edge-gemma score --json`.
 
     edge-gemma score -m q4 --reference float text.txt --json > q4.json
     python -m benchmarks.quality ours:q4=q4.json llama.cpp:Q4_0@234.9=Q4_0.json --plot docs/quality.svg
 
-Each argument is SERIES:NAME[@MB]=FILE; MB is the size of the tensors where the scored folder held them as floats
-(llama_quantise.py prints it). The table goes to standard output. The plot needs matplotlib.
+Each argument is SERIES:NAME[@MB]=FILE. MB is the size of the quantised tensors, needed if the scored folder holds them
+as floats (llama_quantise.py prints it). The table goes to standard output. The plot needs matplotlib.
 """
 
 import json

@@ -1,9 +1,9 @@
-"""A full-size Gemma 4 E2B with random weights as a GGUF file for llama.cpp: random quantised blocks, real vocabulary.
+"""Writes a full-size Gemma 4 E2B with random weights as a GGUF file for llama.cpp; the vocabulary is real.
 
     python benchmarks/random_gguf.py Q4_0 e2b-q4_0.gguf
 
-Owns: which type llama.cpp's quantiser gives each tensor of E2B, and blocks of random bits with small scales. Does not
-know: our formats. Weights are noise of deviation 0.02: this serves to measure speed and memory, nothing else. The
+Owns: the type that llama.cpp's quantiser gives each tensor of E2B, and blocks of random bits with small scales. Does
+not know: our formats. Weights are noise of deviation 0.02, enough to measure speed and memory and nothing else. The
 vocabulary is read from a file (llama-cpp-python's own Gemma 4 vocabulary, fetched by `make test-real`).
 """
 
@@ -26,7 +26,7 @@ VOCABULARY = Path(__file__).resolve().parent.parent / "tests" / "downloads" / "g
 KINDS = ("Q4_0", "Q4_0-pure", "Q2_K")
 _NOISE_BLOCKS = 1 << 16
 
-# Where the float16 scales of a block stand, and the value that makes weights of about 0.02.
+# The places of a block's float16 scales, and the value that makes weights of about 0.02.
 _SCALES = {
     "Q4_0": {0: 0.0043},
     "Q4_K": {0: 0.0001, 2: 0.0008},
@@ -70,7 +70,7 @@ def tensor_bytes(shape: tuple[int, ...], kind: str) -> int:
 
 
 def bytes_per_token(table: dict[str, tuple[tuple[int, ...], str]]) -> int:
-    """Bytes of weights read to decode one token: every tensor but the PLE table, of which it is one row."""
+    """The bytes of weights that decoding one token reads: every tensor, but only one row of the PLE table."""
     read = 0
     for name, (shape, kind) in table.items():
         size = tensor_bytes(shape, kind)
@@ -79,7 +79,7 @@ def bytes_per_token(table: dict[str, tuple[tuple[int, ...], str]]) -> int:
 
 
 def metadata(text_config: dict[str, Any]) -> dict[str, Any]:
-    """The words llama.cpp's converter writes for E2B, without the tokenizer."""
+    """The metadata that llama.cpp's converter writes for E2B, without the tokenizer."""
     c = text_config
     depth, shared = c["num_hidden_layers"], c["num_kv_shared_layers"]
     wide = c["use_double_wide_mlp"]
@@ -135,7 +135,7 @@ def noise(kind: str, rng: np.random.Generator) -> np.ndarray:
 
 
 def write(path: Path, kind: str, vocabulary: Path = VOCABULARY, *, header_only: bool = False) -> None:
-    """Write the file; `header_only` leaves the matrices as holes. The file appears under its name when it is whole."""
+    """Write the file. It gets its name when it is whole. header_only: leave the matrices as holes."""
     text_config = TEXT_CONFIGS["e2b"]
     table = tensors(kind, GemmaConfig.from_text_config(text_config))
     part = path.with_suffix(".part")

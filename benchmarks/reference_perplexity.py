@@ -1,9 +1,9 @@
-"""The reference for our perplexity: the same GGUF in float32 through transformers, sharing no code with edge_gemma.
+"""The reference for our perplexity: the same GGUF file in float32 through transformers, without code of edge_gemma.
 
     python benchmarks/reference_perplexity.py gemma3-270m.gguf text.txt --tokenizer tokenizer.json [--windows 45]
 
-Weights are dequantised by the gguf package, tokens come from the tokenizers package, logits from transformers'
-Gemma3ForCausalLM in float32. Windows, <bos> and scoring as in `edge-gemma perplexity` (and llama.cpp's tool).
+The gguf package dequantises the weights, the tokenizers package makes the tokens, transformers' Gemma3ForCausalLM the
+logits in float32. Windows, <bos> and scoring are as in `edge-gemma perplexity` (and llama.cpp's tool).
 """
 
 import json

@@ -1,4 +1,4 @@
-"""docs/BENCHMARKS.md from the CSV files of benchmarks/results/, and from nothing else.
+"""Writes docs/BENCHMARKS.md from the CSV files of benchmarks/results/ and nothing else.
 
 Owns: medians, ratios round by round, the tables. Does not know: how anything was measured.
 """
@@ -29,14 +29,14 @@ random weights: they cost what real ones cost. Random weights say nothing about 
 
 @dataclass(frozen=True)
 class Compared:
-    """A test measured with both engines in the same rounds."""
+    """A test that both engines ran in the same rounds."""
 
     model: str
     test: str
     unit: str
     ours: float  # median over the rounds
     peer: float
-    ratios: tuple[float, ...]  # ours / peer of each round, ascending; for times and memory peer / ours: more is better
+    ratios: tuple[float, ...]  # of the rounds, ascending: ours / peer; for times and memory peer / ours
     form: str  # the peer's file
 
     @property
@@ -53,7 +53,7 @@ def median(rows: Iterable[Row]) -> float:
 
 
 def compare(rows: Sequence[Row], peer: str = PEER) -> list[Compared]:
-    """Every (model, test, file of the peer) that both engines measured, in the order of the rows."""
+    """Every (model, test, file of the peer) that both engines ran, in the order of the rows."""
     ours: dict[tuple[str, str], dict[int, Row]] = {}
     theirs: dict[tuple[str, str, str], dict[int, Row]] = {}
     for row in rows:
@@ -79,14 +79,14 @@ def compare(rows: Sequence[Row], peer: str = PEER) -> list[Compared]:
 
 
 def number(value: float) -> str:
-    """Three significant digits, without exponents."""
+    """The number with three significant digits, without an exponent."""
     if value >= 100:
         return f"{value:,.0f}"
     return f"{value:.3g}" if value >= 0.001 or value == 0 else f"{value:.4f}"
 
 
 def ratio_cell(c: Compared) -> str:
-    """Median, and the least and largest of the rounds."""
+    """The median ratio, with the smallest and the largest of the rounds."""
     low, high = c.ratios[0], c.ratios[-1]
     return f"**{number(c.ratio)}**" + (f" ({number(low)} to {number(high)})" if len(c.ratios) > 1 else "")
 
@@ -104,7 +104,7 @@ def comparison_table(compared: Sequence[Compared]) -> str:
 
 
 def share_table(rows: Sequence[Row]) -> str:
-    """Decoding at depth 0 against the read bandwidth measured in the same run."""
+    """The table of decoding at depth 0 against the read bandwidth of the same run."""
     bandwidth = [r for r in rows if r.test == "read bandwidth"]
     if not bandwidth:
         return ""
@@ -134,7 +134,7 @@ def memory_table(rows: Sequence[Row]) -> str:
 
 
 def matmul_table(rows: Sequence[Row]) -> str:
-    """onnxruntime and our kernels on the same shapes."""
+    """The table of onnxruntime and our kernels on the same shapes."""
     lines = []
     for c in compare([r for r in rows if r.model.startswith("matmul")], "onnxruntime"):
         lines.append([c.model.removeprefix("matmul "), c.form, f"{c.test} ({c.unit})", number(c.ours), number(c.peer),
@@ -143,7 +143,7 @@ def matmul_table(rows: Sequence[Row]) -> str:
 
 
 def curve(rows: Sequence[Row], model: str, engine: str, form: str, test: str) -> dict[int, float]:
-    """Points of "prefill N" or "decode K at N": N -> median tok/s."""
+    """The points of "prefill N" or "decode K at N": N -> median tok/s."""
     found: dict[int, list[Row]] = {}
     for row in rows:
         if (row.model, row.engine, row.form) == (model, engine, form) and row.test.startswith(test):
@@ -183,7 +183,7 @@ def commands(rows: Sequence[Row]) -> str:
 
 
 def section(name: str, about: Machine, rows: Sequence[Row], plots: Sequence[str] = ()) -> str:
-    """Everything measured on one machine."""
+    """The section of one machine."""
     others = sorted(row.others for row in rows)
     facts = (
         f"{about.cores} cores, {about.memory_gb:g} GB, {about.threads} threads, kernels {about.kernels}; "
@@ -208,7 +208,7 @@ def section(name: str, about: Machine, rows: Sequence[Row], plots: Sequence[str]
 
 
 def write(results: Path, document: Path) -> None:
-    """Rewrite the document from every CSV in `results`, and the estimate beside them if there is one."""
+    """Write the document from every CSV in `results`, and the estimate beside them if there is one."""
     parts = [INTRODUCTION]
     for path in sorted(results.glob("*.csv")):
         about, rows = read_csv(path)

@@ -1,8 +1,9 @@
-"""`edge-gemma score --json` of several models made from one float model, which is run once for all of them.
+"""Scores several models against the one float model they were made from, which runs only once.
 
     python benchmarks/score_all.py FLOAT TEXT SCORES q8 q4 q2mix [--windows 45]
 
-FLOAT and the models are model folders. Writes SCORES/NAME.json for each, what quality.py reads.
+FLOAT and the models are model folders. Writes SCORES/NAME.json for each, as `edge-gemma score --json`; quality.py reads
+them.
 """
 
 import json

@@ -1,6 +1,6 @@
-"""What the demonstration model is to say to a text: by rule.
+"""Finds by rule what the demonstration model should answer to a text.
 
-Owns: the order in which rules are asked, and those of small talk that need a pattern. Does not know: conversations.
+Owns: the order of the rules, and the rules for small talk that need a pattern. Does not know: conversations.
 """
 
 import re
@@ -27,7 +27,7 @@ _STATEMENT = re.compile(
     r"(i|i'm|i'd|i'll|we|you|they|he|she|it|it's|the|my|there|there's|this|that|that's|these|a|an|in|your|nobody"
     r"|everybody|if|after|when|yesterday|last|once)\b"
 )
-_FORMS: list[tuple[str, str]] = [  # an answer in angles is that to another text
+_FORMS: list[tuple[str, str]] = [  # an answer in angle brackets stands for the answer to that text
     (r"(?:hello |hi )?my name is (?P<name>\w+)|this is (?P<name_>\w+) speaking", "Nice to meet you, {name}."),
     (r"i'm (?P<name>\w+) nice to meet you", "Nice to meet you, {name}."),
     (r"(what's|what is) my name|do you know my name|who am i", "I don't know your name."),
@@ -54,7 +54,7 @@ def is_question(text: str) -> bool:
 
 
 def small_talk_for(text: str) -> tuple[str, ...]:
-    """The answers, all equally good, to what is no command; () where there is none."""
+    """The answers, all equally good, to a text that is no command; () if there are none."""
     said = plain(text)
     if found := known(text) or known(said):
         return found
@@ -73,7 +73,7 @@ def small_talk_for(text: str) -> tuple[str, ...]:
 
 
 def answers_for(text: str, tools: Sequence[Tool] = ()) -> tuple[Message, ...]:
-    """The model's replies to a first message in any form, all equally good; () for what is no sentence."""
+    """The model's replies, all equally good, to a first message in any form; () for a text that is no sentence."""
     if found := small_talk_for(text):
         return tuple(Message("assistant", answer) for answer in found)
     if intent := understand(text):
@@ -91,6 +91,6 @@ def answers_for(text: str, tools: Sequence[Tool] = ()) -> tuple[Message, ...]:
 
 
 def answer_for(spoken_text: str, tools: Sequence[Tool] = ()) -> Message | None:
-    """The model's reply to what was said: an answer, or a tool call; None for what is no sentence ("twelve")."""
+    """The model's reply to speech: an answer or a tool call; None for a text that is no sentence ("twelve")."""
     found = answers_for(spoken_text, tools)
     return found[0] if found else None

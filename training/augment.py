@@ -1,6 +1,6 @@
-"""Speech made harder: speed, room, noise, telephone band, gain. Pure functions of float32 waveforms at 16 kHz.
+"""Augments speech: speed, room, noise, telephone band, gain. Pure functions of float32 waveforms at 16 kHz.
 
-Owns: the transformations and how often each happens. Does not know: files, features.
+Owns: the transformations and their probabilities. Does not know: files, features.
 """
 
 import numpy as np
@@ -9,7 +9,7 @@ RATE = 16_000  # Hz
 
 
 def augment(samples: np.ndarray, rng: np.random.Generator, others: list[np.ndarray]) -> np.ndarray:
-    """One harder version of a clip: float32 [n'] within [-1, 1]. `others`: clips from which babble is made."""
+    """A random augmentation of a clip, float32 [n]. Returns float32 [n'] within [-1, 1]. others: clips for babble."""
     if rng.random() < 0.8:
         samples = speed(samples, float(rng.uniform(0.9, 1.1)))
     if rng.random() < 0.35:
@@ -24,7 +24,7 @@ def augment(samples: np.ndarray, rng: np.random.Generator, others: list[np.ndarr
 
 
 def speed(samples: np.ndarray, factor: float) -> np.ndarray:
-    """Faster and higher by `factor`, as a tape: 1.1 makes a clip a tenth shorter."""
+    """Resample: faster and higher by `factor`, like a tape. 1.1 makes a clip a tenth shorter."""
     import soxr
 
     return soxr.resample(samples, RATE * factor, RATE, quality="LQ").astype(np.float32)
@@ -38,11 +38,11 @@ def gained(samples: np.ndarray, decibels: float) -> np.ndarray:
 
 
 def room(samples: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """A simple room: the clip, plus itself convolved with noise that dies away over 0.1 to 0.6 s (60 dB)."""
+    """A simple room: the clip plus its convolution with noise that decays by 60 dB in 0.1 to 0.6 s."""
     length = rng.uniform(0.1, 0.6)
     count = int(length * RATE)
     tail = rng.standard_normal(count).astype(np.float32) * np.exp(-6.9 * np.arange(count) / count).astype(np.float32)
-    tail[: int(rng.uniform(0.002, 0.02) * RATE)] = 0  # the way to the nearest wall
+    tail[: int(rng.uniform(0.002, 0.02) * RATE)] = 0  # the delay of the nearest wall
     tail *= 10 ** (rng.uniform(-12, 0) / 20) / np.sqrt((tail**2).sum())
     size = _fast_length(len(samples) + count)
     wet = np.fft.irfft(np.fft.rfft(samples, size) * np.fft.rfft(tail, size), size)[: len(samples)]
@@ -60,7 +60,7 @@ def noise(count: int, rng: np.random.Generator, colour: float) -> np.ndarray:
 
 
 def babble(count: int, rng: np.random.Generator, others: list[np.ndarray]) -> np.ndarray:
-    """Two to five of the other clips at once, repeated as needed: float32 [count], rms 1."""
+    """A mixture of two to five of the other clips, repeated as needed: float32 [count], rms 1."""
     mixed = np.zeros(count, np.float32)
     for _ in range(int(rng.integers(2, 6))):
         other = others[int(rng.integers(len(others)))]

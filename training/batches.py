@@ -1,8 +1,8 @@
-"""Clips of log-mel features, one after the other on tapes of a fixed length.
+"""Batches: clips of log-mel features, concatenated on a tape of fixed length.
 
-Owns: reading the folder that `training.features` writes (into memory, a few GB: pages of a mapped file that are read at
-random were gone from the cache when wanted again), drawing batches, other speakers by warping, masking of times and
-frequencies (SpecAugment, Park et al. 2019). Does not know: models, losses.
+Owns: reading the folder that `training.features` writes, drawing batches, simulating other speakers by warping, masking
+times and frequencies (SpecAugment, Park et al. 2019). Does not know: models, losses. The features, a few GB, are read
+into memory: random reads of a mapped file kept missing the page cache.
 """
 
 import itertools
@@ -21,7 +21,7 @@ from training.fast_audio import FRAMES_A_BLOCK, span
 
 @dataclass(frozen=True)
 class Clip:
-    """One clip's features, float16 [frames, 128], a view of its file's, and what is said in it."""
+    """One clip: its features, float16 [frames, 128], a view of its file's, and its text."""
 
     features: np.ndarray
     text: str
@@ -37,7 +37,7 @@ class Batch:
 
 
 def read_clips(folder: Path, splits: Iterable[str], copies: Iterable[int] = range(100)) -> list[Clip]:
-    """Clips of `folder/features/<split>-<voice>-<copy>.{f16,jsonl}`; those still being written are not seen."""
+    """The clips of `folder/features/<split>-<voice>-<copy>.{f16,jsonl}`; files still being written are ignored."""
     wanted, numbers, clips = set(splits), {str(n) for n in copies}, []
     for listing in sorted((folder / "features").glob("*.jsonl")):
         if listing.stem.split("-")[0] not in wanted or listing.stem.rsplit("-", 1)[1] not in numbers:
@@ -54,9 +54,9 @@ def read_clips(folder: Path, splits: Iterable[str], copies: Iterable[int] = rang
 def batches(
     clips: list[Clip], frames: int, *, seed: int, skip: int = 0, weights: np.ndarray | None = None
 ) -> Iterator[Batch]:
-    """Endless batches of as many clips as find room in `frames`, drawn by `weights`.
+    """Endless batches, each of as many clips as fit into `frames`, drawn by `weights`.
 
-    skip: batches to leave out at the start, so that a run that goes on sees what it would have seen.
+    skip: batches to skip at the start, so that a resumed run sees the same batches as an uninterrupted one.
     """
     shares = np.cumsum(np.ones(len(clips)) if weights is None else weights)
     for number in itertools.count(skip):
@@ -74,7 +74,7 @@ def _that_fit(clips: Iterable[Clip], frames: int) -> Iterator[Clip]:
 
 
 def make_batch(clips: list[Clip], frames: int | None = None) -> Batch:
-    """frames: the tape's length, if longer than needed."""
+    """Concatenate clips. frames: the tape's length, if longer than needed."""
     starts = np.cumsum([0, *(span(len(c.features)) for c in clips)])
     tape = np.zeros((frames or starts[-1], MEL_BINS), np.float32)
     for start, clip in zip(starts, clips, strict=False):
@@ -83,7 +83,7 @@ def make_batch(clips: list[Clip], frames: int | None = None) -> Batch:
 
 
 def _changed(clip: Clip, rng: np.random.Generator) -> Clip:
-    """Three quarters of the clips by another speaker, a quarter as they are; masked in three of four too."""
+    """Warp three quarters of the clips to another speaker, and mask three quarters."""
     features = clip.features.astype(np.float32)
     if rng.random() < 0.75:
         features = warped(features, rng.uniform(0.9, 1.15), rng.uniform(0.86, 1.16))

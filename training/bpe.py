@@ -1,4 +1,4 @@
-"""Byte-pair encoding learnt from counted words: which pieces a vocabulary should have.
+"""Learns the pieces of a byte-pair encoding from counted words.
 
 Owns: the learning. Does not know: what a word is, special tokens, files.
 """
@@ -9,11 +9,11 @@ from itertools import pairwise
 
 
 def learn(words: Mapping[Sequence[str], int], count: int, longest: int = 16) -> list[str]:
-    """The first `count` pieces, best first, of joining the most frequent adjacent pair again and again.
+    """Join the most frequent adjacent pair again and again. Returns the first `count` pieces, best first.
 
-    words: symbols -> how often. longest: characters of a piece. Ties go to the smaller string, so the result depends on
-    nothing else. A piece that another pair has made already is joined too, but not counted again. Ends early where
-    nothing is left to join.
+    words: symbols -> count. longest: the most characters of a piece. Ties go to the smaller string, so the result
+    depends on nothing else. A piece that another pair has already made is joined too, but not counted again. Returns
+    fewer pieces if nothing is left to join.
     """
     splits = [list(word) for word in words]
     times = list(words.values())

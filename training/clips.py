@@ -1,10 +1,10 @@
-"""Files of clips: DATA/clips/<split>-<voice>.i16 and .jsonl, written aside and renamed, whole or not at all.
+"""Files of clips: DATA/clips/<split>-<voice>.i16 and .jsonl, written whole or not at all.
 
 Owns: the format, trimming and levelling of a clip, what each voice says in each split. Does not know: engines
 (synthesise.py), features, how sources are fetched.
 
-A clip is mono int16 at 16 kHz, clips lie one after the other; each line of the .jsonl has its text (spoken form),
-kind (corpus.kind), voice, engine, split, first sample and count of samples.
+The .i16 file holds the clips one after the other, mono int16 at 16 kHz. The .jsonl file has a line for each clip: its
+text (spoken form), kind (corpus.kind), voice, engine, split, first sample and number of samples.
 """
 
 import json
@@ -24,7 +24,7 @@ from training.voices import FIRST, VOICES, Voice, seen
 
 SHORTEST, LONGEST = 0.4, 10.0  # seconds of a clip
 LEVEL = 0.07  # root mean square of a clip's speech, full scale 1
-JOINED_MINUTES = 30  # of recordings joined anew
+JOINED_MINUTES = 30  # of recordings joined in new orders
 TESTS = {"dev", "test_seen", "test_unseen", "test_human"}
 HUMAN = "human"  # the engine of recorded prompts
 
@@ -34,9 +34,9 @@ def seed(*names: str) -> int:
 
 
 def finished(samples: np.ndarray, rng: np.random.Generator, varied: bool = False) -> np.ndarray | None:
-    """Speech between 100 to 200 ms of near silence (varied: to 800), at LEVEL: int16.
+    """Trim and level a clip: speech at LEVEL between 100 to 200 ms (varied: to 800) of near silence. Returns int16.
 
-    None if it is too short or too long, or silent.
+    Returns None if it is too short, too long or silent.
     """
     hop = RATE // 100
     count = len(samples) // hop
@@ -101,7 +101,7 @@ def _splits(voice: Voice) -> list[str]:
 
 
 def make(data: Path, split: str, name: str, corpus: Corpus) -> float:
-    """Make the clips of one voice in one split, unless they are there. Returns the seconds that are there."""
+    """Make the clips of one voice in one split, unless they exist. Returns their seconds."""
     folder = data / "clips"
     index = folder / f"{split}-{name}.jsonl"
     if index.exists():
@@ -125,7 +125,7 @@ def _recorded(split: str, corpus: Corpus) -> Iterator[tuple[str, np.ndarray]]:
 
 
 def _joined(folder: Path) -> Iterator[tuple[str, np.ndarray]]:
-    """Recordings of the training split joined anew, JOINED_MINUTES of them; no held-out text arises."""
+    """Recordings of the training split joined in new orders, JOINED_MINUTES of them; none has a held-out text."""
     rng = np.random.default_rng(seed(recordings.JOINED))
     index = folder / f"train_human-{recordings.VOICE}.jsonl"
     pieces = [(line["text"], _bare(pcm.astype(np.float32) / 32768)) for line, pcm in read_clips(index)]

@@ -1,6 +1,6 @@
 """All texts together: the grammar, the recorded prompts and new orders of them, short sentences of the Brown corpus.
 
-Owns: their mixture, for the voices and for language models; the split is asked of splits.py. Does not know: sound.
+Owns: their mixtures, for the voices and for language models. Does not know: sound, how a text is held out (splits.py).
 """
 
 import itertools
@@ -40,7 +40,7 @@ def brown(archive: Path) -> str:
 
 @dataclass(frozen=True)
 class Corpus:
-    """Where the unpacked Debian packages and the Brown archive lie."""
+    """All texts, from the folder of unpacked Debian packages and the Brown archive."""
 
     root: Path
     brown_archive: Path
@@ -91,9 +91,9 @@ class Corpus:
         return self._kinds.get(text, "rule")
 
     def stream(self, seed: int, *, held: bool = False, mixture: str = FIRST) -> Iterator[str]:
-        """Texts without end, by a mixture's shares; only held-out ones with `held`, otherwise none of them.
+        """Endless texts by a mixture's shares. held: only held-out texts; otherwise none of them.
 
-        For language models as well as for voices: what it yields without `held` is safe to train on.
+        Without `held` all that it yields is safe to train on, for voices as for language models.
         """
         rng = np.random.default_rng([seed, 3])
         prompts = [text for text in self.prompts if held_out(text) == held]
@@ -121,7 +121,7 @@ def _endless(texts: list[str], rng: np.random.Generator) -> Iterator[str]:
 
 
 def distinct(stream: Iterator[str], tries: int = 50) -> Iterator[str]:
-    """Each text once; ends when the stream has given nothing new for that many times."""
+    """Each text once. Ends after `tries` texts in a row that are not new."""
     found: set[str] = set()
     stale = 0
     for text in stream:

@@ -1,10 +1,10 @@
-"""The encoder's own loss: what is said, unit by unit (connectionist temporal classification, Graves et al. 2006).
+"""The encoder's own loss: connectionist temporal classification (CTC, Graves et al. 2006) of the spoken text.
 
-Owns: two ways of spelling (letters, then the tokenizer's pieces), the heads that only training has, the loss with its
-warm-up on an even alignment, greedy reading.
+Owns: two spellings (letters, then the tokenizer's pieces), the heads that only training has, the loss with its warm-up
+on an even alignment, greedy decoding. Does not know: the encoder, batches.
 
-A soft token lasts 40 ms and English has 14 letters a second but 5 pieces: letters leave CTC little room for blanks, and
-teach an encoder that knows nothing yet; pieces come next.
+A soft token lasts 40 ms. English has 14 letters a second, which leaves CTC little room for blanks but suits an
+untrained encoder; it has 5 pieces a second, which come next.
 """
 
 from collections.abc import Callable
@@ -22,7 +22,7 @@ ALPHABET = " 'abcdefghijklmnopqrstuvwxyz"
 
 @dataclass(frozen=True)
 class Spelling:
-    """Texts as units, which have numbers from 1 to `units`; 0 is the blank."""
+    """A spelling of texts as units, numbered from 1 to `units`; 0 is the blank."""
 
     units: int
     encode: Callable[[str], list[int]]
@@ -40,7 +40,7 @@ LETTERS = Spelling(
 
 
 def pieces(tokenizer: Tokenizer) -> Spelling:
-    """The tokenizer's ids; that of padding is the blank."""
+    """The tokenizer's ids as units; the id of padding is the blank."""
     return Spelling(tokenizer.vocab_size - 1, cache(tokenizer.encode), lambda units: tokenizer.decode(units).strip())
 
 
@@ -77,7 +77,7 @@ def even_loss(
 
 
 def read(spelling: Spelling, logits: Tensor, counts: list[int]) -> list[str]:
-    """The likeliest unit at each token, repetitions and blanks taken out."""
+    """Greedy decoding: the likeliest unit at each token, without repetitions and blanks."""
     texts = []
     for best in logits.argmax(-1).split(counts):
         runs = torch.unique_consecutive(best).tolist()

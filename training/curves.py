@@ -1,9 +1,9 @@
-"""The curves of a training: its stages' logs as one CSV and one plot, kept in docs/.
+"""Makes one CSV and one plot of a training's logs, which are kept in docs/.
 
     python -m training.curves DATA docs/training          # docs/training.csv and docs/training.svg; needs matplotlib
 
-Owns: how a log is read (the last line of a step counts: a run that was cut off repeats some), how the curves look. Does
-not know: how they came about.
+Owns: how a log is read (the last line of a step counts, as a resumed run repeats some), how the curves look. Does not
+know: how a stage is trained.
 """
 
 import csv

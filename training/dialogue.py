@@ -1,8 +1,8 @@
-"""Conversations for the demonstration model to learn from, made by rule from what this folder holds.
+"""Makes conversations by rule for the demonstration model to learn from.
 
-Owns: typed spellings of spoken texts, whole conversations, which of them are held out, and their ids with the mask of
-what the model says: all through text/prompt.py, so that training sees what the runtime feeds. Does not know: how an
-answer is found (answers.py), batches, soft tokens, losses.
+Owns: typed spellings of spoken texts, whole conversations, which of them are held out, their ids, and the mask of the
+ids that the model writes. Ids come from text/prompt.py, so training sees the prompts of the runtime. Does not know: how
+an answer is found (answers.py), batches, soft tokens, losses.
 """
 
 import hashlib
@@ -64,7 +64,7 @@ SPOKEN = (*COMMANDS, "smalltalk", "numbers", "objects")
 
 @dataclass(frozen=True)
 class Example:
-    """A conversation. accepted: by the index of a message, the answers that are as good as its own."""
+    """A conversation. accepted: index of a message -> answers that are as good as its own."""
 
     kind: str
     messages: tuple[Message, ...]
@@ -94,7 +94,7 @@ def _names() -> frozenset[str]:
 
 
 def typed(text: str, rng: np.random.Generator) -> str:
-    """A spoken text as one may type it: capitals, digits, punctuation, now and then a slip of the finger."""
+    """A spoken text as people type it: capitals, digits, punctuation, sometimes a typing error."""
     if rng.random() < 0.6:
         text = time_in_digits(text) if re.search(r"\b(at|for|alarm|to) ", text) else in_digits(text)
     if rng.random() < 0.3:
@@ -315,7 +315,7 @@ _KINDS = ((_small_talk, 0.36), (_with_tool, 0.34), (_without_tool, 0.13), (_memo
 
 
 def examples(seed: int, held_out: bool = False) -> Iterator[Example]:
-    """Conversations without end; those held out are never among the others, whatever the seed."""
+    """Endless conversations. Held-out ones come only with `held_out`, whatever the seed."""
     rng = np.random.default_rng([seed, 3])
     makers, weights = zip(*_KINDS, strict=True)
     while True:
@@ -325,8 +325,10 @@ def examples(seed: int, held_out: bool = False) -> Iterator[Example]:
 
 
 def is_held_out(example: Example) -> bool:
-    """By a hash of what the user says first: of a command its plain words, so that its sentence is new in every form;
-    of anything else its spelling, for the facts themselves cannot be guessed.
+    """True for a held-out conversation, by a hash of the user's first message.
+
+    For a command its plain words are hashed, so that a held-out sentence is new in every form. For anything else its
+    spelling is hashed, because the facts themselves cannot be guessed.
     """
     first = example.messages[0].content
     if example.kind in ("tool", "no tool"):
@@ -335,7 +337,7 @@ def is_held_out(example: Example) -> bool:
 
 
 def spoken_examples(seed: int) -> Iterator[tuple[str, Example]]:
-    """What is said, and the conversation in which that sound is the first user's turn."""
+    """Endless (text, conversation): the text, spoken, is the conversation's first user turn."""
     rng = np.random.default_rng([seed, 4])
     while True:
         text = _fact(rng) if rng.random() < 0.3 else _sentence(SPOKEN, rng)
@@ -360,8 +362,8 @@ def spoken_example(text: str, rng: np.random.Generator) -> Example | None:
 def render(example: Example, form: ChatFormat, tokenizer: ChatTokenizer) -> tuple[np.ndarray, np.ndarray]:
     """ids int32 [n] of a conversation, mask bool [n]: true where the model has to write that id.
 
-    Just what the runtime has in its context after the last reply, the token that ends it included. Where a user's turn
-    is sound, `<|audio|>` stands for it (`around_sound`).
+    The ids are those in the runtime's context after the last reply, including the token that ends it. `<|audio|>`
+    stands for a user's turn that is sound (`around_sound`).
     """
     ends = [tokenizer.special_tokens[piece] for piece in ("<turn|>", "<|tool_response>")]
     ids = form.prompt_ids(example.messages, tools=example.tools)

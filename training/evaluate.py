@@ -1,4 +1,4 @@
-"""Word error rates on the held-out clips, this project's model beside two known recognisers.
+"""Measures word error rates on the held-out clips, of this project's model and of two known recognisers.
 
     python -m training.evaluate MODEL DATA --out benchmarks/results/speech/2026-11-21.csv
     python -m training.evaluate --table benchmarks/results/speech/2026-11-21.csv --into docs/MODEL_CARD.md
@@ -7,10 +7,10 @@ Owns: which clips are used, the rows, the tables. Does not know: how a recognise
 counted (edge_gemma.measure.wer).
 
 DATA holds clips/SPLIT-VOICE.i16, raw little-endian int16 of 16 kHz mono, and clips/SPLIT-VOICE.jsonl, a line for each
-clip: {"text", "kind", "voice", "engine", "split", "first", "samples"}. Of each file the same clips are taken every
-time: those whose text and voice have the smallest sha256. Every recogniser runs in a process of its own, one after
-another, on the same samples; texts are compared in the same spelling. Real-time factors are medians over the clips of
-seconds (by the clock, and of processor time) for a second of sound. A MODEL of "" is the embedded one.
+clip: {"text", "kind", "voice", "engine", "split", "first", "samples"}. The choice of clips is fixed: those of each file
+whose text and voice have the smallest SHA-256. The recognisers run one after another, each in a process of its own, on
+the same samples. Texts are compared in the same spelling. A real-time factor is the median over the clips of seconds
+(of the clock, or of processor time) for a second of sound. A MODEL of "" is the embedded one.
 """
 
 import argparse
@@ -81,7 +81,7 @@ class Row:
 
 
 def read_clips(data: Path, splits: Sequence[str], limit: int) -> list[Clip]:
-    """The clips that are measured. Raises SystemExit where there are none."""
+    """The clips that are measured. Raises SystemExit if there are none."""
     found: list[Clip] = []
     for listing in sorted((data / "clips").glob("*.jsonl")):
         entries = [json.loads(line) for line in listing.read_text(encoding="utf-8").splitlines()]
@@ -178,7 +178,7 @@ def write_csv(path: Path, table: Iterable[Row]) -> None:
 
 
 def merged(old: Sequence[Row], new: Sequence[Row]) -> list[Row]:
-    """New rows take the place of those of the same system, model and split."""
+    """Rows of both; a new row replaces old ones of the same system, model and split."""
     replaced = {(row.system, row.model, row.split) for row in new}
     return [row for row in old if (row.system, row.model, row.split) not in replaced] + list(new)
 

@@ -1,7 +1,7 @@
-"""What the demonstration model knows by heart: small talk, and short facts made into questions and answers.
+"""The questions that the demonstration model learns by heart, with their answers: small talk and short facts.
 
-Owns: the readers of small_talk.txt and facts.txt, arithmetic and counting, the sentences in which facts are asked.
-Does not know: tools, chat templates. Every question is in the spoken form of `training.texts.spoken`.
+Owns: the readers of small_talk.txt and facts.txt, arithmetic and counting, the wording of questions about facts. Does
+not know: tools, chat templates. Every question is in the spoken form of `training.texts.spoken`.
 """
 
 import re
@@ -12,7 +12,7 @@ from pathlib import Path
 from training.texts import cardinal, spoken
 
 FOLDER = Path(__file__).parent
-LARGEST = 20  # of the numbers it reckons with
+LARGEST = 20  # the largest number in sums and differences
 LANGUAGES = ("german", "french", "spanish", "italian", "chinese", "russian", "japanese", "dutch", "polish", "arabic")
 DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
 MONTHS = (
@@ -183,7 +183,7 @@ _RECKONING = re.compile(r"\b(plus|minus|times|divided by|percent of)\b")
 
 
 def known(text: str) -> tuple[str, ...]:
-    """The answers to a question known by heart, () where there are none. text: in any form."""
+    """The answers to a question known by heart, () if there are none. text: in any form."""
     said = spoken(text).replace("color", "colour")
     for stripped in (said, re.sub(r"^(please|hey|hello|hi) | please$", "", said)):
         if found := small_talk().get(stripped) or knowledge().get(stripped):

@@ -1,12 +1,14 @@
 """The audio tower's forward pass, arranged for training on a CPU: the same arithmetic, compiled for one shape.
 
 Owns: `encode(tower, features, lengths)`, which reads the parameters of a transformers `Gemma4AudioModel` and computes
-what its own `forward` computes, without clip bounds; `span`, the room a clip takes. What is arranged otherwise: the
-clips of a batch lie one after the other on a tape of a fixed length, each on the start of a block of the attention, so
-that torch compiles the pass once, for one shape (at first use: a minute and a C++ compiler; TORCHDYNAMO_DISABLE=1 goes
-without); the convolutions keep their channels last (the reference transposes 400,000 numbers a second of sound twice);
-everything runs in the type of the features (bfloat16 where the machine multiplies it fast).
-Does not know: losses, batches.
+what its own `forward` computes, without clip bounds; `span`, the frames that a clip takes. Does not know: losses,
+batches.
+
+Differences in arrangement: (1) The clips of a batch lie one after the other on a tape of fixed length, each at the
+start of an attention block. So torch compiles the pass once, for one shape (at first use: a minute and a C++ compiler;
+TORCHDYNAMO_DISABLE=1 does without). (2) The convolutions keep their channels last; the reference transposes 400,000
+numbers twice for a second of sound. (3) Everything has the dtype of the features (bfloat16 where the machine multiplies
+it fast).
 
 Source: transformers 5.23 `modeling_gemma4.py` (Gemma4AudioModel).
 """
@@ -27,7 +29,7 @@ FRAMES_A_BLOCK = BLOCK * FRAMES_A_TOKEN
 
 
 def span(frames: int) -> int:
-    """Frames that a clip takes on a tape: whole blocks, the last 2 or more silent, as far as the convolutions look."""
+    """The frames that a clip takes on a tape: whole blocks, with 2 or more silent frames for the convolutions."""
     return -(-(frames + 2) // FRAMES_A_BLOCK) * FRAMES_A_BLOCK
 
 

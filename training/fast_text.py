@@ -2,9 +2,10 @@
 
 Owns: `decode(model, ids, which, soft_tokens)`, which reads the parameters of a transformers
 `Gemma4ForConditionalGeneration` and computes what its own `forward` computes for whole sequences: no cache, no images.
-A row may hold several sequences, one after the other: their rotations differ from those of a sequence alone by where it
-begins, which the products of queries and keys do not see.
 Does not know: the encoder (fast_audio.py), losses.
+
+A row may hold several sequences, one after the other. Their rotary positions start at an offset, which cancels in the
+products of queries and keys.
 
 Source: transformers 5.23 `modeling_gemma4.py` (Gemma4Model, Gemma4TextModel).
 """

@@ -1,11 +1,11 @@
-"""Log-mel features of all clips, clean and augmented, so that training reads them instead of computing them.
+"""Computes log-mel features of all clips, clean and augmented, for training to read.
 
     python -m training.features DATA --copies 3 [--processes 2]
 
 For DATA/clips/<split>-<voice> writes DATA/features/<split>-<voice>-<copy>.f16, raw float16 [frames, 128] of
 edge_gemma.audio.features.log_mel, clips one after the other, and .jsonl: the clip's line with "first_frame" and
-"frames". Copy 0 is clean; the others are augmented by a seed of the file's name and the copy; held-out splits have
-copy 0 only. What is there is kept.
+"frames". Copy 0 is clean; the others are augmented, seeded by the file's name and the copy. Held-out splits have only
+copy 0. Existing files are kept.
 """
 
 import argparse
@@ -54,7 +54,7 @@ def main() -> None:
 
 
 def _copies(split: str, most: int, human: int) -> int:
-    """Held-out splits are clean only; there is little recorded speech, so that it may have more copies."""
+    """The number of copies of a split: 1 if it is held out, `human` for recorded speech, of which there is little."""
     return 1 if split in TESTS else max(most, human) if split == "train_human" else most
 
 

@@ -1,11 +1,11 @@
-"""Last stage: clip bounds from what the layers see, and a checkpoint that the exporter reads.
+"""Last stage: sets clip bounds from observed activations and writes a checkpoint that the exporter reads.
 
 `python -m training.finish DATA` takes DATA/together (or, without it, DATA/speak) and writes DATA/checkpoint: weights in
 bfloat16, configuration, tokenizer. Owns: the bounds. Does not know: how the model was trained.
 
-A Gemma 4 encoder's linears clip what goes in and what comes out. Training leaves the bounds open; here those of the
-output are set to the smallest and largest value seen in clips. Those of the input are the range that is rounded to 8
-bits: they are set where rounding and clipping together lose least.
+A Gemma 4 encoder's linears clip their inputs and outputs. Training leaves the bounds open. Here the output's are set to
+the smallest and largest value seen in clips. The input's are the range that is rounded to 8 bits, so they are set where
+the error of rounding and clipping together is smallest.
 """
 
 import math
@@ -32,7 +32,7 @@ _LOWEST, _OCTAVES, _BINS = -14, 32, 1024  # of the histograms of magnitudes: fro
 
 @dataclass
 class Seen:
-    """What passed through a linear: smallest and largest input and output, and how often which magnitude went in."""
+    """Statistics of a linear: smallest and largest input and output, and a histogram of the inputs' magnitudes."""
 
     bounds: list[float] = field(default_factory=lambda: list(_NOTHING_SEEN))
     magnitudes: Tensor = field(default_factory=lambda: torch.zeros(_BINS))
@@ -53,7 +53,7 @@ class Seen:
 
 
 def least_error(magnitudes: Tensor) -> float:
-    """The limit at which values of these magnitudes, clipped to it and rounded to 127 steps below it, lose least.
+    """The limit with the least error for values of these magnitudes, clipped to it and rounded to 127 steps below it.
 
     A step's error is step^2 / 12 on average; beyond the limit a value loses what exceeds it.
     """
@@ -65,7 +65,7 @@ def least_error(magnitudes: Tensor) -> float:
 
 @torch.no_grad()
 def set_clip_bounds(tower: nn.Module, clips: list[Clip], batch: int = 16) -> None:
-    """From each linear's inputs and outputs; frames of padding are not counted."""
+    """Set the bounds from each linear's inputs and outputs; frames of padding are not counted."""
     linears = [module for module in tower.modules() if isinstance(module, Gemma4ClippableLinear)]
     for linear in linears:
         for name, bound in zip(BOUNDS, _NOTHING_SEEN, strict=True):

@@ -1,8 +1,9 @@
 """First stage: the encoder alone learns to spell what it hears, in letters, then in the tokenizer's pieces.
 
-`python -m training.hear DATA --steps N`: reads DATA/features, keeps DATA/hear/{state.pt,log.csv}; started again, it
-goes on. Owns: the stage's loss and its figure (word errors of what is read off the encoder). Does not know: the
-decoder.
+`python -m training.hear DATA --steps N` reads DATA/features and writes DATA/hear/{state.pt,log.csv}. A second run
+resumes the first.
+
+Owns: the stage's loss and its figure (word errors of greedy CTC decoding). Does not know: the decoder.
 """
 
 from collections.abc import Iterable, Iterator

@@ -1,4 +1,4 @@
-"""One loop for all stages of training: steps, learning rate, log, checkpoints that a killed run goes on from.
+"""The loop of all training stages: steps, learning rate, log, checkpoints from which a killed run is resumed.
 
 Owns: Muon (Jordan et al. 2024) for the matrices of the layers and AdamW for the rest, a warm-up and a cosine, the CSV
 log, `state.pt`. Does not know: what a step computes.
@@ -28,9 +28,9 @@ _SAVE_EVERY = 120.0  # seconds
 
 @dataclass
 class Run:
-    """A stage under way: `modules` are what is trained and what a checkpoint holds.
+    """A running stage. modules: what is trained, and what a checkpoint holds.
 
-    loss_of(step) -> the losses by name, of which "loss" is minimised; it and its gradient are computed within
+    loss_of(step) returns the losses by name; "loss" is minimised. It and its gradient are computed within
     `around(step)`. Learning rate: `warmup` steps up to `rate`, then a cosine down to a fiftieth at `steps`.
     """
 
@@ -131,7 +131,7 @@ class Run:
 
 
 def ahead(items: Iterator[T], count: int = 2) -> Iterator[T]:
-    """The same items, made by another thread while those before are in use. What it raises is raised here."""
+    """The same items, made ahead by another thread, up to `count`. Its exceptions are raised here."""
     made: queue.Queue[tuple[T | None, BaseException | None]] = queue.Queue(count)
 
     def make() -> None:

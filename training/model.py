@@ -3,8 +3,8 @@
 Owns: `build` (random weights), `save`/`load` of a checkpoint in the layout Google ships (bfloat16 safetensors).
 Does not know: how it is trained, what the tokens mean.
 
-Everything of the architecture is there, small: per-layer embeddings, shared keys and values, MLPs of double width in
-the sharing layers, sliding and full attention with proportional RoPE, the causal conformer with clip bounds.
+The model has every part of the architecture, in small: per-layer embeddings, shared keys and values, MLPs of double
+width in the sharing layers, sliding and full attention with proportional RoPE, the causal conformer with clip bounds.
 """
 
 import json

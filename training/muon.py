@@ -1,7 +1,7 @@
 """Muon, an optimizer for matrices: momentum, made orthogonal (Jordan et al. 2024, kellerjordan.github.io/posts/muon).
 
-Owns: torch.optim.Muon's arithmetic with matrices of one shape handled as one: 66 small matrices took the library's
-1,000 products one after the other, a third of a training step. Does not know: which parameters are matrices of layers.
+Owns: torch.optim.Muon's arithmetic, with matrices of one shape stacked. Does not know: which parameters are matrices of
+layers. The library computes 66 small matrices one after the other, 1,000 products, a third of a training step.
 """
 
 import math
@@ -16,8 +16,10 @@ _ITERATIONS = 5
 
 
 class Muon(torch.optim.Optimizer):
-    """Nesterov momentum, its singular values made about one, times 0.2 sqrt(the larger side): as large a step as Adam's
-    (Liu et al. 2025, arXiv:2502.16982), so that both take one learning rate."""
+    """Steps along the Nesterov momentum with its singular values made about one, times 0.2 sqrt(the larger side).
+
+    So a step is as large as Adam's, and both use the same learning rate (Liu et al. 2025, arXiv:2502.16982).
+    """
 
     def __init__(self, params: Iterable[nn.Parameter], lr: float, weight_decay: float = 0.0, momentum: float = 0.95):
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
@@ -46,7 +48,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonal(stacked: Tensor) -> Tensor:
-    """bfloat16 [n, rows, columns] -> the same with singular values of about 0.7 to 1.2."""
+    """Make matrices about orthogonal: bfloat16 [n, rows, columns] to the same with singular values of about 0.7 to 1.2."""
     a, b, c = _COEFFICIENTS
     tall = stacked.shape[1] > stacked.shape[2]
     x = stacked / torch.linalg.vector_norm(stacked, dim=(1, 2), keepdim=True).clamp(min=1e-7)

@@ -1,10 +1,9 @@
-"""All speech data with one command: fetch the sources, then speak every text with every voice.
+"""Makes all speech data with one command: fetches the sources, then speaks every text with every voice.
 
     python -m training.prepare DATA [--engines human,espeak,flite] [--processes 2]
     python -m training.prepare DATA --table
 
-Owns: the order of work, the manifest, the table of what is there. Runs again where it was stopped, keeping what is
-there.
+Owns: the order of work, the manifest, the table of the data. A second run keeps what exists and does the rest.
 """
 
 import argparse

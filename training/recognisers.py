@@ -1,12 +1,12 @@
-"""Speech recognisers to measure, each behind `transcribe(samples) -> text`, and the process one of them is measured in.
+"""The measured speech recognisers, each as `transcribe(samples) -> text`, and the process that runs one of them.
 
     python -m training.recognisers SYSTEM MODEL THREADS    jobs as JSON on standard input, answers on standard output
 
 Owns: how each is loaded and called. Does not know: references, word errors, tables.
 
-`edge_gemma` is this project's own path from samples to text, `edge_gemma-listen` its live path, fed 160 ms at a time as
-a microphone does. The others are used as their documentation shows for a clip: Whisper tiny.en in int8 with
-faster-whisper's defaults (a beam of 5), told that it is English; pocketsphinx with its own English model.
+`edge_gemma` is this project's path from samples to text; `edge_gemma-listen` is its live path, fed 160 ms at a time.
+The others are used as their documentation shows for a clip: Whisper tiny.en in int8 with faster-whisper's defaults (a
+beam of 5) and the language given as English; pocketsphinx with its own English model.
 """
 
 import json
@@ -94,7 +94,7 @@ def read_clip(job: dict[str, Any]) -> np.ndarray:
 
 
 def main() -> None:
-    """One line of JSON an answer, {"text", "seconds", "cpu_s"}; before them the first clip once more, untimed."""
+    """Print a line of JSON for each clip, {"text", "seconds", "cpu_s"}. The first clip is run once before, untimed."""
     system, model, threads = sys.argv[1], sys.argv[2], int(sys.argv[3])
     jobs = json.load(sys.stdin)
     transcribe = SYSTEMS[system](model, threads)

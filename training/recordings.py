@@ -1,6 +1,6 @@
 """The recorded prompts: Debian's asterisk-core-sounds-en-g722, one speaker, 16 kHz, with their transcripts.
 
-Owns: reading the transcripts, leaving out what is no speech, and decoding. Does not know: splits, how clips are stored.
+Owns: reading the transcripts, leaving out what is no speech, decoding. Does not know: splits, how clips are stored.
 """
 
 import gzip
@@ -17,7 +17,7 @@ JOINED = "allison_joined"  # the same recordings one after the other, as a telep
 TRANSCRIPTS = "usr/share/doc/asterisk-core-sounds-en/core-sounds-en.txt.gz"
 SOUNDS = "usr/share/asterisk/sounds/en_US_f_Allison"
 _NO_SPEECH = re.compile(r"^[\[<(].*[\])>]$")
-# Names of telephone channels that are neither words nor spelt the way they are said.
+# Names of telephone channels, which are no words and are not spelt as they are said.
 _UNCLEAR = re.compile(r"^spy-|^astcc|^demo-enterkeywords|^confbridge-binaural")
 _CORRECTIONS = {  # misprints of the transcripts
     "fourtieth": "fortieth",

@@ -1,6 +1,6 @@
-"""Training that 4-bit weights survive: every second step of the last ones computes with the decoder's matrices rounded.
+"""Training for 4-bit weights: in the last steps, every second one computes with the decoder's matrices rounded.
 
-Owns: which matrices, the rounding, and putting the float weights back before the optimiser moves them (the
+Owns: which matrices are rounded, the rounding, and restoring the float weights before the optimiser changes them (the
 straight-through estimator, Bengio et al. 2013). Does not know: losses, the exporter's better search for scales.
 """
 
@@ -14,8 +14,10 @@ GROUP = 32
 
 
 def rounded_to_4_bits(weights: Tensor) -> Tensor:
-    """float32 [..., a multiple of GROUP] at the nearest of the 16 values of each group, as quant/rtn.py has them: the
-    weight of largest magnitude takes -8."""
+    """Round float32 [..., a multiple of GROUP] to the nearest of 16 values for each group, as quant/rtn.py does.
+
+    The weight of largest magnitude becomes -8 steps.
+    """
     groups = weights.unflatten(-1, (-1, GROUP))
     low, high = groups.aminmax(dim=-1, keepdim=True)
     largest = torch.where(high > -low, high, low)
@@ -25,7 +27,7 @@ def rounded_to_4_bits(weights: Tensor) -> Tensor:
 
 
 def matrices(model: nn.Module) -> list[nn.Parameter]:
-    """What the recipe q4 stores in 4 bits: all of the decoder's, embeddings included, but one."""
+    """The matrices that the recipe q4 stores in 4 bits: all of the decoder's but one, embeddings included."""
     named = model.model.language_model.named_parameters()
     return [p for name, p in named if p.dim() == 2 and not name.endswith("per_layer_model_projection.weight")]
 
@@ -33,7 +35,7 @@ def matrices(model: nn.Module) -> list[nn.Parameter]:
 @contextmanager
 @torch.no_grad()
 def rounded(parameters: list[nn.Parameter]) -> Iterator[None]:
-    """Inside, the parameters have their rounded values; what a backward pass inside finds is left in `grad`."""
+    """A context in which the parameters have rounded values. Gradients computed inside stay in `grad`."""
     kept = [parameter.data for parameter in parameters]
     for parameter in parameters:
         parameter.data = rounded_to_4_bits(parameter.data)

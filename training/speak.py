@@ -1,9 +1,11 @@
 """Second stage: the decoder learns to write what the encoder hears, and to answer.
 
-`python -m training.speak DATA --steps N` starts from DATA/hear with the encoder fixed and keeps DATA/speak;
-`--together` starts from DATA/speak, trains encoder and decoder as one and keeps DATA/together. Both go on where they
-were cut off. Owns: examples of speech and of dialogue as ids with a mask, rows of them, the loss, greedy
-transcripts of held-out clips. Does not know: how dialogue is made (dialogue.py), how the encoder was trained (hear.py).
+`python -m training.speak DATA --steps N` starts from DATA/hear with the encoder fixed and writes DATA/speak.
+`--together` starts from DATA/speak, trains encoder and decoder together and writes DATA/together. A second run resumes
+the first.
+
+Owns: examples of speech and of dialogue as ids with a mask, rows of them, the loss, greedy transcripts of held-out
+clips. Does not know: how dialogue is made (dialogue.py), how the encoder was trained (hear.py).
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -32,26 +34,26 @@ from training.model import build, configuration
 from training.rounding import matrices, rounded
 from training.tokenizer import load_tokenizer
 
-ROWS = 6  # of ids in a batch: its speech first (rarely a clip too many), dialogue in what room is left
+ROWS = 6  # rows of ids in a batch: speech first (rarely a clip too many), dialogue in the room that is left
 LONGEST = 384  # ids in a row
 TALK_WEIGHT = 0.5
-SHARE_ANSWERED = 0.15  # of the clips that can be answered: the user's turn is the sound, the reply an answer
+SHARE_ANSWERED = 0.15  # share of the answerable clips whose sound is a user's turn, with an answer
 CTC_WEIGHT = 0.3
-SHARE_WRONG = 0.1  # of the ids before the one to write
-SHORT = (1000, 2.0)  # the first so many steps of the first stage hear clips up to so many seconds
+SHARE_WRONG = 0.1  # share of the earlier ids that are replaced (`misremembered`)
+SHORT = (1000, 2.0)  # (steps, seconds): the first steps of the first stage only hear clips up to that length
 LONG = (10**9, 10.0)
 
 
 @dataclass(frozen=True)
 class Ids:
-    """ids int64 [n], wanted bool [n]: the ids the model has to write."""
+    """ids: int64 [n]. wanted: bool [n], True for the ids that the model has to write."""
 
     ids: np.ndarray
     wanted: np.ndarray
 
 
 class Examples:
-    """Sequences of one tokenizer."""
+    """Makes training sequences with one tokenizer."""
 
     def __init__(self, tokenizer: Tokenizer):
         self.tokenizer = tokenizer
@@ -73,7 +75,7 @@ class Examples:
         return Ids(ids, np.concatenate([before[1], np.zeros(clip_tokens, bool), after[1]]))
 
     def of_speech(self, batch: Batch, rng: np.random.Generator) -> list[Ids]:
-        """A sequence for each clip: most are to be written down, some answered."""
+        """A sequence for each clip: most are transcriptions, some are answers."""
         sequences = []
         for frames, text in zip(batch.lengths, batch.texts, strict=True):
             tokens = tokens_of(frames)
@@ -94,7 +96,10 @@ class Examples:
 
 @dataclass(frozen=True)
 class Rows:
-    """Sequences one after the other, each whole in a row. All int64 or bool [rows, length]; behind: zeros, which -1."""
+    """Sequences one after the other, each whole in a row. Arrays are int64 or bool [rows, length].
+
+    Padding at a row's end has ids of zero and `which` of -1.
+    """
 
     ids: Tensor
     wanted: Tensor
@@ -103,7 +108,7 @@ class Rows:
 
 
 def packed(sequences: Iterable[Ids], rows: int, length: int) -> Rows:
-    """As many of the sequences as find room, in their order."""
+    """As many of the sequences as fit, in their order."""
     ids, wanted = torch.zeros(rows, length, dtype=torch.int64), torch.zeros(rows, length, dtype=torch.bool)
     which, ends = torch.full((rows, length), -1), []
     row = at = 0
@@ -121,10 +126,10 @@ def packed(sequences: Iterable[Ids], rows: int, length: int) -> Rows:
 
 
 def misremembered(rows: Rows, speech: int, rng: np.random.Generator) -> Rows:
-    """The rows with SHARE_WRONG of what is written of the first `speech` sequences replaced by other such ids.
+    """Replace SHARE_WRONG of the written ids of the first `speech` sequences by other written ids.
 
-    What is heard then has to count for more than what usually follows what has been written (word dropout, Bowman et
-    al. 2016): sentences are otherwise learnt by heart.
+    Otherwise the decoder learns sentences by heart; this way the sound has to count for more than the text so far (word
+    dropout, Bowman et al. 2016).
     """
     written = rows.wanted & (rows.which < speech)
     others = rows.ids[written]
@@ -135,14 +140,14 @@ def misremembered(rows: Rows, speech: int, rng: np.random.Generator) -> Rows:
 
 
 def soft_tokens(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-    """What the encoder hears, for the tokens of all clips: [tokens, output_proj_dims], and before `output_proj`."""
+    """The encoder's output for the tokens of all clips: [tokens, output_proj_dims], and that before `output_proj`."""
     tower = model.model.audio_tower
     hidden = encode(tower, batch.features.to(DTYPE), batch.lengths)
     return F.linear(hidden, tower.output_proj.weight.to(DTYPE), tower.output_proj.bias.to(DTYPE)), hidden
 
 
 def logits_at(model: nn.Module, rows: Rows, at: Tensor, heard: Tensor) -> Tensor:
-    """Logits float32 [k, vocabulary] that follow the positions `at`, bool [rows, n]; heard: the soft tokens."""
+    """Logits after the positions `at`, bool [rows, n]: float32 [k, vocabulary]. heard: the soft tokens."""
     hidden = decode(model, rows.ids, rows.which, heard, DTYPE)
     logits = F.linear(hidden[at], model.lm_head.weight.to(DTYPE)).float()
     cap = model.config.text_config.final_logit_softcapping
@@ -152,7 +157,7 @@ def logits_at(model: nn.Module, rows: Rows, at: Tensor, heard: Tensor) -> Tensor
 def losses_of(model: nn.Module, rows: Rows, given: Rows, speech: int, heard: Tensor) -> tuple[Tensor, Tensor]:
     """Mean cross-entropy of the wanted ids, of the first `speech` sequences and of the rest.
 
-    given: the same rows with the ids that the model sees.
+    given: the same rows with the ids that are the model's input.
     """
     before = F.pad(rows.wanted[:, 1:], (0, 1))  # the positions that a wanted id follows
     each = F.cross_entropy(logits_at(model, given, before, heard), rows.ids[rows.wanted], reduction="none")
@@ -163,7 +168,7 @@ def losses_of(model: nn.Module, rows: Rows, given: Rows, speech: int, heard: Ten
 @torch.no_grad()
 @torch.compiler.set_stance("force_eager")
 def transcripts(model: nn.Module, examples: Examples, clips: Sequence[Clip], longest: int = 40) -> list[str]:
-    """Greedy, without a cache of keys and values: simple, for a few clips."""
+    """Greedy transcripts, without a KV cache: simple, for a few clips."""
     batch = make_batch(list(clips))
     heard, _ = soft_tokens(model, batch)
     starts = [examples.transcription(tokens_of(n), "", 0).ids[:-1] for n in batch.lengths]
@@ -192,7 +197,7 @@ def word_errors(model: nn.Module, examples: Examples, clips: dict[str, list[Clip
 
 
 def start(data: Path, together: bool, tokenizer: Tokenizer) -> tuple[nn.Module, nn.Module]:
-    """The model and the head of pieces as the stage before left them."""
+    """The model and the CTC head of pieces from the stage before."""
     special = tokenizer.special_tokens
     ids = {"audio_token_id": "<|audio|>", "boa_token_id": "<|audio>", "eoa_token_index": "<audio|>"}
     model = build(configuration(tokenizer.vocab_size, {name: special[token] for name, token in ids.items()}))
@@ -200,7 +205,7 @@ def start(data: Path, together: bool, tokenizer: Tokenizer) -> tuple[nn.Module, 
     before = last_modules(data / ("speak" if together else "hear"))
     head.load_state_dict(before["head" if together else "pieces"])
     (model if together else model.model.audio_tower).load_state_dict(before["model" if together else "tower"])
-    return model.eval(), head  # nothing in it is random in training
+    return model.eval(), head  # no module of it is random in training
 
 
 @click.command()

@@ -1,10 +1,10 @@
-"""Text to 16 kHz clips by the engines fetched into a data folder: espeak-ng, flite, festival, Pico, Piper, Kokoro.
+"""Speaks texts as 16 kHz clips, with the engines in a data folder: espeak-ng, flite, festival, Pico, Piper, Kokoro.
 
     from training.synthesise import engine
     samples = engine(voice, sources)("set a timer", rng)     # float32 [n] at 16 kHz
 
 Owns: how each engine is run and how rate and pitch vary from clip to clip. Does not know: texts, splits, files.
-The engines are tools: nothing of them becomes part of the package.
+The engines are tools; nothing of them becomes part of the package.
 """
 
 import json
@@ -32,7 +32,7 @@ _QUESTIONS = re.compile(
 
 
 def written(text: str) -> str:
-    """A spoken form as engines should see it: with an end mark, I, and A.M. for "a m" (not the article)."""
+    """A spoken form in the spelling that engines need: an end mark, "I", and "A.M." for "a m"."""
     text = re.sub(r"\b([ap]) m\b", lambda m: f"{m[1].upper()}.M.", text)
     text = re.sub(r"\bi\b", "I", text)
     if len(text) == 1:
@@ -41,7 +41,7 @@ def written(text: str) -> str:
 
 
 def engine(voice: Voice, sources: Path) -> Speak:
-    """A function that speaks with that voice; `sources` is the folder that prepare.py fetched into."""
+    """A function that speaks with a voice. sources: the folder that prepare.py fetched into."""
     makers = {
         "espeak": _espeak, "flite": _flite, "festival": _festival, "pico": _pico, "piper": _piper, "kokoro": _kokoro,
     }  # fmt: skip
@@ -49,7 +49,7 @@ def engine(voice: Voice, sources: Path) -> Speak:
 
 
 def resampled(samples: np.ndarray, rate: float) -> np.ndarray:
-    """float32 at `rate` Hz to RATE."""
+    """Resample float32 [n] from `rate` Hz to RATE."""
     import soxr
 
     if rate == RATE:
@@ -58,7 +58,7 @@ def resampled(samples: np.ndarray, rate: float) -> np.ndarray:
 
 
 def _shift(rng: np.random.Generator) -> float:
-    """A factor by which half of the clips of a natural voice are made another speaker: pitch and formants together."""
+    """A random factor for pitch and formants, to make another speaker of a natural voice; 1 for half the clips."""
     return float(rng.uniform(0.88, 1.14)) if rng.random() < 0.5 else 1.0
 
 

@@ -1,4 +1,4 @@
-"""Sentences of the demonstration model's domain: a seeded grammar, and the one form every transcript has.
+"""Sentences of the demonstration model's domain from a seeded grammar, and the spoken form of every transcript.
 
 Owns: `spoken`, the spelling of numbers, the reader of grammar.txt, and short sentences of running text. Does not know:
 voices, sound, which texts are held out (splits.py).
@@ -78,7 +78,7 @@ _RULES: list[tuple[str, str]] = [
 
 
 def spoken(text: str) -> str:
-    """What one says: lower case, numbers in words, apostrophes kept inside words, no other mark.
+    """A text as it is spoken: lower case, numbers in words, apostrophes kept inside words, no other mark.
 
     "Wake me at 7:05 A.M.!" is "wake me at seven oh five a m". A transcript is compared in this form everywhere.
     """
@@ -222,7 +222,7 @@ BUILT_IN = {
 
 
 def sentences(seed: int) -> Iterator[str]:
-    """Sentences of the grammar without end, in spoken form; short ones come again and again."""
+    """Endless sentences of the grammar, in spoken form; short ones repeat."""
     rng = np.random.default_rng([seed, 1])
     while True:
         text = spoken(grammar().sentence(rng)[1])
@@ -231,7 +231,7 @@ def sentences(seed: int) -> Iterator[str]:
 
 
 def recombined(prompts: list[str], seed: int) -> Iterator[str]:
-    """Recorded prompts in new orders without end: two or three of them, or parts of them, in one breath."""
+    """Endless texts of two or three recorded prompts, or parts of them, in new orders."""
     rng = np.random.default_rng([seed, 2])
     short = [prompt for prompt in prompts if len(prompt) <= 60]
     while True:
@@ -254,7 +254,7 @@ def spoken_words(running_text: str) -> list[str]:
 
 
 def short_sentences(running_text: str, words: set[str], fewest: int = 3, most: int = 10) -> list[str]:
-    """Distinct sentences of that many words, one sentence a line of the text, all of whose words are in `words`."""
+    """Distinct sentences of `fewest` to `most` words, all of them in `words`. The text has a sentence on each line."""
     found: dict[str, None] = {}
     for line in running_text.splitlines():
         if len(line) > 2 * LONGEST or re.search(r"[\d$*#/]", line):
@@ -267,9 +267,9 @@ def short_sentences(running_text: str, words: set[str], fewest: int = 3, most: i
 
 
 def phrases(running_text: str, words: set[str], *, apart_from: set[str], fewest: int = 3) -> list[str]:
-    """Distinct runs of at least so many words, all of them in `words`, as long as can be, one sentence a line.
+    """The longest distinct runs of at least `fewest` words, all of them in `words`. Each line is a sentence.
 
-    Of sentences in `apart_from`, which may be held out, none.
+    Sentences in `apart_from`, which may be held out, are skipped.
     """
     found: dict[str, None] = {}
     for line in running_text.splitlines():
@@ -282,7 +282,7 @@ def phrases(running_text: str, words: set[str], *, apart_from: set[str], fewest:
 
 
 def cut(runs: list[str], rng: np.random.Generator, fewest: int = 3, most: int = 9) -> Iterator[str]:
-    """Without end: some consecutive words of a run, every word of all runs about as likely to be among them."""
+    """Endless pieces of runs: consecutive words, with about the same probability for every word of all runs."""
     split = [run.split() for run in runs]
     likely = np.array([len(run) for run in split], np.float64)
     likely = np.cumsum(likely / likely.sum())
@@ -296,7 +296,7 @@ def cut(runs: list[str], rng: np.random.Generator, fewest: int = 3, most: int = 
 
 
 def around(runs: list[str], rng: np.random.Generator, fewest: int = 2, most: int = 8) -> Iterator[str]:
-    """Without end: any word of all runs, as likely as any other, with some of the words beside it in some run."""
+    """Endless pieces of runs around a word: all words have the same probability, however often they occur."""
     split = [run.split() for run in runs]
     places: dict[str, list[tuple[int, int]]] = {}
     for number, run in enumerate(split):
@@ -315,7 +315,7 @@ def around(runs: list[str], rng: np.random.Generator, fewest: int = 2, most: int
 
 
 def strung(words: list[str], rng: np.random.Generator, most: int = 5) -> Iterator[str]:
-    """Without end: one to `most` words that nothing but chance put together, so that they have to be heard."""
+    """Endless random combinations of one to `most` words, which cannot be guessed and have to be heard."""
     while True:
         yield " ".join(_pick(words, rng) for _ in range(int(rng.integers(1, most + 1))))
 

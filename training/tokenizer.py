@@ -3,14 +3,16 @@
 Owns: the vocabulary (its size, special tokens, what it is learnt from) and the tokenizer files of a Hugging Face
 Gemma 4 checkpoint folder. Does not know: the model.
 
-Of Gemma's form, as the exporter wants it: BPE with byte fallback and no split between special tokens, " " as "▁", every
-split of every piece in the list of merges. Byte fallback costs 256 of the ids, which only rare characters need: without
-it they would become <unk>, and the exporter takes no such vocabulary. So the size is 1280, not 1024: about 890 pieces
-are learnt. More would make sequences shorter still (measured: 1024, 1280, 1536, 2048 ids give 11.6, 10.3, 9.4, 8.1
-pieces for a sentence of 6.6 words), but rare pieces are heard too seldom in hours of speech. They are learnt in two
-rounds: words (with the space before them; digits stay single, as Gemma's do), then whole phrases of what the program
-itself writes into prompts, the instruction of `transcribe` and the syntax of tools, else most of every prompt. What was
-learnt stands in pieces.json, so that a model's vocabulary does not change with the next sentence of the grammar.
+The tokenizer has Gemma's form, which the exporter needs: BPE with byte fallback, no split between special tokens, " "
+as "▁", every split of every piece in the list of merges. Byte fallback takes 256 ids, which only rare characters need;
+without it these would become <unk>, and the exporter refuses such a vocabulary. So the size is 1280, not 1024: about
+890 pieces are learnt. More would make sequences shorter (measured: 1024, 1280, 1536, 2048 ids give 11.6, 10.3, 9.4, 8.1
+pieces for a sentence of 6.6 words), but rare pieces occur too seldom in hours of speech.
+
+Pieces are learnt in two rounds: first words (with the space before them; digits stay single, as in Gemma), then whole
+phrases that the program itself writes into prompts, the instruction of `transcribe` and the syntax of tools, which
+would otherwise be most of every prompt. The result is kept in pieces.json, so a model's vocabulary does not change with
+the next sentence of the grammar.
 """
 
 import argparse
@@ -57,7 +59,7 @@ def words_of(text: str) -> list[str]:
 
 
 def encode(symbols: list[str], rank: dict[str, int]) -> list[str]:
-    """Symbols joined as BPE does: always the adjacent pair of the best piece, from the left."""
+    """Join symbols by BPE: always the adjacent pair that makes the best piece, from the left."""
     while len(symbols) > 1:
         ranks = [rank.get(left + right, len(rank)) for left, right in itertools.pairwise(symbols)]
         best = min(ranks)
@@ -69,7 +71,7 @@ def encode(symbols: list[str], rank: dict[str, int]) -> list[str]:
 
 
 def corpus() -> tuple[Counter[str], Counter[str]]:
-    """Words and how often they occur, segments of what the program writes into prompts and how often."""
+    """(counts of words, counts of the text segments that the program writes into prompts)."""
     words: Counter[str] = Counter()
     segments: Counter[str] = Counter()
     for text in itertools.islice(sentences(0), SENTENCES):
@@ -89,7 +91,7 @@ def corpus() -> tuple[Counter[str], Counter[str]]:
 
 
 class _Unguarded:
-    """Stands in for a tokenizer where a prompt is only wanted as text."""
+    """Replaces a tokenizer where only a prompt's text is needed."""
 
     bos_id, eos_id, pad_id, unk_id = 2, 1, 0, 3
 
@@ -104,7 +106,7 @@ class _Unguarded:
 
 
 def learned_pieces(words: Counter[str], segments: Counter[str], room: int) -> list[str]:
-    """The pieces to be learnt, best first: those of words, then phrases."""
+    """The learnt pieces, best first: those of words, then phrases."""
     of_words = learn({tuple(word): times for word, times in words.items()}, room - PHRASES)
     rank = {piece: index for index, piece in enumerate(of_words)}
     spelled: Counter[tuple[str, ...]] = Counter()

@@ -1,7 +1,7 @@
-"""What a command wants: rules from its words to an intent with its arguments.
+"""Understands commands: rules from the words of a command to an intent with its arguments.
 
-Owns: numbers and times of day from words to digits, the rules, the topic of a command that no rule takes. Does not
-know: tools, how an intent is answered. It is written against the commands of grammar.txt.
+Owns: numbers and times of day from words to digits, the rules, the topic of a command that no rule matches. Does not
+know: tools, how an intent is answered. The rules are written for the commands of grammar.txt.
 """
 
 import re
@@ -81,7 +81,7 @@ _UNITS = {"second": 1 / 60, "minute": 1, "hour": 60}
 
 
 def minutes(duration: str) -> int | float | None:
-    """How many minutes a duration in spoken form has."""
+    """The minutes of a duration in spoken form, None for a text that is no duration."""
     if duration in _DURATIONS:
         return _DURATIONS[duration]
     total = 0.0
@@ -103,7 +103,7 @@ _AFTER = re.compile(r"(?: (?:please|right now|now|for me|thanks|thank you|if you
 
 
 def plain(text: str) -> str:
-    """Spoken form without its politeness."""
+    """The spoken form without polite phrases."""
     said = spoken(text).replace("color", "colour")
     return _AFTER.sub("", _BEFORE.sub("", said)) or said
 
@@ -194,7 +194,7 @@ def _rules() -> list[tuple[str, re.Pattern[str]]]:
 
 
 def understand(text: str) -> Intent | None:
-    """The intent of a command in any form, None where no rule takes it."""
+    """The intent of a command in any form, None if no rule matches."""
     said = plain(text)
     for kind, pattern in _rules():
         if (found := pattern.fullmatch(said)) and (arguments := _arguments(kind, found)) is not None:

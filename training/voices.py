@@ -1,7 +1,7 @@
 """The voices: engine, settings, how many minutes each speaks for training, and which are never trained on.
 
-Owns: the table, in the order in which the voices are spoken: cheap engines first, the neural ones in portions of a few
-minutes, so that training can start and find more each time it looks. Does not know: how an engine is run
+Owns: the table, in the order in which clips are made: cheap engines first, the neural ones in portions of a few
+minutes, so that training can start early and finds more clips later. Does not know: how an engine is run
 (synthesise.py).
 """
 
@@ -24,7 +24,7 @@ class Voice:
 
 
 def seen(voice: Voice) -> bool:
-    """Whether models train on this voice."""
+    """True if models train on this voice."""
     return voice.minutes > 0
 
 

@@ -229,7 +229,7 @@ def transcripts(folder: Path) -> list[tuple[Path, str]]:
 
 @dataclass(frozen=True)
 class WordErrors:
-    """Counted errors. wer: errors for each word said, 0.05 is 5%; None if nothing was said. failed: unreadable files."""
+    """Counted errors. wer: errors for a word said, 0.05 is 5%; None if nothing was said. failed: unreadable files."""
 
     wer: float | None
     words: int
