@@ -48,7 +48,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonal(stacked: Tensor) -> Tensor:
-    """Make matrices about orthogonal: bfloat16 [n, rows, columns] to the same with singular values of about 0.7 to 1.2."""
+    """Make matrices about orthogonal: bfloat16 [n, rows, columns] to the same with singular values of 0.7 to 1.2."""
     a, b, c = _COEFFICIENTS
     tall = stacked.shape[1] > stacked.shape[2]
     x = stacked / torch.linalg.vector_norm(stacked, dim=(1, 2), keepdim=True).clamp(min=1e-7)
