@@ -47,19 +47,19 @@ class Engine:
 
     def __init__(
         self,
-        path: Path,
-        model: type[NativeModel | OnnxModel] = NativeModel,
+        folder: ModelFolder,
+        runner: type[NativeModel | OnnxModel] = NativeModel,
         *,
         context: int | None = None,
         threads: int | None = None,
         kv_dtype: str | None = None,
     ) -> None:
-        """path: a folder as `model` opens it. model: the class that runs it. The other arguments as in `load`."""
+        """folder: opened by `runner.folder_type`. runner: the class that runs it. The other arguments as in `load`."""
         from edge_gemma import kernels
 
-        self._read(model.folder_type.open(path), context)
+        self._read(folder, context)
         self._threads = kernels.checked_threads(threads)
-        self._model = model(self._folder, threads=self._threads, kv_dtype=kv_dtype)
+        self._model = runner(folder, threads=self._threads, kv_dtype=kv_dtype)
 
     def _read(self, folder: ModelFolder, context: int | None) -> None:
         """Everything but the weights."""
@@ -103,8 +103,9 @@ class Engine:
             integer("threads", threads, 1)
         require("backend", backend, backend is None or is_one_of(backend, ("onnx",)), "onnx or none")
         try:
-            path = find.resolve(model, progress)
-            return cls(path, _BACKENDS[backend or "native"], context=context, threads=threads, kv_dtype=kv_dtype)
+            runner = _BACKENDS[backend or "native"]
+            folder = runner.folder_type.open(find.resolve(model, progress))
+            return cls(folder, runner, context=context, threads=threads, kv_dtype=kv_dtype)
         except OSError as error:
             raise ModelFolderError(f"{error.filename or model}: {error.strerror or error}") from None
 
