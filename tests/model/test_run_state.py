@@ -23,7 +23,7 @@ def spoil(state: RunState) -> None:
 
 def assert_memory_does_not_show(folder: Path) -> None:
     with Engine.load(folder, context=256) as engine:
-        decoder, ids = engine._decoder, np.arange(3, 30) % engine.config.vocab_size
+        decoder, ids = engine._model.decoder, np.arange(3, 30) % engine.config.vocab_size
         state = RunState(decoder.config, 40)
         for n, keep in ((27, 0), (27, 1), (5, 5), (1, 1)):
             fresh, used = (KVCache(decoder.config, 64, 64, "float32") for _ in range(2))
