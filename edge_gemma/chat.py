@@ -6,9 +6,8 @@ screens, files.
 """
 
 import functools
-import itertools
 import threading
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, Unpack
@@ -30,6 +29,7 @@ from edge_gemma.generation.generate import (
 from edge_gemma.generation.reply import Reply
 from edge_gemma.generation.sampler import Sampler, Sampling, Settings
 from edge_gemma.session import Timeline
+from edge_gemma.text.fitting import LEAST_ROOM, fitting
 from edge_gemma.text.message import Message, as_messages
 from edge_gemma.text.prompt import THINKING, ChatFormat, Prompt, audio_marks
 from edge_gemma.text.reply import Piece
@@ -37,9 +37,6 @@ from edge_gemma.text.session_file import Kind, Transcript
 from edge_gemma.text.tool_declaration import Tool, declared
 
 CONTINUATION_TOKENS = 128  # a base model seldom stops by itself
-_LEAST_ROOM = 16  # tokens an answer must have, or the message counts as too long
-_CHARACTERS = 4.0  # of a token, for a first guess at a prompt's length
-_TURN_CHARACTERS = 16  # what a template puts around a message
 
 Said = str | Message | Mapping[str, Any] | Any  # what `send` takes; Any: samples, as audio/samples.py has them
 
@@ -366,40 +363,14 @@ class Chat(Conversation):
         self._first = 0
 
     def _fit(self, messages: list[Message]) -> tuple[int, Prompt]:
-        """The first message that goes into the prompt, and the prompt.
-
-        Everything from `_first` on if that leaves `reserve`; else from the oldest later turn on that leaves half of the
-        context, or the newest. A prompt is the longer the earlier it begins, and to make one takes long: few are made.
-        """
-        context, reserve, first = self.session.context, self.reserve, min(self._first, len(messages))
-        starts = [first, *(i for i, m in enumerate(messages) if i > first and m.role == "user")]
-        newest = len(starts) - 1
-        sizes = (len(m.content) + _CHARACTERS * sum(map(len, m.clips)) + _TURN_CHARACTERS for m in reversed(messages))
-        characters = [*itertools.accumulate(sizes, initial=0)][::-1]  # from a message to the end
-
-        @functools.cache
-        def prompt_from(at: int) -> Prompt:
-            return self._prompt(messages, starts[at])
-
-        def fits(at: int, room: int) -> bool:
-            return len(prompt_from(at)) + room <= context
-
-        def guess(tokens: float, per_token: float = _CHARACTERS) -> int:
-            return min(newest, sum(characters[start] > tokens * per_token for start in starts))
-
-        at, step = guess(context - reserve), 1
-        while at and fits(at, reserve):
-            at, step = max(0, at - step), 2 * step
-        if at or not fits(at, reserve):
-            per_token = characters[starts[at]] / len(prompt_from(at))
-            at = first_that(lambda at: fits(at, context // 2), newest, guess(context // 2, per_token))
-        prompt = prompt_from(at)
-        if len(prompt) + min(reserve, _LEAST_ROOM) > context:
-            raise ContextFullError(
-                f"this message makes a prompt of {len(prompt)} tokens, the context holds {context} with the answer: "
-                "shorten it or use a larger --context"
-            )
-        return starts[at], prompt
+        """The first message that goes into the prompt, and the prompt."""
+        return fitting(
+            messages,
+            self._first,
+            functools.partial(self._prompt, messages),
+            context=self.session.context,
+            reserve=self.reserve,
+        )
 
     def _prompt(self, messages: list[Message], first: int) -> Prompt:
         system = [Message("system", self.system)] if self.system else []
@@ -425,7 +396,7 @@ class Continuation(Conversation):
         context, text = self.session.context, asked[0].content
         if text or not self._ids:
             prompt = self._encode(text)
-            if not prompt or len(prompt) + min(_LEAST_ROOM, context // 4) > context:
+            if not prompt or len(prompt) + min(LEAST_ROOM, context // 4) > context:
                 raise ContextFullError(
                     f"the text has {len(prompt)} tokens, the context holds {context} with what follows: "
                     "shorten it or use a larger --context"
@@ -477,20 +448,3 @@ def open_conversation(
     if unused := [name for name, value in given.items() if value]:
         raise UsageError(f"without a chat template there is no place for {' and '.join(unused)}: leave that out")
     return Continuation(engine, messages=earlier.messages, **options)
-
-
-def first_that(holds: Callable[[int], bool], last: int, guess: int) -> int:
-    """The least i from 0 to `last` for which `holds`, `last` where it holds for none; it holds for all that follow one
-    for which it does. Few are asked, the fewer the nearer the guess.
-    """
-    least, most = 0, last  # between which it lies
-    step, i = 1, min(guess, last - 1)
-    while least < most:
-        if not least <= i < most:
-            i = (least + most) // 2
-        if holds(i):
-            most, i = i, i - step
-        else:
-            least, i = i + 1, i + step
-        step *= 2
-    return most

@@ -9,10 +9,11 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from edge_gemma.chat import Chat, Continuation, first_that, open_conversation
+from edge_gemma.chat import Chat, Continuation, open_conversation
 from edge_gemma.errors import ContextFullError, UsageError
 from edge_gemma.folder.find import EMBEDDED
 from edge_gemma.generation.sampler import Sampling
+from edge_gemma.text.fitting import first_that
 from edge_gemma.text.message import Message
 from edge_gemma.text.session_file import SessionFile, Transcript
 from tests.fakes import TEMPLATE, FakeEngine, FakeSession, FakeTokenizer, reply
