@@ -7,7 +7,8 @@ screens, files.
 
 import functools
 import threading
-from collections.abc import Generator, Iterator, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, Unpack
@@ -15,7 +16,7 @@ from typing import Any, ClassVar, Protocol, Unpack
 import numpy as np
 
 from edge_gemma.arguments import integer, require, texts
-from edge_gemma.errors import ContextFullError, UsageError
+from edge_gemma.errors import ContextFullError, EdgeGemmaError, UsageError
 from edge_gemma.generation.generate import (
     Generation,
     Progress,
@@ -30,11 +31,11 @@ from edge_gemma.generation.reply import Reply
 from edge_gemma.generation.sampler import Sampler, Sampling, Settings
 from edge_gemma.session import Timeline
 from edge_gemma.text.fitting import LEAST_ROOM, fitting
-from edge_gemma.text.message import Message, as_messages
+from edge_gemma.text.message import Message, as_messages, sound_and_rate
 from edge_gemma.text.prompt import THINKING, ChatFormat, Prompt, audio_marks
 from edge_gemma.text.reply import Piece
 from edge_gemma.text.session_file import Kind, Transcript
-from edge_gemma.text.tool_declaration import Tool, declared
+from edge_gemma.text.tool_declaration import Tool, checked
 
 CONTINUATION_TOKENS = 128  # a base model seldom stops by itself
 
@@ -52,7 +53,9 @@ class ChatEngine(Protocol):
     def generation_config(self) -> dict[str, Any]: ...  # noqa: D102
     @property
     def name(self) -> str: ...  # noqa: D102
-    def hear(self, source: Any) -> tuple[np.ndarray, ...]: ...  # noqa: D102
+    def hear(  # noqa: D102
+        self, source: Any, *, rate: int | None = None, note: Callable[[str], None] = ...
+    ) -> tuple[np.ndarray, ...]: ...
     def session(self, context: int | None = None) -> Timeline: ...  # noqa: D102
 
 
@@ -66,13 +69,13 @@ class Conversation:
         self,
         engine: ChatEngine,
         *,
-        messages: Sequence[Message | Mapping[str, Any]] = (),
+        history: Sequence[Message | Mapping[str, Any]] = (),
         sampling: Sampling | None = None,
         max_tokens: int | None = None,
-        stop_strings: Sequence[str] = (),
+        stop: Sequence[str] = (),
         progress: Progress | None = None,
     ) -> None:
-        """messages: an earlier conversation of this kind to go on with, its system turn left out.
+        """history: an earlier conversation of this kind to go on with, its system turn left out.
 
         Raises UsageError for arguments of other kinds.
         """
@@ -81,40 +84,55 @@ class Conversation:
         require("sampling", sampling, isinstance(sampling, Sampling), "a Sampling")
         self.session = engine.session()
         self.tokenizer = engine.tokenizer
-        self.messages: list[Message] = as_messages(messages)
+        self.messages: list[Message] = as_messages(history, "history")
         self.max_tokens = None if max_tokens is None else integer("max_tokens", max_tokens, 1)
         self.last: Result | None = None
-        self._name = engine.name
+        self._engine, self._name = engine, engine.name
         self._sampler = Sampler(sampling)
         self._stop_ids = stop_ids_of(engine.generation_config, engine.tokenizer)
-        self._stop_strings, self._progress = texts("stop_strings", stop_strings), progress
+        self._stop_strings, self._progress = texts("stop", stop), progress
         self._replying, self._sending = threading.Lock(), threading.Lock()
         self._unread: Reply | None = None
+        self._latest: weakref.ref[Reply] | None = None
         self._held: list[Sound] = []  # what the session has heard
 
     def send(self, *said: Said) -> Reply:
         """Say something; the reply, which is written while it is read.
 
-        said: a text is the user's, and so is a sound (samples of 16 kHz, a Path, a file's bytes, an open file): it is
-        encoded at once, and belongs to a text right before it. Messages (Message, or dicts in OpenAI's form) may have
-        any role: several tools' results, for example. Nothing: go on from the transcript. A reply that nobody has begun
-        to read is read to its end when the next message is sent.
+        said: a text is the user's, and so is a sound (samples of 16 kHz, samples with their rate as (samples, rate), a
+        Path, a file's bytes, an open file). A sound is encoded at once, and belongs to a text right before it. Messages
+        (Message, or dicts in OpenAI's form) may have any role: several tools' results, for example. Nothing: go on from
+        the transcript. A reply that nobody has begun to read is read to its end when the next message is sent.
 
         However a reply ends, the transcript is whole: what was said of it is kept, and where nothing was, what it
-        replies to is taken back too. Raises UsageError while another reply is being written and for what is no message;
-        reading the reply raises ContextFullError if what was said does not fit.
+        replies to is taken back too. Raises UsageError while another reply is being written and for what is no message.
+        Raises the error of a reply that nobody had read; what is said now is then not sent, and may be sent again.
+        Reading the reply raises ContextFullError if what was said does not fit.
         """
-        asked = self._asked(said)
+        notes: list[str] = []
+        asked = self._asked(said, notes.append)
+        if not asked and not self.messages:
+            raise UsageError("there is nothing to reply to, expected a message")
         if not self._sending.acquire(blocking=False):  # two threads would each forget the other's reply
             raise _busy()
         try:
             self._finish_unread()
             if self._replying.locked():
                 raise _busy()
-            self._unread = reply = Reply(functools.partial(self._begin, asked))
+            self._unread = reply = Reply(functools.partial(self._begin, asked, notes))
+            self._latest = weakref.ref(reply)
             return reply
         finally:
             self._sending.release()
+
+    def stop(self) -> None:
+        """End the reply that is being written, as `Reply.stop` does, from any thread: for one that was lost on the way.
+
+        An unread reply is ended too. Without a reply nothing happens.
+        """
+        reply = self._latest() if self._latest else None
+        if reply is not None:
+            reply.stop()
 
     def reset(self) -> None:
         """Start anew; the session is kept for what the next prompt shares with it. A reply not begun never will be.
@@ -134,30 +152,44 @@ class Conversation:
     def save(self, path: Path | str) -> None:
         """Write what was said so far to a file that `open` reads, whole or not at all. A file there is replaced.
 
-        A reply that nobody has begun to read is read to its end first. Raises UsageError where the file cannot be
-        written.
+        A reply that nobody has begun to read is read to its end first; if that fails, the file is written without it
+        and its error is raised. What is being written of a reply is not in the file. Raises UsageError where the file
+        cannot be written.
         """
-        self._finish_unread()
+        failed: EdgeGemmaError | None = None
+        try:
+            self._finish_unread()
+        except EdgeGemmaError as error:
+            failed = error
         try:
             self.transcript(self._name).save(path)
         except OSError as error:
             raise UsageError(f"the conversation cannot be saved: {path}: {error.strerror or error}") from None
+        if failed is not None:
+            raise failed
 
     def _finish_unread(self) -> None:
-        """Read a reply that nobody has begun to read to its end."""
-        if self._unread is not None:
-            self._unread.result()
+        """Read a reply that nobody has begun to read to its end. Raises its error, and says whose it is."""
+        if (unread := self._unread) is None:
+            return
+        try:
+            unread.result()
+        except EdgeGemmaError as error:
+            raise type(error)(f"the reply before this, which nobody had read, failed: {error}") from None
 
-    def _asked(self, said: Sequence[Said]) -> list[Message]:
-        """Raises UsageError for what is no message."""
+    def _asked(self, said: Sequence[Said], note: Callable[[str], None]) -> list[Message]:
+        """note: told what is wrong with a sound. Raises UsageError for what is no message."""
         raise NotImplementedError
 
     def _pieces(self, asked: list[Message], result: Result, stopping: threading.Event) -> Generator[Piece, None, None]:
         """Write the reply to `asked`."""
         raise NotImplementedError
 
-    def _begin(self, asked: list[Message], result: Result, stopping: threading.Event) -> Generator[Piece, None, None]:
+    def _begin(
+        self, asked: list[Message], notes: list[str], result: Result, stopping: threading.Event
+    ) -> Generator[Piece, None, None]:
         with self._alone():
+            yield from (Piece("notice", note) for note in notes)
             yield from self._pieces(asked, result, stopping)
 
     @contextmanager
@@ -203,7 +235,7 @@ class Conversation:
 
 def _busy() -> UsageError:
     return UsageError(
-        "this conversation is writing a reply: read that to its end or stop() it, or talk in a second conversation"
+        "this conversation is writing a reply: read that to its end or call stop(), or talk in a second conversation"
     )
 
 
@@ -223,31 +255,32 @@ class Chat(Conversation):
         system: str | None = None,
         think: bool = False,
         tools: Sequence[Tool] | None = None,
-        messages: Sequence[Message | Mapping[str, Any]] = (),
+        history: Sequence[Message | Mapping[str, Any]] = (),
         sampling: Sampling | None = None,
         max_tokens: int | None = None,
-        stop_strings: Sequence[str] = (),
+        stop: Sequence[str] = (),
         progress: Progress | None = None,
     ) -> None:
         """tools: OpenAI's function declarations, or Python functions (text/tool_declaration.py), which are declared
-        and not run. messages: as in Conversation; a system message in front is taken for `system`.
+        and not run. history: as in Conversation; a system message in front is taken for `system`. Raises UsageError
+        too for tools or think if the chat template has no place for them.
         """
         super().__init__(
-            engine, messages=messages, sampling=sampling, max_tokens=max_tokens, stop_strings=stop_strings,
-            progress=progress,
-        )  # fmt: skip
+            engine, history=history, sampling=sampling, max_tokens=max_tokens, stop=stop, progress=progress
+        )
         if engine.chat_template is None:
             raise UsageError("this is a base model without a chat template: use Engine.generate, or Continuation")
         require("system", system, isinstance(system, str | None), "a text")
+        require("think", think, isinstance(think, bool), "True or False")
         if self.messages and self.messages[0].role in ("system", "developer"):
             require("system", system, system is None, "none beside a history that begins with a system message")
             system = self.messages.pop(0).content
         self.system, self.think = system, think
-        self.tools: Sequence[Mapping[str, Any]] | None = None if tools is None else declared(tools)
-        self._hear = engine.hear
+        self.tools: Sequence[Mapping[str, Any]] | None = None if tools is None else checked(tools)
         self._format = ChatFormat(engine.chat_template, engine.tokenizer)
+        self._format.check(self.tools, think)
         self._first = 0  # the oldest message still in the prompt
-        self._sound_at = 0  # where the clip that is heard now begins
+        self._sound_at: int | None = None  # where the clip that is heard now begins, None: the session has moved on
 
     @property
     def can_think(self) -> bool:
@@ -282,13 +315,17 @@ class Chat(Conversation):
             raise UsageError(f"the conversation cannot be read: {path}: {error.strerror or error}") from None
         chosen = Sampling.from_generation_config(engine.generation_config, **sampling)
         chat = open_conversation(
-            engine, earlier=earlier, tools=tools, think=think, sampling=chosen, max_tokens=max_tokens, stop_strings=stop
+            engine, earlier=earlier, tools=tools, think=think, sampling=chosen, max_tokens=max_tokens, stop=stop
         )
         if not isinstance(chat, cls):
             raise UsageError(f"{path} is no chat, and the model has no chat template: take another model")
         return chat
 
-    def _asked(self, said: Sequence[Said]) -> list[Message]:
+    def belongs_to(self, engine: ChatEngine) -> bool:
+        """Whether this chat was made by `engine`."""
+        return self._engine is engine
+
+    def _asked(self, said: Sequence[Said], note: Callable[[str], None]) -> list[Message]:
         asked: list[Message] = []
         text = None  # that was given right before
         for entry in said:
@@ -297,11 +334,14 @@ class Chat(Conversation):
             elif isinstance(entry, Message | Mapping):
                 asked, text = [*asked, *as_messages([entry])], None
             else:
-                heard = Message("user", text or "", media=("audio",), clips=self._hear(entry))
+                sound, rate = sound_and_rate(entry)
+                clips = self._engine.hear(sound, rate=rate, note=note)
+                heard = Message("user", text or "", media=("audio",), clips=clips)
                 asked, text = [*(asked if text is None else asked[:-1]), heard], None
         return asked
 
     def _pieces(self, asked: list[Message], result: Result, stopping: threading.Event) -> Generator[Piece, None, None]:
+        self._sound_at = None
         prompt, notice = self._fitted(asked)
         if notice:
             yield Piece("notice", notice)
@@ -345,22 +385,25 @@ class Chat(Conversation):
         """`clip`, heard since the last of these calls, has ended; another one of the same message begins."""
         opening, _, closing = audio_marks(self.tokenizer)
         self.session.prefill([closing, opening])
-        self._sound_at += len(clip) + 2
+        if self._sound_at is not None:
+            self._sound_at += len(clip) + 2
 
     def answer_sound(self, message: Message) -> Reply:
-        """The reply to a message whose clips `session` has heard since `begin_sound`."""
-        at = self._sound_at
-        for clip in reversed(message.clips[:-1]):
-            at -= len(clip) + 2
-        for clip in message.clips:
-            self._held.append((at, clip))
-            at += len(clip) + 2
+        """The reply to a message whose clips `session` has heard since `begin_sound`.
+
+        Where the chat was used meanwhile, the session holds something else, and the sound is prefilled again.
+        """
+        if (at := self._sound_at) is not None:
+            at -= sum(len(clip) + 2 for clip in message.clips[:-1])
+            for clip in message.clips:
+                self._held.append((at, clip))
+                at += len(clip) + 2
         return self.send(message)
 
     def reset(self) -> None:
         """As `Conversation.reset`: the next prompt begins with the next message."""
         super().reset()
-        self._first = 0
+        self._first, self._sound_at = 0, None
 
     def _fit(self, messages: list[Message]) -> tuple[int, Prompt]:
         """The first message that goes into the prompt, and the prompt."""
@@ -388,7 +431,7 @@ class Continuation(Conversation):
         said = [i for i, message in enumerate(self.messages) if message.role == "user"]
         self._ids = self._encode("".join(m.content for m in self.messages[said[-1] :])) if said else []
 
-    def _asked(self, said: Sequence[Said]) -> list[Message]:
+    def _asked(self, said: Sequence[Said], note: Callable[[str], None]) -> list[Message]:
         require("what is said", said, len(said) == 1 and isinstance(said[0], str), "one text, for a base model")
         return [Message("user", str(said[0]))]
 
@@ -443,8 +486,8 @@ def open_conversation(
         raise UsageError(f"the conversation is a {earlier.kind}: go on with {needs[earlier.kind]}, or start a new one")
     if kind is Chat:
         system = earlier.system if system is None else system
-        return Chat(engine, messages=earlier.messages, system=system, think=think, tools=tools, **options)
+        return Chat(engine, history=earlier.messages, system=system, think=think, tools=tools, **options)
     given = {"a system prompt": system, "thinking": think, "tools": tools}
     if unused := [name for name, value in given.items() if value]:
         raise UsageError(f"without a chat template there is no place for {' and '.join(unused)}: leave that out")
-    return Continuation(engine, messages=earlier.messages, **options)
+    return Continuation(engine, history=earlier.messages, **options)

@@ -136,9 +136,7 @@ class Engine:
         that cannot be served; reading the reply raises ContextFullError for a prompt that does not fit.
         """
         chosen = Sampling.from_generation_config(self.generation_config, **sampling)
-        conversation = talk.open_conversation(
-            self, system=system, sampling=chosen, max_tokens=max_tokens, stop_strings=stop
-        )
+        conversation = talk.open_conversation(self, system=system, sampling=chosen, max_tokens=max_tokens, stop=stop)
         return conversation.send(prompt)
 
     def chat(
@@ -160,8 +158,8 @@ class Engine:
         """
         chosen = Sampling.from_generation_config(self.generation_config, **sampling)
         return talk.Chat(
-            self, system=system, tools=tools, messages=history, think=think, sampling=chosen, max_tokens=max_tokens,
-            stop_strings=stop,
+            self, system=system, tools=tools, history=history, think=think, sampling=chosen, max_tokens=max_tokens,
+            stop=stop,
         )  # fmt: skip
 
     @property

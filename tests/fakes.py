@@ -143,7 +143,7 @@ class FakeEngine:
         scripts = [reply(r) if isinstance(r, str) else list(r) for r in replies or ("ok",)]
         self.timeline = FakeSession(scripts, context)
 
-    def hear(self, source: object) -> tuple[np.ndarray, ...]:
+    def hear(self, source: object, **options: object) -> tuple[np.ndarray, ...]:
         raise UsageError("this model was not made for speech")
 
     def session(self, context: int | None = None) -> FakeSession:

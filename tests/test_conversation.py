@@ -71,7 +71,7 @@ MESSAGES = st.lists(st.builds(Message, ROLES, SAID), max_size=30)
 def test_the_same_turns_are_kept_as_if_they_were_left_out_one_by_one(
     messages, last, context, first, system, max_tokens
 ):
-    chat = Chat(FakeEngine(context=context), messages=messages, system=system, max_tokens=max_tokens)
+    chat = Chat(FakeEngine(context=context), history=messages, system=system, max_tokens=max_tokens)
     chat._first = min(first, len(messages))
     messages = [*messages, Message("user", last)]
     assert outcome(chat._fit, messages) == outcome(oldest_turns_left_out_one_by_one, chat, messages)
@@ -93,7 +93,7 @@ def test_the_first_that_holds_is_found_near_the_guess(first, last, guess):
 )
 def test_a_long_conversation_is_resumed_with_few_renderings(monkeypatch, turns, text):
     messages = [m for _ in range(turns) for m in (Message("user", text), Message("assistant", "It is on now."))]
-    chat = Chat(FakeEngine(context=4096), messages=messages, system="Be brief.")
+    chat = Chat(FakeEngine(context=4096), history=messages, system="Be brief.")
     rendered = []
     render = chat._format.render
     monkeypatch.setattr(chat._format, "render", lambda m, **options: rendered.append(len(m)) or render(m, **options))

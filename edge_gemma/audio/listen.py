@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from edge_gemma.arguments import require
 from edge_gemma.audio import segments as cut
 from edge_gemma.audio.features import SAMPLE_RATE
 from edge_gemma.audio.files import AudioFile
@@ -88,6 +89,8 @@ class Listener:
             raise UsageError("language and translate_to mean nothing beside ask: say it in system, or leave them out")
         if system is not None and not ask:
             raise UsageError("system means nothing without ask: leave it out")
+        good = chat is None or (isinstance(chat, Chat) and chat.belongs_to(engine))
+        require("chat", chat, good, "a Chat of this engine: engine.chat() makes one")
         if chat is not None and (ask or self.task != Task() or num_beams is not None):
             raise UsageError("ask, language, translate_to and num_beams mean nothing beside chat: leave them out")
         self._detector = detector or (lambda: open_detector(note))

@@ -112,7 +112,7 @@ def chat(model: str | None, session_file: Path | None, **given: Any) -> None:
         think=given["think"] or given["show_thinking"],
         sampling=_sampling_of(engine, given),
         max_tokens=given["max_tokens"],
-        stop_strings=given["stop"],
+        stop=given["stop"],
         progress=screen.prefilled,
     )
     ChatLoop(conversation, screen, model=engine.name, session_file=file).run()
@@ -152,7 +152,7 @@ def run(model: str | None, prompt: str, raw: bool, as_json: bool, **given: Any) 
         think=given["think"] or given["show_thinking"],
         sampling=_sampling_of(engine, given),
         max_tokens=given["max_tokens"],
-        stop_strings=given["stop"],
+        stop=given["stop"],
         progress=screen.prefilled,
     )
     if not raw and not isinstance(conversation, Chat):

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from edge_gemma.arguments import is_one_of, require, shown
+from edge_gemma.arguments import is_number, is_one_of, require, shown
 from edge_gemma.errors import UsageError
 from edge_gemma.text.tool_call import ToolCall
 
@@ -42,7 +42,8 @@ class Message:
         require("a message's tool_calls", calls, good, "a tuple of ToolCall, of a name and a dict of arguments")
         good = isinstance(media, tuple) and all(is_one_of(kind, ("image", "audio")) for kind in media)
         require("a message's media", media, good, "a tuple of image and audio")
-        good = isinstance(self.clips, tuple) and (not self.clips or media.count("audio") == 1)
+        good = isinstance(self.clips, tuple) and all(getattr(clip, "ndim", 0) == 2 for clip in self.clips)
+        good = good and (not self.clips or media.count("audio") == 1)
         require("a message's clips", self.clips, good, "a tuple of soft tokens, beside one audio in media")
 
     def as_dict(self) -> dict[str, Any]:
@@ -98,21 +99,32 @@ def _call(entry: Any) -> ToolCall:
     return ToolCall(function["name"], given)
 
 
-def check_messages(messages: Any) -> None:
-    """Raises UsageError unless `messages` are Messages, several of them."""
-    _check_list(messages)
+def check_messages(messages: Any, name: str = "messages") -> None:
+    """Raises UsageError unless `messages`, which the caller calls `name`, are a list of Messages."""
+    _check_list(messages, name)
     for i, message in enumerate(messages):
         good = isinstance(message, Message)
         require(f"message {i}", message, good, "a Message: Message.from_dict makes one of a dict")
 
 
-def as_messages(messages: Any) -> list[Message]:
-    """Messages and dicts in OpenAI's form as Messages. Raises UsageError for anything else."""
-    _check_list(messages)
+def as_messages(messages: Any, name: str = "messages") -> list[Message]:
+    """Messages and dicts in OpenAI's form as Messages. name: as the caller calls them. Raises UsageError."""
+    _check_list(messages, name)
     made = [Message.from_dict(entry) if isinstance(entry, Mapping) else entry for entry in messages]
     check_messages(made)
     return made
 
 
-def _check_list(messages: Any) -> None:
-    require("messages", messages, isinstance(messages, Sequence) and not isinstance(messages, str), "a list of Message")
+def sound_and_rate(entry: Any) -> tuple[Any, Any]:
+    """A sound in a conversation, and the samples a second given with it, or None. Raises UsageError for messages."""
+    if isinstance(entry, list | tuple) and entry and isinstance(entry[0], str | Message | Mapping):
+        raise UsageError(f"what is said is a {type(entry).__name__}, expected each by itself: send(*messages)")
+    if not isinstance(entry, tuple) or len(entry) != 2 or all(map(is_number, entry)):
+        return entry, None
+    if is_number(entry[0]):
+        raise UsageError("a sound is (rate, samples), expected (samples, rate)")
+    return entry
+
+
+def _check_list(messages: Any, name: str) -> None:
+    require(name, messages, isinstance(messages, Sequence) and not isinstance(messages, str), "a list of messages")

@@ -67,6 +67,12 @@ class ChatFormat:
         """Whether the template looks at a variable: without that, giving it means nothing."""
         return variable in self._template.variables
 
+    def check(self, tools: Sequence[Any] | None, think: bool) -> None:
+        """Raises UsageError for tools or think if the template has no place for them."""
+        for given, variable, what in ((tools, "tools", "tools"), (think, THINKING, "thinking")):
+            if given and not self.takes(variable):
+                raise UsageError(f"this model's chat template has no {what}: leave that out, or take another model")
+
     def render(self, messages: Sequence[Message], *, tools: Sequence[Tool] | None = None, think: bool = False) -> str:
         """The prompt as text, user text marked by `Tokenizer.guard`; ends where the reply begins.
 
@@ -76,9 +82,7 @@ class ChatFormat:
         """
         check_messages(messages)
         functions = None if tools is None else declared(tools)
-        for given, variable, what in ((functions, "tools", "tools"), (think, THINKING, "thinking")):
-            if given and not self.takes(variable):
-                raise UsageError(f"this model's chat template has no {what}: leave that out, or take another model")
+        self.check(functions, think)
         if not messages:
             raise TemplateError("there is no message to render, expected at least one")
         try:
@@ -109,6 +113,10 @@ class ChatFormat:
 
         Raises as `render`, TemplateError too if the template has another number of places for sound.
         """
+        if any("image" in message.media for message in messages):
+            raise UsageError("a message has a place for an image, expected text and sound: leave the image out")
+        if any("audio" in message.media and not message.clips for message in messages):
+            raise UsageError("a message has a place for sound and no sound: give its soft tokens as `clips`")
         ids = self.prompt_ids(messages, tools=tools, think=think)
         heard = [message.clips for message in messages if message.clips]
         if not heard:

@@ -88,9 +88,9 @@ class Transcript:
         try:
             content = json.loads(data)
         except (ValueError, RecursionError):
-            raise UsageError(f"{path} is not JSON, expected a conversation: choose another --session file") from None
+            raise UsageError(f"{path} is not JSON, expected a conversation: choose another file") from None
         if not isinstance(content, dict) or content.get("format") != FORMAT:
-            raise UsageError(f"{path} is not a conversation: choose another --session file")
+            raise UsageError(f"{path} is not a conversation: choose another file")
         if content.get("version") != VERSION:
             raise UsageError(f"{path} has version {shown(content.get('version'))}, this edge_gemma reads {VERSION}")
         messages, system, model = content.get("messages"), content.get("system"), content.get("model")

@@ -15,7 +15,8 @@ from edge_gemma.arguments import require, shown
 
 QUOTE = object()  # stands for the token <|"|>
 _DEPTH = 64
-_NAME = re.compile(r"\s*call:\s*([\w.\-/:]+)\s*")
+CALL_NAME = re.compile(r"[\w.\-/:]+")
+_NAME = re.compile(rf"\s*call:\s*({CALL_NAME.pattern})\s*")
 _KEY = re.compile(r"\s*([^\s:{}\[\],\"][^:{}\[\],\"]*?)\s*:")
 _NUMBER = re.compile(r"-?(0|[1-9]\d{0,4298})(\.\d+)?([eE][+-]?\d{1,4})?(?![\w.])")
 _STRING = re.compile(r'"(?:[^"\\\n]|\\.)*"')

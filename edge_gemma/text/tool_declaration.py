@@ -4,14 +4,16 @@ Owns: what an annotation means in JSON Schema, reading Google-style docstrings. 
 """
 
 import inspect
+import json
 import re
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
-from edge_gemma.arguments import require, shown
+from edge_gemma.arguments import is_one_of, require, shown
 from edge_gemma.errors import UsageError
+from edge_gemma.text.tool_call import CALL_NAME
 
 Tool = Mapping[str, Any] | Callable[..., Any]
 
@@ -25,15 +27,40 @@ def declared(tools: Any) -> list[Mapping[str, Any]]:
     """Declarations as they are given, those of Python functions made here. Raises UsageError for anything else."""
     several = isinstance(tools, Sequence) and not isinstance(tools, str)
     require("tools", tools, several, "a list of functions or declarations")
-    return [declaration(t) if callable(t) and not isinstance(t, type) else _checked(i, t) for i, t in enumerate(tools)]
+    return [declaration(t) if callable(t) and not isinstance(t, type) else _given(i, t) for i, t in enumerate(tools)]
 
 
-def _checked(number: int, tool: Any) -> Mapping[str, Any]:
+def checked(tools: Any) -> list[Mapping[str, Any]]:
+    """As `declared`; each tool can be called by its name. Raises UsageError, also for two tools of one name."""
+    made = declared(tools)
+    names = [tool["function"]["name"] for tool in made]
+    for number, tool in enumerate(made):
+        _check(number, tool)
+    for name in names:
+        if names.count(name) > 1:
+            raise UsageError(f"two tools have the name {shown(name)}, expected each name once")
+    return made
+
+
+def _given(number: int, tool: Any) -> Mapping[str, Any]:
     function = tool.get("function") if isinstance(tool, Mapping) else None
     good = isinstance(function, Mapping) and isinstance(function.get("name"), str)
     expected = 'a function, or {"type": "function", "function": {"name": ..., "parameters": ...}}'
     require(f"tool {number}", tool, good, expected)
     return tool
+
+
+def _check(number: int, tool: Mapping[str, Any]) -> None:
+    kind, function = tool.get("type", "function"), tool["function"]
+    name, about, parameters = (function.get(key) for key in ("name", "description", "parameters"))
+    require(f"the type of tool {number}", kind, is_one_of(kind, ("function",)), "function")
+    require(f"the name of tool {number}", name, bool(CALL_NAME.fullmatch(name)), "letters, digits, _ . - / and :")
+    require(f"the description of tool {number}", about, isinstance(about, str | None), "a text")
+    require(f"the parameters of tool {number}", parameters, isinstance(parameters, Mapping | None), "a JSON Schema")
+    try:
+        json.dumps(tool)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise UsageError(f"tool {number} is {shown(tool)}, expected JSON values in it: {error}") from None
 
 
 def declaration(function: Callable[..., Any]) -> dict[str, Any]:

@@ -352,7 +352,7 @@ def test_a_template_that_refuses_leaves_the_transcript_alone():
 
 
 def test_reset_and_an_earlier_conversation():
-    conversation, session = chat("a", "b", messages=[Message("user", "old"), Message("assistant", "older")])
+    conversation, session = chat("a", "b", history=[Message("user", "old"), Message("assistant", "older")])
     say(conversation, "new")
     assert "old<turn|>\n<|turn>model\nolder<turn|>" in prompt_of(session)
     conversation.reset()
@@ -442,7 +442,7 @@ def test_a_long_chat_answers_as_one_that_starts_from_its_transcript(tiny_engine)
         long_lived.think = turn % 3 == 1
         pieces = list(long_lived.send(f"the train leaves at {turn}, what is the time now?").pieces())
         dropped += sum(piece.kind == "notice" for piece in pieces)
-        fresh = Chat(tiny_engine, messages=long_lived.messages[long_lived._first : -2], **options)
+        fresh = Chat(tiny_engine, history=long_lived.messages[long_lived._first : -2], **options)
         fresh.think = long_lived.think
         list(fresh.send(f"the train leaves at {turn}, what is the time now?"))
         assert fresh.last.tokens == long_lived.last.tokens, turn
