@@ -84,7 +84,7 @@ class Conversation:
         require("sampling", sampling, isinstance(sampling, Sampling), "a Sampling")
         self.session = engine.session()
         self.tokenizer = engine.tokenizer
-        self.messages: list[Message] = as_messages(history, "history")
+        self.messages: list[Message] = as_messages(history, "history", hear=engine.hear)
         self.max_tokens = None if max_tokens is None else integer("max_tokens", max_tokens, 1)
         self.last: Result | None = None
         self._engine, self._name = engine, engine.name
@@ -326,17 +326,18 @@ class Chat(Conversation):
         return self._engine is engine
 
     def _asked(self, said: Sequence[Said], note: Callable[[str], None]) -> list[Message]:
+        hear = functools.partial(self._engine.hear, note=note)
         asked: list[Message] = []
         text = None  # that was given right before
         for entry in said:
             if isinstance(entry, str):
                 asked.append(Message("user", text := entry))
             elif isinstance(entry, Message | Mapping):
-                asked, text = [*asked, *as_messages([entry])], None
+                earlier = (*self.messages, *asked)
+                asked, text = [*asked, *as_messages([entry], hear=hear, earlier=earlier)], None
             else:
                 sound, rate = sound_and_rate(entry)
-                clips = self._engine.hear(sound, rate=rate, note=note)
-                heard = Message("user", text or "", media=("audio",), clips=clips)
+                heard = Message("user", text or "", media=("audio",), clips=hear(sound, rate=rate))
                 asked, text = [*(asked if text is None else asked[:-1]), heard], None
         return asked
 
@@ -349,7 +350,7 @@ class Chat(Conversation):
 
     def _fitted(self, asked: list[Message]) -> tuple[Prompt, str]:
         """The prompt for `asked`, and what to tell of turns that are left out of it from now on."""
-        self.messages = as_messages(self.messages)
+        self.messages = as_messages(self.messages, hear=self._engine.hear)
         first, prompt = self._fit([*self.messages, *asked])
         left_out = sum(m.role == "user" for m in self.messages[self._first : first])
         self._first = first

@@ -1,9 +1,11 @@
 """A message of a conversation: who said it, what was said, which tools were called.
 
-Owns: `Message` and its form as a dict. Does not know: prompts, templates, files.
+Owns: `Message`, and OpenAI's form of it as a dict, read and written. Does not know: prompts, templates, how sound is
+encoded.
 """
 
-from collections.abc import Mapping, Sequence
+import base64
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +14,7 @@ from edge_gemma.errors import UsageError
 from edge_gemma.text.tool_call import ToolCall
 
 SPEECH = "(speech)"  # stands for it in a session file
+Hear = Callable[[bytes], tuple[Any, ...]]  # a sound file's bytes -> its soft tokens: float32 [n, hidden_size] a clip
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
@@ -53,35 +56,89 @@ class Message:
         if self.reasoning is not None:
             entry["reasoning"] = self.reasoning
         if self.tool_calls:
-            calls = [{"name": call.name, "arguments": call.arguments} for call in self.tool_calls]
-            entry["tool_calls"] = [{"type": "function", "function": call} for call in calls]
+            entry["tool_calls"] = [call.as_dict() for call in self.tool_calls]
         if self.name is not None:
             entry["name"] = self.name
         return entry
 
     @classmethod
-    def from_dict(cls, entry: Any) -> "Message":
-        """The inverse of `as_dict`. Raises UsageError for anything else."""
-        if not isinstance(entry, Mapping) or (unknown := [key for key in entry if key not in _KEYS]):
-            what = f"the keys {shown(unknown)}" if isinstance(entry, Mapping) else type(entry).__name__
-            raise UsageError(f"a message has {what}, expected an object with {', '.join(_KEYS)}")
-        if entry.get("content") is None and entry.get("tool_calls"):
-            entry = {**entry, "content": ""}  # as OpenAI's clients send calls
-        for key, kinds in _KEYS.items():
-            if not isinstance(entry.get(key), kinds):
-                raise UsageError(f"a message's {key} is {type(entry.get(key)).__name__}, which it cannot be")
-        calls = tuple(_call(entry) for entry in entry.get("tool_calls") or ())
-        return cls(entry["role"], entry["content"], entry.get("reasoning"), calls, entry.get("name"))
+    def from_dict(cls, entry: Any, hear: Hear | None = None, names: Mapping[str, str] | None = None) -> "Message":
+        """The inverse of `as_dict`, and the rest of OpenAI's form.
+
+        The content may be a list of parts: texts, which become lines, and where `hear` is given sounds, which follow
+        the text. names: of the tools, by the ids of calls; a result with a `tool_call_id` and no name takes its tool's.
+        Keys that hold nothing (None, or an empty list) are passed over. Raises UsageError for anything else, and what
+        `hear` raises.
+        """
+        require("a message", entry, isinstance(entry, Mapping), f"an object with {', '.join(_KEYS)}")
+        if unknown := [key for key, value in entry.items() if key not in _KEYS and not _is_nothing(value)]:
+            raise UsageError(f"a message has the keys {shown(unknown)}, expected an object with {', '.join(_KEYS)}")
+        for key, (kinds, expected) in _KEYS.items():
+            require(f"a message's {key}", entry.get(key), isinstance(entry.get(key), kinds), expected)
+        calls = tuple(_call(call) for call in entry.get("tool_calls") or ())
+        content = "" if entry.get("content") is None and calls else entry.get("content")  # as clients send calls
+        text, clips = _content(content, hear)
+        if clips and entry["role"] != "user":
+            raise UsageError(f"there is sound in a message of role {entry['role']}, expected it in one of role user")
+        media = ("audio",) if clips else ()
+        return cls(entry["role"], text, entry.get("reasoning"), calls, _name(entry, names or {}), media, clips)
 
 
-_ABSENT = type(None)
-_KEYS: dict[str, tuple[type, ...]] = {
-    "role": (str,),
-    "content": (str,),
-    "reasoning": (str, _ABSENT),
-    "tool_calls": (list, _ABSENT),
-    "name": (str, _ABSENT),
+_OPTIONAL_TEXT = (str, type(None)), "a text"
+_KEYS: dict[str, tuple[tuple[type, ...], str]] = {
+    "role": ((str,), f"one of {', '.join(ROLES)}"),
+    "content": ((str, list, type(None)), "a text or a list of parts"),
+    "reasoning": _OPTIONAL_TEXT,
+    "tool_calls": ((list, type(None)), "a list of calls"),
+    "name": _OPTIONAL_TEXT,
+    "tool_call_id": _OPTIONAL_TEXT,
 }
+
+
+def _is_nothing(value: Any) -> bool:
+    return value is None or (isinstance(value, list | dict) and not value)
+
+
+def _content(content: Any, hear: Hear | None) -> tuple[str, tuple[Any, ...]]:
+    """The text of a message's content, and the clips of its sounds."""
+    if isinstance(content, str):
+        return content, ()
+    require("a message's content", content, isinstance(content, list), "a text or a list of parts")
+    if not content:
+        raise UsageError("a message's content is an empty list, expected a text or parts")
+    lines: list[str] = []
+    clips: list[Any] = []
+    for part in content:
+        require("a part of a message", part, isinstance(part, Mapping), 'an object: {"type": "text", "text": ...}')
+        if is_one_of(kind := part.get("type"), ("text",)):
+            require("the text of a part", part.get("text"), isinstance(part.get("text"), str), "a text")
+            lines.append(part["text"])
+        elif hear is not None and is_one_of(kind, ("input_audio",)):
+            clips += hear(_sound_file(part.get("input_audio")))
+        else:
+            kinds = "text" if hear is None else "text or input_audio"
+            raise UsageError(f"a message has a part of type {shown(kind)}, expected {kinds}")
+    return "\n".join(lines), tuple(clips)
+
+
+def _sound_file(audio: Any) -> bytes:
+    data = audio.get("data") if isinstance(audio, Mapping) else None
+    require("a part of type input_audio", audio, isinstance(data, str), 'an object: {"data": base64, "format": ...}')
+    try:
+        return base64.b64decode("".join(str(data).split()), validate=True)
+    except ValueError as error:
+        raise UsageError(f"the data of a part of type input_audio is not base64: {error}") from None
+
+
+def _name(entry: Mapping[str, Any], names: Mapping[str, str]) -> str | None:
+    """A message's name: for the result of a tool, that of the tool."""
+    name, index = entry.get("name"), entry.get("tool_call_id")
+    require("a message's tool_call_id", index, index is None or entry["role"] == "tool", "it in one of role tool")
+    if name is None and index is not None and index not in names:
+        raise UsageError(
+            f"a message answers the call {shown(index)}, which no message before it has: give its tool's name"
+        )
+    return names[index] if name is None and index is not None else name
 
 
 def _is_call(call: Any) -> bool:
@@ -95,8 +152,10 @@ def _call(entry: Any) -> ToolCall:
     arguments: Any = function.get("arguments")
     if not isinstance(arguments, Mapping | str | None):
         raise UsageError(f"the arguments of the tool call {shown(function['name'])} are not an object")
+    index = entry.get("id")
+    require(f"the id of the tool call {shown(function['name'])}", index, isinstance(index, str | None), "a text")
     given: Any = dict(arguments) if isinstance(arguments, Mapping) else arguments
-    return ToolCall(function["name"], given)
+    return ToolCall(function["name"], given, index)
 
 
 def check_messages(messages: Any, name: str = "messages") -> None:
@@ -107,12 +166,28 @@ def check_messages(messages: Any, name: str = "messages") -> None:
         require(f"message {i}", message, good, "a Message: Message.from_dict makes one of a dict")
 
 
-def as_messages(messages: Any, name: str = "messages") -> list[Message]:
-    """Messages and dicts in OpenAI's form as Messages. name: as the caller calls them. Raises UsageError."""
+def as_messages(
+    messages: Any, name: str = "messages", *, hear: Hear | None = None, earlier: Iterable[Any] = ()
+) -> list[Message]:
+    """Messages and dicts in OpenAI's form as Messages.
+
+    name: as the caller calls them. hear: as in `Message.from_dict`. earlier: messages before them, for the ids of
+    calls. Raises UsageError for anything else, and what `hear` raises.
+    """
     _check_list(messages, name)
-    made = [Message.from_dict(entry) if isinstance(entry, Mapping) else entry for entry in messages]
+    made: list[Message] = []
+    names = _names(earlier)
+    for entry in messages:
+        made.append(Message.from_dict(entry, hear, names) if isinstance(entry, Mapping) else entry)
+        names |= _names(made[-1:])
     check_messages(made)
     return made
+
+
+def _names(messages: Iterable[Any]) -> dict[str, str]:
+    """The tools' names by the ids of their calls."""
+    several = (message.tool_calls for message in messages if isinstance(message, Message))
+    return {call.id: call.name for calls in several for call in calls if call.id is not None}
 
 
 def sound_and_rate(entry: Any) -> tuple[Any, Any]:

@@ -4,13 +4,14 @@ Owns: rendering (user text guarded, so that it cannot forge a control token), to
 sessions, sampling, screens.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from edge_gemma.errors import TemplateError, UsageError
 from edge_gemma.text.message import Message, check_messages
 from edge_gemma.text.template_sandbox import Template
+from edge_gemma.text.tool_call import ToolCall
 from edge_gemma.text.tool_declaration import Tool, declared
 
 THINKING = "enable_thinking"  # the template's variable
@@ -86,7 +87,7 @@ class ChatFormat:
         if not messages:
             raise TemplateError("there is no message to render, expected at least one")
         try:
-            guarded = [self._guarded_message(message) for message in messages]
+            guarded = [self._guarded_message(message) for message in _named(messages)]
             guarded_tools = [self._guarded(dict(tool)) for tool in functions] if functions else None
         except RecursionError:
             raise TemplateError("a message or tool is nested too deeply, expected JSON values") from None
@@ -139,6 +140,8 @@ class ChatFormat:
 
     def _guarded_message(self, message: Message) -> dict[str, Any]:
         entry = message.as_dict()
+        for i, call in enumerate(entry.get("tool_calls", ())):
+            call.setdefault("id", f"call_{i}")  # of calls without an id Gemma's template takes the last for all results
         if message.media:
             before = [{"type": kind} for kind in message.media if kind == "image"]
             text = [{"type": "text", "text": message.content}] if message.content else []
@@ -156,3 +159,14 @@ class ChatFormat:
         if value is None or isinstance(value, bool | int | float):
             return value
         raise TemplateError(f"a message or tool holds {type(value).__name__}, expected JSON values")
+
+
+def _named(messages: Sequence[Message]) -> Iterator[Message]:
+    """The messages; results of tools that have no name have that of their call, by their order."""
+    calls: Iterator[ToolCall] = iter(())
+    for message in messages:
+        if message.role == "assistant":
+            calls = iter(message.tool_calls)
+        elif message.role == "tool" and (call := next(calls, None)) is not None and message.name is None:
+            message = replace(message, name=call.name)
+        yield message

@@ -27,7 +27,7 @@ _SPACE = re.compile(r"\s*")
 
 @dataclass(frozen=True)
 class ToolCall:
-    """A call that the model asks for. arguments: JSON values by name.
+    """A call that the model asks for. arguments: JSON values by name. id: a client's, by which a result names its call.
 
     Arguments may also be given as OpenAI's clients send them: the text of a JSON object, where an empty text means no
     arguments. Templates get a mapping, because Gemma 4's of July 2026 refuse a text. Raises UsageError for a text that
@@ -36,11 +36,17 @@ class ToolCall:
 
     name: str
     arguments: dict[str, Any] = field(default_factory=dict)
+    id: str | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         given: Any = self.arguments
         if given is None or isinstance(given, str):
             object.__setattr__(self, "arguments", _decoded(self.name, given or "{}"))
+
+    def as_dict(self) -> dict[str, Any]:
+        """OpenAI's form, but for the arguments, which are no text."""
+        index = {} if self.id is None else {"id": self.id}
+        return index | {"type": "function", "function": {"name": self.name, "arguments": self.arguments}}
 
 
 def _decoded(name: str, text: str) -> dict[str, Any]:
