@@ -382,11 +382,20 @@ class Chat(Conversation):
             self._sound_at = at
         return notice
 
+    def takes_sound(self, tokens: int) -> bool:
+        """Whether `session` may prefill that many more soft tokens of the sound: they fit, and nothing else was said.
+
+        Once it may not, `answer_sound` prefills the whole sound, after leaving out old turns if need be.
+        """
+        if self.session.position + tokens > self.session.context:
+            self._sound_at = None
+        return self._sound_at is not None
+
     def next_sound(self, clip: np.ndarray) -> None:
         """`clip`, heard since the last of these calls, has ended; another one of the same message begins."""
         opening, _, closing = audio_marks(self.tokenizer)
-        self.session.prefill([closing, opening])
-        if self._sound_at is not None:
+        if self._sound_at is not None and self.takes_sound(2):
+            self.session.prefill([closing, opening])
             self._sound_at += len(clip) + 2
 
     def answer_sound(self, message: Message) -> Reply:
@@ -408,13 +417,8 @@ class Chat(Conversation):
 
     def _fit(self, messages: list[Message]) -> tuple[int, Prompt]:
         """The first message that goes into the prompt, and the prompt."""
-        return fitting(
-            messages,
-            self._first,
-            functools.partial(self._prompt, messages),
-            context=self.session.context,
-            reserve=self.reserve,
-        )
+        prompt_from = functools.partial(self._prompt, messages)
+        return fitting(messages, self._first, prompt_from, context=self.session.context, reserve=self.reserve)
 
     def _prompt(self, messages: list[Message], first: int) -> Prompt:
         system = [Message("system", self.system)] if self.system else []

@@ -1,7 +1,8 @@
 """Live speech: sound is encoded and prefilled while it arrives, so that at its end only the closing tokens are left.
 
-Owns: the order of work while someone speaks, and the events that come of it. Does not know: where the sound comes from
-(mic.py, or any iterable of blocks).
+Owns: the order of work while someone speaks, and the events that come of it. An utterance is either transcribed
+(recogniser.py) or it is the next message of a chat (spoken.py). Does not know: where the sound comes from (mic.py, or
+any iterable of blocks).
 """
 
 import time
@@ -20,10 +21,19 @@ from edge_gemma.audio.features import SAMPLE_RATE
 from edge_gemma.audio.files import AudioFile
 from edge_gemma.audio.levels import QUIET_DB, louder, loudest_db
 from edge_gemma.audio.mic import Microphone
-from edge_gemma.audio.prompts import Task, audio_prompt
-from edge_gemma.audio.recogniser import STEP_MS, Scribe, SpeechEngine, Stream, Written
+from edge_gemma.audio.prompts import Task
+from edge_gemma.audio.recogniser import (
+    SEGMENT_TOKENS,
+    STEP_MS,
+    Scribe,
+    SpeechEngine,
+    Stream,
+    Written,
+    check_context,
+    without_loop,
+)
 from edge_gemma.audio.samples import Note, Samples, checked_rate, live_blocks, silent
-from edge_gemma.audio.seams import Telling
+from edge_gemma.audio.seams import Telling, loop
 from edge_gemma.audio.sources import Source
 from edge_gemma.audio.spoken import SpokenTurn
 from edge_gemma.audio.transcribe import Transcriber, no_text, reply_limit
@@ -32,17 +42,18 @@ from edge_gemma.chat import Chat
 from edge_gemma.errors import UsageError
 from edge_gemma.generation.reply import Reply
 from edge_gemma.generation.sampler import Sampling
-from edge_gemma.text.message import Message
+
+_CLOSING = 32  # tokens from the end of a sound to the reply, at most
 
 
 @dataclass(frozen=True)
 class Event:
-    """What happened.
+    """Something that happened while listening.
 
-    kind: "speech", someone began to speak; "text", a piece of a reply as it is written; "segment", a whole one, with
-    `start` and `end` of what was said in seconds and, where asked for, its `translation`; "notice", for the user.
-    first_token_s: of a segment, from its end to the first token of its text.
-    reply: of a segment that a chat answered, the whole reply, its tool calls among it.
+    kind: "speech", someone began to speak; "text", a piece of a reply as it is written; "segment", a whole reply, with
+    `start` and `end` of the speech in seconds and, where asked for, its `translation`; "notice", for the user.
+    first_token_s: of a segment, the seconds from the end of the speech to the first token of its text.
+    reply: of a segment that was answered, the whole reply with its tool calls. None for a transcription.
     """
 
     kind: Literal["speech", "text", "segment", "notice"]
@@ -54,7 +65,7 @@ class Event:
     reply: Reply | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON; what an event of its kind does not have is left out."""
+        """The fields for JSON; those that its kind of event does not have are left out."""
         has = {"speech": ("start",), "text": ("text",), "notice": ("text",), "segment": ("text", "start", "end")}
         entry = {"kind": self.kind} | {name: getattr(self, name) for name in has[self.kind]}
         extra = {"translation": self.translation, "first_token_s": self.first_token_s}
@@ -62,7 +73,7 @@ class Event:
 
 
 class Listener:
-    """Writes down, or answers, what is said. `events` may be called again for another stream."""
+    """Transcribes or answers what is said. `events` may be called again for another stream."""
 
     def __init__(
         self,
@@ -78,12 +89,13 @@ class Listener:
         detector: Callable[[], Detector] | None = None,
         note: Note = silent,
     ) -> None:
-        """ask: the model answers, each utterance by itself, after `system`, sampled as its generation_config says.
+        """ask: a chat answers that begins anew with each utterance, after `system`, with the checkpoint's settings.
 
-        chat: it answers instead, each utterance as its next message, with its own settings. num_beams: hypotheses of a
-        text kept side by side, None for the checkpoint's own number.
-        Raises UsageError for a model that was not made for speech.
+        chat: this chat answers, each utterance as its next message, with its own settings. num_beams: the hypotheses
+        that the beam search keeps, None for the checkpoint's own number. Raises UsageError for a model that was not
+        made for speech, and for arguments that mean nothing together.
         """
+        require("ask", ask, isinstance(ask, bool), "True or False")
         self.task, self._rules, self._note = task or Task(), rules, note
         if ask and self.task != Task():
             raise UsageError("language and translate_to mean nothing beside ask: say it in system, or leave them out")
@@ -98,13 +110,14 @@ class Listener:
         self._transcriber: Transcriber | None = None
         self._max_tokens = max_tokens
         self._scribe: Scribe | SpokenTurn
+        self._questions: Chat | None = None  # that is reset for each utterance
+        if ask:
+            sampling = Sampling.from_generation_config(engine.generation_config, num_beams=num_beams)
+            self._questions = chat = Chat(engine, system=system, sampling=sampling, max_tokens=max_tokens)
+            chat.begin_sound(1)  # the system prompt, before anybody speaks
+            check_context(engine.context, chat.session.position + SEGMENT_TOKENS + _CLOSING)
         if chat is not None:
             self._scribe = SpokenTurn(chat, note)
-        elif ask:
-            earlier = [Message("system", system)] if system else []
-            prompt = audio_prompt(engine.chat_template, engine.tokenizer, "", earlier=earlier)
-            sampling = Sampling.from_generation_config(engine.generation_config, num_beams=num_beams)
-            self._scribe = Scribe(engine, prompt, sampling=sampling, context=engine.context)
         else:
             self._transcriber = Transcriber(engine, self.task, num_beams=num_beams, note=note)
             self._scribe = self._transcriber.scribe
@@ -122,6 +135,8 @@ class Listener:
         for step in segmenter.steps(live_blocks(blocks, rate, self._note)):
             if isinstance(step, cut.Opened) and stream is None:
                 stream, heard, start, again = self._encoder.stream(STEP_MS), [], step.start, 0
+                if self._questions is not None:
+                    self._questions.reset()
                 self._scribe.begin()
                 yield Event("speech", start=step.start / SAMPLE_RATE)
             elif isinstance(step, cut.Heard):
@@ -138,8 +153,8 @@ class Listener:
                 stream = None
 
     def _goes_on(self, stream: Stream) -> bool:
-        """True if an utterance without a pause is answered as one, in several clips of one turn."""
-        if self._transcriber is not None:
+        """Whether the utterance goes on in another clip of the same turn. A transcription is cut into segments."""
+        if not isinstance(self._scribe, SpokenTurn):
             return False
         context = self._scribe.session.context
         if self._scribe.room_for_clip(min(self._max_tokens or context, context // 4)):
@@ -157,7 +172,7 @@ class Listener:
         quiet = self._tell_quiet(heard)
         if self._transcriber is None:
             yield from self._written(self._max_tokens, begun)
-            text, translation, first = self._last.text, None, self._last.first_token_s
+            text, translation, first = self._answered, None, self._last.first_token_s
         else:
             text, translation, first = yield from self._transcribed(self._transcriber, heard, quiet, begun)
             text = self._texts.next(text, joined=segment.joined, cut=segment.cut)
@@ -169,7 +184,7 @@ class Listener:
     def _transcribed(
         self, transcriber: Transcriber, heard: np.ndarray, quiet: bool, begun: float
     ) -> Generator[Event, None, tuple[str, str | None, float]]:
-        """Text, translation and seconds to the first token of a segment; what is very quiet is heard again, louder."""
+        """A segment's text, its translation, and the seconds to its first token. Very quiet sound is made louder."""
         if quiet:
             text, translation, _ = transcriber.text(louder(heard, loudest_db(heard)))
             return text, translation, time.perf_counter() - begun
@@ -182,13 +197,32 @@ class Listener:
         return text, translation, first
 
     def _written(self, limit: int | None, begun: float) -> Iterator[Event]:
-        for piece in self._scribe.write(limit, since=begun):
-            yield Event("text", piece)
+        """The pieces of a text, as events. A listener that is left in the middle ends the reply of its chat."""
+        try:
+            for piece in self._scribe.write(limit, since=begun):
+                yield Event("text", piece)
+                if self._questions is not None and self._repeated:
+                    self._questions.stop()
+        finally:
+            if self._answer is not None:
+                self._answer.stop()
 
     @property
     def _answer(self) -> Reply | None:
-        """The chat's reply to what was said last, None without a chat."""
+        """The chat's reply to the last utterance, None without a chat."""
         return self._scribe.reply if isinstance(self._scribe, SpokenTurn) else None
+
+    @property
+    def _repeated(self) -> int:
+        """How many of the answer's last tokens only repeat what stands before them."""
+        return loop(self._answer.so_far.tokens) if self._answer else 0
+
+    @property
+    def _answered(self) -> str:
+        """The answer's text; of a question, which nobody else can stop, without what it repeats."""
+        if self._questions is None or self._answer is None:
+            return self._last.text
+        return without_loop(self._answer.so_far, self._repeated, self._questions.tokenizer)
 
     @property
     def _last(self) -> Written:
@@ -196,7 +230,7 @@ class Listener:
         return self._scribe.last
 
     def _tell_quiet(self, heard: np.ndarray) -> bool:
-        """Whether a segment is very quiet; the first is told."""
+        """Whether a segment is very quiet. The user is told once."""
         quiet = (loudest := loudest_db(heard)) < QUIET_DB
         if quiet and not self._quiet:
             self._quiet = True

@@ -1,7 +1,11 @@
-"""One session that hears and writes: the instruction once, then segment after segment.
+"""Speech written down: one session prefills the instruction once, then transcribes segment after segment.
 
-Owns: the order of things in the session (instruction, soft tokens, closing marks, reply), rewinding to the
-instruction, the guard against endless repetition. Does not know: samples, files, microphones.
+Owns: the order in the session (instruction, soft tokens, closing marks, reply), rewinding to the instruction, stopping
+a text that repeats itself. Does not know: samples, files, microphones.
+
+Spoken messages of a chat do not come this way (spoken.py): they are answered by the chat itself. Transcription is no
+chat, because each segment has its own limit of tokens, a retry is no message, and its session is as small as 30 s of
+speech need, whatever the engine's context is.
 """
 
 import time
@@ -15,7 +19,7 @@ from edge_gemma.audio.prompts import AudioPrompt
 from edge_gemma.audio.seams import loop
 from edge_gemma.chat import ChatEngine
 from edge_gemma.errors import UsageError
-from edge_gemma.generation.generate import FinishReason, Generation, stop_ids_of
+from edge_gemma.generation.generate import FinishReason, Generation, Result, StreamTokenizer, stop_ids_of
 from edge_gemma.generation.sampler import Sampler, Sampling
 from edge_gemma.session import Timeline
 
@@ -27,21 +31,21 @@ _LEAST_REPLY = 64  # tokens
 
 
 class Stream(Protocol):
-    """What of `edge_gemma.audio.encoder.AudioStream` is used here."""
+    """The part of `edge_gemma.audio.encoder.AudioStream` that is used here."""
 
     def feed(self, samples: np.ndarray) -> np.ndarray: ...
     def finish(self) -> np.ndarray: ...
 
 
 class Encoder(Protocol):
-    """What of `edge_gemma.audio.encoder.AudioEncoder` is used here."""
+    """The part of `edge_gemma.audio.encoder.AudioEncoder` that is used here."""
 
     def encode(self, samples: np.ndarray) -> np.ndarray: ...
     def stream(self, step_ms: int) -> Stream: ...
 
 
 class SpeechEngine(ChatEngine, Protocol):
-    """What of `edge_gemma.engine.Engine` is used here."""
+    """The part of `edge_gemma.engine.Engine` that is used here."""
 
     @property
     def context(self) -> int: ...
@@ -52,7 +56,7 @@ class SpeechEngine(ChatEngine, Protocol):
 
 @dataclass(frozen=True)
 class Written:
-    """What was written. looped: it repeated itself; the repetitions are left out of `text`."""
+    """A text written for a sound. looped: it repeated itself; the repetitions are left out of `text`."""
 
     text: str
     looped: bool
@@ -62,12 +66,14 @@ class Written:
 
 
 def verbatim(config: Mapping[str, Any], num_beams: int | None = None) -> Sampling:
-    """How speech is written down: the likeliest text, repetitions and all. num_beams: None for the checkpoint's own."""
+    """The sampling of a transcription: the likeliest text, without a penalty for repetition. num_beams: None for the
+    checkpoint's own number.
+    """
     return Sampling.from_generation_config(config, temperature=0.0, repetition_penalty=1.0, num_beams=num_beams)
 
 
 class Hearing:
-    """Soft tokens as they come, prefilled a few at a time."""
+    """Soft tokens are prefilled while they arrive, a few at a time."""
 
     session: Timeline
     heard: int  # soft tokens of what is being said
@@ -84,34 +90,22 @@ class Hearing:
     def _prefill(self) -> None:
         if self._pending:
             tokens, self._pending = np.concatenate(self._pending), []
-            self._prefilled(tokens)
-            self.session.prefill_soft(tokens, logits=False)
+            if self._take(tokens):
+                self.session.prefill_soft(tokens, logits=False)
 
-    def _prefilled(self, tokens: np.ndarray) -> None:
-        """`tokens` go into the session next."""
+    def _take(self, tokens: np.ndarray) -> bool:
+        """Called with the next tokens: float32 [n, hidden_size]. Returns whether they go into the session now."""
+        return True
 
 
 class Scribe(Hearing):
-    """Hears one segment after another and writes a reply to each. `begin`, `hear` any number of times, `write`."""
+    """Writes down one segment after another. For each: `begin`, `hear` any number of times, `write`."""
 
-    def __init__(
-        self,
-        engine: SpeechEngine,
-        prompt: AudioPrompt,
-        *,
-        sampling: Sampling | None = None,
-        context: int | None = None,
-    ) -> None:
-        """sampling: `verbatim` by default; context: tokens, None for what a segment of 30 s with a reply as long needs.
-
-        Raises UsageError if the engine's context is too small for that.
-        """
+    def __init__(self, engine: SpeechEngine, prompt: AudioPrompt, *, sampling: Sampling | None = None) -> None:
+        """sampling: None for `verbatim`. Raises UsageError if the engine's context is too small for 30 s of speech."""
         fixed = len(prompt.before) + SEGMENT_TOKENS + len(prompt.after)
-        context = context or min(engine.context, fixed + 2 * SEGMENT_TOKENS + _LEAST_REPLY)
-        if context < fixed + _LEAST_REPLY:
-            raise UsageError(
-                f"the context is {context} tokens, expected at least {fixed + _LEAST_REPLY} for 30 s of speech"
-            )
+        check_context(engine.context, fixed)
+        context = min(engine.context, fixed + 2 * SEGMENT_TOKENS + _LEAST_REPLY)
         self._prompt, self._tokenizer = prompt, engine.tokenizer
         self._sampling = sampling or verbatim(engine.generation_config)
         self._stop_ids = stop_ids_of(engine.generation_config, engine.tokenizer)
@@ -127,20 +121,10 @@ class Scribe(Hearing):
         self.session.rewind(len(self._prompt.before))
         self._pending, self.heard, self.last = [], 0, None
 
-    def room_for_clip(self, reply: int) -> bool:
-        """True if this turn may have one more clip: the context holds it, what is left of this one, and the reply."""
-        needed = 2 * STEP_TOKENS + SEGMENT_TOKENS + len(self._prompt.after) + 2 + reply
-        return self.session.position + needed <= self.session.context
-
-    def next_clip(self) -> None:
-        """What is heard next is another clip of the same turn: one has 30 s at most."""
-        self._prefill()
-        self.session.prefill([self._prompt.after[0], self._prompt.before[-1]])
-
     def write(self, max_tokens: int | None = None, *, since: float | None = None) -> Iterator[str]:
-        """The sound is over: the reply's text in pieces. `last` is the whole afterwards.
+        """End the segment. Yields the text in pieces; afterwards `last` is complete.
 
-        since: when the sound ended, by time.perf_counter; None: now.
+        since: when the sound ended, by time.perf_counter; None for now.
         """
         start = time.perf_counter() if since is None else since
         self._prefill()
@@ -162,11 +146,23 @@ class Scribe(Hearing):
                     break
         finally:
             generation.close()
-            text = self._text(result.tokens[: len(result.tokens) - repeated]) if repeated else result.text
+            text = without_loop(result, repeated, self._tokenizer)
             first = waited + result.timings.ttft_s
             reason: FinishReason = "length" if repeated else result.finish_reason
             self.last = Written(text, bool(repeated), reason, first, len(result.tokens))
 
-    def _text(self, tokens: list[int]) -> str:
-        detokenizer = self._tokenizer.detokenizer()
-        return "".join([detokenizer.push(token) for token in tokens]) + detokenizer.flush()
+
+def without_loop(result: Result, repeated: int, tokenizer: StreamTokenizer) -> str:
+    """The text of a reply whose last `repeated` tokens only repeat what stands before them."""
+    if not repeated:
+        return result.text
+    detokenizer = tokenizer.detokenizer()
+    return "".join([detokenizer.push(token) for token in result.tokens[:-repeated]]) + detokenizer.flush()
+
+
+def check_context(context: int, fixed: int) -> None:
+    """fixed: tokens of the prompt with 30 s of speech. Raises UsageError if the context has no room for a reply."""
+    if context < fixed + _LEAST_REPLY:
+        raise UsageError(
+            f"the context is {context} tokens, expected at least {fixed + _LEAST_REPLY} for 30 s of speech"
+        )

@@ -45,8 +45,9 @@ class SpokenTurn(Hearing):
         self._chat.next_sound(np.concatenate(self._clips[-1]))
         self._clips.append([])
 
-    def _prefilled(self, tokens: np.ndarray) -> None:
+    def _take(self, tokens: np.ndarray) -> bool:
         self._clips[-1].append(tokens)
+        return self._chat.takes_sound(len(tokens))
 
     def write(self, max_tokens: int | None = None, *, since: float | None = None) -> Iterator[str]:
         """End the turn. Yields the reply's text in pieces; afterwards `last` and `reply` are complete.

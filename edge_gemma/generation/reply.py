@@ -62,6 +62,11 @@ class Reply:
         return self._result
 
     @property
+    def so_far(self) -> Result:
+        """What was written until now. Nothing is run for it."""
+        return self._result
+
+    @property
     def text(self) -> str:
         """The answer, without thoughts and tool calls."""
         return self.result().text

@@ -13,7 +13,7 @@ from edge_gemma.audio.features import SAMPLE_RATE, SAMPLES_PER_TOKEN, token_coun
 from edge_gemma.audio.listen import Listener
 from edge_gemma.audio.prompts import Task
 from edge_gemma.audio.recogniser import STEP_MS
-from edge_gemma.errors import AudioError
+from edge_gemma.errors import AudioError, UsageError
 from tests.fake_speech import LevelDetector, SpeechEngine, say, text_of, understand
 
 
@@ -149,6 +149,29 @@ def test_an_utterance_beyond_the_context_is_answered_in_parts():
     assert heard(events) == ["ok"] * 2
     assert notes == ["this is longer than the context holds: it is answered in parts"]
     assert len(engine.timeline.ids) <= 2600
+
+
+def test_each_question_is_a_conversation_of_its_own():
+    """What was asked before is forgotten, the system prompt stays in the session."""
+    engine = SpeechEngine(lambda levels: f"You said {understand(levels)}.")
+    events = list(listener(engine, ask=True, system="Be brief.").events(blocks_of(say(7, -15, 8, -15))))
+    first, second = [event.reply for event in events if event.kind == "segment"]
+    assert (first.text, second.text) == ("You said w7.", "You said w8.")
+    assert second.timings.prefill_tokens < 25
+    assert second.timings.reused_tokens > 40
+
+
+def test_an_answer_that_repeats_itself_ends():
+    engine = SpeechEngine(lambda levels: "so " + "la " * 300)
+    assert heard(listener(engine, ask=True).events(blocks_of(say(7, -15)))) == ["so la"]
+
+
+def test_asking_needs_room_for_30_s():
+    with pytest.raises(UsageError, match=r"the context is 800 tokens, expected at least 8\d\d for 30 s of speech"):
+        listener(SpeechEngine(context=800), ask=True, system="Be brief.")
+    for options, told in (({"ask": 1}, "ask is 1"), ({"ask": True, "system": 5}, "system is 5, expected a text")):
+        with pytest.raises(UsageError, match=told):
+            listener(SpeechEngine(), **options)
 
 
 @pytest.mark.parametrize("seconds", [40, 90])

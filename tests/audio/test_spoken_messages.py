@@ -264,3 +264,27 @@ def test_options_that_mean_nothing_beside_a_chat():
     for options in ({"ask": True}, {"task": Task("en")}, {"num_beams": 2}):
         with pytest.raises(UsageError, match="mean nothing beside chat"):
             Listener(engine, chat=chat, **options)
+
+
+def test_a_live_sound_that_no_longer_fits_leaves_old_turns_out():
+    """Only its end shows how long it is: what was heard ahead is prefilled again, behind fewer turns."""
+    engine = SpeechEngine(lambda levels: "ok", context=1100)
+    chat, notes = Chat(engine, sampling=GREEDY, max_tokens=20), []
+    for _ in range(2):
+        chat.send(say(*range(60))).result()
+    (answer,) = [e.reply for e in live(chat, engine, say(*range(130), -15), note=notes.append) if e.kind == "segment"]
+    assert (answer.text, len(chat.messages)) == ("ok", 6)
+    assert any("left out" in note for note in notes)
+    prompt = [n for n in heard_by(engine) if isinstance(n, float)]
+    assert prompt[-1] == len(chat.messages[4].clips[0]) > 600
+
+
+def test_a_listener_that_is_left_in_the_middle_of_a_reply_frees_its_chat():
+    engine = SpeechEngine()
+    chat = Chat(engine, sampling=GREEDY)
+    listener = Listener(engine, chat=chat, detector=LevelDetector)
+    events = listener.events([say(1, 2, -15)])
+    assert next(event for event in events if event.kind == "text").text == "w"
+    events.close()
+    assert [m.content for m in chat.messages] == ["", "w"]
+    assert chat.send(say(3)).text
