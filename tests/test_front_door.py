@@ -86,7 +86,7 @@ def test_a_property_reads_the_reply_to_its_end():
     answer = engine.generate("Tell me", temperature=0)
     assert answer.tool_calls == (ToolCall("f", {"a": 1}),)
     assert (answer.reasoning, answer.text) == ("hm", "Yes")
-    assert [piece.kind for piece in answer.pieces()] == ["thought"] * 2 + ["answer"] * 3 + ["tool_call"]
+    assert [piece.kind for piece in answer.pieces()] == ["reasoning"] * 2 + ["answer"] * 3 + ["tool_call"]
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, GREEDY_8], ids=["greedy", "beams"])

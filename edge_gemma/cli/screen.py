@@ -24,22 +24,22 @@ class Screen:
         self.show_answer, self.show_thinking = show_answer, show_thinking
         self._styled = sys.stdout.isatty()
         self._status_shown = False
-        self._thoughts = 0  # pieces of a thought that is hidden
+        self._hidden = 0  # pieces of reasoning that are hidden
         self._last = ""  # what the answer's line ends with
 
     def show(self, piece: Piece) -> None:
-        """Print a piece at once; thoughts dimmed, or counted where they are hidden."""
-        if piece.kind == "thought" and not self.show_thinking:
-            self._thoughts += 1
-            self.status(f"thinking ({self._thoughts})")
+        """Print a piece at once; reasoning is dimmed, or counted if it is hidden."""
+        if piece.kind == "reasoning" and not self.show_thinking:
+            self._hidden += 1
+            self.status(f"thinking ({self._hidden})")
             return
         self.clear_status()
-        self._thoughts = 0
+        self._hidden = 0
         if piece.kind == "notice":
             self.note(piece.text)
             return
         text = piece.text.translate(_CONTROLS) if self._styled else piece.text  # a model must not steer a terminal
-        if piece.kind == "thought":
+        if piece.kind == "reasoning":
             sys.stderr.write(f"{_DIM}{text.translate(_CONTROLS)}{_PLAIN}" if sys.stderr.isatty() else text)
             sys.stderr.flush()
             return

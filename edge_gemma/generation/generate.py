@@ -1,6 +1,6 @@
 """From a prompt's ids to streamed text.
 
-Owns: reusing what the session already holds of the prompt, the token loop, stop tokens and stop strings, the clock.
+Owns: reusing the part of the prompt that the session holds, the token loop, stop tokens, stop strings, the timings.
 Does not know: messages, templates, how a token is chosen.
 """
 
@@ -25,7 +25,7 @@ _END_PIECES = ("<eos>", "<turn|>", "<end_of_turn>", "<|tool_response>")  # end a
 
 FinishReason = Literal["stop", "length", "context", "interrupted"]
 Sound = tuple[int, np.ndarray]  # position in the prompt, soft tokens: float32 [n, hidden_size]
-Progress = Callable[[int, int], None]  # (prompt tokens done, in all)
+Progress = Callable[[int, int], None]  # called with (prompt tokens done, prompt tokens)
 
 
 class Detokenizer(Protocol):
@@ -44,19 +44,19 @@ class StreamTokenizer(ChatTokenizer, Protocol):
 
 @dataclass
 class Timings:
-    """Seconds of work, the reader's own time between pieces left out."""
+    """Seconds of the model's work. The reader's own time between pieces is left out."""
 
     prefill_s: float = 0.0
-    prefill_tokens: int = 0  # run now; `reused_tokens` of the prompt were in the session already
+    prefill_tokens: int = 0  # tokens of the prompt that were run; the session held the other `reused_tokens`
     reused_tokens: int = 0
     decode_s: float = 0.0
-    decode_tokens: int = 0  # tokens it took to find: with beams all, else those after the first; the last one too
-    ttft_s: float = 0.0  # from the call to the first token chosen
+    decode_tokens: int = 0  # tokens chosen in `decode_s`: all with beams, else all but the first; with the stop token
+    ttft_s: float = 0.0  # from the start to the first token
 
 
 @dataclass
 class Result:
-    """A finished reply. tokens: ids as chosen, without the token that stopped it. text: the answer alone."""
+    """A finished reply. tokens: the chosen ids, without the stop token. text: the answer, without the reasoning."""
 
     finish_reason: FinishReason
     text: str = ""
@@ -67,10 +67,10 @@ class Result:
 
 
 class Generation:
-    """Continues a prompt. Iterate over it once for the reply's pieces; `result` is whole afterwards, however it ended.
+    """Continues a prompt. Iterate over it once for the reply's pieces; afterwards `result` is complete.
 
-    What the session holds of the prompt already is kept, the rest is rewound and prefilled. An exception (Ctrl-C's
-    too) passes through after `result` was completed with finish_reason "interrupted".
+    The session keeps the beginning that it shares with the prompt, forgets the rest, and prefills what it lacks. An
+    exception, also KeyboardInterrupt, passes through after `result` was completed with finish_reason "interrupted".
     """
 
     def __init__(
@@ -90,13 +90,13 @@ class Generation:
         sounds: Sequence[Sound] = (),
         held: list[Sound] | None = None,
     ) -> None:
-        """max_tokens: None goes on until the context is full. stop_strings end the answer and are never part of it.
+        """max_tokens: None continues until the context is full. stop_strings end the answer and are no part of it.
 
-        mark: let the session remember the prompt's end, for a later rewind. result: a new one, to be filled. stopping:
-        once it is set, the reply ends at the next token, with finish_reason "interrupted". sounds: soft tokens of the
-        prompt, which has placeholders there. held: those that the session has, brought up to date here; two are the
-        same if they are one array. Raises ContextFullError, before the session is touched, if the prompt is longer than
-        the context; UsageError for an empty prompt or a senseless limit.
+        mark: whether the session marks the prompt's end, so that a later rewind is cheap. result: a new one that is
+        filled. stopping: when it is set, the reply ends at the next token, with finish_reason "interrupted". sounds:
+        the soft tokens of the prompt, which has placeholders in their place. held: the soft tokens in the session; it
+        is updated here, and two are equal if they are the same array. Raises ContextFullError if the prompt is longer
+        than the context, UsageError for an empty prompt or limit. The session is then as it was.
         """
         if not prompt_ids:
             raise UsageError("the prompt is empty, expected at least one token")
@@ -125,7 +125,7 @@ class Generation:
         return self._pieces
 
     def close(self) -> None:
-        """End the reply here; the result keeps what there is."""
+        """End the reply here. The result keeps what was written."""
         self._pieces.close()
 
     def _run(self) -> Generator[Piece, None, None]:
@@ -163,9 +163,9 @@ class Generation:
             result.reasoning = result.reasoning.strip()
 
     def _prefill(self) -> np.ndarray:
-        """Bring the session to the end of the prompt, keeping what it shares with it. Returns the last logits.
+        """Bring the session to the end of the prompt. Returns the last logits: float32 [vocab_size].
 
-        An empty array where the reply is stopped before the prompt is read.
+        They are empty if the reply is stopped before the prompt's end.
         """
         session, prompt, timings = self._session, self._prompt, self.result.timings
         keep = min(shared(session, prompt, self._sounds, self._held), len(prompt) - 1)  # the last is run for its logits
@@ -189,7 +189,7 @@ class Generation:
         return logits
 
     def _tokens(self, logits: np.ndarray) -> Iterator[int]:
-        """One token after another, a stop token too, until it is stopped; endless where nothing is searched."""
+        """Yields the tokens, also the stop token. Without beams it ends only if the reply is stopped."""
         session, sampler = self._session, self._sampler
         if self._searches:
             yield from search(
@@ -203,14 +203,14 @@ class Generation:
                 logits = session.step(token)
 
     def _finish(self) -> list[Piece]:
-        """The pieces still held back."""
+        """Returns the pieces that were held back."""
         pieces = self._keep(self._parser.finish(self._detokenizer.flush()))
         rest = self._stops.flush()
         self.result.text += rest
         return [*pieces, Piece("answer", rest)] if rest else pieces
 
     def _keep(self, pieces: list[Piece]) -> list[Piece]:
-        """Put pieces into the result; what may be shown of them now."""
+        """Put pieces into the result. Returns what may be shown of them now."""
         shown = []
         for piece in pieces:
             if piece.kind == "answer":
@@ -219,7 +219,7 @@ class Generation:
                 if text:
                     shown.append(Piece("answer", text, malformed=piece.malformed))
             elif not self._stops.found:
-                if piece.kind == "thought":
+                if piece.kind == "reasoning":
                     self.result.reasoning += piece.text
                 elif piece.call is not None:
                     self.result.tool_calls += (piece.call,)
@@ -228,13 +228,13 @@ class Generation:
 
 
 def shared(session: Timeline, ids: Sequence[int], sounds: Sequence[Sound], held: Sequence[Sound]) -> int:
-    """Tokens of a prompt that the session has. held: the soft tokens among them; same are those that are one array."""
+    """How many tokens of a prompt the session holds. held: its soft tokens; they are equal if they are one array."""
     heard = {(at, id(clip)) for at, clip in held}
     return min([common_prefix(session.ids, ids), *(at for at, clip in sounds if (at, id(clip)) not in heard)])
 
 
 def parts(ids: Sequence[int], sounds: Sequence[Sound], keep: int) -> Iterator[tuple[int, list[int] | np.ndarray]]:
-    """A prompt from `keep` on: positions with ids, or with soft tokens (float32 [n, hidden_size])."""
+    """Yields a prompt from `keep` on: a position with ids, or with soft tokens (float32 [n, hidden_size])."""
     at = keep
     for place, clip in [*sounds, (len(ids), np.empty((0, 0), np.float32))]:
         for start in range(at, place, PREFILL_PIECE):
@@ -246,7 +246,7 @@ def parts(ids: Sequence[int], sounds: Sequence[Sound], keep: int) -> Iterator[tu
 
 
 class StopStrings:
-    """A text filter: passes text on until one of `stops` appears, and holds back only what could still become one."""
+    """A filter: passes text on until a stop string appears. It holds back only what may be the start of one."""
 
     def __init__(self, stops: Sequence[str]) -> None:
         if not all(stops):
@@ -256,7 +256,7 @@ class StopStrings:
         self.found = False
 
     def push(self, text: str) -> str:
-        """What may be shown now. After a stop string: nothing more."""
+        """Returns the text that may be shown now: nothing after a stop string."""
         if self.found:
             return ""
         text = self._held + text
@@ -269,19 +269,19 @@ class StopStrings:
         return text[: len(text) - held]
 
     def flush(self) -> str:
-        """What was held back for a stop string that never came."""
+        """Returns the text that was held back for a stop string that did not come."""
         held, self._held = self._held, ""
         return held
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Characters at the end of `text` that begin `stop`."""
+    """How many characters at the end of `text` are the start of `stop`."""
     longest = min(len(text), len(stop) - 1)
     return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)
 
 
 def stop_ids_of(generation_config: Mapping[str, Any], tokenizer: ChatTokenizer) -> frozenset[int]:
-    """Where a reply ends: the checkpoint's eos_token_id and the vocabulary's own end pieces.
+    """The ids that end a reply: the checkpoint's eos_token_id, and the end pieces of the vocabulary.
 
     Raises UsageError if the generation_config's eos_token_id is neither an id nor a list of ids.
     """

@@ -1,7 +1,7 @@
 """A reply that is written while it is read.
 
-Owns: when the writing goes on (whenever somebody reads), keeping what was written, stopping it from another thread.
-Does not know: prompts, sessions, conversations.
+Owns: writing the next piece when somebody reads, keeping the pieces, stopping the reply from another thread. Does not
+know: prompts, sessions, conversations.
 """
 
 import inspect
@@ -19,13 +19,13 @@ Writer = Callable[[Result, threading.Event], Generator[Piece, None, None]]
 class Reply:
     """A model's reply. Iterate over it for the answer's text as it is written.
 
-    Nothing is run before somebody reads. `text`, `reasoning`, `tool_calls`, `timings` and `finish_reason` read the
-    reply to its end first; it may be read again afterwards. Reading raises what the reply's conversation raises, and
-    UsageError while another thread is reading it.
+    The model runs only while somebody reads. `text`, `reasoning`, `tool_calls`, `timings` and `finish_reason` read the
+    reply to its end first. A reply may be read again. Reading raises what the conversation's `send` says, and
+    UsageError while another thread is reading the same reply.
     """
 
     def __init__(self, write: Writer) -> None:
-        """write: given the result to fill and the event that stops it, yields the pieces."""
+        """write: called with the result to fill and the event that stops it; yields the pieces."""
         self._result = Result("interrupted")
         self._stopping = threading.Event()
         self._writing = write(self._result, self._stopping)
@@ -40,23 +40,23 @@ class Reply:
                 yield piece.text
 
     def pieces(self) -> Iterator[Piece]:
-        """Everything that comes, in order: answer, thoughts, tool calls, notices. From the beginning at each call."""
+        """Yields all pieces in order: answer, reasoning, tool calls, notices. Each call starts at the beginning."""
         at = 0
         while at < len(self._written) or self._go_on():
             yield self._written[at]
             at += 1
 
     def stop(self) -> None:
-        """End the reply at the next token, from any thread; what was written stays. A reply may be stopped unread."""
+        """End the reply at the next token, from any thread. What was written stays. An unread reply never runs."""
         self._stopping.set()
-        if self._reading.acquire(blocking=False):  # nobody waits for a token
+        if self._reading.acquire(blocking=False):  # no other thread is computing a token
             try:
                 self._end()
             finally:
                 self._reading.release()
 
     def result(self) -> Result:
-        """The whole reply, with its token ids."""
+        """Read the reply to its end. Returns all of it, with its token ids."""
         for _ in self.pieces():
             pass
         return self._result
@@ -68,12 +68,12 @@ class Reply:
 
     @property
     def text(self) -> str:
-        """The answer, without thoughts and tool calls."""
+        """The answer, without reasoning and tool calls."""
         return self.result().text
 
     @property
     def reasoning(self) -> str:
-        """The model's thoughts, "" where it had none."""
+        """The model's reasoning, "" if there is none."""
         return self.result().reasoning
 
     @property
@@ -92,7 +92,7 @@ class Reply:
         return self.result().finish_reason
 
     def _go_on(self) -> bool:
-        """Write one piece more. False at the end."""
+        """Write one more piece. Returns False at the end."""
         if not self._reading.acquire(blocking=False):
             raise UsageError("this reply is being read in another thread: read it in one, or stop it")
         try:
@@ -111,7 +111,7 @@ class Reply:
             self._reading.release()
 
     def _end(self) -> None:
-        """The last pieces of a reply that is to stop: text that was held back. One that nobody began never runs."""
+        """Write the last pieces of a reply that stops: text that was held back. An unread reply never runs."""
         if inspect.getgeneratorstate(self._writing) == inspect.GEN_CREATED:
             self._writing.close()
         self._written += self._writing

@@ -13,18 +13,18 @@ from edge_gemma.arguments import is_number, is_one_of, require, shown
 from edge_gemma.errors import UsageError
 from edge_gemma.text.tool_call import ToolCall
 
-SPEECH = "(speech)"  # stands for it in a session file
+SPEECH = "(speech)"  # a sound in a session file
 Hear = Callable[[bytes], tuple[Any, ...]]  # a sound file's bytes -> its soft tokens: float32 [n, hidden_size] a clip
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
 @dataclass(frozen=True)
 class Message:
-    """One message. `content` is what was said; `reasoning` the model's thoughts, kept apart from it.
+    """One message. content: its text. reasoning: the model's, kept apart from the content.
 
-    A message of role "tool" carries a tool's result: `content`, with the tool's `name`. `media` says where the template
-    puts placeholders: "image" before the text, "audio" after it, as Gemma was trained. `clips` are the soft tokens that
-    an "audio" stands for: float32 [n, hidden_size] for each 30 s at most. They are neither compared nor saved.
+    A message of role "tool" carries a tool's result as `content`, and the tool's `name`. media: the placeholders that
+    the template writes, "image" before the text and "audio" after it, as Gemma was trained. clips: the soft tokens in
+    the place of "audio", float32 [n, hidden_size] for each 30 s at most. They are neither compared nor saved.
     """
 
     role: str
@@ -36,7 +36,7 @@ class Message:
     clips: tuple[Any, ...] = field(default=(), compare=False, repr=False)
 
     def __post_init__(self) -> None:
-        """Raises UsageError for anything that is not as it is declared."""
+        """Raises UsageError for a field of another type than declared."""
         require("a message's role", self.role, is_one_of(self.role, ROLES), f"one of {', '.join(ROLES)}")
         for name, kinds in {"content": str, "reasoning": str | None, "name": str | None}.items():
             require(f"a message's {name}", getattr(self, name), isinstance(getattr(self, name), kinds), "text")

@@ -32,7 +32,7 @@ class ChatTokenizer(Protocol):
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt's ids, with placeholders where soft tokens stand: (position, float32 [n, hidden_size]) in `sounds`."""
+    """A prompt's ids, with placeholders for soft tokens. sounds: their (position, float32 [n, hidden_size])."""
 
     ids: list[int]
     sounds: tuple[tuple[int, Any], ...] = field(default=(), compare=False)
@@ -45,7 +45,7 @@ NO_SPEECH = "this model was not made for speech: expected Gemma 4 E2B or E4B, ex
 
 
 def audio_marks(tokenizer: ChatTokenizer) -> tuple[int, int, int]:
-    """The ids before a clip's soft tokens, in their place and after them. Raises UsageError where there are none."""
+    """The ids before a clip's soft tokens, in their place, and after them. Raises UsageError if there are none."""
     marks = [tokenizer.special_tokens.get(name) for name in ("<|audio>", "<|audio|>", "<audio|>")]
     opening, placeholder, closing = marks
     if opening is None or placeholder is None or closing is None:
@@ -65,7 +65,7 @@ class ChatFormat:
         self._tokens = {f"{name}_token": spelling.get(index, "") for name, index in ids.items()}
 
     def takes(self, variable: str) -> bool:
-        """Whether the template looks at a variable: without that, giving it means nothing."""
+        """Whether the template uses a variable."""
         return variable in self._template.variables
 
     def check(self, tools: Sequence[Any] | None, think: bool) -> None:
@@ -75,11 +75,10 @@ class ChatFormat:
                 raise UsageError(f"this model's chat template has no {what}: leave that out, or take another model")
 
     def render(self, messages: Sequence[Message], *, tools: Sequence[Tool] | None = None, think: bool = False) -> str:
-        """The prompt as text, user text marked by `Tokenizer.guard`; ends where the reply begins.
+        """The prompt as text. It ends where the reply begins; the user's text is marked by `Tokenizer.guard`.
 
         tools: OpenAI's function declarations, or Python functions. Raises TemplateError if the template refuses the
-        messages, UsageError for what is no message or no tool, and for tools or think if the template has no place for
-        them.
+        messages; UsageError for other things than messages and tools, and as `check`.
         """
         check_messages(messages)
         functions = None if tools is None else declared(tools)
@@ -102,7 +101,7 @@ class ChatFormat:
     def prompt_ids(
         self, messages: Sequence[Message], *, tools: Sequence[Tool] | None = None, think: bool = False
     ) -> list[int]:
-        """The prompt's ids. `<bos>` comes first even where the template leaves it out: without it Gemma degenerates."""
+        """The prompt's ids. `<bos>` comes first even if the template leaves it out: Gemma degenerates without it."""
         ids = self._tokenizer.encode_prompt(self.render(messages, tools=tools, think=think))
         bos = self._tokenizer.bos_id
         return ids if bos < 0 or ids[:1] == [bos] else [bos, *ids]
@@ -110,9 +109,10 @@ class ChatFormat:
     def prompt(
         self, messages: Sequence[Message], *, tools: Sequence[Tool] | None = None, think: bool = False
     ) -> Prompt:
-        """As `prompt_ids`, each placeholder of a message with clips expanded to as many as their soft tokens.
+        """As `prompt_ids`, but with a placeholder for each soft token of the messages' clips.
 
-        Raises as `render`, TemplateError too if the template has another number of places for sound.
+        Raises as `render`; also TemplateError if the template has another number of places for sound, and UsageError
+        for a place of an image, or of a sound that is not there.
         """
         if any("image" in message.media for message in messages):
             raise UsageError("a message has a place for an image, expected text and sound: leave the image out")
@@ -149,7 +149,7 @@ class ChatFormat:
         return {"role": message.role, **{k: self._guarded(v) for k, v in entry.items() if k != "role"}}
 
     def _guarded(self, value: Any) -> Any:
-        """Every text in it guarded, keys too; made of plain JSON types only."""
+        """`value` with every text guarded, also the keys of objects. Raises TemplateError unless it is JSON."""
         if isinstance(value, str):
             return self._tokenizer.guard(value)
         if isinstance(value, Mapping):

@@ -16,12 +16,13 @@ from edge_gemma.text.tool_call import QUOTE, ToolCall, call_text, parse_call
 
 @dataclass(frozen=True)
 class Piece:
-    """A part of a reply, in the order it arrived. A malformed tool call is answer text with `malformed` set.
+    """A part of a reply. Pieces come in the order in which the model wrote them.
 
-    A notice does not come from the model. It tells the user what was done, for example that old turns were left out.
+    A tool call that cannot be parsed is answer text with `malformed` set. A notice does not come from the model: it
+    tells the user what was done, for example that old turns were left out.
     """
 
-    kind: Literal["answer", "thought", "tool_call", "notice"]
+    kind: Literal["answer", "reasoning", "tool_call", "notice"]
     text: str
     call: ToolCall | None = None
     malformed: bool = False
@@ -32,15 +33,15 @@ _HEADER = "thought\n"
 
 @dataclass
 class ReplyParser:
-    """Tells answer, thoughts and tool calls apart by their control tokens, as the tokens arrive.
+    """Tells answer, reasoning and tool calls apart by their control tokens, as the tokens arrive.
 
-    prompt_ids: the prompt's end decides where the reply begins: inside a thought if it left a channel open.
+    prompt_ids: the reply begins with reasoning if the prompt left a channel open.
     """
 
     tokenizer: ChatTokenizer
     prompt_ids: Sequence[int] = ()
     _thinking: bool = field(default=False, init=False)
-    _header: str | None = field(default=None, init=False)  # the channel's name as far as it has come; None: passed
+    _header: str | None = field(default=None, init=False)  # the channel's name as far as it was written; None: complete
     _call: list[str | object] | None = field(default=None, init=False)  # a tool call's texts and quotes
 
     def __post_init__(self) -> None:
@@ -53,12 +54,12 @@ class ReplyParser:
                 break
 
     def push(self, token: int, text: str) -> list[Piece]:
-        """The pieces that a token completes. text: its text from the detokeniser, "" for control tokens."""
+        """Returns the pieces that a token completes. text: the token's text, "" for control tokens."""
         pieces = self._text(text)
         if token == self._open:
             self._thinking, self._header = True, ""
         elif token == self._close:
-            pieces += self._end_thought()
+            pieces += self._end_reasoning()
         elif token == self._open_call and self._call is None:
             self._call = []
         elif token == self._close_call and self._call is not None:
@@ -68,11 +69,11 @@ class ReplyParser:
         return pieces
 
     def finish(self, text: str = "") -> list[Piece]:
-        """The last pieces, when the reply ends. text: what the detokeniser still held."""
+        """Returns the last pieces, when the reply ends. text: what the detokeniser still held."""
         pieces = self._text(text)
         if self._call is not None:
             pieces.append(self._end_call(""))
-        return pieces + self._end_thought()
+        return pieces + self._end_reasoning()
 
     def _text(self, text: str) -> list[Piece]:
         if not text:
@@ -87,12 +88,12 @@ class ReplyParser:
             if _HEADER.startswith(self._header):
                 return []
             text, self._header = self._header.removeprefix(_HEADER), None
-        return [Piece("thought", text)] if text else []
+        return [Piece("reasoning", text)] if text else []
 
-    def _end_thought(self) -> list[Piece]:
+    def _end_reasoning(self) -> list[Piece]:
         rest = (self._header or "").removeprefix(_HEADER.strip()).strip()
         self._thinking, self._header = False, None
-        return [Piece("thought", rest)] if rest else []
+        return [Piece("reasoning", rest)] if rest else []
 
     def _end_call(self, closing: str) -> Piece:
         parts, self._call = self._call or [], None

@@ -1,6 +1,6 @@
 """A conversation as a JSON file: what `chat --session` keeps and `/save` writes.
 
-Owns: the file's form, reading it strictly, writing it whole or not at all, and never over what another program has
+Owns: the file's form, reading it strictly, writing it whole or not at all, never replacing what another program has
 written. Does not know: models, screens.
 """
 
@@ -23,15 +23,15 @@ from edge_gemma.text.message import Message, check_messages
 
 FORMAT, VERSION = "edge_gemma conversation", 1
 _SIZE_LIMIT = 64 << 20  # bytes
-_PATIENCE_S = 5.0  # with another chat that saves into the same folder
+_PATIENCE_S = 5.0  # seconds to wait for another chat that saves into the same folder
 
-Kind = Literal["chat", "continuation"]  # turns through a chat template, or a text and what a base model adds to it
+Kind = Literal["chat", "continuation"]  # turns of a chat template, or a text that a base model continues
 
 
 @dataclass(frozen=True)
 class Transcript:
-    """A saved conversation. model: its name, for readers only. kind: "chat" where the file gives none, None while
-    nothing was said.
+    """A saved conversation. model: its name, for readers only. kind: "chat" if the file has none; None if nothing was
+    said.
     """
 
     messages: tuple[Message, ...] = ()

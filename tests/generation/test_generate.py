@@ -124,7 +124,7 @@ def test_a_long_prompt_reports_progress():
 def test_thoughts_and_calls_stand_apart_in_the_result():
     generation = start('<|channel>thought\nhm\n<channel|>Ok <|tool_call>call:f{a:<|"|>x<|"|>}<tool_call|>')
     kinds = {piece.kind for piece in generation}
-    assert kinds == {"thought", "answer", "tool_call"}
+    assert kinds == {"reasoning", "answer", "tool_call"}
     result = generation.result
     assert (result.text, result.reasoning, result.tool_calls) == ("Ok ", "hm", (ToolCall("f", {"a": "x"}),))
 

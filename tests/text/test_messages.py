@@ -205,16 +205,17 @@ def parsed(text: str, prompt: str = "") -> list[Piece]:
     ("reply", "expected"),
     [
         ("Hello", [("answer", "Hello")]),
-        ("<|channel>thought\nHmm é\n<channel|>Yes", [("thought", "Hmm é\n"), ("answer", "Yes")]),
+        ("<|channel>thought\nHmm é\n<channel|>Yes", [("reasoning", "Hmm é\n"), ("answer", "Yes")]),
         ("<|channel>thought\n<channel|>Yes", [("answer", "Yes")]),
         ("<|channel>thought<channel|>Yes", [("answer", "Yes")]),
         ("<|channel><channel|>Yes", [("answer", "Yes")]),
-        ("<|channel>thoughts are free<channel|>Yes", [("thought", "thoughts are free"), ("answer", "Yes")]),
-        ("<|channel>thought\nnever ends", [("thought", "never ends")]),
-        ("<|channel>thou", [("thought", "thou")]),
+        ("<|channel>thoughts are free<channel|>Yes", [("reasoning", "thoughts are free"), ("answer", "Yes")]),
+        ("<|channel>thought\nnever ends", [("reasoning", "never ends")]),
+        ("<|channel>thou", [("reasoning", "thou")]),
         ("a<channel|>b", [("answer", "ab")]),
         ("thought\nHmm", [("answer", "thought\nHmm")]),
-        ("a<|channel>x<channel|>b<|channel>y", [("answer", "a"), ("thought", "x"), ("answer", "b"), ("thought", "y")]),
+        ("a<|channel>x<channel|>b<|channel>y",
+         [("answer", "a"), ("reasoning", "x"), ("answer", "b"), ("reasoning", "y")]),
     ],
 )  # fmt: skip
 def test_thoughts_and_answer_are_told_apart(reply, expected):
@@ -222,7 +223,7 @@ def test_thoughts_and_answer_are_told_apart(reply, expected):
 
 
 def test_a_prompt_that_leaves_the_channel_open_starts_in_a_thought():
-    assert [p.kind for p in parsed("x<channel|>y", "<|turn>model\n<|channel>thought\n")] == ["thought", "answer"]
+    assert [p.kind for p in parsed("x<channel|>y", "<|turn>model\n<|channel>thought\n")] == ["reasoning", "answer"]
     assert [p.kind for p in parsed("xy", "<|turn>model\n<|channel>thought\n<channel|>")] == ["answer"]
 
 
@@ -249,7 +250,7 @@ def test_two_calls_amid_thought_and_text():
         "<|tool_call> call:g { x : 1 } <tool_call|>b"
     )
     assert [(p.kind, p.call) for p in pieces] == [
-        ("thought", None), ("answer", None), ("tool_call", ToolCall("f")), ("tool_call", ToolCall("g", {"x": 1})),
+        ("reasoning", None), ("answer", None), ("tool_call", ToolCall("f")), ("tool_call", ToolCall("g", {"x": 1})),
         ("answer", None),
     ]  # fmt: skip
 
@@ -397,7 +398,7 @@ def test_a_reply_in_real_tokens(gemma4):
     for token in tokenizer.encode_prompt(text):
         pieces += parser.push(token, stream.push(token))
     pieces += parser.finish(stream.flush())
-    assert "".join(p.text for p in pieces if p.kind == "thought") == "Die Köche 👩‍🍳 sind da\n"
+    assert "".join(p.text for p in pieces if p.kind == "reasoning") == "Die Köche 👩‍🍳 sind da\n"
     assert "".join(p.text for p in pieces if p.kind == "answer") == "Ja: "
     assert pieces[-1].call == ToolCall("get_weather", {"city": 'Zürich "{}"', "days": 3})
 
