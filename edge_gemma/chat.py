@@ -1,8 +1,7 @@
-"""Talking with a model: turns in, streamed replies out, whatever happens on the way.
+"""Conversations with a model: messages go in, replies come out.
 
-Owns: the transcript, which part of it still fits the context, what an interrupted reply leaves behind, that replies
-come one at a time. Two kinds: `Chat` for models with a chat template, `Continuation` for base models. Does not know:
-screens, files.
+Owns: the transcript, what an interrupted reply leaves in it, writing one reply at a time. `Chat` is for models with a
+chat template, `Continuation` for base models. Does not know: screens, microphones.
 """
 
 import functools
@@ -37,7 +36,7 @@ from edge_gemma.text.reply import Piece
 from edge_gemma.text.session_file import Kind, Transcript
 from edge_gemma.text.tool_declaration import Tool, checked
 
-CONTINUATION_TOKENS = 128  # a base model seldom stops by itself
+CONTINUATION_TOKENS = 128  # default limit of a base model's reply, which seldom ends by itself
 
 Said = str | Message | Mapping[str, Any] | Any  # what `send` takes; Any: samples, as audio/samples.py has them
 
@@ -60,7 +59,7 @@ class ChatEngine(Protocol):
 
 
 class Conversation:
-    """What both kinds share: a transcript over one session. `last` is the latest reply's result."""
+    """The part that both kinds share: a transcript over one session. `last` is the result of the latest reply."""
 
     kind: ClassVar[Kind]
     system: str | None = None
@@ -75,7 +74,7 @@ class Conversation:
         stop: Sequence[str] = (),
         progress: Progress | None = None,
     ) -> None:
-        """history: an earlier conversation of this kind to go on with, its system turn left out.
+        """history: the messages of an earlier conversation of this kind, without its system message.
 
         Raises UsageError for arguments of other kinds.
         """
@@ -94,20 +93,20 @@ class Conversation:
         self._replying, self._sending = threading.Lock(), threading.Lock()
         self._unread: Reply | None = None
         self._latest: weakref.ref[Reply] | None = None
-        self._held: list[Sound] = []  # what the session has heard
+        self._held: list[Sound] = []  # the soft tokens that the session holds
 
     def send(self, *said: Said) -> Reply:
-        """Say something; the reply, which is written while it is read.
+        """Send messages. Returns the reply, which is written while it is read.
 
-        said: a text is the user's, and so is a sound (samples of 16 kHz, samples with their rate as (samples, rate), a
-        Path, a file's bytes, an open file). A sound is encoded at once, and belongs to a text right before it. Messages
-        (Message, or dicts in OpenAI's form) may have any role: several tools' results, for example. Nothing: go on from
-        the transcript. A reply that nobody has begun to read is read to its end when the next message is sent.
+        said: a text is a message of the user. So is a sound: samples of 16 kHz, (samples, rate), a Path, a file's
+        bytes, or an open file. A sound is encoded at once and belongs to a text right before it. A Message, or a dict
+        in OpenAI's form, may have any role; the results of several tools are sent together. Without an argument the
+        model replies to the transcript. If nobody has begun to read the reply before, it is read to its end first.
 
-        However a reply ends, the transcript is whole: what was said of it is kept, and where nothing was, what it
-        replies to is taken back too. Raises UsageError while another reply is being written and for what is no message.
-        Raises the error of a reply that nobody had read; what is said now is then not sent, and may be sent again.
-        Reading the reply raises ContextFullError if what was said does not fit.
+        The transcript is whole however a reply ends. It keeps the text that was written; if there is none, it does not
+        keep the messages either. Raises UsageError while another reply is being written, and for what is no message.
+        Raises the error of a reply that nobody had read; nothing is sent then, and `send` may be called again. Reading
+        the reply raises ContextFullError if the messages do not fit.
         """
         notes: list[str] = []
         asked = self._asked(said, notes.append)
@@ -126,18 +125,18 @@ class Conversation:
             self._sending.release()
 
     def stop(self) -> None:
-        """End the reply that is being written, as `Reply.stop` does, from any thread: for one that was lost on the way.
+        """End the latest reply, as `Reply.stop` does, from any thread. It works without holding the reply itself.
 
-        An unread reply is ended too. Without a reply nothing happens.
+        An unread reply never runs. Nothing happens if there is no reply, or if it has ended.
         """
         reply = self._latest() if self._latest else None
         if reply is not None:
             reply.stop()
 
     def reset(self) -> None:
-        """Start anew; the session is kept for what the next prompt shares with it. A reply not begun never will be.
+        """Forget the messages. An unread reply never runs. The session is kept for what the next prompt shares.
 
-        Raises UsageError as `send`.
+        Raises UsageError while a reply is being written.
         """
         unread = self._unread
         with self._alone():
@@ -146,15 +145,15 @@ class Conversation:
                 unread.stop()
 
     def transcript(self, model: str | None = None) -> Transcript:
-        """What was said so far, to be saved. model: its name, for whoever reads the file."""
+        """The messages so far, as they are saved. model: its name, for readers of the file."""
         return Transcript(tuple(as_messages(self.messages)), self.system, model, self.kind)
 
     def save(self, path: Path | str) -> None:
-        """Write what was said so far to a file that `open` reads, whole or not at all. A file there is replaced.
+        """Write the messages so far to a file that `open` reads, whole or not at all. A file there is replaced.
 
-        A reply that nobody has begun to read is read to its end first; if that fails, the file is written without it
-        and its error is raised. What is being written of a reply is not in the file. Raises UsageError where the file
-        cannot be written.
+        A reply that nobody has begun to read is read to its end first. If it fails, the file is written without it, and
+        its error is raised then. A reply that is half read is not in the file. Raises UsageError if the file cannot be
+        written.
         """
         failed: EdgeGemmaError | None = None
         try:
@@ -169,7 +168,7 @@ class Conversation:
             raise failed
 
     def _finish_unread(self) -> None:
-        """Read a reply that nobody has begun to read to its end. Raises its error, and says whose it is."""
+        """Read the latest reply to its end if nobody has begun to read it. Raises its error, named as its own."""
         if (unread := self._unread) is None:
             return
         try:
@@ -178,11 +177,11 @@ class Conversation:
             raise type(error)(f"the reply before this, which nobody had read, failed: {error}") from None
 
     def _asked(self, said: Sequence[Said], note: Callable[[str], None]) -> list[Message]:
-        """note: told what is wrong with a sound. Raises UsageError for what is no message."""
+        """The messages that `said` stands for. note: called with what is wrong with a sound. Raises as `send`."""
         raise NotImplementedError
 
     def _pieces(self, asked: list[Message], result: Result, stopping: threading.Event) -> Generator[Piece, None, None]:
-        """Write the reply to `asked`."""
+        """Write the reply to `asked`. Yields its pieces."""
         raise NotImplementedError
 
     def _begin(
@@ -194,7 +193,7 @@ class Conversation:
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
-        """One session can be at one place only. Held from a reply's first piece to its end."""
+        """Held from a reply's first piece to its end: one session cannot write two replies at once."""
         if not self._replying.acquire(blocking=False):
             raise _busy()
         try:
@@ -240,10 +239,10 @@ def _busy() -> UsageError:
 
 
 class Chat(Conversation):
-    """Turns through the checkpoint's chat template.
+    """A conversation in turns, through the checkpoint's chat template.
 
-    When the context is full the oldest turns are left out of the prompt (they stay in `messages`), never the system
-    turn: until half of the context is free, for whatever is left has to be run again, and not at every turn.
+    When the context is full, the oldest turns are left out of the prompt. They stay in `messages`; the system prompt is
+    never left out. Half of the context is freed at once, because all that remains has to be prefilled again.
     """
 
     kind = "chat"
@@ -262,8 +261,8 @@ class Chat(Conversation):
         progress: Progress | None = None,
     ) -> None:
         """tools: OpenAI's function declarations, or Python functions (text/tool_declaration.py), which are declared
-        and not run. history: as in Conversation; a system message in front is taken for `system`. Raises UsageError
-        too for tools or think if the chat template has no place for them.
+        and not run. history: as in Conversation, but it may begin with a system message, which is then `system`. Raises
+        UsageError too for tools or think if the chat template has no place for them.
         """
         super().__init__(
             engine, history=history, sampling=sampling, max_tokens=max_tokens, stop=stop, progress=progress
@@ -280,7 +279,7 @@ class Chat(Conversation):
         self._format = ChatFormat(engine.chat_template, engine.tokenizer)
         self._format.check(self.tools, think)
         self._first = 0  # the oldest message still in the prompt
-        self._sound_at: int | None = None  # where the clip that is heard now begins, None: the session has moved on
+        self._sound_at: int | None = None  # where the present clip begins; None: the session does not hold it
 
     @property
     def can_think(self) -> bool:
@@ -305,7 +304,7 @@ class Chat(Conversation):
         stop: Sequence[str] = (),
         **sampling: Unpack[Settings],
     ) -> "Chat":
-        """Go on with the conversation in a file that `save` wrote. The arguments are those of `Engine.chat`.
+        """Resume the conversation in a file that `save` wrote. The arguments are those of `Engine.chat`.
 
         Raises UsageError if the file cannot be read or is no chat.
         """
@@ -349,7 +348,7 @@ class Chat(Conversation):
         yield from self._reply(prompt, asked, result, stopping)
 
     def _fitted(self, asked: list[Message]) -> tuple[Prompt, str]:
-        """The prompt for `asked`, and what to tell of turns that are left out of it from now on."""
+        """The prompt for `asked`, and a notice for the user if more turns are left out of it, else ""."""
         self.messages = as_messages(self.messages, hear=self._engine.hear)
         first, prompt = self._fit([*self.messages, *asked])
         left_out = sum(m.role == "user" for m in self.messages[self._first : first])
@@ -357,12 +356,12 @@ class Chat(Conversation):
         turns = "turn was" if left_out == 1 else f"{left_out} turns were"
         return prompt, f"the context is full: the oldest {turns} left out" if left_out else ""
 
-    # Speech that is heard while it is said (audio/spoken.py): the session runs ahead of the message.
+    # Live speech (audio/spoken.py): the session prefills a sound before the message that holds it is sent.
 
     def begin_sound(self, room: int) -> str:
-        """Bring the session to where the user's next sound begins. room: soft tokens that have to fit.
+        """Bring `session` to where the user's next sound begins, so that its soft tokens can be prefilled there.
 
-        Returns what to tell of turns that are left out. What is heard is prefilled into `session`. Raises as `send`.
+        room: soft tokens that have to fit. Returns a notice if turns are left out, else "". Raises as `send`.
         """
         self._finish_unread()
         with self._alone():
@@ -383,26 +382,24 @@ class Chat(Conversation):
         return notice
 
     def takes_sound(self, tokens: int) -> bool:
-        """Whether `session` may prefill that many more soft tokens of the sound: they fit, and nothing else was said.
+        """Whether `session` may prefill that many more soft tokens of the sound.
 
-        Once it may not, `answer_sound` prefills the whole sound, after leaving out old turns if need be.
+        It may not if they do not fit, or if the chat was used since `begin_sound`. Then `answer_sound` prefills the
+        whole sound, and leaves out old turns if need be.
         """
         if self.session.position + tokens > self.session.context:
             self._sound_at = None
         return self._sound_at is not None
 
     def next_sound(self, clip: np.ndarray) -> None:
-        """`clip`, heard since the last of these calls, has ended; another one of the same message begins."""
+        """End `clip`, the soft tokens since the last such call, and begin another clip of the same message."""
         opening, _, closing = audio_marks(self.tokenizer)
         if self._sound_at is not None and self.takes_sound(2):
             self.session.prefill([closing, opening])
             self._sound_at += len(clip) + 2
 
     def answer_sound(self, message: Message) -> Reply:
-        """The reply to a message whose clips `session` has heard since `begin_sound`.
-
-        Where the chat was used meanwhile, the session holds something else, and the sound is prefilled again.
-        """
+        """The reply to a message whose clips were prefilled since `begin_sound`. Raises as `send`."""
         if (at := self._sound_at) is not None:
             at -= sum(len(clip) + 2 for clip in message.clips[:-1])
             for clip in message.clips:
@@ -411,7 +408,7 @@ class Chat(Conversation):
         return self.send(message)
 
     def reset(self) -> None:
-        """As `Conversation.reset`: the next prompt begins with the next message."""
+        """As `Conversation.reset`. The next prompt begins with the next message."""
         super().reset()
         self._first, self._sound_at = 0, None
 
@@ -426,7 +423,7 @@ class Chat(Conversation):
 
 
 class Continuation(Conversation):
-    """A base model has no turns: it goes on with the text it is given. An empty text goes on with the last one."""
+    """A base model, which has no turns, continues a text. An empty text continues the last one."""
 
     kind = "continuation"
 
@@ -461,7 +458,7 @@ class Continuation(Conversation):
                 self._ids = prompt + result.tokens
 
     def reset(self) -> None:
-        """As `Conversation.reset`: there is no last text to go on with."""
+        """As `Conversation.reset`. There is no last text to continue then."""
         super().reset()
         self._ids = []
 
@@ -479,10 +476,10 @@ def open_conversation(
     tools: Sequence[Tool] | None = None,
     **options: Any,
 ) -> Conversation:
-    """`Chat` for a model with a chat template, else (or with `raw`) `Continuation`.
+    """A `Chat` for a model with a chat template; without one, or with `raw`, a `Continuation`.
 
-    earlier: what to go on with; its system prompt counts where `system` is None. options: as in Conversation. Raises
-    UsageError for an earlier conversation of the other kind, and for system, think or tools without a chat template.
+    earlier: the conversation to resume; its system prompt is used if `system` is None. options: as in Conversation.
+    Raises UsageError for an earlier conversation of the other kind, and for system, think or tools without a template.
     """
     earlier = earlier or Transcript()
     kind: type[Conversation] = Continuation if raw or engine.chat_template is None else Chat

@@ -62,7 +62,7 @@ class Engine:
         self._model = runner(folder, threads=self._threads, kv_dtype=kv_dtype)
 
     def _read(self, folder: ModelFolder, context: int | None) -> None:
-        """Everything but the weights."""
+        """Read everything except the weights."""
         self.config: GemmaConfig = folder.config
         self.manifest: dict[str, Any] = folder.manifest
         self.path = folder.path
@@ -116,7 +116,7 @@ class Engine:
 
     @property
     def name(self) -> str:
-        """The name of the checkpoint that the model was made from, or of its folder."""
+        """The name of the checkpoint that the model was made from, else the folder's name."""
         source = self.manifest.get("source")
         return str((source.get("name") if isinstance(source, dict) else None) or self.path.name)
 
@@ -129,11 +129,12 @@ class Engine:
         stop: Sequence[str] = (),
         **sampling: Unpack[Settings],
     ) -> Reply:
-        """One reply to one prompt, written while it is read; a base model goes on with the text.
+        """Reply to one prompt. The reply is written while it is read. A base model continues the text.
 
-        max_tokens: None goes on until the model ends it (a base model: 128 tokens). stop: texts that end the reply, no
-        part of it. sampling: `Sampling`'s fields, before the checkpoint's own settings. Raises UsageError for arguments
-        that cannot be served; reading the reply raises ContextFullError for a prompt that does not fit.
+        prompt: a text, a sound or a message, as in `Chat.send`. max_tokens: None for as many as the model writes (a
+        base model: 128). stop: texts that end the reply and are no part of it. sampling: the fields of `Sampling`, in
+        place of the checkpoint's own settings. Raises UsageError for arguments that cannot be served. Reading the reply
+        raises ContextFullError if the prompt does not fit.
         """
         chosen = Sampling.from_generation_config(self.generation_config, **sampling)
         conversation = talk.open_conversation(self, system=system, sampling=chosen, max_tokens=max_tokens, stop=stop)
@@ -150,11 +151,12 @@ class Engine:
         stop: Sequence[str] = (),
         **sampling: Unpack[Settings],
     ) -> "talk.Chat":
-        """A new conversation; any number may be open.
+        """A new conversation. Any number may be open.
 
-        tools: Python functions with annotations, or OpenAI's declarations; the model's calls come in
-        `Reply.tool_calls` and are not run. history: what was said before. think: the model thinks before it answers.
-        The other arguments, and what it raises, as in `generate`; UsageError for a base model.
+        tools: Python functions with annotations, or OpenAI's declarations. The model's calls are in
+        `Reply.tool_calls`; they are not run. history: earlier messages. think: whether the model thinks before it
+        answers. The other arguments are those of `generate`. Raises UsageError for arguments that cannot be served,
+        for a base model, and for tools or think if the chat template has no place for them.
         """
         chosen = Sampling.from_generation_config(self.generation_config, **sampling)
         return talk.Chat(
@@ -164,14 +166,14 @@ class Engine:
 
     @property
     def threads(self) -> int:
-        """CPU threads that this model's arithmetic uses."""
+        """How many CPU threads this model uses."""
         from edge_gemma import kernels
 
         return self._threads or kernels.threads()
 
     @property
     def audio(self) -> "AudioEncoder":
-        """The audio encoder, loaded on first use. Raises UsageError where the model has none."""
+        """The audio encoder, loaded on first use. Raises UsageError if the model has none."""
         if self._audio is None:
             from edge_gemma.audio.encoder import AudioEncoder
 
@@ -181,16 +183,17 @@ class Engine:
     def hear(
         self, source: "Source | Samples", *, rate: int | None = None, note: Callable[[str], None] = lambda text: None
     ) -> tuple[np.ndarray, ...]:
-        """A sound's soft tokens: float32 [n, hidden_size] for each 30 s at most. source, rate, note: `transcribe`.
+        """Encode a sound. Returns its soft tokens: float32 [n, hidden_size] for each 30 s at most.
 
-        Raises ContextFullError for a sound longer than the context, else as `transcribe`.
+        source, rate, note: as in `transcribe`. Raises ContextFullError for a sound longer than the context, else as
+        `transcribe`.
         """
         from edge_gemma.audio.clips import soft_clips
 
         return soft_clips(self.audio, source, most=self.context, rate=rate, note=note)
 
     def release_audio(self) -> None:
-        """Give the audio encoder's memory back; the next use loads it again."""
+        """Free the audio encoder's memory. The next use loads it again."""
         if self._audio is not None:
             self._audio.close()
             self._audio = None
@@ -207,15 +210,16 @@ class Engine:
         progress: "Progress | None" = None,
         note: Callable[[str], None] = lambda text: None,
     ) -> "Transcription":
-        """Speech to text. source: a sound file or video (its path, its bytes, or a file opened in binary mode), or
-        samples: an array or list, [n] or [n, channels], floats in [-1, 1] or signed integers of up to 32 bits, `rate`
-        of them a second (16000). Any length: memory does not grow with it, but for an array's own.
+        """Transcribe speech of any length. Memory does not grow with the length, except for an array's own.
 
-        language: a name or a code ("German", "de"), None leaves it to the model. num_beams: hypotheses of a text kept
-        side by side, more find a likelier one and take longer; None: the checkpoint's own number, or 1. progress is
-        told (seconds done, seconds in all or None), note what the user should know. Raises UsageError for a model
-        without audio tower and for what is no source, AudioError for a source that cannot be read. track: of a file
-        with several sound tracks, from 1; None: the default one, or the next with speech if it has none.
+        source: a sound file or video (its path, its bytes, or a file opened in binary mode), or samples: an array or
+        list, [n] or [n, channels], of floats in [-1, 1] or signed integers of up to 32 bits. rate: of samples, Hz,
+        16000 by default. track: of a file with several sound tracks, from 1; None takes the default track, or the next
+        one if it has no speech. language: a name or a code ("German", "de"); None leaves it to the model.
+        num_beams: the hypotheses that the beam search keeps; more find a likelier text and take longer; None for the
+        checkpoint's own number, or 1. progress is called with (seconds done, seconds in all or None), note with what
+        the user should know. Raises UsageError for a model without audio tower and for what is no source, AudioError
+        for a source that cannot be read.
         """
         from edge_gemma.audio.prompts import Task
         from edge_gemma.audio.transcribe import Transcriber
@@ -235,7 +239,7 @@ class Engine:
         progress: "Progress | None" = None,
         note: Callable[[str], None] = lambda text: None,
     ) -> "Iterator[Segment]":
-        """Speech to text, segment by segment: each as soon as its text is final. Arguments and errors: `transcribe`."""
+        """As `transcribe`, but a generator: yields each segment as soon as its text is final."""
         from edge_gemma.audio.prompts import Task
         from edge_gemma.audio.transcribe import Transcriber
 
@@ -255,14 +259,15 @@ class Engine:
         chat: "talk.Chat | None" = None,
         num_beams: int | None = None,
     ) -> "Iterator[Event]":
-        """Live speech to events (audio/listen.py), as it is said. blocks: samples as they arrive, each as in
-        `transcribe` or the bytes of 16-bit samples of one channel, `rate` a second (16000); or a sound file as in
-        `transcribe`, heard as if it were said now; None: a microphone, `device` its number, a part of its name or the
-        system's default. Close the iterator to stop.
+        """Listen to live speech. Yields events (audio/listen.py) while somebody speaks. Close the iterator to stop.
 
-        ask: the model answers each utterance, after `system`, instead of writing it down. chat: each utterance is its
-        next message, answered with its history and tools; the reply is `Event.reply`. num_beams, and what it raises, as
-        in `transcribe`.
+        blocks: samples as they arrive, each block as in `transcribe`, or the bytes of 16-bit samples of one channel;
+        `rate` is theirs, Hz, 16000 by default. Or a sound file as in `transcribe`, as if it were spoken now. None is a
+        microphone; `device` is its number, a part of its name, or None for the system's default.
+
+        ask: the model answers each utterance, after the system prompt `system`, and forgets it. chat: a chat of this
+        engine answers each utterance as its next message; `Event.reply` is the reply. Without both, speech is
+        transcribed. The other arguments, and the errors, are those of `transcribe`.
         """
         from edge_gemma.audio.listen import listen
         from edge_gemma.audio.prompts import Task
@@ -280,7 +285,7 @@ class Engine:
         return context
 
     def close(self) -> None:
-        """Close the files read on demand; mapped weights go when the last session does."""
+        """Close the files that are read on demand. Mapped weights are freed with the last session."""
         self.release_audio()
         self._model.close()
 

@@ -95,21 +95,22 @@ class Session:
         return self.logits(self.hidden(ids))
 
     def hidden(self, ids: Sequence[int]) -> np.ndarray:
-        """Append ids. Returns what enters the head: float32 [len(ids), hidden_size]. Raises as `prefill`."""
+        """Append ids. Returns the rows that enter the head: float32 [len(ids), hidden_size]. Raises as `prefill`."""
         ids = self._check(ids)
         with kernels.use_threads(self._pace.limit):
             return self._run(ids, keep=len(ids))
 
     def logits(self, hidden: np.ndarray) -> np.ndarray:
-        """The head on rows from `hidden`: float32 [n, vocab_size]; a few rows at a time where memory matters."""
+        """The logits of rows from `hidden`: float32 [n, vocab_size]. A few rows at a time need less memory."""
         with kernels.use_threads(self._pace.limit):
             return self._decoder.logits(hidden)
 
     def rewind(self, position: int) -> None:
-        """Forget all tokens from `position` on; what follows is as in a session that never saw them.
+        """Forget all tokens from `position` on. Later logits are those of a session that never saw them.
 
-        Cheap within the last CHUNK tokens and at marks. Further back sliding layers have overwritten what they would
-        need, and the tokens that remain are run again from the nearest mark. Raises UsageError outside 0..position.
+        It is cheap within the last CHUNK tokens and at marks. Further back the sliding layers have overwritten the
+        entries they need, so the remaining tokens are run again from the nearest mark. Raises UsageError outside
+        0..position.
         """
         if not is_integer(position) or not 0 <= position <= self.position:
             raise UsageError(f"cannot rewind to {shown(position)}: the session is at {self.position}")

@@ -1,6 +1,6 @@
 """Beam search: the likeliest reply, found with several hypotheses side by side on one timeline.
 
-Owns: which hypotheses live on, from when on a token is certain. Does not know: text, prompts, messages.
+Owns: which hypotheses are kept, and when a token is certain. Does not know: text, prompts, messages.
 
 Greedy decoding cannot undo a token that makes everything after it unlikely. Keeping several hypotheses can (Sutskever
 et al. 2014, section 3.2). One timeline serves all of them: it is rewound to where a hypothesis differs from the one
@@ -17,8 +17,8 @@ import numpy as np
 from edge_gemma.generation.sampler import Sampler
 from edge_gemma.session import Timeline, common_prefix
 
-MARGIN = 3.0  # nats below the best at which a hypothesis is given up (docs/LOG.md#beam-search)
-LOOK_BACK = 32  # tokens: what the best hypothesis said before them is certain
+MARGIN = 3.0  # nats: a hypothesis that is so far below the best is dropped (docs/LOG.md#beam-search)
+LOOK_BACK = 32  # tokens: those of the best hypothesis before its last LOOK_BACK are certain
 
 
 class Hypothesis(NamedTuple):
@@ -37,7 +37,7 @@ def search(
     stop_ids: Collection[int],
     stopping: threading.Event | None = None,
 ) -> Iterator[int]:
-    """A reply's tokens, each as soon as all hypotheses agree on it; the stop token comes last.
+    """Yields a reply's tokens, each as soon as all hypotheses agree on it. The stop token comes last.
 
     session: at the prompt's end, left wherever the last hypothesis ended. logits: float32 [vocab_size], those after
     the prompt. sampler: says how many hypotheses there are. limit: most tokens, all but the last of which the session
@@ -68,7 +68,7 @@ def search(
 
 
 def _that_may_win(live: list[Hypothesis], ended: list[Hypothesis]) -> tuple[list[Hypothesis], list[Hypothesis]]:
-    """Those not far below the best that agree with what it said long ago; of the live ones those above what ended."""
+    """The hypotheses within MARGIN of the best that share its certain tokens; live ones also beat the ended one."""
     best = min([*live, *ended], key=_rank)
     certain, least = best.tokens[:-LOOK_BACK], best.score - MARGIN
     live, ended = (
@@ -78,7 +78,7 @@ def _that_may_win(live: list[Hypothesis], ended: list[Hypothesis]) -> tuple[list
 
 
 def _rank(hypothesis: Hypothesis) -> tuple[float, tuple[int, ...]]:
-    """The likeliest first, ties by ids as the sampler does."""
+    """A sort key: the likeliest first, ties by ids, as in the sampler."""
     return -hypothesis.score, hypothesis.tokens
 
 
@@ -91,6 +91,6 @@ def _run(session: Timeline, start: int, tokens: tuple[int, ...]) -> np.ndarray:
 
 
 def _agreed(hypotheses: list[tuple[int, ...]]) -> tuple[int, ...]:
-    """What all begin with: what the first and the last of them in order share."""
+    """The tokens that all hypotheses begin with: those that the first and the last in order share."""
     first, last = min(hypotheses), max(hypotheses)
     return first[: common_prefix(first, last)]

@@ -25,7 +25,7 @@ _NUCLEUS_START = 512  # candidates looked at first for top-p without top-k
 
 
 class Settings(TypedDict, total=False):
-    """Sampling's fields as keywords; None, or one left out: the checkpoint's own."""
+    """The fields of `Sampling` as keywords. None, or a missing one, stands for the checkpoint's own setting."""
 
     temperature: float | None
     top_k: int | None
@@ -69,7 +69,7 @@ class Sampling:
 
     @classmethod
     def from_generation_config(cls, config: Mapping[str, Any], **overrides: Any) -> "Sampling":
-        """The checkpoint's own settings, `overrides` that are not None before them, Gemma 4's where neither says.
+        """The `overrides` that are not None, else the checkpoint's own settings, else Gemma 4's.
 
         Who asks for beams gets a temperature of 0 unless one is given; the checkpoint's beams count at 0 only. Raises
         UsageError for a setting that does not exist, is no number or out of range.
@@ -122,13 +122,13 @@ def usable_settings(given: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]
 
 
 def _plain(text: str, most: int = 160) -> str:
-    """Text with a file's words in it, fit for a line."""
+    """Text that holds a file's words, shortened and printable."""
     text = text[:most]
     return text if text.isprintable() else ascii(text)[1:-1]
 
 
 class Sampler:
-    """`Sampling` with its random stream. One a generation or chat; not thread-safe."""
+    """`Sampling` with its random stream. Each generation or chat has its own; not thread-safe."""
 
     def __init__(self, sampling: Sampling) -> None:
         self.sampling = sampling
@@ -136,7 +136,7 @@ class Sampler:
         self._pieces: int | None = None
 
     def within(self, pieces: int) -> "Sampler":
-        """This sampler, with the same random stream, choosing among the first `pieces` ids.
+        """A sampler that chooses among the first `pieces` ids, with the random stream of this one.
 
         A model may have more rows than its tokenizer has pieces: the others are padding, and no text.
         """
@@ -145,7 +145,7 @@ class Sampler:
         return narrow
 
     def sample(self, logits: np.ndarray, recent_ids: Sequence[int] = ()) -> int:
-        """Choose a token. logits: float32 [vocab_size], left as they are; recent_ids: what the penalty applies to.
+        """Choose a token. logits: float32 [vocab_size], not changed; recent_ids: those that the penalty applies to.
 
         Ties go to the lowest id. Raises EdgeGemmaError if the logits hold a NaN or an infinity above the rest.
         """
@@ -168,7 +168,7 @@ class Sampler:
         return [(int(i), float(logits[i]) - log_sum) for i in ids]
 
     def _judged(self, logits: np.ndarray, recent_ids: Sequence[int]) -> tuple[np.ndarray, int]:
-        """The logits of ids that may be chosen, with the penalty on them, and the likeliest token."""
+        """Returns the logits that may be chosen from, after the penalty, and the likeliest token."""
         logits = logits[: self._pieces]
         penalty = self.sampling.repetition_penalty
         if penalty != 1 and len(recent_ids):
@@ -196,7 +196,7 @@ def block_maxima(logits: np.ndarray) -> np.ndarray:
 
 
 def candidates(logits: np.ndarray, sampling: Sampling) -> tuple[np.ndarray, np.ndarray]:
-    """What may be drawn. Returns ids: int64 [n], likeliest first, and probabilities: float64 [n], of sum 1."""
+    """The tokens that may be drawn. Returns ids: int64 [n], likeliest first, and probabilities: float64 [n], sum 1."""
     n, logits = len(logits), np.ascontiguousarray(logits)
     maxima = block_maxima(logits)
     if 0 < sampling.top_k < n:
@@ -263,6 +263,6 @@ def _largest(logits: np.ndarray, k: int, maxima: np.ndarray) -> np.ndarray:
 
 
 def _draw(probabilities: np.ndarray, uniform: float) -> int:
-    """The index whose share of [0, 1) holds `uniform`."""
+    """Draw an index. uniform: a random number in [0, 1)."""
     cumulative = np.cumsum(probabilities)
     return min(int(np.searchsorted(cumulative, uniform * cumulative[-1], side="right")), len(probabilities) - 1)

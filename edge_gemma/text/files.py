@@ -1,7 +1,7 @@
-"""Text that people bring: files, and what is piped in.
+"""Text from files and from standard input.
 
-Owns: its encoding (UTF-8, a byte order mark left out, line ends as "\\n") and the one line about any other. Does not
-know: what the text is for.
+Owns: its encoding (UTF-8 without a byte order mark, line ends as "\\n") and the error for any other. Does not know:
+what the text is for.
 """
 
 import codecs
@@ -19,12 +19,12 @@ _MARKS = {
 
 
 def read_text(path: Path) -> str:
-    """A text file. Raises UsageError, one line, if it is not UTF-8; OSError if it cannot be read."""
+    """The text of a file. Raises UsageError if it is not UTF-8, OSError if it cannot be read."""
     return decode_text(path.read_bytes(), str(path))
 
 
 def decode_text(data: bytes, name: str) -> str:
-    """The text of `data`. name: what the user calls it. Raises UsageError, one line, if it is not UTF-8."""
+    """The text of `data`. name: the user's name for it. Raises UsageError if it is not UTF-8."""
     encoding = next((encoding for mark, encoding in _MARKS.items() if data.startswith(mark)), None)
     if encoding is not None:
         raise _refused(name, f"is {encoding} text", encoding)

@@ -76,7 +76,7 @@ class Transcript:
 
     @classmethod
     def load(cls, path: Path | str) -> "Transcript":
-        """Raises UsageError, one line, if the file is not a conversation of this version; OSError if unreadable."""
+        """Read a file. Raises UsageError if it is no conversation of this version, OSError if it cannot be read."""
         with file_path("the conversation's file", path).open("rb") as file:
             return cls.from_bytes(file.read(_SIZE_LIMIT + 1), path)
 
@@ -129,7 +129,7 @@ class SessionFile:
         self._seen = _digest(data)
 
     def beside(self) -> "SessionFile":
-        """A file with a free name: monday-2.json beside monday.json."""
+        """A file with an unused name: monday-2.json beside monday.json."""
         names = (self.path.with_stem(f"{self.path.stem}-{i}") for i in itertools.count(2))
         return SessionFile(next(path for path in names if not path.exists()))
 

@@ -71,7 +71,7 @@ class Tokenizer:
 
     @classmethod
     def from_bytes(cls, model: bytes, name: str = "the tokenizer") -> "Tokenizer":
-        """Read a serialised SentencePiece ModelProto. Raises TokenizerError naming it when it is none, MemoryError."""
+        """Read a serialised SentencePiece ModelProto. Raises TokenizerError if it is none, MemoryError."""
         if not model:
             raise TokenizerError(f"{name} is empty, expected a SentencePiece model; export again")
         system.need_memory(TABLES_FACTOR * len(model))
@@ -83,7 +83,7 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: Path | str) -> "Tokenizer":
-        """Read a tokenizer.model file; TokenizerError when it cannot be read."""
+        """Read a tokenizer.model file. Raises TokenizerError if it cannot be read."""
         try:
             model = Path(path).read_bytes()
         except OSError as error:
@@ -91,7 +91,7 @@ class Tokenizer:
         return cls.from_bytes(model, str(path))
 
     def encode(self, text: str, bos: bool = False) -> list[int]:
-        """The ids of a user's text, spellings of special tokens included as text; `bos` puts bos_id first.
+        """The ids of a user's text. Spellings of special tokens are text. bos: whether bos_id comes first.
 
         Lone surrogates count as U+FFFD.
         """
@@ -104,7 +104,7 @@ class Tokenizer:
         return ids
 
     def encode_prompt(self, text: str) -> list[int]:
-        """The ids of a rendered template: special tokens become their ids, except in guarded text; marks go."""
+        """The ids of a rendered template. Special tokens become their ids, except in guarded text."""
         ids: list[int] = []
         for index, part in enumerate(self._special.split(text)):
             if index % 2:
@@ -114,22 +114,22 @@ class Tokenizer:
         return ids
 
     def guard(self, text: str) -> str:
-        """`text` marked, so that `encode_prompt` takes special spellings in it as text, whatever stands around it."""
+        """`text` with marks, so that `encode_prompt` reads spellings of special tokens in it as text."""
         text = _TYPED.sub(lambda match: _TYPED_ESCAPED[match[0]], text)
         text = self._spelled.sub(lambda match: match[0] + MARK, text)
         return self._completed.sub(lambda match: match[0] + MARK, text)
 
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
-        """The text of `ids`; bytes that are no UTF-8 become U+FFFD. TokenizerError for an id outside the vocabulary."""
+        """The text of `ids`. Bytes that are no UTF-8 become U+FFFD. Raises TokenizerError for an id out of range."""
         detokenizer = Detokenizer(self, skip_special)
         return "".join([detokenizer.push(index) for index in ids]) + detokenizer.flush()
 
     def detokenizer(self) -> "Detokenizer":
-        """A fresh stream over this vocabulary, special tokens left out."""
+        """A new stream over this vocabulary, which leaves special tokens out."""
         return Detokenizer(self)
 
     def id_of(self, piece: str) -> int | None:
-        """The id of a piece as the vocabulary spells it ("▁" for a space), None when there is none."""
+        """The id of a piece as the vocabulary spells it ("▁" for a space), None if there is none."""
         index = self._sp.piece_to_id(_without_surrogates(piece))
         return index if index != self.unk_id or piece == self._sp.id_to_piece(index) else None
 
@@ -160,7 +160,7 @@ class Tokenizer:
 
 
 class Detokenizer:
-    """Ids in, complete characters out. `push` holds back an unfinished character's bytes, `flush` releases them."""
+    """Turns ids into complete characters. `push` holds back the bytes of an unfinished one, `flush` releases them."""
 
     def __init__(self, tokenizer: Tokenizer, skip_special: bool = True) -> None:
         self._tokenizer = tokenizer
@@ -168,24 +168,24 @@ class Detokenizer:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, index: int) -> str:
-        """The characters that this id completes, often none inside a character made of byte tokens."""
+        """Returns the characters that this id completes; none inside a character made of several byte tokens."""
         return self._decoder.decode(self._tokenizer.token_bytes(index, self._skip_special))
 
     def flush(self) -> str:
-        """U+FFFD if a character was left unfinished, else ""; the stream then starts afresh."""
+        """Returns U+FFFD if a character was left unfinished, else "". The stream then starts anew."""
         text = self._decoder.decode(b"", final=True)
         self._decoder.reset()
         return text
 
 
 def _alternatives(spellings: Iterable[str]) -> str:
-    """A pattern for any of `spellings`, longest first; one that never matches when there are none."""
+    """A pattern for any of `spellings`, longest first. Without spellings it never matches."""
     ordered: Sequence[str] = sorted(set(spellings), key=lambda text: (-len(text), text))
     return "|".join(map(re.escape, ordered)) or "(?!)"
 
 
 def _with_control(processor: sentencepiece.SentencePieceProcessor, start: int, stop: int) -> Iterator[tuple[int, bool]]:
-    """ids from start to stop - 1 and whether each is a control piece."""
+    """Yields the ids from start to stop - 1, each with whether it is a control piece."""
     ids = list(range(start, stop))
     return zip(ids, processor.is_control(ids), strict=True)
 

@@ -27,7 +27,7 @@ _SPACE = re.compile(r"\s*")
 
 @dataclass(frozen=True)
 class ToolCall:
-    """A call that the model asks for. arguments: JSON values by name. id: a client's, by which a result names its call.
+    """A call that the model asks for. arguments: JSON values by name. id: a client's; a result names its call by it.
 
     Arguments may also be given as OpenAI's clients send them: the text of a JSON object, where an empty text means no
     arguments. Templates get a mapping, because Gemma 4's of July 2026 refuse a text. Raises UsageError for a text that
@@ -44,7 +44,7 @@ class ToolCall:
             object.__setattr__(self, "arguments", _decoded(self.name, given or "{}"))
 
     def as_dict(self) -> dict[str, Any]:
-        """OpenAI's form, but for the arguments, which are no text."""
+        """OpenAI's form, but with the arguments as an object, not as JSON text."""
         index = {} if self.id is None else {"id": self.id}
         return index | {"type": "function", "function": {"name": self.name, "arguments": self.arguments}}
 
@@ -60,12 +60,12 @@ def _decoded(name: str, text: str) -> dict[str, Any]:
 
 
 def call_text(parts: Sequence[str | object]) -> str:
-    """The call as the model spelled it."""
+    """The call as the model wrote it."""
     return "".join(part if isinstance(part, str) else '<|"|>' for part in parts)
 
 
 def parse_call(parts: Sequence[str | object]) -> ToolCall | None:
-    """The call that texts and QUOTEs spell; None if they spell none."""
+    """The call that texts and QUOTEs stand for, None if they are no call."""
     try:
         return _Reader(parts).call()
     except (_Malformed, ValueError):

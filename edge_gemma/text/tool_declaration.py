@@ -24,14 +24,14 @@ _PARAMETER = re.compile(r"(\w+)\s*(?:\([^)]*\))?:\s*(.*)")
 
 
 def declared(tools: Any) -> list[Mapping[str, Any]]:
-    """Declarations as they are given, those of Python functions made here. Raises UsageError for anything else."""
+    """Declarations of tools: made for Python functions, else as given. Raises UsageError for anything else."""
     several = isinstance(tools, Sequence) and not isinstance(tools, str)
     require("tools", tools, several, "a list of functions or declarations")
     return [declaration(t) if callable(t) and not isinstance(t, type) else _given(i, t) for i, t in enumerate(tools)]
 
 
 def checked(tools: Any) -> list[Mapping[str, Any]]:
-    """As `declared`; each tool can be called by its name. Raises UsageError, also for two tools of one name."""
+    """As `declared`. Raises UsageError too for a name that no call can have, two equal names, and what is not JSON."""
     made = declared(tools)
     names = [tool["function"]["name"] for tool in made]
     for number, tool in enumerate(made):
