@@ -53,13 +53,14 @@ class Engine:
         context: int | None = None,
         threads: int | None = None,
         kv_dtype: str | None = None,
+        cache_size: int | None = None,
     ) -> None:
         """folder: opened by `runner.folder_type`. runner: the class that runs it. The other arguments as in `load`."""
         from edge_gemma import kernels
 
         self._read(folder, context)
         self._threads = kernels.checked_threads(threads)
-        self._model = runner(folder, threads=self._threads, kv_dtype=kv_dtype)
+        self._model = runner(folder, threads=self._threads, kv_dtype=kv_dtype, cache_size=cache_size)
 
     def _read(self, folder: ModelFolder, context: int | None) -> None:
         """Read everything except the weights."""
@@ -87,6 +88,7 @@ class Engine:
         context: int | None = None,
         threads: int | None = None,
         kv_dtype: str | None = None,
+        cache_size: int | None = None,
         backend: str | None = None,
         progress: LoadProgress | None = None,
     ) -> "Engine":
@@ -94,18 +96,22 @@ class Engine:
 
         context: most tokens a session holds, 4096 by default; threads: as many as there are CPUs by default, or as a
         container's quota gives time on;
-        kv_dtype: "float16" (default) or "float32"; backend: "onnx" runs a folder that was exported for onnxruntime.
+        kv_dtype: "float16" (default) or "float32"; cache_size: MB of computed instructions kept on disk for later
+        starts, 256 by default (all models together), and a quarter of that in memory; 0 for none;
+        backend: "onnx" runs a folder that was exported for onnxruntime.
         progress: while a GGUF file is converted, told (bytes done, bytes in all, what).
         Raises EdgeGemmaError subclasses, one line each.
         """
         model = model if model is None else file_path("the model", model)
         if threads is not None:
             integer("threads", threads, 1)
+        if cache_size is not None:
+            integer("cache_size", cache_size, 0)
         require("backend", backend, backend is None or is_one_of(backend, ("onnx",)), "onnx or none")
         try:
             runner = _BACKENDS[backend or "native"]
             folder = runner.folder_type.open(find.resolve(model, progress))
-            return cls(folder, runner, context=context, threads=threads, kv_dtype=kv_dtype)
+            return cls(folder, runner, context=context, threads=threads, kv_dtype=kv_dtype, cache_size=cache_size)
         except OSError as error:
             raise ModelFolderError(f"{error.filename or model}: {error.strerror or error}") from None
 

@@ -18,6 +18,7 @@ from edge_gemma.folder.atomic import write_file
 from edge_gemma.host.pace import Pace
 from edge_gemma.model.decoder import Decoder
 from edge_gemma.model.kv_cache import KVCache, Snapshot
+from edge_gemma.model.prefix_cache import PrefixCache, soft_key
 from edge_gemma.model.recorded import Step
 from edge_gemma.model.run_state import RunState
 
@@ -38,7 +39,9 @@ class Session:
         identity: str,
         audio_token_id: int | None = None,
         threads: int | None = None,
+        prefixes: PrefixCache | None = None,
     ) -> None:
+        """prefixes: what sessions of this model have computed, None: nothing is shared."""
         self.context = context
         self._decoder = decoder
         self._identity = identity
@@ -48,7 +51,10 @@ class Session:
         self._cache = KVCache(decoder.config, context, CHUNK, kv_dtype)
         self._step = Step(decoder, self._cache)
         self._marks: list[Snapshot] = []
+        self._prefixes = prefixes
+        self._shared = 0  # positions whose rows `prefixes` has too
         self.ids: list[int] = []
+        self.restored = 0  # positions that came from `prefixes`, ever
 
     @property
     def position(self) -> int:
@@ -67,6 +73,8 @@ class Session:
             with kernels.use_threads(self._pace.limit), self._pace.of(1):
                 logits = self._step(ids[0])
             self.ids.append(ids[0])
+            if self.position - self._shared >= CHUNK:
+                self._share()
             return logits
         with kernels.use_threads(self._pace.limit):
             return self._decoder.logits(self._run(ids, keep=1))[0]
@@ -117,6 +125,7 @@ class Session:
         self._marks = [mark for mark in self._marks if mark.position <= position]
         soft = {at: row for at, row in self._soft.items() if at < position}
         self.ids, self._soft = self.ids[:position], soft
+        self._shared = min(self._shared, position)
         self._settle()
 
     def mark(self) -> None:
@@ -169,7 +178,7 @@ class Session:
         self._cache.resume(0, 0)  # until all of it is there, nothing is held
         for saved, cache in targets:
             cache[: len(saved)] = saved
-        self.ids, self._soft = ids, soft
+        self.ids, self._soft, self._shared = ids, soft, 0
         self._cache.resume(len(ids), max(0, floor))
 
     def _soft_of(self, path: Path | str, tokens: int, tensors: dict[str, np.ndarray]) -> SoftTokens:
@@ -203,12 +212,48 @@ class Session:
         soft: those of the positions to be run that are soft tokens.
         """
         self._settle()
-        rows = []
-        for part, here, hidden in self._chunks(ids, keep, soft or {}):
+        known = self._restore(ids, len(ids) - keep, soft or {})
+        rows = [np.empty((0, self._decoder.config.hidden_size), np.float32)]
+        for part, here, hidden in self._chunks(ids[known:], keep, soft or {}):
             rows.append(hidden)
             self.ids.extend(part)
             self._soft |= here
-        return np.concatenate(rows) if len(rows) > 1 else rows[0]
+            self._share()
+        return np.concatenate(rows) if len(rows) > 2 else rows[-1]
+
+    def keep_on_disk(self, position: int) -> None:
+        """Let the processes that come later have what was computed of the tokens before `position`.
+
+        For instructions and tools, never for what a person said: the file holds the tokens.
+        """
+        if self._prefixes is not None:
+            self._prefixes.keep(self._tokens(self.ids[:position], self._soft))
+
+    def _tokens(self, ids: list[int], soft: SoftTokens) -> np.ndarray:
+        """Ids as a prefix cache knows them: int64. soft: those of all positions."""
+        tokens = np.array(ids, np.int64)
+        for at, row in soft.items():
+            if at < len(ids):
+                tokens[at] = soft_key(row)
+        return tokens
+
+    def _restore(self, ids: list[int], most: int, soft: SoftTokens) -> int:
+        """Append the first ids, `most` of them at most, whose rows are known. Returns how many. soft: as in `_run`."""
+        if self._prefixes is None or most < 1:
+            return 0
+        position = self.position
+        tokens = self._tokens([*self.ids, *ids[:most]], self._soft | soft)
+        known = self._prefixes.restore(self._cache, tokens, len(tokens))
+        self.ids.extend(ids[:known])
+        self._soft |= {at: row for at, row in soft.items() if at < position + known}
+        self._shared, self.restored = max(self._shared, position + known), self.restored + known
+        return known
+
+    def _share(self) -> None:
+        """Give `prefixes` the rows that it lacks, if they are still there and nothing before them is missing."""
+        if self._prefixes is None or self._shared < self._cache.floor:
+            return
+        self._shared = self._prefixes.store(self._cache, self._tokens(self.ids, self._soft), self._cache.floor)
 
     def _settle(self) -> None:
         """Bring the cache to where `ids` end.
@@ -223,6 +268,8 @@ class Session:
             self._cache.restore(self._marks[-1])
         else:
             self._cache.resume(0, 0)
+        if self._prefixes is not None:
+            self.restored += self._prefixes.restore(self._cache, self._tokens(self.ids, self._soft), self.position)
         with kernels.use_threads(self._pace.limit):
             for _ in self._chunks(self.ids[self._cache.position :], 0, self._soft):
                 pass
@@ -287,6 +334,7 @@ class Timeline(Protocol):
 
     ids: list[int]
     context: int
+    restored: int  # positions whose rows an earlier session had computed, ever
 
     @property
     def position(self) -> int:
@@ -311,6 +359,10 @@ class Timeline(Protocol):
 
     def mark(self) -> None:
         """Keep this position, so that `rewind` to it costs nothing."""
+        ...
+
+    def keep_on_disk(self, position: int) -> None:
+        """Let later processes have what was computed of the tokens before `position`."""
         ...
 
 

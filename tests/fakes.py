@@ -109,6 +109,11 @@ class FakeSession:
         del self.ids[position:]
         self._turn += 1
 
+    restored = 0
+
+    def keep_on_disk(self, position: int) -> None:
+        self.log.append(("keep_on_disk", position))
+
     def mark(self) -> None:
         self.log.append(("mark", self.position))
 

@@ -3,13 +3,21 @@
 Owns: binding the weights, what all sessions share. Does not know: timelines (session.py), tokenizers, sound.
 """
 
+import hashlib
+
+from edge_gemma import kernels
 from edge_gemma.arguments import is_one_of, require
 from edge_gemma.folder.folder import ModelFolder
+from edge_gemma.folder.prefix_files import PrefixFiles
+from edge_gemma.host import places
+from edge_gemma.kernels import sources
 from edge_gemma.model.decoder import Decoder
+from edge_gemma.model.prefix_cache import PrefixCache
 from edge_gemma.model.weights import bind
 from edge_gemma.session import Session
 
 KV_DTYPES = ("float16", "float32")
+DEFAULT_CACHE_MB = 256
 
 
 class NativeModel:
@@ -17,8 +25,11 @@ class NativeModel:
 
     folder_type = ModelFolder
 
-    def __init__(self, folder: ModelFolder, *, threads: int | None, kv_dtype: str | None) -> None:
-        """threads: None; each session chooses as many as pay. kv_dtype: of KV_DTYPES, None for the first.
+    def __init__(
+        self, folder: ModelFolder, *, threads: int | None, kv_dtype: str | None, cache_size: int | None
+    ) -> None:
+        """threads: None; each session chooses as many as pay. kv_dtype: of KV_DTYPES, None for the first. cache_size:
+        MB of computed prefixes on disk, and a quarter of that in memory; 0 for none, None for DEFAULT_CACHE_MB.
 
         Raises UsageError for another kv_dtype, ModelFolderError for a folder whose weights do not fit the model.
         """
@@ -30,11 +41,26 @@ class NativeModel:
         self._audio_token_id = folder.audio.audio_token_id if folder.audio else None
         self._weights = bind(folder)
         self.decoder = Decoder(folder.config, self._weights)
+        megabytes = DEFAULT_CACHE_MB if cache_size is None else cache_size
+        self._prefixes = _prefixes(self._identity, self._kv_dtype, megabytes) if megabytes else None
 
     def session(self, context: int) -> Session:
         """A new, empty timeline of at most `context` tokens."""
-        return Session(self.decoder, context, self._kv_dtype, self._identity, self._audio_token_id, self._threads)
+        return Session(
+            self.decoder, context, self._kv_dtype, self._identity, self._audio_token_id, self._threads, self._prefixes
+        )
 
     def close(self) -> None:
         """Close the files read on demand; mapped weights go when the last session does."""
+        if self._prefixes is not None:
+            self._prefixes.close()
         self._weights.close()
+
+
+def _prefixes(identity: str, kv_dtype: str, megabytes: int) -> PrefixCache:
+    """The computed prefixes of a model. Other weights, another arithmetic and another CPU's kernels have others."""
+    arithmetic = sources.digest(["edge_gemma.model.decoder"])
+    name = hashlib.sha256(f"{identity} {kv_dtype} {kernels.variant()} {arithmetic}".encode()).hexdigest()[:24]
+    place = places.cache()
+    files = PrefixFiles(place / "prefixes", name, megabytes * 1_000_000) if place else None
+    return PrefixCache(megabytes * 1_000_000 // 4, files)

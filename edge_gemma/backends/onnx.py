@@ -52,16 +52,21 @@ class OnnxModel:
 
     folder_type = OnnxFolder
 
-    def __init__(self, folder: ModelFolder, *, threads: int | None, kv_dtype: str | None) -> None:
+    def __init__(
+        self, folder: ModelFolder, *, threads: int | None, kv_dtype: str | None, cache_size: int | None
+    ) -> None:
         """threads: None for all that the process may use. kv_dtype: None; the graphs' cache is float32.
+        cache_size: None or 0; nothing is shared between sessions.
 
-        Raises UsageError for a kv_dtype, ModelFolderError for a graph that onnxruntime refuses.
+        Raises UsageError for a kv_dtype or cache_size, ModelFolderError for a graph that onnxruntime refuses.
         """
         from edge_gemma import kernels
         from edge_gemma.host.ort import open_graph
 
         if kv_dtype is not None:
             raise UsageError("kv_dtype means nothing beside backend onnx, whose cache is float32: leave it out")
+        if cache_size:
+            raise UsageError("cache_size means nothing beside backend onnx, which keeps no prefixes: leave it out")
         self._config = folder.config
         self._identity = folder.manifest["digest"]
         self._audio_token_id = folder.audio.audio_token_id if folder.audio else None
@@ -88,6 +93,7 @@ class OnnxSession:
         self.context = context
         self._identity = identity
         self.ids: list[int] = []
+        self.restored = 0  # as in Session: none
         self._config, self._audio_token_id = config, audio_token_id
         self._embed, self._decoder = graphs[EMBED], graphs[DECODER]
         self._outputs = [output.name for output in self._decoder.get_outputs()]
@@ -132,6 +138,9 @@ class OnnxSession:
     def logits(self, hidden: np.ndarray) -> np.ndarray:
         """float32 [n, vocab_size] from what `hidden` returned: the same array."""
         return hidden
+
+    def keep_on_disk(self, position: int) -> None:
+        """Nothing: there is no place for it."""
 
     def rewind(self, position: int) -> None:
         """Forget all tokens from `position` on. Raises UsageError outside 0..position."""

@@ -47,7 +47,7 @@ class Timings:
     """Seconds of the model's work. The reader's own time between pieces is left out."""
 
     prefill_s: float = 0.0
-    prefill_tokens: int = 0  # tokens of the prompt that were run; the session held the other `reused_tokens`
+    prefill_tokens: int = 0  # tokens of the prompt that were run; the other `reused_tokens` were known already
     reused_tokens: int = 0
     decode_s: float = 0.0
     decode_tokens: int = 0  # tokens chosen in `decode_s`: all with beams, else all but the first; with the stop token
@@ -171,6 +171,7 @@ class Generation:
         keep = min(shared(session, prompt, self._sounds, self._held), len(prompt) - 1)  # the last is run for its logits
         session.rewind(keep)
         self._held[:] = self._sounds
+        before = session.restored - keep
         timings.reused_tokens, timings.prefill_tokens = keep, len(prompt) - keep
         logits = np.empty(0, np.float32)
         for start, part in parts(prompt, self._sounds, keep):
@@ -182,6 +183,8 @@ class Generation:
                 logits = session.prefill(part)
             else:
                 session.prefill_soft(part, logits=False)
+        timings.reused_tokens = session.restored - before
+        timings.prefill_tokens = len(prompt) - timings.reused_tokens
         if self._progress:
             self._progress(len(prompt), len(prompt))
         if self._mark:

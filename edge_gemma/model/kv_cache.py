@@ -32,6 +32,16 @@ class LayerCache:
         """Write rows position, position + 1, ... of k, v: float32 [n, num_key_value_heads, head_dim]."""
         kernels.store_kv(k, v, self.k, self.v, position)
 
+    def rows(self, first: int, last: int) -> tuple[np.ndarray, np.ndarray]:
+        """Copies of rows first to last - 1, which must still be there: k and v as they are stored."""
+        slots = np.arange(first, last) % self.capacity
+        return self.k[slots], self.v[slots]
+
+    def put(self, position: int, k: np.ndarray, v: np.ndarray) -> None:
+        """Write rows position, position + 1, ... that `rows` gave."""
+        slots = np.arange(position, position + len(k)) % self.capacity
+        self.k[slots], self.v[slots] = k, v
+
 
 @dataclass(frozen=True)
 class Snapshot:

@@ -429,7 +429,7 @@ def tiny_engine(tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("tiny")
     export_checkpoint(write_checkpoint(folder / "source", "e2b"), folder / "model", "float")
-    with Engine.load(folder / "model", context=400, kv_dtype="float32") as engine:
+    with Engine.load(folder / "model", context=400, kv_dtype="float32", cache_size=0) as engine:
         yield engine
 
 

@@ -30,7 +30,7 @@ def model(request, tmp_path_factory):
     kind, recipe = request.param
     root = tmp_path_factory.mktemp(kind)
     folder = export_checkpoint(write_checkpoint(root / "source", kind), root / "model", recipe)
-    with Engine.load(folder, threads=1, kv_dtype="float32") as engine:
+    with Engine.load(folder, threads=1, kv_dtype="float32", cache_size=0) as engine:  # test_prefix_cache.py has one
         if recipe == "float":
             weights, config = tiny_weights(kind), tiny_config(kind)
             sums = decoder(engine.config, CONTEXT)
