@@ -60,10 +60,7 @@ def replay(session: Session, timeline: list[int | tuple[int]]) -> np.ndarray:
     """Append a timeline, (sound,) standing for a soft token. Returns the last logits."""
     logits = np.empty(0)
     for token in timeline:
-        if isinstance(token, tuple):
-            logits = session.prefill_soft(ROWS[token[0]])
-        else:
-            logits = session.step(token)
+        logits = session.prefill_soft(ROWS[token[0]]) if isinstance(token, tuple) else session.step(token)
     return logits
 
 
@@ -261,18 +258,17 @@ for round in range(1000):
 @pytest.mark.slow
 def test_killed_while_writing_leaves_whole_files(tmp_path):
     """50 processes, each killed at another moment: what can be read is what was written."""
+    command, read = [sys.executable, "-c", WRITER, str(tmp_path)], 0
     for attempt in range(50):
-        process = subprocess.Popen(
-            [sys.executable, "-c", WRITER, str(tmp_path)], stdout=subprocess.PIPE, text=True, env=os.environ, cwd=ROOT
-        )
-        assert process.stdout is not None
-        assert process.stdout.readline() == "ready\n"
-        time.sleep(0.001 * attempt + 0.0007 * (attempt % 7))
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ, cwd=ROOT) as process:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "ready\n"
+            time.sleep(0.001 * attempt + 0.0007 * (attempt % 7))
+            process.send_signal(signal.SIGKILL)
         for file in PrefixFiles(tmp_path, "m", 100_000_000).found():
+            read += 1
             rows = file.rows(["0.k", "0.v"])
             assert (rows["0.k"] == file.prefix[0]).all()
             assert (rows["0.v"] == file.prefix[0] + 1).all()
             assert (file.tokens == file.prefix[0]).all()
-    assert len(list(PrefixFiles(tmp_path, "m", 1).found())) == 8
+    assert read > 50
