@@ -48,9 +48,9 @@ def speeds(engine: Engine, seconds: float) -> tuple[float, float]:
 def main(model: str | None, neighbours: int, seconds: float, repeat: int) -> None:
     most = kernels.threads()
     engines = {
-        "one": Engine.load(model, threads=1),
-        "all": Engine.load(model, threads=most),
-        "paced": Engine.load(model),
+        "one": Engine.load(model, threads=1, cache_size=0),
+        "all": Engine.load(model, threads=most, cache_size=0),
+        "paced": Engine.load(model, cache_size=0),
     }
     found: dict[str, list[tuple[float, float]]] = {name: [] for name in engines}
     for engine in engines.values():

@@ -1,241 +1,37 @@
 """Conversations with a model: messages go in, replies come out.
 
-Owns: the transcript, what an interrupted reply leaves in it, writing one reply at a time. `Chat` is for models with a
-chat template, `Continuation` for base models. Does not know: screens, microphones.
+Owns: how messages become a prompt. `Chat` is for models with a chat template, `Continuation` for base models. Does not
+know: what an interrupted reply leaves behind (conversation.py), screens, microphones.
 """
 
 import functools
 import threading
-import weakref
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, Unpack
+from typing import Any, Unpack
 
 import numpy as np
 
-from edge_gemma.arguments import integer, require, texts
-from edge_gemma.errors import ContextFullError, EdgeGemmaError, UsageError
+from edge_gemma.arguments import require
+from edge_gemma.conversation import ChatEngine, Conversation, Said
+from edge_gemma.errors import ContextFullError, UsageError
 from edge_gemma.generation.generate import (
-    Generation,
     Progress,
     Result,
-    Sound,
-    StreamTokenizer,
     parts,
     shared,
-    stop_ids_of,
 )
 from edge_gemma.generation.reply import Reply
-from edge_gemma.generation.sampler import Sampler, Sampling, Settings
-from edge_gemma.session import Timeline
+from edge_gemma.generation.sampler import Sampling, Settings
 from edge_gemma.text.fitting import LEAST_ROOM, fitting
 from edge_gemma.text.message import Message, as_messages, sound_and_rate
 from edge_gemma.text.prompt import THINKING, ChatFormat, Prompt, audio_marks
 from edge_gemma.text.reply import Piece
-from edge_gemma.text.session_file import Kind, Transcript
+from edge_gemma.text.session_file import Transcript
 from edge_gemma.text.tool_declaration import Tool, checked
 
+LEAST_KEPT = 64  # tokens of instructions that are worth a file
 CONTINUATION_TOKENS = 128  # default limit of a base model's reply, which seldom ends by itself
-
-Said = str | Message | Mapping[str, Any] | Any  # what `send` takes; Any: samples, as audio/samples.py has them
-
-
-class ChatEngine(Protocol):
-    """The part of `edge_gemma.engine.Engine` that a conversation uses."""
-
-    @property
-    def tokenizer(self) -> StreamTokenizer: ...  # noqa: D102
-    @property
-    def chat_template(self) -> str | None: ...  # noqa: D102
-    @property
-    def generation_config(self) -> dict[str, Any]: ...  # noqa: D102
-    @property
-    def name(self) -> str: ...  # noqa: D102
-    def hear(  # noqa: D102
-        self, source: Any, *, rate: int | None = None, note: Callable[[str], None] = ...
-    ) -> tuple[np.ndarray, ...]: ...
-    def session(self, context: int | None = None) -> Timeline: ...  # noqa: D102
-
-
-class Conversation:
-    """The part that both kinds share: a transcript over one session. `last` is the result of the latest reply."""
-
-    kind: ClassVar[Kind]
-    system: str | None = None
-
-    def __init__(
-        self,
-        engine: ChatEngine,
-        *,
-        history: Sequence[Message | Mapping[str, Any]] = (),
-        sampling: Sampling | None = None,
-        max_tokens: int | None = None,
-        stop: Sequence[str] = (),
-        progress: Progress | None = None,
-    ) -> None:
-        """history: the messages of an earlier conversation of this kind, without its system message.
-
-        Raises UsageError for arguments of other kinds.
-        """
-        if sampling is None:
-            sampling = Sampling.from_generation_config(engine.generation_config)
-        require("sampling", sampling, isinstance(sampling, Sampling), "a Sampling")
-        self.session = engine.session()
-        self.tokenizer = engine.tokenizer
-        self.messages: list[Message] = as_messages(history, "history", hear=engine.hear)
-        self.max_tokens = None if max_tokens is None else integer("max_tokens", max_tokens, 1)
-        self.last: Result | None = None
-        self._engine, self._name = engine, engine.name
-        self._sampler = Sampler(sampling)
-        self._stop_ids = stop_ids_of(engine.generation_config, engine.tokenizer)
-        self._stop_strings, self._progress = texts("stop", stop), progress
-        self._replying, self._sending = threading.Lock(), threading.Lock()
-        self._unread: Reply | None = None
-        self._latest: weakref.ref[Reply] | None = None
-        self._held: list[Sound] = []  # the soft tokens that the session holds
-
-    def send(self, *said: Said) -> Reply:
-        """Send messages. Returns the reply, which is written while it is read.
-
-        said: a text is a message of the user. So is a sound: samples of 16 kHz, (samples, rate), a Path, a file's
-        bytes, or an open file. A sound is encoded at once and belongs to a text right before it. A Message, or a dict
-        in OpenAI's form, may have any role; the results of several tools are sent together. Without an argument the
-        model replies to the transcript. If nobody has begun to read the reply before, it is read to its end first.
-
-        The transcript is whole however a reply ends. It keeps the text that was written; if there is none, it does not
-        keep the messages either. Raises UsageError while another reply is being written, and for what is no message.
-        Raises the error of a reply that nobody had read; nothing is sent then, and `send` may be called again. Reading
-        the reply raises ContextFullError if the messages do not fit.
-        """
-        notes: list[str] = []
-        asked = self._asked(said, notes.append)
-        if not asked and not self.messages:
-            raise UsageError("there is nothing to reply to, expected a message")
-        if not self._sending.acquire(blocking=False):  # two threads would each forget the other's reply
-            raise _busy()
-        try:
-            self._finish_unread()
-            if self._replying.locked():
-                raise _busy()
-            self._unread = reply = Reply(functools.partial(self._begin, asked, notes))
-            self._latest = weakref.ref(reply)
-            return reply
-        finally:
-            self._sending.release()
-
-    def stop(self) -> None:
-        """End the latest reply, as `Reply.stop` does, from any thread. It works without holding the reply itself.
-
-        An unread reply never runs. Nothing happens if there is no reply, or if it has ended.
-        """
-        reply = self._latest() if self._latest else None
-        if reply is not None:
-            reply.stop()
-
-    def reset(self) -> None:
-        """Forget the messages. An unread reply never runs. The session is kept for what the next prompt shares.
-
-        Raises UsageError while a reply is being written.
-        """
-        unread = self._unread
-        with self._alone():
-            self.messages, self.last = [], None
-            if unread is not None:
-                unread.stop()
-
-    def transcript(self, model: str | None = None) -> Transcript:
-        """The messages so far, as they are saved. model: its name, for readers of the file."""
-        return Transcript(tuple(as_messages(self.messages)), self.system, model, self.kind)
-
-    def save(self, path: Path | str) -> None:
-        """Write the messages so far to a file that `open` reads, whole or not at all. A file there is replaced.
-
-        A reply that nobody has begun to read is read to its end first. If it fails, the file is written without it, and
-        its error is raised then. A reply that is half read is not in the file. Raises UsageError if the file cannot be
-        written.
-        """
-        failed: EdgeGemmaError | None = None
-        try:
-            self._finish_unread()
-        except EdgeGemmaError as error:
-            failed = error
-        try:
-            self.transcript(self._name).save(path)
-        except OSError as error:
-            raise UsageError(f"the conversation cannot be saved: {path}: {error.strerror or error}") from None
-        if failed is not None:
-            raise failed
-
-    def _finish_unread(self) -> None:
-        """Read the latest reply to its end if nobody has begun to read it. Raises its error, named as its own."""
-        if (unread := self._unread) is None:
-            return
-        try:
-            unread.result()
-        except EdgeGemmaError as error:
-            raise type(error)(f"the reply before this, which nobody had read, failed: {error}") from None
-
-    def _asked(self, said: Sequence[Said], note: Callable[[str], None]) -> list[Message]:
-        """The messages that `said` stands for. note: called with what is wrong with a sound. Raises as `send`."""
-        raise NotImplementedError
-
-    def _pieces(self, asked: list[Message], result: Result, stopping: threading.Event) -> Generator[Piece, None, None]:
-        """Write the reply to `asked`. Yields its pieces."""
-        raise NotImplementedError
-
-    def _begin(
-        self, asked: list[Message], notes: list[str], result: Result, stopping: threading.Event
-    ) -> Generator[Piece, None, None]:
-        with self._alone():
-            yield from (Piece("notice", note) for note in notes)
-            yield from self._pieces(asked, result, stopping)
-
-    @contextmanager
-    def _alone(self) -> Iterator[None]:
-        """Held from a reply's first piece to its end: one session cannot write two replies at once."""
-        if not self._replying.acquire(blocking=False):
-            raise _busy()
-        try:
-            self._unread = None
-            yield
-        finally:
-            self._replying.release()
-
-    def _reply(
-        self, prompt: Prompt, asked: list[Message], result: Result, stopping: threading.Event
-    ) -> Iterator[Piece]:
-        generation = Generation(
-            self.session,
-            prompt.ids,
-            tokenizer=self.tokenizer,
-            sampler=self._sampler,
-            max_tokens=self.max_tokens,
-            stop_ids=self._stop_ids,
-            stop_strings=self._stop_strings,
-            progress=self._progress,
-            mark=True,
-            result=result,
-            stopping=stopping,
-            sounds=prompt.sounds,
-            held=self._held,
-        )
-        before, self.messages = self.messages, [*self.messages, *asked]
-        try:
-            yield from generation
-        finally:
-            self.last = result
-            if result.tokens or result.finish_reason == "stop":
-                reply = Message("assistant", result.text, result.reasoning or None, result.tool_calls)
-                self.messages.append(reply)
-            else:
-                self.messages = before
-
-
-def _busy() -> UsageError:
-    return UsageError(
-        "this conversation is writing a reply: read that to its end or call stop(), or talk in a second conversation"
-    )
 
 
 class Chat(Conversation):
@@ -279,6 +75,7 @@ class Chat(Conversation):
         self._format = ChatFormat(engine.chat_template, engine.tokenizer)
         self._format.check(self.tools, think)
         self._first = 0  # the oldest message still in the prompt
+        self._kept: tuple[str | None, bool] | None = None  # the instructions that are on disk
         self._sound_at: int | None = None  # where the present clip begins; None: the session does not hold it
 
     @property
@@ -346,6 +143,16 @@ class Chat(Conversation):
         if notice:
             yield Piece("notice", notice)
         yield from self._reply(prompt, asked, result, stopping)
+        self._keep_opening()
+
+    def _keep_opening(self) -> None:
+        """Let later processes have what was computed of the instructions and tools, once they are long enough."""
+        kept = self.system, self.think
+        if self._kept != kept and (self.system or self.tools):
+            opening = self._format.opening(self.system, tools=self.tools, think=self.think)
+            if len(opening) >= LEAST_KEPT and self.session.ids[: len(opening)] == opening:
+                self.session.keep_on_disk(len(opening))
+        self._kept = kept
 
     def _fitted(self, asked: list[Message]) -> tuple[Prompt, str]:
         """The prompt for `asked`, and a notice for the user if more turns are left out of it, else ""."""

@@ -16,6 +16,7 @@ from edge_gemma.arguments import file_path, integer, is_integer, is_one_of, requ
 from edge_gemma.backends.native import NativeModel
 from edge_gemma.backends.onnx import OnnxModel
 from edge_gemma.config import GemmaConfig
+from edge_gemma.conversation import Said
 from edge_gemma.errors import ModelFolderError, UsageError
 from edge_gemma.folder import find
 from edge_gemma.folder.folder import GENERATION, TEMPLATE, TOKENIZER, ModelFolder
@@ -105,11 +106,10 @@ class Engine:
         model = model if model is None else file_path("the model", model)
         if threads is not None:
             integer("threads", threads, 1)
-        if cache_size is not None:
-            integer("cache_size", cache_size, 0)
         require("backend", backend, backend is None or is_one_of(backend, ("onnx",)), "onnx or none")
         try:
             runner = _BACKENDS[backend or "native"]
+            runner.check(kv_dtype, cache_size)
             folder = runner.folder_type.open(find.resolve(model, progress))
             return cls(folder, runner, context=context, threads=threads, kv_dtype=kv_dtype, cache_size=cache_size)
         except OSError as error:
@@ -128,7 +128,7 @@ class Engine:
 
     def generate(
         self,
-        prompt: talk.Said,
+        prompt: Said,
         *,
         system: str | None = None,
         max_tokens: int | None = None,

@@ -8,11 +8,13 @@ import threading
 import pytest
 
 import edge_gemma
+from edge_gemma import kernels
 from edge_gemma.chat import Chat
 from edge_gemma.engine import Engine
 from edge_gemma.errors import ContextFullError, EdgeGemmaError, UsageError
 from edge_gemma.folder import find
 from edge_gemma.generation.sampler import Sampling
+from edge_gemma.host import places
 from edge_gemma.text.message import Message
 from edge_gemma.text.session_file import Transcript
 from edge_gemma.text.tool_call import ToolCall
@@ -250,3 +252,39 @@ def test_loading_a_gguf_tells_how_far_it_is(tmp_path, monkeypatch):
         assert engine.name
     assert told
     assert told[-1][0] == told[-1][1]
+
+
+def test_a_second_process_computes_only_what_is_new(tmp_path, monkeypatch):
+    """The same instructions in another engine: they come from the disk, and what was said does not lie there."""
+    kernels.set_cache_root(places.cache() / "kernels")
+    monkeypatch.setattr(places, "cache", lambda: tmp_path / "cache")
+    system = " ".join(f"Rule {number}: answer in {number} words." for number in range(20))
+
+    def ask(question: str) -> tuple[list[int], int, int]:
+        with edge_gemma.load(context=1024, threads=1) as engine:
+            chat = engine.chat(system=system, max_tokens=8, temperature=0)
+            chat.send(question).result()
+            return chat.last.tokens, chat.last.timings.prefill_tokens, chat.last.timings.reused_tokens
+
+    first = ask("What is the secret?")
+    assert first[2] == 0
+    files = list((tmp_path / "cache").rglob("prefixes/*/*.safetensors"))
+    assert files
+    again = ask("What is the secret?")
+    assert again[0] == first[0]
+    assert again[1] < 40 < first[1]
+    assert again[1] + again[2] == first[1]
+    with edge_gemma.load(context=1024) as engine:
+        from safetensors.numpy import load_file
+
+        kept = [engine.tokenizer.decode(load_file(file)["tokens"].tolist()) for file in files]
+    assert "Rule 1:" in "".join(kept)
+    assert "secret" not in "".join(kept)
+    for file in files:
+        file.unlink()
+    with edge_gemma.load(context=1024, cache_size=0) as engine:
+        chat = engine.chat(system=system, max_tokens=8, temperature=0)
+        chat.send("What is the secret?").result()
+        assert chat.last.timings.reused_tokens == 0
+    assert not list((tmp_path / "cache").rglob("prefixes/*/*.safetensors"))
+    kernels.set_cache_root(None)

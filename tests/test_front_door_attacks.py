@@ -246,7 +246,7 @@ def test_a_chat_that_was_used_while_somebody_spoke_hears_what_was_said():
     assert chat.answer_sound(Message("user", "", media=("audio",), clips=(live,))).text == "w1 w2"
 
 
-@pytest.mark.parametrize("chat", [5, "x", object()], ids=repr)
+@pytest.mark.parametrize("chat", [5, "x", object()], ids=lambda wrong: type(wrong).__name__)
 def test_only_a_chat_listens(chat):
     with pytest.raises(UsageError, match=r"chat is .*, expected a Chat of this engine"):
         Listener(SpeechEngine(), chat=chat)

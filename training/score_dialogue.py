@@ -11,7 +11,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
-from edge_gemma.chat import Chat, ChatEngine
+from edge_gemma.chat import Chat
+from edge_gemma.conversation import ChatEngine
 from edge_gemma.engine import Engine
 from edge_gemma.generation.generate import Result
 from edge_gemma.generation.sampler import Sampling

@@ -17,7 +17,7 @@ import numpy as np
 
 from edge_gemma.audio.prompts import AudioPrompt
 from edge_gemma.audio.seams import loop
-from edge_gemma.chat import ChatEngine
+from edge_gemma.conversation import ChatEngine
 from edge_gemma.errors import UsageError
 from edge_gemma.generation.generate import FinishReason, Generation, Result, StreamTokenizer, stop_ids_of
 from edge_gemma.generation.sampler import Sampler, Sampling

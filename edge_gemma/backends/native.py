@@ -6,7 +6,7 @@ Owns: binding the weights, what all sessions share. Does not know: timelines (se
 import hashlib
 
 from edge_gemma import kernels
-from edge_gemma.arguments import is_one_of, require
+from edge_gemma.arguments import integer, is_one_of, require
 from edge_gemma.folder.folder import ModelFolder
 from edge_gemma.folder.prefix_files import PrefixFiles
 from edge_gemma.host import places
@@ -33,8 +33,7 @@ class NativeModel:
 
         Raises UsageError for another kv_dtype, ModelFolderError for a folder whose weights do not fit the model.
         """
-        good = kv_dtype is None or is_one_of(kv_dtype, KV_DTYPES)
-        require("kv_dtype", kv_dtype, good, " or ".join(KV_DTYPES))
+        self.check(kv_dtype, cache_size)
         self._kv_dtype = kv_dtype or KV_DTYPES[0]
         self._threads = threads
         self._identity = str(folder.manifest["digest"])
@@ -43,6 +42,14 @@ class NativeModel:
         self.decoder = Decoder(folder.config, self._weights)
         megabytes = DEFAULT_CACHE_MB if cache_size is None else cache_size
         self._prefixes = _prefixes(self._identity, self._kv_dtype, megabytes) if megabytes else None
+
+    @staticmethod
+    def check(kv_dtype: str | None, cache_size: int | None) -> None:
+        """Raises UsageError for an argument that it does not take."""
+        good = kv_dtype is None or is_one_of(kv_dtype, KV_DTYPES)
+        require("kv_dtype", kv_dtype, good, " or ".join(KV_DTYPES))
+        if cache_size is not None:
+            integer("cache_size", cache_size, 0)
 
     def session(self, context: int) -> Session:
         """A new, empty timeline of at most `context` tokens."""

@@ -63,15 +63,20 @@ class OnnxModel:
         from edge_gemma import kernels
         from edge_gemma.host.ort import open_graph
 
-        if kv_dtype is not None:
-            raise UsageError("kv_dtype means nothing beside backend onnx, whose cache is float32: leave it out")
-        if cache_size:
-            raise UsageError("cache_size means nothing beside backend onnx, which keeps no prefixes: leave it out")
+        self.check(kv_dtype, cache_size)
         self._config = folder.config
         self._identity = folder.manifest["digest"]
         self._audio_token_id = folder.audio.audio_token_id if folder.audio else None
         used = threads or kernels.threads()
         self._graphs = {graph: open_graph(folder.path / FOLDER / f"{graph}.onnx", used) for graph in (EMBED, DECODER)}
+
+    @staticmethod
+    def check(kv_dtype: str | None, cache_size: int | None) -> None:
+        """Raises UsageError for an argument that it does not take."""
+        if kv_dtype is not None:
+            raise UsageError("kv_dtype means nothing beside backend onnx, whose cache is float32: leave it out")
+        if cache_size:
+            raise UsageError("cache_size means nothing beside backend onnx, which keeps no prefixes: leave it out")
 
     def session(self, context: int) -> "OnnxSession":
         """A new, empty timeline of at most `context` tokens."""

@@ -9,8 +9,9 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from edge_gemma.chat import Chat, Conversation
+from edge_gemma.chat import Chat
 from edge_gemma.cli.screen import Screen, describe, show_reply
+from edge_gemma.conversation import Conversation
 from edge_gemma.errors import EdgeGemmaError, UsageError
 from edge_gemma.generation.generate import Result
 from edge_gemma.text.files import decode_text

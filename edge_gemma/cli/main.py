@@ -83,6 +83,7 @@ def _sampling_of(engine: "Engine", given: dict[str, Any]) -> "Sampling":
 @options.context
 @options.memory_limit
 @options.threads
+@options.cache_size
 def chat(model: str | None, session_file: Path | None, **given: Any) -> None:
     """Talk with a model; /help inside lists the commands.
 
@@ -120,7 +121,7 @@ def chat(model: str | None, session_file: Path | None, **given: Any) -> None:
 
 @cli.command(cls=options.PromptCommand)
 @options.refuse("system think show_thinking", beside="raw")
-@options.refuse("memory_limit", beside="backend")  # what onnxruntime will need is not known before
+@options.refuse("memory_limit cache_size", beside="backend")  # what onnxruntime will need is not known before
 @options.model
 @click.argument("prompt", metavar="PROMPT|-")
 @click.option("--raw", is_flag=True, help="Continue PROMPT as it is, without the chat template.")
@@ -129,6 +130,7 @@ def chat(model: str | None, session_file: Path | None, **given: Any) -> None:
 @options.context
 @options.memory_limit
 @options.threads
+@options.cache_size
 @options.backend
 @options.as_json
 def run(model: str | None, prompt: str, raw: bool, as_json: bool, **given: Any) -> None:

@@ -84,6 +84,10 @@ threads = click.option(
 context = click.option(
     "--context", type=click.IntRange(1), metavar="N", help="Tokens the model can look back on [default: 4096]."
 )
+cache_size = click.option(
+    "--cache-size", type=click.IntRange(0), metavar="MB",
+    help="Disk for computed instructions, which later starts need not compute; 0: none [default: 256].",
+)  # fmt: skip
 backend = click.option(
     "--backend", type=click.Choice(["onnx"]), help="Run a folder made by export --onnx with onnxruntime, to compare."
 )
@@ -120,21 +124,20 @@ thinking = options(
 )
 
 
-def load_engine(
-    model: str | None, *, context: int | None = None, threads: int | None = None, backend: str | None = None
-) -> "Engine":
-    """The model that -m means, converted first where it has to be."""
+def load_engine(model: str | None, **options: Any) -> "Engine":
+    """The model that -m means, converted first where it has to be. options: as in Engine.load."""
     from edge_gemma import kernels
     from edge_gemma.engine import Engine
 
     path = resolve(model)
     kernels.announce_compiling(tell_compiling)
-    return Engine.load(path, context=context, threads=threads, backend=backend)
+    return Engine.load(path, **options)
 
 
 def load(model: str | None, options: dict[str, Any]) -> "Engine":
     check_memory(model, options["context"], options["memory_limit"])
-    return load_engine(model, context=options["context"], threads=options["threads"], backend=options.get("backend"))
+    names = ("context", "threads", "backend", "cache_size")
+    return load_engine(model, **{name: options[name] for name in names if name in options})
 
 
 def check_memory(model: str | None, context: int | None, memory_limit: int | None, *, audio: bool = False) -> None:

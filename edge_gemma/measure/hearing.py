@@ -67,7 +67,7 @@ def measure(
     Raises EdgeGemmaError as `Engine.load`, UsageError for a model without an audio tower.
     """
     start = time.perf_counter()
-    with Engine.load(model, threads=threads) as engine:
+    with Engine.load(model, threads=threads, cache_size=0) as engine:
         load_s = time.perf_counter() - start
         prompt = audio_prompt(engine.chat_template, engine.tokenizer, Task("en").instruction)
         scribe = Scribe(engine, prompt)

@@ -86,7 +86,7 @@ def measure(
     folder = ModelFolder.open(model)
     disk = [disk_bytes()]
     start = time.perf_counter()
-    with Engine.load(model, context=needed_context(prompt, generate, depth), threads=threads) as engine:
+    with Engine.load(model, context=needed_context(prompt, generate, depth), threads=threads, cache_size=0) as engine:
         load_s = time.perf_counter() - start
         session, random = engine.session(), np.random.default_rng(seed)
         note(f"warming up with {depth + prompt} tokens")

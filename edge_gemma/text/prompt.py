@@ -4,6 +4,7 @@ Owns: rendering (user text guarded, so that it cannot forge a control token), to
 sessions, sampling, screens.
 """
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
@@ -105,6 +106,12 @@ class ChatFormat:
         ids = self._tokenizer.encode_prompt(self.render(messages, tools=tools, think=think))
         bos = self._tokenizer.bos_id
         return ids if bos < 0 or ids[:1] == [bos] else [bos, *ids]
+
+    def opening(self, system: str | None, *, tools: Sequence[Tool] | None = None, think: bool = False) -> list[int]:
+        """The ids that every conversation with these begins with, whatever the user says. Raises as `render`."""
+        before = [Message("system", system)] if system else []
+        one, other = (self.prompt_ids([*before, Message("user", word)], tools=tools, think=think) for word in "ab")
+        return [a for a, b in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False))]
 
     def prompt(
         self, messages: Sequence[Message], *, tools: Sequence[Tool] | None = None, think: bool = False

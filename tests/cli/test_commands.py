@@ -117,9 +117,9 @@ def test_options_reach_the_generation(fake):
 def test_sampling_options_win_over_the_checkpoints(fake, monkeypatch):
     engine = fake("a")
     seen = []
-    from edge_gemma import chat
+    from edge_gemma import conversation
 
-    monkeypatch.setattr(chat, "Sampler", lambda sampling: seen.append(sampling) or real(sampling))
+    monkeypatch.setattr(conversation, "Sampler", lambda sampling: seen.append(sampling) or real(sampling))
     from edge_gemma.generation.sampler import Sampler as real
     from edge_gemma.generation.sampler import Sampling
 
