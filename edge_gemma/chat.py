@@ -142,8 +142,10 @@ class Chat(Conversation):
         prompt, notice = self._fitted(asked)
         if notice:
             yield Piece("notice", notice)
-        yield from self._reply(prompt, asked, result, stopping)
-        self._keep_opening()
+        try:
+            yield from self._reply(prompt, asked, result, stopping)
+        finally:
+            self._keep_opening()
 
     def _keep_opening(self) -> None:
         """Let later processes have what was computed of the instructions and tools, once they are long enough."""
