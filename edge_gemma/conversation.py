@@ -50,7 +50,7 @@ class ChatEngine(Protocol):
     def hear(  # noqa: D102
         self, source: Any, *, rate: int | None = None, note: Callable[[str], None] = ...
     ) -> tuple[np.ndarray, ...]: ...
-    def session(self, context: int | None = None) -> Timeline: ...  # noqa: D102
+    def session(self, context: int | None = None, *, shared: bool = False) -> Timeline: ...  # noqa: D102
 
 
 class Conversation:
@@ -76,7 +76,7 @@ class Conversation:
         if sampling is None:
             sampling = Sampling.from_generation_config(engine.generation_config)
         require("sampling", sampling, isinstance(sampling, Sampling), "a Sampling")
-        self.session = engine.session()
+        self.session = engine.session(shared=True)
         self.tokenizer = engine.tokenizer
         self.messages: list[Message] = as_messages(history, "history", hear=engine.hear)
         self.max_tokens = None if max_tokens is None else integer("max_tokens", max_tokens, 1)

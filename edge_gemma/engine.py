@@ -115,10 +115,10 @@ class Engine:
         except OSError as error:
             raise ModelFolderError(f"{error.filename or model}: {error.strerror or error}") from None
 
-    def session(self, context: int | None = None) -> Session:
-        """A new, empty timeline."""
+    def session(self, context: int | None = None, *, shared: bool = False) -> Session:
+        """A new, empty timeline. shared: it takes what other shared ones have computed, and gives them its own."""
         # an OnnxSession has the part of Session that the rest of the package uses
-        return self._model.session(self._checked_context(context, self.context))  # type: ignore[return-value]
+        return self._model.session(self._checked_context(context, self.context), shared)  # type: ignore[return-value]
 
     @property
     def name(self) -> str:

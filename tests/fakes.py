@@ -151,5 +151,5 @@ class FakeEngine:
     def hear(self, source: object, **options: object) -> tuple[np.ndarray, ...]:
         raise UsageError("this model was not made for speech")
 
-    def session(self, context: int | None = None) -> FakeSession:
+    def session(self, context: int | None = None, *, shared: bool = False) -> FakeSession:
         return self.timeline

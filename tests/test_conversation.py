@@ -25,7 +25,7 @@ HI = Message("user", "Hi")
 class Engine(FakeEngine):
     """A new timeline for each conversation."""
 
-    def session(self, context=None):
+    def session(self, context=None, *, shared=False):
         return FakeSession(self.timeline._replies, self.timeline.context)
 
 

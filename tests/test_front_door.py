@@ -31,7 +31,7 @@ class FrontDoor(FakeEngine):
 
     generate, chat = Engine.generate, Engine.chat
 
-    def session(self, context=None):
+    def session(self, context=None, *, shared=False):
         self.opened = FakeSession(self.timeline._replies, self.timeline.context)
         return self.opened
 

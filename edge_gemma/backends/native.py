@@ -18,6 +18,7 @@ from edge_gemma.session import Session
 
 KV_DTYPES = ("float16", "float32")
 DEFAULT_CACHE_MB = 256
+MEMORY_SHARE = 4  # of the cache on disk, a part in memory
 
 
 class NativeModel:
@@ -51,10 +52,11 @@ class NativeModel:
         if cache_size is not None:
             integer("cache_size", cache_size, 0)
 
-    def session(self, context: int) -> Session:
-        """A new, empty timeline of at most `context` tokens."""
+    def session(self, context: int, shared: bool) -> Session:
+        """A new, empty timeline of at most `context` tokens. shared: with the model's prefix cache."""
+        prefixes = self._prefixes if shared else None
         return Session(
-            self.decoder, context, self._kv_dtype, self._identity, self._audio_token_id, self._threads, self._prefixes
+            self.decoder, context, self._kv_dtype, self._identity, self._audio_token_id, self._threads, prefixes
         )
 
     def close(self) -> None:
@@ -70,4 +72,4 @@ def _prefixes(identity: str, kv_dtype: str, megabytes: int) -> PrefixCache:
     name = hashlib.sha256(f"{identity} {kv_dtype} {kernels.variant()} {arithmetic}".encode()).hexdigest()[:24]
     place = places.cache()
     files = PrefixFiles(place / "prefixes", name, megabytes * 1_000_000) if place else None
-    return PrefixCache(megabytes * 1_000_000 // 4, files)
+    return PrefixCache(megabytes * 1_000_000 // MEMORY_SHARE, files)

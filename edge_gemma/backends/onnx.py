@@ -78,8 +78,8 @@ class OnnxModel:
         if cache_size:
             raise UsageError("cache_size means nothing beside backend onnx, which keeps no prefixes: leave it out")
 
-    def session(self, context: int) -> "OnnxSession":
-        """A new, empty timeline of at most `context` tokens."""
+    def session(self, context: int, shared: bool) -> "OnnxSession":
+        """A new, empty timeline of at most `context` tokens. Nothing is shared."""
         return OnnxSession(self._graphs, self._config, context, self._identity, self._audio_token_id)
 
     def close(self) -> None:

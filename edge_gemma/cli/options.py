@@ -135,19 +135,26 @@ def load_engine(model: str | None, **options: Any) -> "Engine":
 
 
 def load(model: str | None, options: dict[str, Any]) -> "Engine":
-    check_memory(model, options["context"], options["memory_limit"])
+    from edge_gemma.backends.native import DEFAULT_CACHE_MB
+
+    size = options["cache_size"] if options["cache_size"] is not None else DEFAULT_CACHE_MB
+    check_memory(model, options["context"], options["memory_limit"], cache_size=size)
     names = ("context", "threads", "backend", "cache_size")
     return load_engine(model, **{name: options[name] for name in names if name in options})
 
 
-def check_memory(model: str | None, context: int | None, memory_limit: int | None, *, audio: bool = False) -> None:
+def check_memory(
+    model: str | None, context: int | None, memory_limit: int | None, *, audio: bool = False, cache_size: int = 0
+) -> None:
     """Check the memory limit before anything is loaded. memory_limit: in MB, None for no limit. audio: for a command
-    that hears.
+    that hears. cache_size: as in Engine.load, for a command that talks.
     """
     if memory_limit is not None:
+        from edge_gemma.backends.native import MEMORY_SHARE
         from edge_gemma.measure.memory import check_limit
 
-        check_limit(open_folder(model), context, memory_limit * 1_000_000, audio=audio)
+        prefixes = cache_size * 1_000_000 // MEMORY_SHARE
+        check_limit(open_folder(model), context, memory_limit * 1_000_000, audio=audio, prefixes=prefixes)
 
 
 @functools.cache

@@ -9,6 +9,7 @@ activations of the longest chunk, and the audio encoder if speech is used. Rows 
 read from disk. They stay in the system's page cache, which gives way to everything else.
 """
 
+import functools
 import mmap
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -42,6 +43,7 @@ class Footprint:
     snapshots: int
     activations: int
     audio: int
+    prefixes: int  # of conversations, computed before (model/prefix_cache.py)
 
     @property
     def total(self) -> int:
@@ -61,8 +63,9 @@ def resident(key: str = "VmRSS") -> int | None:
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{key}:")), None)
 
 
-def footprint(folder: ModelFolder, context: int | None = None, *, audio: bool = False) -> Footprint:
-    """The estimate for a session of `context` tokens (None: the default). audio: include the audio encoder.
+def footprint(folder: ModelFolder, context: int | None = None, *, audio: bool = False, prefixes: int = 0) -> Footprint:
+    """The estimate for a session of `context` tokens (None: the default). audio: include the audio encoder. prefixes:
+    bytes of computed prefixes that are held at most.
 
     The estimate is within 15% of the measured peak (tests/measure/test_speed.py).
     """
@@ -78,19 +81,23 @@ def footprint(folder: ModelFolder, context: int | None = None, *, audio: bool = 
         snapshots=MARKS * _rings(config, context),
         activations=_activations(folder, min(context, CHUNK)),
         audio=_encoder(folder) if audio else 0,
+        prefixes=prefixes,
     )
 
 
-def check_limit(folder: ModelFolder, context: int | None, limit: int, *, audio: bool = False) -> None:
+def check_limit(
+    folder: ModelFolder, context: int | None, limit: int, *, audio: bool = False, prefixes: int = 0
+) -> None:
     """Raises UsageError if a session of `context` tokens needs more than `limit` bytes.
 
-    The message says which context or recipe would fit. audio: as in `footprint`.
+    The message says which context or recipe would fit. audio, prefixes: as in `footprint`.
     """
     context = context or min(DEFAULT_CONTEXT, folder.config.max_position_embeddings)
-    needed = footprint(folder, context, audio=audio)
+    estimate = functools.partial(footprint, folder, audio=audio, prefixes=prefixes)
+    needed = estimate(context)
     if needed.total <= limit:
         return
-    if shorter := next((c for c in _shorter(context) if footprint(folder, c, audio=audio).total <= limit), None):
+    if shorter := next((c for c in _shorter(context) if estimate(c).total <= limit), None):
         advice = f"--context {shorter} would fit"
     elif (at_4_bits := needed.total - needed.weights + _weights_at_4_bits(folder)) <= limit:
         advice = f"exported with --recipe q4 it needs about {at_4_bits / 1e6:.0f} MB"

@@ -181,7 +181,8 @@ def test_rate_is_of_samples_alone():
 def test_a_spoken_chat_on_a_real_session_answers_as_one_that_starts_anew(tmp_path):
     """Reuse of soft tokens changes the work, never the answer; sliding windows of 7 tokens."""
     source = write_checkpoint(tmp_path / "source", "e2b", multimodal=True)
-    with Engine.load(export_checkpoint(source, tmp_path / "model", "float"), kv_dtype="float32") as engine:
+    folder = export_checkpoint(source, tmp_path / "model", "float")
+    with Engine.load(folder, kv_dtype="float32", cache_size=0) as engine:
         rng = np.random.default_rng(0)
         chat = Chat(engine, sampling=GREEDY, max_tokens=6)
         for turn in range(4):
@@ -288,3 +289,18 @@ def test_a_listener_that_is_left_in_the_middle_of_a_reply_frees_its_chat():
     events.close()
     assert [m.content for m in chat.messages] == ["", "w"]
     assert chat.send(say(3)).text
+
+
+def test_a_sound_that_another_chat_has_heard_is_not_run_again(tmp_path):
+    source = write_checkpoint(tmp_path / "source", "e2b", multimodal=True)
+    with Engine.load(export_checkpoint(source, tmp_path / "model", "q4")) as engine:
+        sounds = np.random.default_rng(0).normal(0, 0.1, (2, 16000)).astype(np.float32)
+        replies = []
+        for sound in (sounds[0], sounds[0], sounds[1]):
+            chat = Chat(engine, sampling=GREEDY, max_tokens=6)
+            replies.append((chat.send("what is this?", sound).result().tokens, chat.last.timings))
+        (first, anew), (again, reused), (_, other) = replies
+        assert again == first
+        assert anew.reused_tokens == 0
+        assert reused.prefill_tokens == 2  # the last of each text
+        assert 0 < other.reused_tokens < 30  # up to the sound, which has as many soft tokens but other ones
