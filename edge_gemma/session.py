@@ -221,6 +221,17 @@ class Session:
             self._share()
         return np.concatenate(rows) if len(rows) > 2 else rows[-1]
 
+    def recall(self, ids: Sequence[int], sounds: Sequence[tuple[int, np.ndarray]] = ()) -> int:
+        """Append the first of `ids`, as far as they were computed before: by a shared session, or kept on disk.
+
+        sounds: a position and the soft tokens from there on, float32 [n, hidden_size], whose ids are placeholders.
+        Returns how many ids were appended; the others, and the logits, are left to `prefill`.
+        """
+        ids = list(ids[: self.context - self.position])
+        soft = {at + i: row for at, clip in sounds for i, row in enumerate(clip)}
+        self._settle()
+        return self._restore(ids, len(ids), {at: row for at, row in soft.items() if at >= self.position})
+
     def keep_on_disk(self, position: int) -> None:
         """Let the processes that come later have what was computed of the tokens before `position`.
 
@@ -334,7 +345,6 @@ class Timeline(Protocol):
 
     ids: list[int]
     context: int
-    restored: int  # positions whose rows an earlier session had computed, ever
 
     @property
     def position(self) -> int:
@@ -359,6 +369,10 @@ class Timeline(Protocol):
 
     def mark(self) -> None:
         """Keep this position, so that `rewind` to it costs nothing."""
+        ...
+
+    def recall(self, ids: Sequence[int], sounds: Sequence[tuple[int, np.ndarray]]) -> int:
+        """Append the first of `ids`, as far as another session has computed them, as `Session.recall` does."""
         ...
 
     def keep_on_disk(self, position: int) -> None:

@@ -109,7 +109,8 @@ class FakeSession:
         del self.ids[position:]
         self._turn += 1
 
-    restored = 0
+    def recall(self, ids: list[int], sounds: Sequence[object] = ()) -> int:
+        return 0
 
     def keep_on_disk(self, position: int) -> None:
         self.log.append(("keep_on_disk", position))

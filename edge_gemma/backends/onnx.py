@@ -98,7 +98,6 @@ class OnnxSession:
         self.context = context
         self._identity = identity
         self.ids: list[int] = []
-        self.restored = 0  # as in Session: none
         self._config, self._audio_token_id = config, audio_token_id
         self._embed, self._decoder = graphs[EMBED], graphs[DECODER]
         self._outputs = [output.name for output in self._decoder.get_outputs()]
@@ -143,6 +142,10 @@ class OnnxSession:
     def logits(self, hidden: np.ndarray) -> np.ndarray:
         """float32 [n, vocab_size] from what `hidden` returned: the same array."""
         return hidden
+
+    def recall(self, ids: Sequence[int], sounds: Sequence[tuple[int, np.ndarray]] = ()) -> int:
+        """Nothing was computed before."""
+        return 0
 
     def keep_on_disk(self, position: int) -> None:
         """Nothing: there is no place for it."""

@@ -171,7 +171,7 @@ class Generation:
         keep = min(shared(session, prompt, self._sounds, self._held), len(prompt) - 1)  # the last is run for its logits
         session.rewind(keep)
         self._held[:] = self._sounds
-        before = session.restored - keep
+        keep += session.recall(prompt[keep:-1], self._sounds)
         timings.reused_tokens, timings.prefill_tokens = keep, len(prompt) - keep
         logits = np.empty(0, np.float32)
         for start, part in parts(prompt, self._sounds, keep):
@@ -183,8 +183,6 @@ class Generation:
                 logits = session.prefill(part)
             else:
                 session.prefill_soft(part, logits=False)
-        timings.reused_tokens = session.restored - before
-        timings.prefill_tokens = len(prompt) - timings.reused_tokens
         if self._progress:
             self._progress(len(prompt), len(prompt))
         if self._mark:
