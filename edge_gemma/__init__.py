@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from edge_gemma.chat import Chat
     from edge_gemma.engine import Engine, load
     from edge_gemma.errors import AudioError, ContextFullError, EdgeGemmaError, ModelFolderError, UsageError
+    from edge_gemma.generation.constraint import Constraint
     from edge_gemma.generation.reply import Reply
     from edge_gemma.generation.sampler import Sampling
     from edge_gemma.session import Session
@@ -24,8 +25,8 @@ if TYPE_CHECKING:
     from edge_gemma.text.tool_call import ToolCall
 
 __all__ = [
-    "AudioError", "Chat", "ContextFullError", "EdgeGemmaError", "Engine", "Message", "ModelFolderError", "Reply",
-    "Sampling", "Segment", "Session", "ToolCall", "Transcription", "UsageError", "__version__", "load",
+    "AudioError", "Chat", "Constraint", "ContextFullError", "EdgeGemmaError", "Engine", "Message", "ModelFolderError",
+    "Reply", "Sampling", "Segment", "Session", "ToolCall", "Transcription", "UsageError", "__version__", "load",
 ]  # fmt: skip
 
 # Where each name is defined.
@@ -34,6 +35,7 @@ _MODULES = {
     "chat": ("Chat",),
     "engine": ("Engine", "load"),
     "errors": ("AudioError", "ContextFullError", "EdgeGemmaError", "ModelFolderError", "UsageError"),
+    "generation.constraint": ("Constraint",),
     "generation.reply": ("Reply",),
     "generation.sampler": ("Sampling",),
     "session": ("Session",),

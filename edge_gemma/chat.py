@@ -6,14 +6,14 @@ know: what an interrupted reply leaves behind (conversation.py), screens, microp
 
 import functools
 import threading
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Unpack
 
 import numpy as np
 
 from edge_gemma.arguments import require
-from edge_gemma.conversation import ChatEngine, Conversation, Said
+from edge_gemma.conversation import Bound, ChatEngine, Conversation, Pieces, Said
 from edge_gemma.errors import ContextFullError, UsageError
 from edge_gemma.generation.generate import (
     Progress,
@@ -71,7 +71,7 @@ class Chat(Conversation):
             require("system", system, system is None, "none beside a history that begins with a system message")
             system = self.messages.pop(0).content
         self.system, self.think = system, think
-        self.tools: Sequence[Mapping[str, Any]] | None = None if tools is None else checked(tools)
+        self.tools = None if tools is None else checked(tools)
         self._format = ChatFormat(engine.chat_template, engine.tokenizer)
         self._format.check(self.tools, think)
         self._first = 0  # the oldest message still in the prompt
@@ -137,13 +137,13 @@ class Chat(Conversation):
                 asked, text = [*(asked if text is None else asked[:-1]), heard], None
         return asked
 
-    def _pieces(self, asked: list[Message], result: Result, stopping: threading.Event) -> Generator[Piece, None, None]:
+    def _pieces(self, asked: list[Message], bound: Bound, result: Result, stopping: threading.Event) -> Pieces:
         self._sound_at = None
         prompt, notice = self._fitted(asked)
         if notice:
             yield Piece("notice", notice)
         try:
-            yield from self._reply(prompt, asked, result, stopping)
+            yield from self._reply(prompt, asked, bound, result, stopping)
         finally:
             self._keep_opening()
 
@@ -246,7 +246,7 @@ class Continuation(Conversation):
         require("what is said", said, len(said) == 1 and isinstance(said[0], str), "one text, for a base model")
         return [Message("user", str(said[0]))]
 
-    def _pieces(self, asked: list[Message], result: Result, stopping: threading.Event) -> Generator[Piece, None, None]:
+    def _pieces(self, asked: list[Message], bound: Bound, result: Result, stopping: threading.Event) -> Pieces:
         context, text = self.session.context, asked[0].content
         if text or not self._ids:
             prompt = self._encode(text)
@@ -261,7 +261,7 @@ class Continuation(Conversation):
             prompt = prompt[:1] + prompt[-(context // 2) :]
             yield Piece("notice", "the context is full: the oldest text was left out")
         try:
-            yield from self._reply(Prompt(prompt), asked, result, stopping)
+            yield from self._reply(Prompt(prompt), asked, bound, result, stopping)
         finally:
             if result.tokens or asked:
                 self._ids = prompt + result.tokens

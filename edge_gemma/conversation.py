@@ -16,6 +16,8 @@ import numpy as np
 
 from edge_gemma.arguments import integer, require, texts
 from edge_gemma.errors import EdgeGemmaError, UsageError
+from edge_gemma.generation.bounds import Bounds
+from edge_gemma.generation.constraint import Constraint
 from edge_gemma.generation.generate import (
     Generation,
     Progress,
@@ -33,6 +35,8 @@ from edge_gemma.text.reply import Piece
 from edge_gemma.text.session_file import Kind, Transcript
 
 LEAST_KEPT = 64  # tokens of instructions that are worth a file
+Bound = Constraint | None  # what an answer must be
+Pieces = Generator[Piece, None, None]
 Said = str | Message | Mapping[str, Any] | Any  # what `send` takes; Any: samples, as audio/samples.py has them
 
 
@@ -58,6 +62,8 @@ class Conversation:
 
     kind: ClassVar[Kind]
     system: str | None = None
+    think = False
+    tools: Sequence[Mapping[str, Any]] | None = None
 
     def __init__(
         self,
@@ -90,13 +96,14 @@ class Conversation:
         self._latest: weakref.ref[Reply] | None = None
         self._held: list[Sound] = []  # the soft tokens that the session holds
 
-    def send(self, *said: Said) -> Reply:
+    def send(self, *said: Said, constraint: Bound = None) -> Reply:
         """Send messages. Returns the reply, which is written while it is read.
 
         said: a text is a message of the user. So is a sound: samples of 16 kHz, (samples, rate), a Path, a file's
         bytes, or an open file. A sound is encoded at once and belongs to a text right before it. A Message, or a dict
         in OpenAI's form, may have any role; the results of several tools are sent together. Without an argument the
         model replies to the transcript. If nobody has begun to read the reply before, it is read to its end first.
+        constraint: what the answer must be. A thought before it is free, and tools may be called instead.
 
         The transcript is whole however a reply ends. It keeps the text that was written; if there is none, it does not
         keep the messages either. Raises UsageError while another reply is being written, and for what is no message.
@@ -104,6 +111,7 @@ class Conversation:
         the reply raises ContextFullError if the messages do not fit.
         """
         notes: list[str] = []
+        require("constraint", constraint, isinstance(constraint, Constraint | None), "a Constraint")
         asked = self._asked(said, notes.append)
         if not asked and not self.messages:
             raise UsageError("there is nothing to reply to, expected a message")
@@ -113,7 +121,7 @@ class Conversation:
             self._finish_unread()
             if self._replying.locked():
                 raise busy()
-            self._unread = reply = Reply(functools.partial(self._begin, asked, notes))
+            self._unread = reply = Reply(functools.partial(self._begin, asked, notes, constraint))
             self._latest = weakref.ref(reply)
             return reply
         finally:
@@ -175,16 +183,16 @@ class Conversation:
         """The messages that `said` stands for. note: called with what is wrong with a sound. Raises as `send`."""
         raise NotImplementedError
 
-    def _pieces(self, asked: list[Message], result: Result, stopping: threading.Event) -> Generator[Piece, None, None]:
+    def _pieces(self, asked: list[Message], bound: Bound, result: Result, stopping: threading.Event) -> Pieces:
         """Write the reply to `asked`. Yields its pieces."""
         raise NotImplementedError
 
     def _begin(
-        self, asked: list[Message], notes: list[str], result: Result, stopping: threading.Event
-    ) -> Generator[Piece, None, None]:
+        self, asked: list[Message], notes: list[str], bound: Bound, result: Result, stopping: threading.Event
+    ) -> Pieces:
         with self._alone():
             yield from (Piece("notice", note) for note in notes)
-            yield from self._pieces(asked, result, stopping)
+            yield from self._pieces(asked, bound, result, stopping)
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
@@ -198,8 +206,12 @@ class Conversation:
             self._replying.release()
 
     def _reply(
-        self, prompt: Prompt, asked: list[Message], result: Result, stopping: threading.Event
+        self, prompt: Prompt, asked: list[Message], bound: Bound, result: Result, stopping: threading.Event
     ) -> Iterator[Piece]:
+        bounds = Bounds(
+            self.tokenizer, answer=bound, tools=self.tools, thinks=self.think, stop_ids=self._stop_ids,
+            prompt_ids=prompt.ids,
+        )  # fmt: skip
         generation = Generation(
             self.session,
             prompt.ids,
@@ -214,6 +226,7 @@ class Conversation:
             stopping=stopping,
             sounds=prompt.sounds,
             held=self._held,
+            bounds=bounds,
         )
         before, self.messages = self.messages, [*self.messages, *asked]
         try:

@@ -21,6 +21,7 @@ from edge_gemma.errors import ModelFolderError, UsageError
 from edge_gemma.folder import find
 from edge_gemma.folder.folder import GENERATION, TEMPLATE, TOKENIZER, ModelFolder
 from edge_gemma.folder.folder import Progress as LoadProgress
+from edge_gemma.generation.constraint import Constraint
 from edge_gemma.generation.reply import Reply
 from edge_gemma.generation.sampler import Sampling, Settings
 from edge_gemma.session import Session
@@ -133,18 +134,19 @@ class Engine:
         system: str | None = None,
         max_tokens: int | None = None,
         stop: Sequence[str] = (),
+        constraint: Constraint | None = None,
         **sampling: Unpack[Settings],
     ) -> Reply:
         """Reply to one prompt. The reply is written while it is read. A base model continues the text.
 
         prompt: a text, a sound or a message, as in `Chat.send`. max_tokens: None for as many as the model writes (a
-        base model: 128). stop: texts that end the reply and are no part of it. sampling: the fields of `Sampling`, in
-        place of the checkpoint's own settings. Raises UsageError for arguments that cannot be served. Reading the reply
-        raises ContextFullError if the prompt does not fit.
+        base model: 128). stop: texts that end the reply and are no part of it. constraint: what the answer must be.
+        sampling: the fields of `Sampling`, in place of the checkpoint's own settings. Raises UsageError for arguments
+        that cannot be served. Reading the reply raises ContextFullError if the prompt does not fit.
         """
         chosen = Sampling.from_generation_config(self.generation_config, **sampling)
         conversation = talk.open_conversation(self, system=system, sampling=chosen, max_tokens=max_tokens, stop=stop)
-        return conversation.send(prompt)
+        return conversation.send(prompt, constraint=constraint)
 
     def chat(
         self,

@@ -56,6 +56,9 @@ class FakeTokenizer:
         """Ids as text, special tokens spelled out."""
         return b"".join(SPECIAL[i].encode() if i < BYTE else bytes([i - BYTE]) for i in ids).decode()
 
+    def pieces(self) -> list[bytes]:
+        return [SPECIAL[i].encode() if i < len(SPECIAL) else bytes([max(0, i - BYTE)]) for i in range(VOCAB)]
+
     def detokenizer(self) -> "FakeDetokenizer":
         return FakeDetokenizer()
 

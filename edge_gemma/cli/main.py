@@ -127,6 +127,7 @@ def chat(model: str | None, session_file: Path | None, **given: Any) -> None:
 @click.option("--raw", is_flag=True, help="Continue PROMPT as it is, without the chat template.")
 @options.thinking
 @options.sampling
+@options.bound
 @options.context
 @options.memory_limit
 @options.threads
@@ -140,10 +141,14 @@ def run(model: str | None, prompt: str, raw: bool, as_json: bool, **given: Any) 
     edge-gemma run "Why is the sky blue?"
     edge-gemma run --temperature 0 --json "Three rivers of Norway" | jq -r .text
     edge-gemma run - < letter.txt --system "Summarise in three points."
+    edge-gemma run "Is a whale a fish?" --choice yes --choice no
+    edge-gemma run - < letter.txt --json-schema '{"type": "object", "required": ["from"],
+        "properties": {"from": {"type": "string"}, "year": {"type": "integer"}}}'
     """
     from edge_gemma.chat import Chat, open_conversation
     from edge_gemma.cli.screen import Screen, show_reply
 
+    constraint = options.constraint(given)
     text = _piped_text() if prompt == "-" else prompt
     engine = options.load(model, given)
     screen = Screen(show_answer=not as_json, show_thinking=given["show_thinking"])
@@ -161,7 +166,7 @@ def run(model: str | None, prompt: str, raw: bool, as_json: bool, **given: Any) 
         screen.note("a base model without chat template: it continues the text")
     interrupted = False
     try:
-        show_reply(conversation.send(text), screen)
+        show_reply(conversation.send(text, constraint=constraint), screen)
     except KeyboardInterrupt:
         interrupted = True
     result = conversation.last

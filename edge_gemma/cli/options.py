@@ -7,15 +7,18 @@ command.
 import functools
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from edge_gemma.text.files import read_text
+
 if TYPE_CHECKING:
     from edge_gemma.engine import Engine
     from edge_gemma.folder.folder import ModelFolder
+    from edge_gemma.generation.constraint import Constraint
 
 
 def options(*decorators: Callable[[Any], Any]) -> Callable[[Any], Any]:
@@ -122,6 +125,30 @@ thinking = options(
     click.option("--think", is_flag=True, help="Let the model think before it answers; the thoughts stay hidden."),
     click.option("--show-thinking", is_flag=True, help="Let it think, and show the thoughts (on standard error)."),
 )
+
+bound = options(
+    refuse("regex choice", beside="json_schema"),
+    refuse("choice", beside="regex"),
+    click.option(
+        "--json-schema",
+        metavar="FILE|TEXT",
+        help="Answer with JSON that fits this schema, a file's or the text itself.",
+    ),
+    click.option("--regex", metavar="PATTERN", help="Answer with a text that PATTERN fits as a whole."),
+    click.option("--choice", multiple=True, metavar="TEXT", help="Answer with TEXT or another --choice. Repeatable."),
+)
+
+
+def constraint(given: Mapping[str, Any]) -> "Constraint | None":
+    """What the answer must be, by the options in `bound`."""
+    from edge_gemma.generation.constraint import Constraint
+
+    schema, regex, choice = given["json_schema"], given["regex"], given["choice"]
+    if schema is not None:
+        return Constraint.json(schema if schema.lstrip()[:1] == "{" else read_text(Path(schema)))
+    if regex is not None:
+        return Constraint.regex(regex)
+    return Constraint.choice(choice) if choice else None
 
 
 def load_engine(model: str | None, **options: Any) -> "Engine":

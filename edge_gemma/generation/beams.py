@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from edge_gemma.generation.bounds import Bounds
 from edge_gemma.generation.sampler import Sampler
 from edge_gemma.session import Timeline, common_prefix
 
@@ -35,16 +36,19 @@ def search(
     sampler: Sampler,
     limit: int,
     stop_ids: Collection[int],
+    bounds: Bounds | None = None,
     stopping: threading.Event | None = None,
 ) -> Iterator[int]:
     """Yields a reply's tokens, each as soon as all hypotheses agree on it. The stop token comes last.
 
     session: at the prompt's end, left wherever the last hypothesis ended. logits: float32 [vocab_size], those after
     the prompt. sampler: says how many hypotheses there are. limit: most tokens, all but the last of which the session
-    has to hold. stopping: once it is set, the tokens end. Raises what the session and the sampler raise.
+    has to hold. bounds: those of a reply not begun, left as they are; None: anything. stopping: once it is set, the
+    tokens end. Raises what the session, the sampler and the bounds raise.
     """
     start, width = session.position, sampler.sampling.num_beams
     live, ended, told = [Hypothesis(0.0, ())], list[Hypothesis](), 0
+    bounds_of: dict[tuple[int, ...], Bounds] = {} if bounds is None else {(): bounds}
     for length in range(limit):
         if stopping is not None and stopping.is_set():
             return
@@ -53,12 +57,16 @@ def search(
         for score, tokens in sorted(live, key=lambda h: h.tokens, reverse=length % 2 == 0):
             if tokens:
                 logits = _run(session, start, tokens)
-            likeliest = sampler.likeliest(logits, width + len(stop_ids), session.ids)
+            allowed = bounds_of[tokens].allowed() if bounds_of else None
+            likeliest = sampler.likeliest(logits, width + len(stop_ids), session.ids, allowed)
             grown += [Hypothesis(score + nats, (*tokens, token)) for token, nats in likeliest]
         best = sorted(grown, key=_rank)
         ended = sorted([*ended, *(h for h in best[:width] if h.tokens[-1] in stop_ids)], key=_rank)[:1]
         live = [h for h in best if h.tokens[-1] not in stop_ids][:width]
+        if not live and not ended:
+            return
         live, ended = _that_may_win(live, ended)
+        bounds_of = {h.tokens: bounds_of[h.tokens[:-1]].after(h.tokens[-1]) for h in live if bounds_of}
         agreed = _agreed([h.tokens for h in (*live, *ended)])
         yield from agreed[told:]
         told = len(agreed)

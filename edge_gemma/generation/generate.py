@@ -14,6 +14,7 @@ import numpy as np
 
 from edge_gemma.errors import ContextFullError, UsageError
 from edge_gemma.generation.beams import search
+from edge_gemma.generation.bounds import Bounds
 from edge_gemma.generation.sampler import Sampler
 from edge_gemma.session import Timeline, common_prefix
 from edge_gemma.text.prompt import ChatTokenizer
@@ -38,6 +39,7 @@ class StreamTokenizer(ChatTokenizer, Protocol):
 
     vocab_size: int
 
+    def pieces(self) -> list[bytes]: ...
     def encode(self, text: str, bos: bool = False) -> list[int]: ...
     def detokenizer(self) -> Detokenizer: ...
 
@@ -89,14 +91,16 @@ class Generation:
         stopping: threading.Event | None = None,
         sounds: Sequence[Sound] = (),
         held: list[Sound] | None = None,
+        bounds: Bounds | None = None,
     ) -> None:
         """max_tokens: None continues until the context is full. stop_strings end the answer and are no part of it.
 
         mark: whether the session marks the prompt's end, so that a later rewind is cheap. result: a new one that is
         filled. stopping: when it is set, the reply ends at the next token, with finish_reason "interrupted". sounds:
         the soft tokens of the prompt, which has placeholders in their place. held: the soft tokens in the session; it
-        is updated here, and two are equal if they are the same array. Raises ContextFullError if the prompt is longer
-        than the context, UsageError for an empty prompt or limit. The session is then as it was.
+        is updated here, and two are equal if they are the same array. bounds: what the reply must be; None for
+        anything. Raises ContextFullError if the prompt is longer than the context, UsageError for an empty prompt or
+        limit. The session is then as it was.
         """
         if not prompt_ids:
             raise UsageError("the prompt is empty, expected at least one token")
@@ -118,6 +122,7 @@ class Generation:
         self._parser = ReplyParser(tokenizer, self._prompt)
         self._stops = StopStrings(stop_strings)
         self._progress, self._mark = progress, mark
+        self._bounds = bounds or Bounds(tokenizer)
         self._sounds, self._held = list(sounds), [] if held is None else held
         self._pieces = self._run()
 
@@ -151,10 +156,15 @@ class Generation:
                 if self._stops.found:
                     reason = "stop"
                     break
+                if self._is_complete():
+                    reason = "stop"
+                    break
                 if len(result.tokens) == self._limit:
                     reason = "length" if self._limit == self._max_tokens else "context"
                     break
                 clock = time.perf_counter()
+            if self._is_complete():
+                reason = "stop"
             yield from self._finish()
         finally:
             if reason == "interrupted":
@@ -190,18 +200,33 @@ class Generation:
         return logits
 
     def _tokens(self, logits: np.ndarray) -> Iterator[int]:
-        """Yields the tokens, also the stop token. Without beams it ends only if the reply is stopped."""
-        session, sampler = self._session, self._sampler
+        """Yields the tokens, also the stop token. Without beams and bounds it ends only if the reply is stopped.
+
+        Tokens that are certain are not chosen. They are run in one pass with the token before them.
+        """
+        session, sampler, bounds = self._session, self._sampler, self._bounds
         if self._searches:
             yield from search(
-                session, logits, sampler=sampler, limit=self._limit, stop_ids=self._stop_ids, stopping=self._stopping
-            )
+                session, logits, sampler=sampler, limit=self._limit, stop_ids=self._stop_ids, bounds=bounds,
+                stopping=self._stopping,
+            )  # fmt: skip
             return
-        while not self._stopping.is_set():
-            token = sampler.sample(logits, session.ids)
-            yield token
-            if not self._stopping.is_set():
-                logits = session.step(token)
+        tokens = bounds.forced()
+        while not self._stopping.is_set() and not (bounds.complete and not tokens):
+            if not tokens:
+                token = sampler.sample(logits, session.ids, bounds.allowed())
+                bounds.accept(token)
+                tokens = [token, *bounds.forced()]
+            for token in tokens:
+                yield token
+                if self._stopping.is_set():
+                    return
+            logits = session.step(tokens[0]) if len(tokens) == 1 else session.prefill(tokens)
+            tokens = []
+
+    def _is_complete(self) -> bool:
+        """Whether nothing may follow what was written."""
+        return self._bounds.complete and self._bounds.taken == len(self.result.tokens)
 
     def _finish(self) -> list[Piece]:
         """Returns the pieces that were held back."""

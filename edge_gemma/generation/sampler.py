@@ -144,39 +144,54 @@ class Sampler:
         narrow._pieces = pieces
         return narrow
 
-    def sample(self, logits: np.ndarray, recent_ids: Sequence[int] = ()) -> int:
+    def sample(self, logits: np.ndarray, recent_ids: Sequence[int] = (), allowed: np.ndarray | None = None) -> int:
         """Choose a token. logits: float32 [vocab_size], not changed; recent_ids: those that the penalty applies to.
 
-        Ties go to the lowest id. Raises EdgeGemmaError if the logits hold a NaN or an infinity above the rest.
+        allowed: ids, int64 [n], lowest first, the only ones there are; None: all. Ties go to the lowest id. Raises
+        EdgeGemmaError if the logits hold a NaN or an infinity above the rest.
         """
         s = self.sampling
-        logits, best = self._judged(logits, recent_ids)
-        if s.temperature == 0 or s.top_k == 1:
-            return best
-        ids, probabilities = candidates(logits, s)
-        return int(ids[_draw(probabilities, self._random.random())])
+        logits = self._penalised(logits, recent_ids)
+        if allowed is not None:
+            logits = logits[allowed]
+        at = _best(logits)
+        if s.temperature > 0 and s.top_k != 1:
+            ids, probabilities = candidates(logits, s)
+            at = int(ids[_draw(probabilities, self._random.random())])
+        return at if allowed is None else int(allowed[at])
 
-    def likeliest(self, logits: np.ndarray, n: int, recent_ids: Sequence[int] = ()) -> list[tuple[int, float]]:
+    def likeliest(
+        self, logits: np.ndarray, n: int, recent_ids: Sequence[int] = (), allowed: np.ndarray | None = None
+    ) -> list[tuple[int, float]]:
         """The n likeliest tokens, likeliest first, with their log probabilities in nats, after the penalty.
 
-        Ties and errors as in `sample`.
+        allowed, ties and errors as in `sample`; the probabilities are those among all tokens.
         """
-        logits, best = self._judged(np.ascontiguousarray(logits), recent_ids)
+        logits = self._penalised(np.ascontiguousarray(logits), recent_ids)
         maxima = block_maxima(logits)
-        ids = _largest(logits, min(n, len(logits)), maxima)
-        log_sum = float(logits[best]) + math.log(_exp_sum(logits, maxima, 1.0))
+        log_sum = float(logits[_best(logits)]) + math.log(_exp_sum(logits, maxima, 1.0))
+        if allowed is None:
+            ids = _largest(logits, min(n, len(logits)), maxima)
+        else:
+            some = logits[allowed]
+            ids = allowed[_largest(some, min(n, len(some)), block_maxima(some))] if len(some) else allowed
         return [(int(i), float(logits[i]) - log_sum) for i in ids]
 
-    def _judged(self, logits: np.ndarray, recent_ids: Sequence[int]) -> tuple[np.ndarray, int]:
-        """Returns the logits that may be chosen from, after the penalty, and the likeliest token."""
+    def _penalised(self, logits: np.ndarray, recent_ids: Sequence[int]) -> np.ndarray:
+        """The logits of ids that are text, with the penalty on them."""
         logits = logits[: self._pieces]
         penalty = self.sampling.repetition_penalty
         if penalty != 1 and len(recent_ids):
-            logits = penalised(logits, recent_ids, penalty)
-        best = int(np.argmax(logits))
-        if not math.isfinite(logits[best]):
-            raise EdgeGemmaError(f"the model's logits hold {logits[best]}, expected numbers: verify the model's files")
-        return logits, best
+            return penalised(logits, recent_ids, penalty)
+        return logits
+
+
+def _best(logits: np.ndarray) -> int:
+    """The likeliest, the first of several. Raises EdgeGemmaError where it is no number."""
+    best = int(np.argmax(logits))
+    if not math.isfinite(logits[best]):
+        raise EdgeGemmaError(f"the model's logits hold {logits[best]}, expected numbers: verify the model's files")
+    return best
 
 
 def penalised(logits: np.ndarray, ids: Sequence[int], penalty: float) -> np.ndarray:

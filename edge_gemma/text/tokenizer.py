@@ -144,6 +144,22 @@ class Tokenizer:
             return bytes([int(piece[3:5], 16)])  # <0xNN>
         return piece.replace(SPACE, " ").encode()
 
+    def pieces(self) -> list[bytes]:
+        """The bytes that each id stands for, as `token_bytes` has them, special tokens spelled out."""
+        pieces: list[bytes] = []
+        for start in range(0, self.vocab_size, _IDS_AT_ONCE):
+            spelled = self._sp.id_to_piece(list(range(start, min(start + _IDS_AT_ONCE, self.vocab_size))))
+            lines = "\n".join(piece.replace("\n", "\0") for piece in spelled)  # one call for thousands
+            pieces += lines.replace(SPACE, " ").encode().split(b"\n")
+        for index in self._odd_pieces(pieces):
+            pieces[index] = self.token_bytes(index, skip_special=False)
+        return pieces
+
+    def _odd_pieces(self, pieces: list[bytes]) -> list[int]:
+        """Ids whose bytes are not their spelling with spaces for U+2581."""
+        spelled = (i for i, piece in enumerate(pieces) if b"\0" in piece or (piece[:3] == b"<0x" and len(piece) == 6))
+        return [*spelled, *self._special_ids]
+
     def _added_space_runs(self) -> re.Pattern[str] | None:
         """Where runs of spaces are pieces of their own: the runs of U+2581 that stand for them when typed as such.
 

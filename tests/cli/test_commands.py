@@ -114,6 +114,38 @@ def test_options_reach_the_generation(fake):
     assert spoken(engine).startswith("<bos>Hione two")
 
 
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (["--choice", "no", "--choice", "never"], {"no", "never"}),
+        (["--regex", "[n]o+!"], {"no!"}),
+        (["--json-schema", '{"const": {"a": 1}}'], {'{"a": 1}'}),
+    ],
+)
+def test_an_answer_is_what_it_must_be(fake, given, expected):
+    fake("yes")
+    assert invoke("run", "Well?", "--temperature", 0, *given).stdout.strip() in expected
+
+
+def test_a_schema_may_be_in_a_file(fake, tmp_path):
+    fake("yes")
+    (tmp_path / "schema.json").write_text('{"enum": ["ä"]}', encoding="utf-8")
+    assert invoke("run", "Well?", "--json-schema", tmp_path / "schema.json").stdout == '"ä"\n'
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [(["--json-schema", '{"type": "x"}'], "Invalid type: x"), (["--json-schema", "nowhere.json"], "nowhere.json"),
+     (["--regex", "("], "the regex"), (["--json-schema", "{"], "cannot be read")],
+)  # fmt: skip
+def test_a_constraint_that_cannot_be_kept_is_told_before_the_model_is_loaded(monkeypatch, given, words):
+    monkeypatch.setattr(options, "load_engine", lambda *_, **__: pytest.fail("loaded"))
+    result = invoke("run", "Well?", *given)
+    assert result.exit_code == 1
+    assert words in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
 def test_sampling_options_win_over_the_checkpoints(fake, monkeypatch):
     engine = fake("a")
     seen = []

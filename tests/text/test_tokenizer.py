@@ -446,3 +446,9 @@ for extra in range(0, 20_000_000, 500_000):
     ends = [os.waitstatus_to_exitcode(int(line)) for line in result.stdout.split()]
     assert ends == sorted(ends, reverse=True)  # too little, then enough
     assert set(ends) == {0, 1}
+
+
+@pytest.mark.parametrize("runs_are_added", [False, True])
+def test_pieces_are_the_bytes_of_every_id(runs_are_added: bool) -> None:
+    tokenizer = tiny(runs_are_added)
+    assert tokenizer.pieces() == [tokenizer.token_bytes(i, skip_special=False) for i in range(tokenizer.vocab_size)]

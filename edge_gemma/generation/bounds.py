@@ -1,0 +1,123 @@
+"""What binds a reply where: the thought is free, the answer keeps a constraint, a tool call its declaration.
+
+Owns: which grammar holds at which place of a reply. Does not know: how a grammar is followed (matcher.py), how a token
+is chosen.
+"""
+
+from collections.abc import Collection, Mapping, Sequence
+from copy import copy
+from typing import Any
+
+import numpy as np
+
+from edge_gemma.generation.constraint import Constraint
+from edge_gemma.generation.matcher import Matcher, Vocabulary
+from edge_gemma.text.tool_grammar import call_grammar
+
+
+class Bounds:
+    """Follows one reply. `allowed` before a token is chosen, `accept` after it, `forced` for what must follow.
+
+    Without a constraint and without tools all is free, and nothing is computed.
+    """
+
+    def __init__(
+        self,
+        vocabulary: Vocabulary,
+        *,
+        answer: Constraint | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        stop_ids: Collection[int] = (),
+        prompt_ids: Sequence[int] = (),
+        thinks: bool = False,
+    ) -> None:
+        """answer: what the answer must be. tools: declarations; what stands between `<|tool_call>` and `<tool_call|>`
+        is a call of one of them. stop_ids: what ends a reply. prompt_ids: their end decides whether the reply begins in
+        a thought. thinks: a thought may come before the answer. Raises UsageError for a grammar that cannot be kept.
+        """
+        special = vocabulary.special_tokens
+        self._open, self._close = special.get("<|channel>", -1), special.get("<channel|>", -1)
+        calls = call_grammar(tools, special) if tools else None
+        self._open_call = special.get("<|tool_call>", -1) if calls else -1
+        self._vocabulary, self._calls, self._stops = vocabulary, calls, np.array(sorted(stop_ids), np.int64)
+        self._answer = None if answer is None else Matcher(vocabulary, answer.grammar)
+        self._call: Matcher | None = None
+        marks = [index for index in prompt_ids if index in (self._open, self._close)] if self._answer else []
+        self._thinking = marks[-1:] == [self._open]
+        self._may_think = thinks and self._open >= 0
+        self._begun = self._called = False  # the answer, a call
+        self.taken = 0  # tokens
+
+    @property
+    def complete(self) -> bool:
+        """Whether the reply has to end here."""
+        return self._answer is not None and self._answer_is_next() and self._answer.complete
+
+    def allowed(self) -> np.ndarray | None:
+        """The ids that may come next, int64 [n], lowest first; None: all of them."""
+        if self._call is not None:
+            return np.flatnonzero(self._call.allowed())
+        if self._answer is None:
+            return None
+        if self._thinking:
+            bits, ends = np.ones(self._vocabulary.vocab_size, np.bool_), False
+            bits[self._stops] = False  # an answer has to follow
+        else:
+            bits = self._answer.allowed()
+            ends = self._answer.accepting or (self._called and not self._begun)
+            bits[self._openings()] = True
+        if ends:
+            bits[self._stops] = True
+        return np.flatnonzero(bits)
+
+    def accept(self, token: int) -> None:
+        """Go on by a token. Raises EdgeGemmaError for one that is not allowed."""
+        self.taken += 1
+        if self._call is not None:
+            self._call.accept(token)
+            if self._call.complete:
+                self._call, self._called = None, True
+        elif token == self._open_call and (self._answer is None or self._thinking or not self._begun):
+            self._call = Matcher(self._vocabulary, str(self._calls))
+        elif self._answer is None or token in self._stops:
+            return
+        elif self._thinking:
+            self._thinking = token != self._close
+        elif token in self._openings():
+            self._thinking, self._may_think = True, False
+        else:
+            self._answer.accept(token)
+            self._begun = True
+
+    def forced(self) -> list[int]:
+        """The tokens that must come next; accepts them."""
+        forced: list[int] = []
+        while tokens := self._next_forced():
+            for token in tokens:
+                self.accept(token)
+            forced += tokens
+        return forced
+
+    def after(self, token: int) -> "Bounds":
+        """The bounds of this reply with one token more; this one stays where it is."""
+        other = copy(self)
+        other._answer = None if self._answer is None else self._answer.copy()
+        other._call = None if self._call is None else self._call.copy()
+        other.accept(token)
+        return other
+
+    def _answer_is_next(self) -> bool:
+        return self._call is None and not self._thinking
+
+    def _openings(self) -> list[int]:
+        """What may begin instead of the answer: a thought, a tool call."""
+        if self._begun:
+            return []
+        return [*([self._open] if self._may_think else []), *([self._open_call] if self._open_call >= 0 else [])]
+
+    def _next_forced(self) -> list[int]:
+        if self._call is not None:
+            return self._call.forced()
+        if self._answer is None or self._thinking or self._openings():
+            return []
+        return self._answer.forced()

@@ -1,0 +1,189 @@
+"""What an answer must be: a JSON value of a schema, a text of a regular expression, one of several texts, a grammar.
+
+Owns: `Constraint`, which only describes, and refusing what cannot be followed. Does not know: tokens (matcher.py),
+where in a reply the answer stands (bounds.py).
+"""
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
+
+from edge_gemma.arguments import require, shown
+from edge_gemma.errors import UsageError
+from edge_gemma.text.tool_grammar import pattern_of, target
+
+if TYPE_CHECKING:
+    from llguidance import LLParserLimits
+
+_LONGEST = 1_000_000  # characters of a description
+# JSON as Python's json.dumps writes it. With free white space nothing would be certain, and it need not end.
+_JSON: dict[str, Any] = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+_LOOK_AHEAD = 200  # bytes that are certain at its beginning
+_REASON = re.compile(r"error: (.+)")
+_PLACE = re.compile(r"^at \d+\(\d+\): ")
+
+
+@dataclass(frozen=True)
+class Constraint:
+    """What an answer must be. Make one with `json`, `regex`, `choice` or `lark`; any number of replies may use it.
+
+    All of them raise UsageError, which names the part, for a description that is wrong, that nothing fits, that has no
+    end, or that would take too much time or memory.
+    """
+
+    grammar: str  # as llguidance takes it
+
+    @classmethod
+    def json(cls, schema: Mapping[str, Any] | bool | str) -> "Constraint":
+        """A JSON value that fits a JSON Schema, given as it is or as text; written in one line, as json.dumps does.
+
+        Properties come in the schema's order. Keywords that cannot be kept (`not`, `uniqueItems`) are refused.
+        """
+        from llguidance import LLMatcher
+
+        given = schema
+        try:
+            schema = json.loads(schema) if isinstance(schema, str) else schema
+            text = json.dumps(schema)
+        except (ValueError, TypeError, RecursionError) as error:
+            raise UsageError(f"the JSON schema cannot be read ({error}): {shown(given)}") from None
+        require("the JSON schema", schema, isinstance(schema, dict | bool), "an object, or true")
+        require("the JSON schema", schema, schema is not False, "one that something fits")
+        if isinstance(schema, dict) and _endless(schema):
+            raise UsageError("the JSON schema has no end: a $ref or a required property leads back to itself")
+        _check_length("the JSON schema", text)
+        grammar = LLMatcher.grammar_from_json_schema("{}" if schema is True else text, overrides=cast(Any, _JSON))
+        return cls(_checked("the JSON schema", grammar))
+
+    @classmethod
+    def regex(cls, pattern: str) -> "Constraint":
+        r"""A text that the regular expression fits from its beginning to its end; no look-around, no `\1`."""
+        from llguidance import LLMatcher
+
+        _check_text("the regex", pattern)
+        return cls(_checked(f"the regex {shown(pattern)}", LLMatcher.grammar_from_regex(pattern)))
+
+    @classmethod
+    def choice(cls, texts: Iterable[str]) -> "Constraint":
+        """One of several texts."""
+        from llguidance import LLMatcher
+
+        several = isinstance(texts, Iterable) and not isinstance(texts, str)
+        require("the choice", texts, several, "a list of texts")
+        given = list(texts)
+        require("the choice", given, bool(given), "one text or more")
+        for text in given:
+            _check_text("a text of the choice", text)
+        pattern = "|".join(map(pattern_of, given))
+        return cls(_checked("the choice", LLMatcher.grammar_from_regex(f"({pattern})")))
+
+    @classmethod
+    def lark(cls, grammar: str) -> "Constraint":
+        """A text of a grammar in Lark's form, as llguidance reads it; its rule `start` is the answer."""
+        from llguidance import LLMatcher
+
+        _check_text("the grammar", grammar)
+        return cls(_checked("the grammar", LLMatcher.grammar_from_lark(grammar)))
+
+    def __repr__(self) -> str:
+        return f"Constraint({shown(self.grammar)})"
+
+
+def limits() -> "LLParserLimits":
+    """What a constraint may take: 0.1 s of preparing, 50 ms and some 40 MB in a step."""
+    from llguidance import LLParserLimits
+
+    return LLParserLimits(
+        initial_lexer_fuel=100_000, step_lexer_fuel=200_000, max_lexer_states=20_000, verbose_errors=False
+    )
+
+
+def reason_of(error: str) -> str:
+    """llguidance's error, in a line."""
+    found = _REASON.search(error)
+    line = found[1] if found else _PLACE.sub("", error.strip()).split("\n")[0]
+    return line.removesuffix("; no error message") or "it is not possible"
+
+
+def _checked(what: str, grammar: str) -> str:
+    """A grammar that has a first step. Raises UsageError."""
+    from llguidance import LLMatcher, LLTokenizer
+
+    matcher = LLMatcher(LLTokenizer("byte"), grammar, log_level=0, limits=limits())
+    error = matcher.get_error()
+    if not error and not matcher.is_accepting():
+        try:
+            matcher.compute_bitmask()
+            matcher.consume_tokens(matcher.compute_ff_tokens()[:_LOOK_AHEAD])
+        except ValueError as failure:
+            error = str(failure)
+        else:
+            error = matcher.get_error() or (
+                "nothing fits it" if matcher.is_stopped() and not matcher.is_accepting() else ""
+            )
+    if error.startswith("NoExtension"):
+        error = "nothing fits it"
+    if error:
+        raise UsageError(f"{what} cannot be kept: {reason_of(error)}")
+    return grammar
+
+
+def _check_text(what: str, text: Any) -> None:
+    require(what, text, isinstance(text, str) and _whole(text), "a text")
+    _check_length(what, text)
+
+
+def _check_length(what: str, text: str) -> None:
+    if len(text) > _LONGEST:
+        raise UsageError(f"{what} has {len(text)} characters, expected at most {_LONGEST}")
+
+
+def _whole(text: str) -> bool:
+    """Whether a text has no half of a character (a lone surrogate)."""
+    return not any(0xD800 <= ord(character) < 0xE000 for character in text)
+
+
+def _endless(schema: dict[str, Any]) -> bool:
+    """Whether every value of a schema would hold itself, through a `$ref` or what is required.
+
+    Finds the least set of schemas that have a finite value, step by step until nothing is added.
+    """
+    nodes: list[dict[str, Any]] = []
+    pending: list[Any] = [schema]
+    while pending:
+        node = pending.pop()
+        if isinstance(node, dict):
+            nodes.append(node)
+            pending += node.values()
+        elif isinstance(node, list):
+            pending += node
+    finite: set[int] = set()
+    grown = True
+    while grown:
+        new = {id(node) for node in nodes if id(node) not in finite and _is_finite(node, schema, finite)}
+        finite |= new
+        grown = bool(new)
+    return id(schema) not in finite
+
+
+def _is_finite(node: dict[str, Any], root: dict[str, Any], finite: set[int]) -> bool:
+    """Whether a schema has a finite value, as far as is known of those in it. finite: ids of schemas that have one."""
+
+    def known(part: Any) -> bool:
+        return not isinstance(part, dict) or id(part) in finite
+
+    reference = node.get("$ref")
+    properties = node.get("properties")
+    properties = properties if isinstance(properties, dict) else {}
+    needed = [properties.get(name) for name in _list(node.get("required")) if isinstance(name, str)]
+    if isinstance(node.get("minItems"), int) and node["minItems"] > len(_list(node.get("prefixItems"))):
+        needed.append(node.get("items"))
+    needed += [*_list(node.get("allOf")), *([target(reference, root)] if isinstance(reference, str) else [])]
+    alternatives = [_list(node[name]) for name in ("anyOf", "oneOf") if node.get(name)]
+    return all(map(known, needed)) and all(any(map(known, several)) for several in alternatives)
+
+
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
