@@ -24,7 +24,7 @@ class Noise:
 
     def __init__(self, seed: int, context: int = 4096, first: int | None = None) -> None:
         """first: the token that a reply begins with, None: any."""
-        self.context, self.ids, self.passes = context, list[int](), list[int]()
+        self.context, self.ids, self.passes, self.restored = context, list[int](), list[int](), 0
         self._seed, self._first = seed, first
 
     @property

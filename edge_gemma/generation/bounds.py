@@ -12,6 +12,7 @@ import numpy as np
 
 from edge_gemma.generation.constraint import Constraint
 from edge_gemma.generation.matcher import Matcher, Vocabulary
+from edge_gemma.text.tool_declaration import declared
 from edge_gemma.text.tool_grammar import call_grammar
 
 
@@ -37,7 +38,7 @@ class Bounds:
         """
         special = vocabulary.special_tokens
         self._open, self._close = special.get("<|channel>", -1), special.get("<channel|>", -1)
-        calls = call_grammar(tools, special) if tools else None
+        calls = call_grammar(declared(tools), special) if tools else None
         self._open_call = special.get("<|tool_call>", -1) if calls else -1
         self._vocabulary, self._calls, self._stops = vocabulary, calls, np.array(sorted(stop_ids), np.int64)
         self._answer = None if answer is None else Matcher(vocabulary, answer.grammar)
