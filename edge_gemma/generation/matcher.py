@@ -4,8 +4,9 @@ Owns: the vocabulary as llguidance has it, following one grammar. Does not know:
 """
 
 import threading
+from copy import copy
 from typing import TYPE_CHECKING, Any, Protocol
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import numpy as np
 
@@ -37,10 +38,12 @@ class _Pieces:
         self.tokens = vocabulary.pieces()
         self.eos_token_id = max(0, vocabulary.eos_id)
         self.special_token_ids = list(vocabulary.special_tokens.values())
-        self._encode = vocabulary.encode
+        self._vocabulary = ref(vocabulary)  # which would else never go: its tree would hold it
 
     def __call__(self, text: str | bytes) -> list[int]:
-        return self._encode(text if isinstance(text, str) else text.decode("utf-8", "replace"))
+        vocabulary = self._vocabulary()
+        text = text if isinstance(text, str) else text.decode("utf-8", "replace")
+        return [] if vocabulary is None else vocabulary.encode(text)
 
 
 _tries: "WeakKeyDictionary[Vocabulary, LLTokenizer]" = WeakKeyDictionary()
@@ -70,12 +73,12 @@ class Matcher:
         self._matcher = LLMatcher(_trie(vocabulary), grammar, log_level=0, limits=limits())
         if error := self._matcher.get_error():
             raise UsageError(f"the constraint cannot be kept: {reason_of(error)}")
-        self._eos, self._size = max(0, vocabulary.eos_id), vocabulary.vocab_size
+        self._vocabulary = vocabulary
 
     def copy(self) -> "Matcher":
         """One that stands at the same place and goes on by itself."""
-        other = object.__new__(Matcher)
-        other._matcher, other._eos, other._size = self._matcher.deep_copy(), self._eos, self._size
+        other = copy(self)
+        other._matcher = self._matcher.deep_copy()
         return other
 
     @property
@@ -90,14 +93,15 @@ class Matcher:
 
     def allowed(self) -> np.ndarray:
         """bool [vocab_size]: the tokens that may come next, not those that end the text."""
-        mask = np.empty(-(-self._size // 32), np.uint32)
+        size = self._vocabulary.vocab_size
+        mask = np.empty(-(-size // 32), np.uint32)
         try:
             self._matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
         except ValueError as error:
             raise EdgeGemmaError(f"the constraint cannot be followed any further: {reason_of(str(error))}") from None
         self._check()
-        bits = np.unpackbits(mask.view(np.uint8), count=self._size, bitorder="little").view(np.bool_)
-        bits[self._eos] = False
+        bits = np.unpackbits(mask.view(np.uint8), count=size, bitorder="little").view(np.bool_)
+        bits[max(0, self._vocabulary.eos_id)] = False
         return bits
 
     def forced(self) -> list[int]:

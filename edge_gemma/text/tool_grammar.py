@@ -15,8 +15,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from edge_gemma.arguments import is_number
+from edge_gemma.text.tool_call import CALL_NAME
 
-_NAME = re.compile(r"[\w.\-/:]+")
 _PLAIN_KEY = re.compile(r"\w[\w.\-]*")
 _DEPTH = 12  # objects and arrays in one another
 _LOOSE_DEPTH = 3  # the same, where a parameter's schema says nothing
@@ -59,7 +59,7 @@ class _Rules:
         """The rule of a tool's call; None for one that cannot be called."""
         name, schema = function["name"], function.get("parameters")
         self._root = schema if isinstance(schema, Mapping) else {"type": "object", "properties": {}}
-        if not _NAME.fullmatch(name):
+        if not CALL_NAME.fullmatch(name):
             return None
         given = {"properties": {}} if not self._root else self._root
         arguments = self._object(self._merged(given), 0)

@@ -1,9 +1,11 @@
 """Answers keep their constraint: JSON schemas by jsonschema's judgement, regular expressions by `re`'s, choices."""
 
 import contextlib
+import gc
 import json
 import re
 import resource
+import weakref
 from functools import partial
 
 import jsonschema
@@ -16,6 +18,8 @@ from edge_gemma import Constraint, UsageError
 from edge_gemma.generation.bounds import Bounds
 from edge_gemma.generation.matcher import Matcher
 from edge_gemma.generation.sampler import Sampling
+from edge_gemma.text.tokenizer import Tokenizer
+from tests.embedded import FOLDER
 from tests.fakes import FakeEngine
 from tests.noise import STOPS, TOKENIZER, Noise, said
 
@@ -281,6 +285,16 @@ def test_copies_go_on_by_themselves():
     matcher.accept(TOKENIZER.encode("a")[0])
     assert copy.allowed().sum() > matcher.allowed().sum() == 1
     assert np.array_equal(copy.allowed(), Matcher(TOKENIZER, Constraint.choice(["ab", "cd"]).grammar).allowed())
+
+
+def test_a_vocabulary_goes_with_its_engine():
+    tokenizer = Tokenizer.load(FOLDER / "tokenizer.model")
+    bounds = Bounds(tokenizer, answer=Constraint.choice(["yes"]))
+    assert bounds.forced()
+    gone = weakref.ref(tokenizer)
+    del tokenizer, bounds
+    gc.collect()
+    assert gone() is None
 
 
 def open_chat(engine, **options):
