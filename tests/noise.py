@@ -12,6 +12,7 @@ from edge_gemma.generation.generate import Generation, Result
 from edge_gemma.generation.sampler import Sampler, Sampling
 from edge_gemma.text.tokenizer import Tokenizer
 from tests.embedded import FOLDER
+from tests.fakes import FakeSession
 
 TOKENIZER = Tokenizer.load(FOLDER / "tokenizer.model")
 STOPS = frozenset(TOKENIZER.special_tokens[name] for name in ("<eos>", "<turn|>"))
@@ -19,17 +20,14 @@ _ENDS = [i for i, piece in enumerate(TOKENIZER.pieces()) if piece.strip(b" ")[:1
 _ENDS += [*STOPS, *(TOKENIZER.special_tokens[name] for name in ('<|"|>', "<channel|>"))]
 
 
-class Noise:
+class Noise(FakeSession):
     """A timeline whose logits depend on its last 12 tokens. passes: how many tokens each run of it had."""
 
     def __init__(self, seed: int, context: int = 4096, first: int | None = None) -> None:
         """first: the token that a reply begins with, None: any."""
-        self.context, self.ids, self.passes, self.restored = context, list[int](), list[int](), 0
+        super().__init__([[0]], context)
+        self.passes: list[int] = []
         self._seed, self._first = seed, first
-
-    @property
-    def position(self) -> int:
-        return len(self.ids)
 
     def prefill(self, ids: list[int]) -> np.ndarray:
         assert ids
