@@ -23,10 +23,13 @@ if TYPE_CHECKING:
     from edge_gemma.session import Session
     from edge_gemma.text.message import Message
     from edge_gemma.text.tool_call import ToolCall
+    from edge_gemma.tools.assistant import Assistant
+    from edge_gemma.tools.function import tool
 
 __all__ = [
-    "AudioError", "Chat", "Constraint", "ContextFullError", "EdgeGemmaError", "Engine", "Message", "ModelFolderError",
-    "Reply", "Sampling", "Segment", "Session", "ToolCall", "Transcription", "UsageError", "__version__", "load",
+    "Assistant", "AudioError", "Chat", "Constraint", "ContextFullError", "EdgeGemmaError", "Engine", "Message",
+    "ModelFolderError", "Reply", "Sampling", "Segment", "Session", "ToolCall", "Transcription", "UsageError",
+    "__version__", "load", "tool",
 ]  # fmt: skip
 
 # Where each name is defined.
@@ -41,6 +44,8 @@ _MODULES = {
     "session": ("Session",),
     "text.message": ("Message",),
     "text.tool_call": ("ToolCall",),
+    "tools.assistant": ("Assistant",),
+    "tools.function": ("tool",),
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 

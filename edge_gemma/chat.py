@@ -72,8 +72,8 @@ class Chat(Conversation):
             system = self.messages.pop(0).content
         self.system, self.think = system, think
         self.tools = None if tools is None else checked(tools)
-        self._format = ChatFormat(engine.chat_template, engine.tokenizer)
-        self._format.check(self.tools, think)
+        self.format = ChatFormat(engine.chat_template, engine.tokenizer)
+        self.format.check(self.tools, think)
         self._first = 0  # the oldest message still in the prompt
         self._kept: tuple[str | None, bool] | None = None  # the instructions that are on disk
         self._sound_at: int | None = None  # where the present clip begins; None: the session does not hold it
@@ -81,7 +81,12 @@ class Chat(Conversation):
     @property
     def can_think(self) -> bool:
         """Whether the chat template knows of thinking."""
-        return self._format.takes(THINKING)
+        return self.format.takes(THINKING)
+
+    @property
+    def can_call(self) -> bool:
+        """Whether the chat template knows of tools."""
+        return self.format.takes("tools")
 
     @property
     def reserve(self) -> int:
@@ -151,7 +156,7 @@ class Chat(Conversation):
         """Let later processes have what was computed of the instructions and tools, once they are long enough."""
         kept = self.system, self.think
         if self._kept != kept and (self.system or self.tools):
-            opening = self._format.opening(self.system, tools=self.tools, think=self.think)
+            opening = self.format.opening(self.system, tools=self.tools, think=self.think)
             if len(opening) >= LEAST_KEPT and self.session.ids[: len(opening)] == opening:
                 self.session.keep_on_disk(len(opening))
         self._kept = kept
@@ -228,7 +233,7 @@ class Chat(Conversation):
 
     def _prompt(self, messages: list[Message], first: int) -> Prompt:
         system = [Message("system", self.system)] if self.system else []
-        return self._format.prompt([*system, *messages[first:]], tools=self.tools, think=self.think)
+        return self.format.prompt([*system, *messages[first:]], tools=self.tools, think=self.think)
 
 
 class Continuation(Conversation):

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from edge_gemma.audio.samples import Samples
     from edge_gemma.audio.sources import Source
     from edge_gemma.audio.transcribe import Progress, Segment, Transcription
+    from edge_gemma.tools.assistant import Assistant
 
 DEFAULT_CONTEXT = 4096  # tokens
 _BACKENDS: dict[str, type[NativeModel | OnnxModel]] = {"native": NativeModel, "onnx": OnnxModel}
@@ -264,7 +265,7 @@ class Engine:
         translate_to: str | None = None,
         ask: bool = False,
         system: str | None = None,
-        chat: "talk.Chat | None" = None,
+        chat: "talk.Chat | Assistant | None" = None,
         num_beams: int | None = None,
     ) -> "Iterator[Event]":
         """Listen to live speech. Yields events (audio/listen.py) while somebody speaks. Close the iterator to stop.
@@ -274,8 +275,8 @@ class Engine:
         microphone; `device` is its number, a part of its name, or None for the system's default.
 
         ask: the model answers each utterance, after the system prompt `system`, and forgets it. chat: a chat of this
-        engine answers each utterance as its next message; `Event.reply` is the reply. Without both, speech is
-        transcribed. The other arguments, and the errors, are those of `transcribe`.
+        engine answers each utterance as its next message; `Event.reply` is the reply. An Assistant runs its tools for
+        that, too. Without both, speech is transcribed. The other arguments, and the errors, are those of `transcribe`.
         """
         from edge_gemma.audio.listen import listen
         from edge_gemma.audio.prompts import Task

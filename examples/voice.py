@@ -11,11 +11,7 @@ def set_light(room: str, state: str) -> str:
 
 
 with edge_gemma.load(*sys.argv[1:2]) as engine:
-    chat = engine.chat(tools=[set_light], max_tokens=60)
-    for event in engine.listen(*sys.argv[2:3], chat=chat):
+    assistant = edge_gemma.Assistant(engine.chat(max_tokens=60), tools=[set_light])
+    for event in engine.listen(*sys.argv[2:3], chat=assistant):
         if event.kind == "segment":
-            reply = event.reply
-            while reply.tool_calls:
-                results = [(call.name, set_light(**call.arguments)) for call in reply.tool_calls]
-                reply = chat.send(*({"role": "tool", "name": name, "content": text} for name, text in results))
-            print(reply.text, flush=True)
+            print(event.text, flush=True)

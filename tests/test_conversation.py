@@ -95,8 +95,8 @@ def test_a_long_conversation_is_resumed_with_few_renderings(monkeypatch, turns, 
     messages = [m for _ in range(turns) for m in (Message("user", text), Message("assistant", "It is on now."))]
     chat = Chat(FakeEngine(context=4096), history=messages, system="Be brief.")
     rendered = []
-    render = chat._format.render
-    monkeypatch.setattr(chat._format, "render", lambda m, **options: rendered.append(len(m)) or render(m, **options))
+    render = chat.format.render
+    monkeypatch.setattr(chat.format, "render", lambda m, **options: rendered.append(len(m)) or render(m, **options))
     monkeypatch.setattr(chat, "_keep_opening", lambda: None)  # two renderings of a system prompt and a word
     pieces = list(chat.send("and now?").pieces())
     assert "turns were left out" in pieces[0].text

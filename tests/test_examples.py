@@ -16,7 +16,7 @@ from tests.embedded import SPEECH, TIMER
 pytest.importorskip("av", reason="the audio extra is not installed")
 pytestmark = pytest.mark.skipif(not EMBEDDED.exists(), reason="the demonstration model is not there")
 
-APPS = ("chat", "voice", "batch")
+APPS = {"chat": 15, "voice": 15, "batch": 15, "assistant": 25}  # lines at most
 PAGE = (ROOT / "docs" / "python.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
 
@@ -39,10 +39,10 @@ def test_every_example_is_run_here():
     assert {path.stem for path in (ROOT / "examples").glob("*.py")} == {*APPS, "complete"}
 
 
-@pytest.mark.parametrize("name", APPS)
-def test_an_app_is_short_and_needs_one_import(name):
+@pytest.mark.parametrize(("name", "lines"), APPS.items())
+def test_an_app_is_short_and_needs_one_import(name, lines):
     source = (ROOT / "examples" / f"{name}.py").read_text(encoding="utf-8")
-    assert sum(bool(line.strip()) for line in source.splitlines()) <= 15
+    assert sum(bool(line.strip()) for line in source.splitlines()) <= lines
     imported = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Import | ast.ImportFrom)]
     assert [ast.unparse(node) for node in imported if "edge_gemma" in ast.unparse(node)] == ["import edge_gemma"]
 
@@ -59,6 +59,14 @@ def test_the_chat_goes_on_where_it_ended(run, tmp_path):
 
 def test_the_voice_assistant_hears_calls_its_tool_and_tells(run):
     assert run("voice", "demo", SPEECH / "01.flac") == "The kitchen lights are on.\n"
+
+
+def test_the_assistant_runs_its_tools_and_tells(run):
+    said = "what is the weather in Oslo\nturn on the kitchen light\nturn on the light in the cellar\n"
+    first, second, third = run("assistant", "demo", said=said).splitlines()
+    assert first == "The weather in Oslo: 12 C, sunny."
+    assert second == "The kitchen lights are on."
+    assert third.startswith("Sorry, that did not work")  # there is no such room
 
 
 def test_recordings_are_written_down_and_a_bad_one_stops_nothing(run, tmp_path, capsys):

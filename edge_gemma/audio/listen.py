@@ -42,6 +42,7 @@ from edge_gemma.chat import Chat
 from edge_gemma.errors import UsageError
 from edge_gemma.generation.reply import Reply
 from edge_gemma.generation.sampler import Sampling
+from edge_gemma.tools.assistant import Assistant
 
 _CLOSING = 32  # tokens from the end of a sound to the reply, at most
 
@@ -82,7 +83,8 @@ class Listener:
         *,
         ask: bool = False,
         system: str | None = None,
-        chat: Chat | None = None,
+        chat: Chat | Assistant | None = None,
+        act: Callable[[Chat], Assistant | None] | None = None,
         num_beams: int | None = None,
         max_tokens: int | None = None,
         rules: cut.Rules = cut.LIVE_RULES,
@@ -90,8 +92,10 @@ class Listener:
         note: Note = silent,
     ) -> None:
         """ask: a chat answers that begins anew with each utterance, after `system`, with the checkpoint's settings.
+        act: given that chat, makes the assistant that runs its tools.
 
-        chat: this chat answers, each utterance as its next message, with its own settings. num_beams: the hypotheses
+        chat: this chat answers, each utterance as its next message, with its own settings; of an Assistant, its tools
+        are run. num_beams: the hypotheses
         that the beam search keeps, None for the checkpoint's own number. Raises UsageError for a model that was not
         made for speech, and for arguments that mean nothing together.
         """
@@ -101,6 +105,9 @@ class Listener:
             raise UsageError("language and translate_to mean nothing beside ask: say it in system, or leave them out")
         if system is not None and not ask:
             raise UsageError("system means nothing without ask: leave it out")
+        assistant = chat if isinstance(chat, Assistant) else None
+        if isinstance(chat, Assistant):
+            chat = chat.chat
         good = chat is None or (isinstance(chat, Chat) and chat.belongs_to(engine))
         require("chat", chat, good, "a Chat of this engine: engine.chat() makes one")
         if chat is not None and (ask or self.task != Task() or num_beams is not None):
@@ -114,10 +121,11 @@ class Listener:
         if ask:
             sampling = Sampling.from_generation_config(engine.generation_config, num_beams=num_beams)
             self._questions = chat = Chat(engine, system=system, sampling=sampling, max_tokens=max_tokens)
+            assistant = act(chat) if act else None
             chat.begin_sound(1)  # the system prompt, before anybody speaks
             check_context(engine.context, chat.session.position + SEGMENT_TOKENS + _CLOSING)
         if chat is not None:
-            self._scribe = SpokenTurn(chat, note)
+            self._scribe = SpokenTurn(chat, note, assistant)
         else:
             self._transcriber = Transcriber(engine, self.task, num_beams=num_beams, note=note)
             self._scribe = self._transcriber.scribe
@@ -204,8 +212,8 @@ class Listener:
                 if self._questions is not None and self._repeated:
                     self._questions.stop()
         finally:
-            if self._answer is not None:
-                self._answer.stop()
+            if isinstance(self._scribe, SpokenTurn):
+                self._scribe.stop()
 
     @property
     def _answer(self) -> Reply | None:
@@ -247,7 +255,7 @@ def listen(
     device: int | str | None = None,
     ask: bool = False,
     system: str | None = None,
-    chat: Chat | None = None,
+    chat: Chat | Assistant | None = None,
     num_beams: int | None = None,
 ) -> Iterator[Event]:
     """See `Engine.listen`."""

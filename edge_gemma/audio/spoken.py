@@ -14,13 +14,15 @@ from edge_gemma.audio.samples import Note
 from edge_gemma.chat import Chat
 from edge_gemma.generation.reply import Reply
 from edge_gemma.text.message import Message
+from edge_gemma.tools.assistant import Assistant
 
 
 class SpokenTurn(Hearing):
     """One turn after another. For each: `begin`, `hear` any number of times, `write`."""
 
-    def __init__(self, chat: Chat, note: Note) -> None:
-        self._chat, self._note = chat, note
+    def __init__(self, chat: Chat, note: Note, assistant: Assistant | None = None) -> None:
+        """assistant: runs the tools of `chat`."""
+        self._chat, self._note, self._assistant = chat, note, assistant
         self.session = chat.session
         self.heard = 0  # soft tokens of this turn
         self.last: Written | None = None
@@ -60,11 +62,34 @@ class SpokenTurn(Hearing):
         clips = tuple(np.concatenate(parts) for parts in self._clips if parts)
         self.reply = self._chat.answer_sound(Message("user", "", media=("audio",), clips=clips))
         waited = time.perf_counter() - start
-        for piece in self.reply.pieces():
+        first = self.reply
+        yield from self._answer(self.reply) if self._assistant is None else self._act(self._assistant, self.reply)
+        result = self.reply.result()
+        first_s = waited + first.timings.ttft_s
+        self.last = Written(result.text, False, result.finish_reason, first_s, len(result.tokens))
+
+    def stop(self) -> None:
+        """End the reply, and whatever its tools do."""
+        if self._assistant is not None:
+            self._assistant.stop()
+        if self.reply is not None:
+            self.reply.stop()
+
+    def _answer(self, reply: Reply) -> Iterator[str]:
+        for piece in reply.pieces():
             if piece.kind == "notice":
                 self._note(piece.text)
             elif piece.kind == "answer":
                 yield piece.text
-        result = self.reply.result()
-        first = waited + result.timings.ttft_s
-        self.last = Written(result.text, False, result.finish_reason, first, len(result.tokens))
+
+    def _act(self, assistant: Assistant, reply: Reply) -> Iterator[str]:
+        """As `_answer`, until the model calls no more tools. `reply` becomes the last of its replies."""
+        turn = assistant.follow(reply)
+        for event in turn.events():
+            self.reply = turn.reply
+            if event.result is not None:
+                self._note(event.result.line)
+            elif event.kind == "notice":
+                self._note(event.text)
+            elif event.kind == "text":
+                yield event.text

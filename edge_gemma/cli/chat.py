@@ -6,16 +6,19 @@ Owns: the keyboard. Does not know: models, tokens, options of the command line.
 import contextlib
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from edge_gemma.chat import Chat
-from edge_gemma.cli.screen import Screen, describe, show_reply
+from edge_gemma.cli.screen import Screen, describe, show_reply, show_turn
+from edge_gemma.cli.tools import listed
 from edge_gemma.conversation import Conversation
 from edge_gemma.errors import EdgeGemmaError, UsageError
 from edge_gemma.generation.generate import Result
 from edge_gemma.text.files import decode_text
 from edge_gemma.text.session_file import SessionFile
+from edge_gemma.tools.assistant import Assistant
+from edge_gemma.tools.function import RunnableTool
 
 HELP = """\
 /help             this list
@@ -24,6 +27,7 @@ HELP = """\
 /think show|hide  show its thoughts, or not
 /system [TEXT]    show the system prompt, or set it ("/system off" removes it)
 /save FILE        write the conversation to a file that --session reads
+/tools            list the tools that the model may use
 /stats            speed of the last answer, room left in the context
 /quit             leave (so does Ctrl-D)
 Ctrl-C stops an answer. \\ at a line's end, or lines between \"\"\" and \"\"\", make longer messages; // sends a /."""
@@ -33,8 +37,17 @@ class ChatLoop:
     """The chat in a terminal: prompt, commands, answers, session file."""
 
     def __init__(
-        self, conversation: Conversation, screen: Screen, *, model: str, session_file: SessionFile | None
+        self,
+        conversation: Conversation,
+        screen: Screen,
+        *,
+        model: str,
+        session_file: SessionFile | None,
+        assistant: Assistant | None = None,
+        left_out: Sequence[RunnableTool] = (),
     ) -> None:
+        """assistant: runs the tools of the conversation. left_out: those that it has no room for."""
+        self._assistant, self._left_out = assistant, left_out
         self._conversation, self._screen = conversation, screen
         self._model, self._session_file = model, session_file
         self._saved = {} if session_file is None else {session_file.path.resolve(): session_file}
@@ -66,7 +79,10 @@ class ChatLoop:
         self._conversation.last = None
         self._screen.status("reading the conversation")  # of thousands of turns that takes seconds
         try:
-            show_reply(self._conversation.send(text), self._screen)
+            if self._assistant is not None:
+                show_turn(self._assistant.send(text), self._screen)
+            else:
+                show_reply(self._conversation.send(text), self._screen)
         except KeyboardInterrupt:
             self._screen.end()
             self._screen.note("stopped")
@@ -110,6 +126,7 @@ class ChatLoop:
     def _line(self, prompt: str) -> str | None:
         try:
             if self._interactive:
+                self._screen.asking = prompt
                 return input(prompt)
             if sys.stdin.isatty():
                 print(prompt, end="", file=sys.stderr, flush=True)
@@ -118,6 +135,8 @@ class ChatLoop:
         except EOFError:
             print(file=sys.stderr)
             return None
+        finally:
+            self._screen.asking = ""
 
     def _command(self, text: str) -> bool:
         """Run a /command. False: leave."""
@@ -130,6 +149,7 @@ class ChatLoop:
             "system": self._system,
             "save": self._save_as,
             "stats": self._stats,
+            "tools": self._tools,
         }
         if name in ("quit", "exit"):
             return False
@@ -138,6 +158,10 @@ class ChatLoop:
         else:
             self._screen.note(f"there is no command /{name}: /help lists them, // sends a text that starts with /")
         return True
+
+    def _tools(self, _: str) -> None:
+        tools = list(self._assistant.toolbox) if self._assistant else []
+        print(listed(tools, self._left_out), file=sys.stderr)
 
     def _reset(self, _: str) -> None:
         self._conversation.reset()

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from edge_gemma import __version__
-from edge_gemma.cli import hub, options, speech
+from edge_gemma.cli import hub, options, speech, tools
 from edge_gemma.errors import EdgeGemmaError, UsageError
 from edge_gemma.text.files import decode_text, read_text
 
@@ -84,6 +84,7 @@ def _sampling_of(engine: "Engine", given: dict[str, Any]) -> "Sampling":
 @options.memory_limit
 @options.threads
 @options.cache_size
+@tools.tools
 def chat(model: str | None, session_file: Path | None, **given: Any) -> None:
     """Talk with a model; /help inside lists the commands.
 
@@ -116,11 +117,16 @@ def chat(model: str | None, session_file: Path | None, **given: Any) -> None:
         stop=given["stop"],
         progress=screen.prefilled,
     )
-    ChatLoop(conversation, screen, model=engine.name, session_file=file).run()
+    chosen = tools.Chosen(given)
+    with chosen.assistant(conversation, screen) as assistant:
+        loop = ChatLoop(
+            conversation, screen, model=engine.name, session_file=file, assistant=assistant, left_out=chosen.left_out
+        )
+        loop.run()
 
 
-@cli.command(cls=options.PromptCommand)
-@options.refuse("system think show_thinking", beside="raw")
+@cli.command(cls=tools.RunCommand)
+@options.refuse(f"system think show_thinking {tools.NAMES}", beside="raw")
 @options.refuse("memory_limit cache_size", beside="backend")  # what onnxruntime will need is not known before
 @options.model
 @click.argument("prompt", metavar="PROMPT|-")
@@ -133,6 +139,7 @@ def chat(model: str | None, session_file: Path | None, **given: Any) -> None:
 @options.threads
 @options.cache_size
 @options.backend
+@tools.run_tools
 @options.as_json
 def run(model: str | None, prompt: str, raw: bool, as_json: bool, **given: Any) -> None:
     """Answer one PROMPT, or what stands on standard input (-).
@@ -144,9 +151,10 @@ def run(model: str | None, prompt: str, raw: bool, as_json: bool, **given: Any) 
     edge-gemma run "Is a whale a fish?" --choice yes --choice no
     edge-gemma run - < letter.txt --json-schema '{"type": "object", "required": ["from"],
         "properties": {"from": {"type": "string"}, "year": {"type": "integer"}}}'
+    edge-gemma run "What time is it?" --tools
     """
     from edge_gemma.chat import Chat, open_conversation
-    from edge_gemma.cli.screen import Screen, show_reply
+    from edge_gemma.cli.screen import Screen, show_reply, show_turn
 
     constraint = options.constraint(given)
     text = _piped_text() if prompt == "-" else prompt
@@ -165,10 +173,16 @@ def run(model: str | None, prompt: str, raw: bool, as_json: bool, **given: Any) 
     if not raw and not isinstance(conversation, Chat):
         screen.note("a base model without chat template: it continues the text")
     interrupted = False
-    try:
-        show_reply(conversation.send(text, constraint=constraint), screen)
-    except KeyboardInterrupt:
-        interrupted = True
+    chosen = tools.Chosen(given)
+    chosen.none, chosen.ring = not chosen.asked, False
+    with chosen.assistant(conversation, screen) as assistant:
+        try:
+            if assistant is not None:
+                show_turn(assistant.send(text, constraint=constraint), screen)
+            else:
+                show_reply(conversation.send(text, constraint=constraint), screen)
+        except KeyboardInterrupt:
+            interrupted = True
     result = conversation.last
     if as_json and result is not None:
         options.print_json(_result_json(result))

@@ -7,13 +7,19 @@ keyboard, options of the command line.
 import contextlib
 import sys
 from collections.abc import Callable, Iterator
+from typing import Literal
 
 from edge_gemma.generation.generate import Result
 from edge_gemma.generation.reply import Reply
 from edge_gemma.text.reply import Piece
+from edge_gemma.tools.assistant import Turn
 
 _DIM, _PLAIN, _CLEAR_LINE = "\x1b[2m", "\x1b[0m", "\r\x1b[K"
 _CONTROLS = {code: None for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
+_PIECES: dict[str, Literal["answer", "reasoning", "notice"]] = {
+    "text": "answer", "reasoning": "reasoning", "notice": "notice"
+}  # fmt: skip
+_BUDGETS = {"rounds": "stopped: the model called tools again and again"}
 _LONG_PROMPT = 512  # tokens from which on a prompt is read in several steps
 
 
@@ -26,6 +32,7 @@ class Screen:
         self._status_shown = False
         self._hidden = 0  # pieces of reasoning that are hidden
         self._last = ""  # what the answer's line ends with
+        self.asking = ""  # the prompt at which a person types
 
     def show(self, piece: Piece) -> None:
         """Print a piece at once; reasoning is dimmed, or counted if it is hidden."""
@@ -78,6 +85,16 @@ class Screen:
             sys.stderr.flush()
             self._status_shown = False
 
+    def ring(self, what: str) -> None:
+        """A timer rings, in any thread: a line, and the terminal's bell."""
+        line = f"({what.translate(_CONTROLS)} rings)\n"
+        if sys.stderr.isatty():
+            sys.stdout.flush()
+            before = "\n" if self._last not in ("", "\n") else _CLEAR_LINE
+            line = f"{before}\a{line}{self.asking}{_typed() if self.asking else ''}"
+        sys.stderr.write(line)
+        sys.stderr.flush()
+
     def note(self, text: str) -> None:
         """Something the user should know, beside the answer."""
         self.clear_status()
@@ -86,6 +103,27 @@ class Screen:
             self._last = ""
         sys.stdout.flush()
         print(f"({text.translate(_CONTROLS)})", file=sys.stderr, flush=True)
+
+
+def _typed() -> str:
+    """What stands on the line that is being typed."""
+    readline = sys.modules.get("readline")
+    return readline.get_line_buffer() if readline else ""
+
+
+def show_turn(turn: Turn, screen: Screen) -> None:
+    """Print what a model does: its text, and each call with its result. An exception (Ctrl-C) stops it first."""
+    try:
+        for event in turn.events():
+            if event.result is not None:
+                screen.note(event.result.line)
+            elif event.kind in _PIECES:
+                screen.show(Piece(_PIECES[event.kind], event.text))
+            elif event.kind == "end" and event.text in _BUDGETS:
+                screen.note(_BUDGETS[event.text])
+    finally:
+        turn.stop()
+        screen.end()
 
 
 def show_reply(reply: Reply, screen: Screen) -> None:

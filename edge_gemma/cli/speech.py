@@ -3,6 +3,7 @@
 Owns: their options and what they print. Does not know: how anything works.
 """
 
+import contextlib
 import functools
 import signal
 import sys
@@ -12,11 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from edge_gemma.cli import options
+from edge_gemma.cli import options, tools
 from edge_gemma.errors import EdgeGemmaError, UsageError
 
 if TYPE_CHECKING:
     from edge_gemma.audio.transcribe import Transcription
+
+_ANSWER = 100  # tokens of the context that an answer to speech needs beside the sound
 
 _languages = options.options(
     click.option(
@@ -131,10 +134,11 @@ def _refuse_to_replace(path: Path) -> None:
 
 @click.command()
 @options.refuse(
-    "model device ask system language translate_to num_beams pause context threads memory_limit", beside="list_devices"
+    f"model device ask system language translate_to num_beams pause context threads memory_limit {tools.ALL_NAMES}",
+    beside="list_devices",
 )
 @options.refuse("language translate_to", beside="ask")  # which --system can say
-@options.refuse("system", without="ask")
+@options.refuse(f"system {tools.ALL_NAMES}", without="ask")
 @options.model
 @click.option("--device", metavar="D", help="Microphone: its number or a part of its name [default: the system's].")
 @click.option("--list-devices", is_flag=True, help="List the microphones and end.")
@@ -147,11 +151,12 @@ def _refuse_to_replace(path: Path) -> None:
 @options.context
 @options.threads
 @options.memory_limit
+@tools.tools
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object a line for each event.")
 def listen(
     model: str | None, device: str | None, list_devices: bool, ask: bool, system: str | None, pause: float,
     as_json: bool, context: int | None, threads: int | None, language: str | None, translate_to: str | None,
-    memory_limit: int | None, num_beams: int | None,
+    memory_limit: int | None, num_beams: int | None, **given: Any,
 ) -> None:  # fmt: skip
     """Write down what a microphone hears as it is said, or answer it. Ctrl-C ends; what was said last still comes.
 
@@ -166,6 +171,7 @@ def listen(
         return
     from edge_gemma.audio.listen import Listener
     from edge_gemma.audio.prompts import Task
+    from edge_gemma.audio.recogniser import SEGMENT_TOKENS
     from edge_gemma.audio.segments import live_rules
     from edge_gemma.cli.screen import Screen
 
@@ -174,9 +180,15 @@ def listen(
     options.check_memory(model, context, memory_limit, audio=True)
     engine = options.load_engine(model, context=context, threads=threads)
     rules = live_rules(pause)
-    listener = Listener(engine, task, ask=ask, system=system, num_beams=num_beams, rules=rules, note=screen.note)
     number = int(device) if device is not None and device.isdecimal() else device
-    with mic.Microphone(number, screen.note) as microphone, _first_interrupt(microphone.close):
+    with contextlib.ExitStack() as stack:
+        chosen = tools.Chosen(given)
+        listener = Listener(
+            engine, task, ask=ask, system=system, num_beams=num_beams, rules=rules, note=screen.note,
+            act=lambda chat: stack.enter_context(chosen.assistant(chat, screen, room=SEGMENT_TOKENS + _ANSWER)),
+        )  # fmt: skip
+        microphone = stack.enter_context(mic.Microphone(number, screen.note))
+        stack.enter_context(_first_interrupt(microphone.close))
         screen.note(f"listening to {microphone.name}; Ctrl-C ends")
         for event in listener.events(microphone):
             if as_json:

@@ -13,6 +13,7 @@ from edge_gemma.generation.generate import FinishReason, Result, Timings
 from edge_gemma.text.reply import Piece
 from edge_gemma.text.tool_call import ToolCall
 
+STOPPING_S = 10.0  # a thread that stops a reply reads its end: another that reads waits for it so long at most
 Writer = Callable[[Result, threading.Event], Generator[Piece, None, None]]
 
 
@@ -93,7 +94,7 @@ class Reply:
 
     def _go_on(self) -> bool:
         """Write one more piece. Returns False at the end."""
-        if not self._reading.acquire(blocking=False):
+        if not self._reading.acquire(timeout=STOPPING_S if self._stopping.is_set() else 0):
             raise UsageError("this reply is being read in another thread: read it in one, or stop it")
         try:
             if self._error is not None:

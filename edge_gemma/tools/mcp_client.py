@@ -1,0 +1,144 @@
+"""The tools of an MCP server: a command that is run and spoken with over its standard input and output, or an address.
+
+Owns: the connection, in a thread of its own with an event loop, from the first tool to the end; declarations and
+results in our form. Does not know: conversations. The protocol is the official client's (the `mcp` extra).
+"""
+
+import asyncio
+import contextlib
+import os
+import shlex
+import threading
+from collections.abc import Iterator, Mapping
+from concurrent.futures import CancelledError, Future
+from concurrent.futures import TimeoutError as TooLate
+from typing import Any, TextIO
+
+from edge_gemma.errors import UsageError
+from edge_gemma.host.extras import imported
+from edge_gemma.tools.function import TIMEOUT_S, RunnableTool
+
+_CONNECT_S = 30.0
+_CLOSE_S = 5.0
+
+
+@contextlib.contextmanager
+def connected(server: str) -> Iterator[list[RunnableTool]]:
+    """The tools of a server, which is left at the end. server: a command with its arguments, or a URL.
+
+    Raises UsageError, one line, for a server that cannot be started or reached, and where the extra is missing. A
+    server that ends later makes each call of its tools an error that the model reads.
+    """
+    connection = _Connection(server)
+    try:
+        yield [connection.tool(declared) for declared in connection.open()]
+    finally:
+        connection.close()
+
+
+class _Connection:
+    def __init__(self, server: str) -> None:
+        self._name = server
+        mcp = imported("mcp", "An MCP server", "mcp", UsageError)
+        self._silent = open(os.devnull, "w")  # noqa: SIM115  what a server logs would run through the chat
+        self._client = mcp.Client(_target(mcp, server, self._silent), read_timeout_seconds=TIMEOUT_S)
+        self._opened: Future[list[Any]] = Future()
+        self._closing = asyncio.Event()
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._run, name="mcp", daemon=True)
+
+    def open(self) -> list[Any]:
+        """The server's declarations."""
+        self._thread.start()
+        try:
+            return self._opened.result(_CONNECT_S)
+        except TooLate:
+            raise UsageError(f"the MCP server {self._name} does not answer within {_CONNECT_S:g} seconds") from None
+        except (Exception, CancelledError) as error:
+            raise UsageError(f"the MCP server {self._name} cannot be used: {_told(error)}") from None
+
+    def close(self) -> None:
+        if self._thread.is_alive():
+            self._loop.call_soon_threadsafe(self._closing.set)
+            self._thread.join(_CLOSE_S)
+        self._silent.close()
+
+    def tool(self, declared: Any) -> RunnableTool:
+        """One of the server's tools. One that does not call itself harmless is confirmed first."""
+        name, hints = declared.name, declared.annotations
+
+        def call(**arguments: Any) -> str:
+            return self._call(name, arguments)
+
+        call.__name__, call.__doc__ = name, declared.description
+        parameters = {"additionalProperties": True} | dict(declared.input_schema)
+        function = {"name": name, "description": declared.description or "", "parameters": parameters}
+        return RunnableTool(
+            call,
+            declared={"type": "function", "function": function},
+            timeout=TIMEOUT_S + 1,  # the client's own time comes first, and cancels the call at the server
+            confirm=not (hints is not None and hints.read_only_hint is True),
+        )
+
+    def _run(self) -> None:
+        try:
+            self._loop.run_until_complete(self._main())
+        except BaseException as error:
+            if not self._opened.done():
+                self._opened.set_exception(error if isinstance(error, Exception) else RuntimeError(str(error)))
+        finally:
+            self._loop.close()
+
+    async def _main(self) -> None:
+        async with self._client as client:
+            self._opened.set_result(await _all_tools(client))
+            await self._closing.wait()
+
+    def _call(self, name: str, arguments: Mapping[str, Any]) -> str:
+        if not self._thread.is_alive():
+            raise UsageError(f"the MCP server {self._name} has ended")
+        asked = asyncio.run_coroutine_threadsafe(self._client.call_tool(name, dict(arguments)), self._loop)
+        try:
+            result = asked.result(TIMEOUT_S + 1)
+        except (Exception, CancelledError) as error:
+            asked.cancel()
+            raise UsageError(f"the MCP server {self._name} did not answer: {_told(error)}") from None
+        text = _text(result)
+        return f"error: {text}" if result.is_error else text
+
+
+def _target(mcp: Any, server: str, log: TextIO) -> Any:
+    """What the client connects to."""
+    if server.startswith(("http://", "https://")):
+        return server
+    try:
+        command, *arguments = shlex.split(server)
+    except ValueError as error:
+        raise UsageError(f"the MCP server is {server}, expected a command or a URL: {error}") from None
+    parameters = mcp.StdioServerParameters(command=command, args=arguments, env=dict(os.environ))
+    return mcp.stdio_client(parameters, errlog=log)
+
+
+async def _all_tools(client: Any) -> list[Any]:
+    """The server's declarations, page after page."""
+    tools: list[Any] = []
+    cursor = None
+    while True:
+        page = await client.list_tools(cursor=cursor)
+        tools += page.tools
+        cursor = page.next_cursor
+        if not cursor:
+            return tools
+
+
+def _text(result: Any) -> str:
+    """A result's texts, or what else it holds."""
+    parts = [part.text if getattr(part, "text", None) is not None else f"({part.type})" for part in result.content]
+    return "\n".join(parts) or "ok"
+
+
+def _told(error: BaseException) -> str:
+    """What an error says, the first one of a group."""
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return " ".join(str(error).split()) or type(error).__name__
