@@ -85,12 +85,14 @@ class PrefixCache:
             if not path:
                 return 0
             last = path[-1][2]
-            try:
-                found = [rows for step in path for rows in _rows(step, cache, first, last)]
-            except LostFileError as lost:
-                log.info("a prefix is computed again: %s", lost)
-                self._forget_lost(path)
-                return 0
+            found: list[Rows] = []
+            for step in path:
+                try:
+                    found += _rows(step, cache, first, last)
+                except LostFileError as lost:
+                    log.info("a prefix is computed again: %s", lost)
+                    self._forget_lost(step[0])
+                    return self.restore(cache, tokens, limit)  # what comes before it
             self._use(path)
         cache.reserve(last - first)
         for layer, at, k, v in found:
@@ -156,8 +158,8 @@ class PrefixCache:
             log.warning("a prefix is not kept for the next start: %s", error)
             return
         with self._lock:
-            self._bytes -= run.nbytes if run.rows is not None and n == len(run.tokens) else 0
-            if n == len(run.tokens):
+            if n == len(run.tokens) and run in self._runs.get(run.prefix, ()):  # not forgotten meanwhile
+                self._bytes -= run.nbytes
                 run.rows, run.file = None, file
 
     def _path(self, tokens: np.ndarray) -> list[Step]:
@@ -199,12 +201,11 @@ class PrefixCache:
         if not runs:
             del self._runs[run.prefix]
 
-    def _forget_lost(self, path: list[Step]) -> None:
-        for run, _, _ in path:
-            if run.file is not None and run.rows is None:
-                if self._files is not None:
-                    self._files.remove(run.file)
-                self._forget(run)
+    def _forget_lost(self, run: Run) -> None:
+        if run.file is not None and self._files is not None:
+            self._files.remove(run.file)
+        self._written.discard((run.prefix, len(run.tokens)))
+        self._forget(run)
 
 
 Rows = tuple[LayerCache, int, np.ndarray, np.ndarray]  # a layer, a position, and k and v from there on

@@ -217,6 +217,47 @@ def test_damaged_and_foreign_files_are_left_alone_and_said(model, tmp_path, monk
     assert (files.folder / "notes.txt").read_text() == "not ours"
 
 
+def test_a_lost_file_costs_what_comes_after_it(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(session_module, "CHUNK", CHUNK)
+    engine, dtype, sums = model
+    ids = list(range(20, 60))
+    expected = a_session(engine, dtype, None).prefill(ids)
+    files = kept(tmp_path, engine, dtype, ids)
+    prefixes = PrefixCache(10_000_000, files)
+    tokens = np.array(ids)
+    assert len(prefixes._path(tokens)) == 8
+    prefixes._path(tokens)[3][0].file.path.unlink()  # another process made room
+    session = a_session(engine, dtype, prefixes)
+    assert_rounding(session.prefill(ids), expected, sums)
+    assert session.restored == 3 * CHUNK
+    session.keep_on_disk(len(ids))
+    prefixes.close()
+    session = a_session(engine, dtype, PrefixCache(10_000_000, files))
+    assert_rounding(session.prefill(ids), expected, sums)
+    assert session.restored == 39
+
+
+def test_what_is_forgotten_while_it_is_written_is_counted_once(model, tmp_path, monkeypatch):
+    engine, dtype, _ = model
+    files = PrefixFiles(tmp_path, "tiny", 10_000_000)
+    prefixes = PrefixCache(10_000_000, files)
+    write = files.write
+
+    def forget_first(*arguments):
+        with prefixes._lock:
+            prefixes._most = 0
+            prefixes._make_room()
+        return write(*arguments)
+
+    monkeypatch.setattr(files, "write", forget_first)
+    session = a_session(engine, dtype, prefixes)
+    session.prefill(list(range(20, 40)))
+    session.keep_on_disk(20)
+    prefixes._writer.shutdown()
+    assert (prefixes._bytes, prefixes._runs) == (0, {})
+    assert len(files.found()) == 1
+
+
 def test_a_folder_that_cannot_be_written_is_said_and_nothing_else(model, tmp_path, caplog):
     engine, dtype, _ = model
     (tmp_path / "file").write_text("in the way")
