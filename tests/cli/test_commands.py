@@ -39,9 +39,6 @@ def spoken(engine):
     return engine.tokenizer.spell(engine.timeline.ids)
 
 
-# --- run --------------------------------------------------------------------------------------------------------------
-
-
 def test_run_prints_the_answer_and_nothing_else(fake):
     engine = fake("Blue.")
     result = invoke("run", "Why?", "--temperature", 0)
