@@ -40,8 +40,10 @@ class _Connection:
     def __init__(self, server: str) -> None:
         self._name = server
         mcp = imported("mcp", "An MCP server", "mcp", UsageError)
+        command = _command(server)
         self._silent = open(os.devnull, "w")  # noqa: SIM115  what a server logs would run through the chat
-        self._client = mcp.Client(_target(mcp, server, self._silent), read_timeout_seconds=TIMEOUT_S)
+        target = server if command is None else _started(mcp, command, self._silent)
+        self._client = mcp.Client(target, read_timeout_seconds=TIMEOUT_S)
         self._opened: Future[list[Any]] = Future()
         self._closing = asyncio.Event()
         self._loop = asyncio.new_event_loop()
@@ -107,15 +109,22 @@ class _Connection:
         return f"error: {text}" if result.is_error else text
 
 
-def _target(mcp: Any, server: str, log: TextIO) -> Any:
-    """What the client connects to."""
+def _command(server: str) -> list[str] | None:
+    """A command and its arguments; None for a URL. Raises UsageError."""
     if server.startswith(("http://", "https://")):
-        return server
+        return None
     try:
-        command, *arguments = shlex.split(server)
+        command = shlex.split(server)
     except ValueError as error:
         raise UsageError(f"the MCP server is {server}, expected a command or a URL: {error}") from None
-    parameters = mcp.StdioServerParameters(command=command, args=arguments, env=dict(os.environ))
+    if not command:
+        raise UsageError("the MCP server is an empty text, expected a command or a URL")
+    return command
+
+
+def _started(mcp: Any, command: list[str], log: TextIO) -> Any:
+    """What the client connects to: a process that it starts."""
+    parameters = mcp.StdioServerParameters(command=command[0], args=command[1:], env=dict(os.environ))
     return mcp.stdio_client(parameters, errlog=log)
 
 

@@ -97,11 +97,11 @@ def pressing(name):
 pressing("_object_compiled_hook")
 pressing("_object_getbuffer_hook")
 from edge_gemma import kernels
-from edge_gemma.kernels.recording import operations
+from edge_gemma.kernels import gates
 from edge_gemma.quant import feedback
 kernels.set_cache_root(Path(sys.argv[1]))
 x = np.float32([0, 30, -60])
-for act in (lambda: kernels.softcap(x, 30.0), lambda: operations.scale.address, feedback.compile_kernels):
+for act in (lambda: kernels.softcap(x, 30.0), lambda: gates._scale_chunk.address, feedback.compile_kernels):
     pressed.clear()
     try:
         act()
