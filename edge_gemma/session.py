@@ -254,7 +254,7 @@ class Session:
             return 0
         position = self.position
         tokens = self._tokens([*self.ids, *ids[:most]], self._soft | soft)
-        known = self._prefixes.restore(self._cache, tokens, len(tokens))
+        known = self._prefixes.restore(self._cache, tokens)
         self.ids.extend(ids[:known])
         self._soft |= {at: row for at, row in soft.items() if at < position + known}
         self._shared, self.restored = max(self._shared, position + known), self.restored + known
@@ -280,7 +280,7 @@ class Session:
         else:
             self._cache.resume(0, 0)
         if self._prefixes is not None:
-            self.restored += self._prefixes.restore(self._cache, self._tokens(self.ids, self._soft), self.position)
+            self.restored += self._prefixes.restore(self._cache, self._tokens(self.ids, self._soft))
         with kernels.use_threads(self._pace.limit):
             for _ in self._chunks(self.ids[self._cache.position :], 0, self._soft):
                 pass

@@ -74,14 +74,14 @@ class PrefixCache:
         self._written: set[tuple[bytes, int]] = set()
         self._read_files = files is None
 
-    def restore(self, cache: KVCache, tokens: np.ndarray, limit: int) -> int:
-        """Fill a cache, which holds the beginning of `tokens`, with what is known of the rest before `limit`.
+    def restore(self, cache: KVCache, tokens: np.ndarray) -> int:
+        """Fill a cache, which holds the beginning of `tokens`, with what is known of the rest.
 
         tokens: int64, the whole timeline. Returns how many positions were filled; the cache has moved on by as many.
         """
         first = cache.position
         with self._lock:
-            path = [step for step in self._path(tokens[:limit]) if step[2] > first]
+            path = [step for step in self._path(tokens) if step[2] > first]
             if not path:
                 return 0
             last = path[-1][2]
@@ -92,7 +92,7 @@ class PrefixCache:
                 except LostFileError as lost:
                     log.info("a prefix is computed again: %s", lost)
                     self._forget_lost(step[0])
-                    return self.restore(cache, tokens, limit)  # what comes before it
+                    return self.restore(cache, tokens)  # what comes before it
             self._use(path)
         cache.reserve(last - first)
         for layer, at, k, v in found:
