@@ -25,11 +25,12 @@ if TYPE_CHECKING:
     from edge_gemma.text.tool_call import ToolCall
     from edge_gemma.tools.assistant import Assistant
     from edge_gemma.tools.function import tool
+    from edge_gemma.voice.speaker import Speaker
 
 __all__ = [
     "Assistant", "AudioError", "Chat", "Constraint", "ContextFullError", "EdgeGemmaError", "Engine", "Message",
-    "ModelFolderError", "Reply", "Sampling", "Segment", "Session", "ToolCall", "Transcription", "UsageError",
-    "__version__", "load", "tool",
+    "ModelFolderError", "Reply", "Sampling", "Segment", "Session", "Speaker", "ToolCall", "Transcription",
+    "UsageError", "__version__", "load", "tool",
 ]  # fmt: skip
 
 # Where each name is defined.
@@ -46,6 +47,7 @@ _MODULES = {
     "text.tool_call": ("ToolCall",),
     "tools.assistant": ("Assistant",),
     "tools.function": ("tool",),
+    "voice.speaker": ("Speaker",),
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 

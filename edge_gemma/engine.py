@@ -31,11 +31,13 @@ from edge_gemma.text.tool_declaration import Tool
 
 if TYPE_CHECKING:
     from edge_gemma.audio.encoder import AudioEncoder
+    from edge_gemma.audio.gates import WakeWord
     from edge_gemma.audio.listen import Event
     from edge_gemma.audio.samples import Samples
     from edge_gemma.audio.sources import Source
     from edge_gemma.audio.transcribe import Progress, Segment, Transcription
     from edge_gemma.tools.assistant import Assistant
+    from edge_gemma.voice.speaker import Speaker
 
 DEFAULT_CONTEXT = 4096  # tokens
 _BACKENDS: dict[str, type[NativeModel | OnnxModel]] = {"native": NativeModel, "onnx": OnnxModel}
@@ -267,6 +269,9 @@ class Engine:
         system: str | None = None,
         chat: "talk.Chat | Assistant | None" = None,
         num_beams: int | None = None,
+        speaker: "Speaker | None" = None,
+        full_duplex: bool = False,
+        wake_word: "WakeWord | str | None" = None,
     ) -> "Iterator[Event]":
         """Listen to live speech. Yields events (audio/listen.py) while somebody speaks. Close the iterator to stop.
 
@@ -274,17 +279,24 @@ class Engine:
         `rate` is theirs, Hz, 16000 by default. Or a sound file as in `transcribe`, as if it were spoken now. None is a
         microphone; `device` is its number, a part of its name, or None for the system's default.
 
-        ask: the model answers each utterance, after the system prompt `system`, and forgets it. chat: a chat of this
-        engine answers each utterance as its next message; `Event.reply` is the reply. An Assistant runs its tools for
-        that, too. Without both, speech is transcribed. The other arguments, and the errors, are those of `transcribe`.
+        ask: a new chat after the system prompt `system` answers. chat: a chat of this engine answers each utterance as
+        its next message; `Event.reply` is the reply. An Assistant runs its tools for that, too. Without both, speech is
+        transcribed. Whoever speaks to a microphone while the model answers interrupts it.
+
+        speaker: says the answers; blocks must come as they are spoken then. Until it is silent, nothing is heard:
+        the model would hear itself. full_duplex: the microphone does not hear the speaker (headphones, or echo
+        cancellation), and one may interrupt. wake_word: a name or file as `listen --wake-word` takes it, or a function
+        of samples, float32 [n] of 16 kHz, that says whether the word ends in them; nothing is heard before it. The
+        other arguments, and the errors, are those of `transcribe`.
         """
         from edge_gemma.audio.listen import listen
         from edge_gemma.audio.prompts import Task
 
         task = Task(language, translate_to)
         return listen(
-            self, blocks, task, rate=rate, device=device, ask=ask, system=system, chat=chat, num_beams=num_beams
-        )
+            self, blocks, task, rate=rate, device=device, ask=ask, system=system, chat=chat, num_beams=num_beams,
+            speaker=speaker, full_duplex=full_duplex, wake_word=wake_word,
+        )  # fmt: skip
 
     def _checked_context(self, context: int | None, default: int) -> int:
         most = self.config.max_position_embeddings

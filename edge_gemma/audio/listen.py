@@ -7,7 +7,7 @@ any iterable of blocks).
 
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,8 +17,11 @@ import numpy as np
 
 from edge_gemma.arguments import require
 from edge_gemma.audio import segments as cut
+from edge_gemma.audio.ears import Ears
 from edge_gemma.audio.features import SAMPLE_RATE
 from edge_gemma.audio.files import AudioFile
+from edge_gemma.audio.floor import Floor, Speaking
+from edge_gemma.audio.gates import Gate, WakeWord, gated, live_gates
 from edge_gemma.audio.levels import QUIET_DB, louder, loudest_db
 from edge_gemma.audio.mic import Microphone
 from edge_gemma.audio.prompts import Task
@@ -55,6 +58,8 @@ class Event:
     `start` and `end` of the speech in seconds and, where asked for, its `translation`; "notice", for the user.
     first_token_s: of a segment, the seconds from the end of the speech to the first token of its text.
     reply: of a segment that was answered, the whole reply with its tool calls. None for a transcription.
+    interrupted: of a segment, that the answer was cut off because somebody spoke; `text` is what was said of it.
+    first_sound_s: of a segment that is answered aloud, the seconds from the end of the speech to the first sound.
     """
 
     kind: Literal["speech", "text", "segment", "notice"]
@@ -64,13 +69,15 @@ class Event:
     translation: str | None = None
     first_token_s: float | None = None
     reply: Reply | None = None
+    interrupted: bool = False
+    first_sound_s: float | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """The fields for JSON; those that its kind of event does not have are left out."""
         has = {"speech": ("start",), "text": ("text",), "notice": ("text",), "segment": ("text", "start", "end")}
         entry = {"kind": self.kind} | {name: getattr(self, name) for name in has[self.kind]}
-        extra = {"translation": self.translation, "first_token_s": self.first_token_s}
-        return entry | {name: value for name, value in extra.items() if value is not None}
+        extra = {name: getattr(self, name) for name in ("translation", "first_token_s", "first_sound_s", "interrupted")}
+        return entry | {name: value for name, value in extra.items() if value not in (None, False)}
 
 
 class Listener:
@@ -90,14 +97,19 @@ class Listener:
         rules: cut.Rules = cut.LIVE_RULES,
         detector: Callable[[], Detector] | None = None,
         note: Note = silent,
+        live: bool = False,
+        speaker: Speaking | None = None,
+        gates: Sequence[Gate] = (),
     ) -> None:
-        """ask: a chat answers that begins anew with each utterance, after `system`, with the checkpoint's settings.
-        act: given that chat, makes the assistant that runs its tools.
+        """ask: a new chat answers, after `system`, with the checkpoint's settings. act: given that chat, makes the
+        assistant that runs its tools.
 
         chat: this chat answers, each utterance as its next message, with its own settings; of an Assistant, its tools
-        are run. num_beams: the hypotheses
-        that the beam search keeps, None for the checkpoint's own number. Raises UsageError for a model that was not
-        made for speech, and for arguments that mean nothing together.
+        are run. num_beams: the hypotheses that the beam search keeps, None for the checkpoint's own number.
+
+        live: blocks come as they are spoken, and somebody who speaks while the model answers interrupts it. They are
+        read in a thread of their own then. speaker: says the answers. gates: what is not heard (gates.py). Raises
+        UsageError for a model that was not made for speech, and for arguments that mean nothing together.
         """
         require("ask", ask, isinstance(ask, bool), "True or False")
         self.task, self._rules, self._note = task or Task(), rules, note
@@ -117,7 +129,7 @@ class Listener:
         self._transcriber: Transcriber | None = None
         self._max_tokens = max_tokens
         self._scribe: Scribe | SpokenTurn
-        self._questions: Chat | None = None  # that is reset for each utterance
+        self._questions: Chat | None = None  # a chat that nobody else can stop
         if ask:
             sampling = Sampling.from_generation_config(engine.generation_config, num_beams=num_beams)
             self._questions = chat = Chat(engine, system=system, sampling=sampling, max_tokens=max_tokens)
@@ -129,6 +141,11 @@ class Listener:
         else:
             self._transcriber = Transcriber(engine, self.task, num_beams=num_beams, note=note)
             self._scribe = self._transcriber.scribe
+        if speaker is not None and chat is None:
+            raise UsageError("nothing is said aloud without ask or chat: leave it out")
+        self._live, self._speaker, self._gates = live and chat is not None, speaker, list(gates)
+        self._written_text = ""  # of the present answer, with what was said between calls
+        self._floor = Floor(self._stop, speaker)
         self._texts, self._translations = Telling(), Telling()
         self._quiet = False  # that the sound is very quiet was told
 
@@ -137,14 +154,13 @@ class Listener:
 
         Raises UsageError for what is no samples.
         """
-        segmenter, stream = cut.Segmenter(self._detector(), self._rules), None
+        stream: Stream | None = None
         heard: list[np.ndarray] = []
         start, again = 0, 0  # where the utterance began; samples of it that a cut has heard twice
-        for step in segmenter.steps(live_blocks(blocks, rate, self._note)):
+        for step in self._steps(live_blocks(blocks, rate, self._note)):
             if isinstance(step, cut.Opened) and stream is None:
                 stream, heard, start, again = self._encoder.stream(STEP_MS), [], step.start, 0
-                if self._questions is not None:
-                    self._questions.reset()
+                self._keep_what_was_heard()
                 self._scribe.begin()
                 yield Event("speech", start=step.start / SAMPLE_RATE)
             elif isinstance(step, cut.Heard):
@@ -154,11 +170,38 @@ class Listener:
                 self._scribe.hear(stream.feed(heard[-1]))
             elif isinstance(step, cut.Closed) and step.segment.speech:
                 assert stream is not None
-                if step.segment.cut and self._goes_on(stream):
-                    stream, again = self._encoder.stream(STEP_MS), cut.OVERLAP
+                if (step.segment.cut or not self._floor.answer()) and self._goes_on(stream):
+                    stream, again = self._encoder.stream(STEP_MS), cut.OVERLAP if step.segment.cut else 0
                     continue
                 yield from self._reply(replace(step.segment, start=start), stream, np.concatenate(heard))
                 stream = None
+                self._floor.answered()
+
+    def _steps(self, blocks: Iterable[np.ndarray]) -> Iterator[cut.Step]:
+        """What is heard, step by step. Live, it is noticed as it comes."""
+        heard = gated(blocks, self._gates, pause_s=self._rules.pause_s, busy=lambda: self._floor.busy)
+        steps = cut.Segmenter(self._detector(), self._rules).steps(heard)
+        if not self._live:
+            yield from steps
+            return
+        for step in Ears(steps, self._floor.noticed):
+            self._floor.taken(step)
+            yield step
+
+    def interrupt(self) -> None:
+        """End the answer that is written or said, from any thread, as somebody who speaks does."""
+        self._floor.interrupt()
+
+    def _stop(self) -> None:
+        if isinstance(self._scribe, SpokenTurn):
+            self._scribe.stop()
+
+    def _keep_what_was_heard(self) -> None:
+        """Of an answer that was cut off, the conversation keeps what was heard; without a speaker what was written."""
+        if self._floor.interrupted and isinstance(self._scribe, SpokenTurn):
+            heard = self._written_text if self._speaker is None else self._speaker.heard
+            self._scribe.keep(len(self._written_text) - len(heard))
+        self._floor.interrupted = False
 
     def _goes_on(self, stream: Stream) -> bool:
         """Whether the utterance goes on in another clip of the same turn. A transcription is cut into segments."""
@@ -187,7 +230,11 @@ class Listener:
             translation = self._translations.next(translation or "", joined=segment.joined, cut=segment.cut) or None
         if not text and not segment.cut and not (self._answer and self._answer.tool_calls):
             self._note(no_text(start, end))
-        yield Event("segment", text, start, end, translation, first, self._answer)
+        sound = self._speaker.first_sound_at if self._speaker is not None else None
+        yield Event(
+            "segment", text, start, end, translation, first, self._answer, self._floor.interrupted,
+            None if sound is None else sound - begun,
+        )  # fmt: skip
 
     def _transcribed(
         self, transcriber: Transcriber, heard: np.ndarray, quiet: bool, begun: float
@@ -206,14 +253,21 @@ class Listener:
 
     def _written(self, limit: int | None, begun: float) -> Iterator[Event]:
         """The pieces of a text, as events. A listener that is left in the middle ends the reply of its chat."""
+        self._written_text = ""
+        if self._speaker is not None:
+            self._speaker.begin()
         try:
             for piece in self._scribe.write(limit, since=begun):
+                self._written_text += piece
+                if self._speaker is not None:
+                    self._speaker.say(piece)
                 yield Event("text", piece)
                 if self._questions is not None and self._repeated:
                     self._questions.stop()
+            if self._speaker is not None:
+                self._speaker.finish()
         finally:
-            if isinstance(self._scribe, SpokenTurn):
-                self._scribe.stop()
+            self._stop()
 
     @property
     def _answer(self) -> Reply | None:
@@ -227,7 +281,9 @@ class Listener:
 
     @property
     def _answered(self) -> str:
-        """The answer's text; of a question, which nobody else can stop, without what it repeats."""
+        """The answer's text: of one that was cut off what was heard; what only repeats itself is left out."""
+        if self._floor.interrupted and self._speaker is not None:
+            return self._speaker.heard
         if self._questions is None or self._answer is None:
             return self._last.text
         return without_loop(self._answer.so_far, self._repeated, self._questions.tokenizer)
@@ -257,6 +313,9 @@ def listen(
     system: str | None = None,
     chat: Chat | Assistant | None = None,
     num_beams: int | None = None,
+    speaker: Speaking | None = None,
+    full_duplex: bool = False,
+    wake_word: WakeWord | str | None = None,
 ) -> Iterator[Event]:
     """See `Engine.listen`."""
     if blocks is not None and device is not None:
@@ -267,7 +326,14 @@ def listen(
         raise UsageError("rate means nothing beside a file, which has its own: leave it out")
     rate = checked_rate(SAMPLE_RATE if rate is None else rate)
     notes: deque[str] = deque()
-    listener = Listener(engine, task, ask=ask, system=system, chat=chat, num_beams=num_beams, note=notes.append)
+    require("full_duplex", full_duplex, isinstance(full_duplex, bool), "True or False")
+    if full_duplex and speaker is None:
+        raise UsageError("full_duplex means nothing without a speaker: leave it out")
+    listener = Listener(
+        engine, task, ask=ask, system=system, chat=chat, num_beams=num_beams, note=notes.append,
+        live=blocks is None or speaker is not None, speaker=speaker,
+        gates=live_gates(speaker, full_duplex=full_duplex, wake_word=wake_word),
+    )  # fmt: skip
     return _with_notes(listener, blocks, rate, device, notes)
 
 

@@ -28,7 +28,7 @@ _BLOCK = SAMPLE_RATE // 2  # the most samples in a block, when sound has piled u
 
 @dataclass(frozen=True)
 class Device:
-    """A microphone of this machine. rate: its own sample rate, Hz."""
+    """A microphone or a loudspeaker of this machine. rate: its own sample rate, Hz."""
 
     index: int
     name: str
@@ -37,23 +37,25 @@ class Device:
     default: bool
 
 
-def _sounddevice() -> Any:
+def portaudio() -> Any:
+    """The sounddevice package. Raises AudioError if it or PortAudio cannot be loaded."""
     remedy = "the PortAudio library is missing where nothing else is said: apt install libportaudio2, or its like"
     return imported("sounddevice", "a microphone", "mic", AudioError, remedy)
 
 
-def devices() -> list[Device]:
-    """All microphones. Raises AudioError if sounddevice or PortAudio cannot be loaded."""
-    sounddevice = _sounddevice()
+def devices(output: bool = False) -> list[Device]:
+    """All microphones, or all loudspeakers. Raises AudioError if sounddevice or PortAudio cannot be loaded."""
+    sounddevice = portaudio()
     try:
-        default = sounddevice.default.device[0]
+        default = sounddevice.default.device[output]
+        channels = "max_output_channels" if output else "max_input_channels"
         return [
-            Device(i, d["name"], d["max_input_channels"], int(d["default_samplerate"]), i == default)
+            Device(i, d["name"], d[channels], int(d["default_samplerate"]), i == default)
             for i, d in enumerate(sounddevice.query_devices())
-            if d["max_input_channels"] > 0
+            if d[channels] > 0
         ]
     except sounddevice.PortAudioError as error:
-        raise AudioError(f"the system's sound devices cannot be listed: {_reason(error)}") from None
+        raise AudioError(f"the system's sound devices cannot be listed: {reason_of(error)}") from None
 
 
 class Microphone:
@@ -67,7 +69,7 @@ class Microphone:
 
         Raises AudioError if there is no such device or it cannot be opened.
         """
-        self._sounddevice = _sounddevice()
+        self._sounddevice = portaudio()
         self._note = note
         self._pieces: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         self._dropped = 0  # frames the queue had no room for
@@ -83,7 +85,7 @@ class Microphone:
             return self._sounddevice.query_devices(device, "input")
         except (ValueError, self._sounddevice.PortAudioError) as error:
             wanted = "the default microphone" if device is None else f"the microphone {device!r}"
-            raise AudioError(f"{wanted} cannot be used: {_reason(error)}; edge-gemma listen --list-devices") from None
+            raise AudioError(f"{wanted} cannot be used: {reason_of(error)}; edge-gemma listen --list-devices") from None
 
     def _open(self, info: dict[str, Any]) -> Any:
         """Start capturing: 16 kHz mono if the device can, else its own rate and channels."""
@@ -106,7 +108,7 @@ class Microphone:
                 stream.start()
                 return stream
             except self._sounddevice.PortAudioError as error:
-                reason = _reason(error)
+                reason = reason_of(error)
         raise AudioError(f"the microphone {self.name!r} cannot be opened: {reason}")
 
     def _captured(self, data: Any, frames: int, clock: Any, status: Any) -> None:
@@ -179,5 +181,6 @@ class Microphone:
         self.close()
 
 
-def _reason(error: BaseException) -> str:
+def reason_of(error: BaseException) -> str:
+    """What PortAudio says of an error, in one line."""
     return " ".join(str(error.args[0] if error.args else error).split())

@@ -6,6 +6,7 @@ is written.
 
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 
@@ -29,13 +30,21 @@ class SpokenTurn(Hearing):
         self.reply: Reply | None = None
         self._clips: list[list[np.ndarray]] = [[]]
         self._pending: list[np.ndarray] = []
+        self._stopped, self._before = False, 0  # messages before this turn
+        self._carried: tuple[np.ndarray, ...] = ()  # clips of a turn that was not answered: the next one has them too
 
     def begin(self) -> None:
         """Start a turn: prefill the conversation up to where the turn's sound begins. Raises as `Chat.send`."""
         self.heard, self.last, self.reply = 0, None, None
-        self._clips, self._pending = [[]], []
+        self._clips, self._pending, self._stopped = [[]], [], False
+        self._before = len(self._chat.messages)
         if notice := self._chat.begin_sound(min(SEGMENT_TOKENS, self.session.context // 4)):
             self._note(notice)
+        carried, self._carried = self._carried, ()
+        for clip in carried:
+            if self.room_for_clip(0):
+                self.hear(clip)
+                self.next_clip()
 
     def room_for_clip(self, reply: int) -> bool:
         """True if the context has room for the rest of this clip, one more clip, and `reply` tokens."""
@@ -61,6 +70,8 @@ class SpokenTurn(Hearing):
         self._prefill()
         clips = tuple(np.concatenate(parts) for parts in self._clips if parts)
         self.reply = self._chat.answer_sound(Message("user", "", media=("audio",), clips=clips))
+        if self._stopped:
+            self.reply.stop()
         waited = time.perf_counter() - start
         first = self.reply
         yield from self._answer(self.reply) if self._assistant is None else self._act(self._assistant, self.reply)
@@ -69,11 +80,26 @@ class SpokenTurn(Hearing):
         self.last = Written(result.text, False, result.finish_reason, first_s, len(result.tokens))
 
     def stop(self) -> None:
-        """End the reply, and whatever its tools do."""
+        """End the reply, and whatever its tools do; from any thread, also before `write` has begun."""
+        self._stopped = True
         if self._assistant is not None:
             self._assistant.stop()
         if self.reply is not None:
             self.reply.stop()
+
+    def keep(self, unheard: int) -> None:
+        """The answer was cut off. Its last `unheard` characters are forgotten, because nobody has heard them.
+
+        If nobody heard any of it, the turn goes on: its sound is the beginning of the next one.
+        """
+        messages = self._chat.messages
+        turn = messages[self._before :]
+        content = turn[-1].content if turn and turn[-1].role == "assistant" else ""
+        if unheard < len(content.rstrip()):
+            messages[-1] = replace(turn[-1], content=content[: len(content) - unheard].rstrip())
+        elif len(turn) < 3:  # no tool has run
+            del messages[self._before :]
+            self._carried = tuple(np.concatenate(parts) for parts in self._clips if parts)
 
     def _answer(self, reply: Reply) -> Iterator[str]:
         for piece in reply.pieces():
@@ -85,6 +111,8 @@ class SpokenTurn(Hearing):
     def _act(self, assistant: Assistant, reply: Reply) -> Iterator[str]:
         """As `_answer`, until the model calls no more tools. `reply` becomes the last of its replies."""
         turn = assistant.follow(reply)
+        if self._stopped:
+            turn.stop()
         for event in turn.events():
             self.reply = turn.reply
             if event.result is not None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from edge_gemma.cli import options, tools
+from edge_gemma.cli import options, tools, voice
 from edge_gemma.errors import EdgeGemmaError, UsageError
 
 if TYPE_CHECKING:
@@ -134,15 +134,18 @@ def _refuse_to_replace(path: Path) -> None:
 
 @click.command()
 @options.refuse(
-    f"model device ask system language translate_to num_beams pause context threads memory_limit {tools.ALL_NAMES}",
+    f"model device ask system language translate_to num_beams pause context threads memory_limit {tools.ALL_NAMES} "
+    f"{voice.NAMES}",
     beside="list_devices",
 )
 @options.refuse("language translate_to", beside="ask")  # which --system can say
-@options.refuse(f"system {tools.ALL_NAMES}", without="ask")
+@options.refuse(f"system {tools.ALL_NAMES} voice", without="ask")
+@options.refuse(voice.SPOKEN, without="voice")
+@options.refuse("wake_word", beside="push_to_talk")
 @options.model
 @click.option("--device", metavar="D", help="Microphone: its number or a part of its name [default: the system's].")
-@click.option("--list-devices", is_flag=True, help="List the microphones and end.")
-@click.option("--ask", is_flag=True, help="Answer what is said, each utterance by itself, instead of writing it down.")
+@click.option("--list-devices", is_flag=True, help="List microphones and loudspeakers and end.")
+@click.option("--ask", is_flag=True, help="Answer what is said, in one conversation, instead of writing it down.")
 @click.option("--system", metavar="TEXT", help="System prompt for --ask.")
 @_languages
 @options.beams
@@ -152,6 +155,7 @@ def _refuse_to_replace(path: Path) -> None:
 @options.threads
 @options.memory_limit
 @tools.tools
+@voice.voice
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object a line for each event.")
 def listen(
     model: str | None, device: str | None, list_devices: bool, ask: bool, system: str | None, pause: float,
@@ -163,6 +167,8 @@ def listen(
     \b
     edge-gemma listen -m ./gemma-4-e2b
     edge-gemma listen -m ./gemma-4-e2b --ask --system "Answer in one sentence."
+    edge-gemma listen -m ./gemma-4-e2b --ask --speak --wake-word okay_nabu
+    edge-gemma listen -m ./gemma-4-e2b --ask --speak "piper -m en_US-amy.onnx --output-file -" --push-to-talk
     """
     from edge_gemma.audio import mic
 
@@ -178,18 +184,21 @@ def listen(
     task = Task(language, translate_to)
     screen = Screen()
     options.check_memory(model, context, memory_limit, audio=True)
-    engine = options.load_engine(model, context=context, threads=threads)
-    rules = live_rules(pause)
-    number = int(device) if device is not None and device.isdecimal() else device
     with contextlib.ExitStack() as stack:
-        chosen = tools.Chosen(given)
+        chosen, spoken = tools.Chosen(given), voice.Spoken(given)
+        speaker = stack.enter_context(spoken.speaker(screen))
+        gates = spoken.gates(speaker, screen)
+        engine = options.load_engine(model, context=context, threads=threads)
+        chosen.aloud = speaker.announce if speaker else None
         listener = Listener(
-            engine, task, ask=ask, system=system, num_beams=num_beams, rules=rules, note=screen.note,
+            engine, task, ask=ask, system=system, num_beams=num_beams, rules=live_rules(pause), note=screen.note,
             act=lambda chat: stack.enter_context(chosen.assistant(chat, screen, room=SEGMENT_TOKENS + _ANSWER)),
+            live=True, speaker=speaker, gates=gates,
         )  # fmt: skip
-        microphone = stack.enter_context(mic.Microphone(number, screen.note))
+        microphone = stack.enter_context(mic.Microphone(voice.number_or_name(device), screen.note))
         stack.enter_context(_first_interrupt(microphone.close))
         screen.note(f"listening to {microphone.name}; Ctrl-C ends")
+        stack.enter_context(spoken.keys(gates, listener, screen))
         for event in listener.events(microphone):
             if as_json:
                 options.print_json(event.as_dict())
@@ -211,6 +220,8 @@ def _show(event: Any, screen: Any, *, pieces: bool) -> None:
         if not pieces and (text := event.translation or event.text):
             screen.show(Piece("answer", text))
         screen.end()
+        if event.interrupted:
+            screen.note("interrupted")
 
 
 def _list_devices(as_json: bool) -> None:
@@ -218,13 +229,16 @@ def _list_devices(as_json: bool) -> None:
 
     from edge_gemma.audio import mic
 
-    found = mic.devices()
+    found, loudspeakers = mic.devices(), mic.devices(output=True)
     if as_json:
-        options.print_json({"devices": [asdict(d) for d in found]})
+        options.print_json({"devices": [asdict(d) for d in found], "loudspeakers": [asdict(d) for d in loudspeakers]})
         return
-    for d in found:
-        mark = "*" if d.default else " "
-        click.echo(f"{mark} {d.index:3}  {options.printable(d.name)}  ({d.channels} channels, {d.rate} Hz)")
+    for kind, some in (("", found), ("loudspeakers for --speak:", loudspeakers)):
+        if kind and some:
+            click.echo(kind)
+        for d in some:
+            mark = "*" if d.default else " "
+            click.echo(f"{mark} {d.index:3}  {options.printable(d.name)}  ({d.channels} channels, {d.rate} Hz)")
     if not found:
         _tell("no microphone was found")
 

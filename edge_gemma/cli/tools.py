@@ -72,6 +72,7 @@ class Chosen:
         self.none = bool(given.get("no_tools"))
         self.asked = any(given[name] for name in NAMES.split())
         self.ring = True  # whether the program lives on, so that timers can ring
+        self.aloud: Callable[[str], None] | None = None  # also says what rings
         self._waiting: Callable[[], list[str]] = list  # timers that have not rung
         self.left_out: list[RunnableTool] = []
 
@@ -111,12 +112,20 @@ class Chosen:
             own += [each for server in self.servers for each in stack.enter_context(connected(server))]
         named = {each.name for each in own}
         built_in = builtin_tools(
-            screen.ring if self.ring else None, notes=self.notes or _default_notes(), folders=self.folders
+            self._ringing(screen) if self.ring else None, notes=self.notes or _default_notes(), folders=self.folders
         )
         for each in built_in:
             self._waiting = each if each.name == "list_timers" else self._waiting
         fit, self.left_out = fitting(chat, [each for each in built_in if each.name not in named], beside=own, room=room)
         return [*own, *fit]
+
+    def _ringing(self, screen: "Screen") -> Callable[[str], None]:
+        def ring(what: str) -> None:
+            screen.ring(what)
+            if self.aloud is not None:
+                self.aloud(f"The {what} is over.")
+
+        return ring
 
 
 def _default_notes() -> Path | None:

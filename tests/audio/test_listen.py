@@ -116,9 +116,10 @@ def test_without_a_pause_nothing_is_lost_or_doubled():
 def test_asking_answers_each_utterance_after_the_system_prompt():
     engine = SpeechEngine(lambda levels: f"You said {understand(levels)}.")
     events = listener(engine, ask=True, system="Be brief.").events(blocks_of(say(7, -15, 8, -15)))
-    assert heard(events) == ["You said w7.", "You said w8."]
+    assert heard(events) == ["You said w7.", "You said w7 w8."]  # the fake hears all the sound of its timeline
     prompt = engine.tokenizer.spell(engine.timeline.prompts[-1]).replace("<|audio|>", "")
-    assert prompt == ("<bos><|turn>system\nBe brief.<turn|>\n<|turn>user\n<|audio><audio|><turn|>\n<|turn>model\n")
+    turn = "<|turn>user\n<|audio><audio|><turn|>\n<|turn>model\n"
+    assert prompt == f"<bos><|turn>system\nBe brief.<turn|>\n{turn}You said w7.<turn|>\n{turn}"
 
 
 def test_an_utterance_without_a_pause_is_answered_once():
@@ -133,7 +134,7 @@ def test_an_utterance_without_a_pause_is_answered_once():
     got = first.text.split()
     assert [w for w in got if w[0] != "~"] == [w for w in said if w in got]
     assert len(set(said) - set(got)) <= 1, "but for the word at the seam"
-    assert second.text == "w7"
+    assert second.text.endswith("w7")
     assert max(engine.audio.clips) <= 480_000
     prompt = next(p for p in engine.timeline.prompts if len(p) > 1400)
     text = engine.tokenizer.spell(prompt).replace("<|audio|>", "")
@@ -147,16 +148,17 @@ def test_an_utterance_beyond_the_context_is_answered_in_parts():
     engine = SpeechEngine(lambda levels: "ok", context=2600)
     events = list(listener(engine, ask=True, note=notes.append).events(blocks_of(say(*range(500), -15))))  # 100 s
     assert heard(events) == ["ok"] * 2
-    assert notes == ["this is longer than the context holds: it is answered in parts"]
+    left_out = "the context is full: the oldest turn was left out"
+    assert notes == ["this is longer than the context holds: it is answered in parts", left_out]
     assert len(engine.timeline.ids) <= 2600
 
 
-def test_each_question_is_a_conversation_of_its_own():
-    """What was asked before is forgotten, the system prompt stays in the session."""
+def test_questions_are_one_conversation():
+    """What was said before stays in the session, and is not read again."""
     engine = SpeechEngine(lambda levels: f"You said {understand(levels)}.")
     events = list(listener(engine, ask=True, system="Be brief.").events(blocks_of(say(7, -15, 8, -15))))
     first, second = [event.reply for event in events if event.kind == "segment"]
-    assert (first.text, second.text) == ("You said w7.", "You said w8.")
+    assert (first.text, second.text) == ("You said w7.", "You said w7 w8.")
     assert second.timings.prefill_tokens < 25
     assert second.timings.reused_tokens > 40
 
@@ -277,7 +279,7 @@ class FakeStream:
 def portaudio(monkeypatch):
     def install(**options):
         fake = FakePortAudio(**options)
-        monkeypatch.setattr(mic, "_sounddevice", lambda: fake)
+        monkeypatch.setattr(mic, "portaudio", lambda: fake)
         return fake
 
     return install

@@ -229,7 +229,8 @@ def test_listen_writes_down_utterance_by_utterance(engine, microphone):
 def test_listen_answers(monkeypatch, microphone):
     engine = SpeechEngine(lambda levels: f"Yes: {understand(levels)}!")
     monkeypatch.setattr(options, "load_engine", lambda model, **options: engine)
-    assert invoke("listen", "--ask", "--system", "Agree.").stdout == "Yes: w1 w2!\nYes: w3!\n"
+    microphone.words = (-5, 1, 2, -15)
+    assert invoke("listen", "--ask", "--system", "Agree.").stdout == "Yes: w1 w2!\n"
     assert "system\nAgree.<turn|>" in engine.tokenizer.spell(engine.timeline.prompts[-1])
 
 
@@ -274,10 +275,14 @@ def test_the_first_interrupt_ends_the_recording_and_what_was_said_last_still_com
 
 
 def test_list_devices(monkeypatch):
-    monkeypatch.setattr(mic, "devices", lambda: [mic.Device(2, "USB\x1b mic", 1, 48_000, True)])
-    assert invoke("listen", "--list-devices").stdout == "*   2  USB? mic  (1 channels, 48000 Hz)\n"
-    assert json.loads(invoke("listen", "--list-devices", "--json").stdout)["devices"][0]["rate"] == 48_000
-    monkeypatch.setattr(mic, "devices", list)
+    found = {False: [mic.Device(2, "USB\x1b mic", 1, 48_000, True)], True: [mic.Device(3, "box", 2, 44_100, False)]}
+    monkeypatch.setattr(mic, "devices", lambda output=False: found[output])
+    lines = invoke("listen", "--list-devices").stdout.splitlines()
+    assert lines[0] == "*   2  USB? mic  (1 channels, 48000 Hz)"
+    assert lines[1:] == ["loudspeakers for --speak:", "    3  box  (2 channels, 44100 Hz)"]
+    told = json.loads(invoke("listen", "--list-devices", "--json").stdout)
+    assert (told["devices"][0]["rate"], told["loudspeakers"][0]["index"]) == (48_000, 3)
+    monkeypatch.setattr(mic, "devices", lambda output=False: [])
     assert "no microphone was found" in invoke("listen", "--list-devices").stderr
 
 

@@ -1,0 +1,1 @@
+"""Answers aloud: a text that streams becomes sound while it is written."""
