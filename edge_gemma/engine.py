@@ -31,8 +31,8 @@ from edge_gemma.text.tool_declaration import Tool
 
 if TYPE_CHECKING:
     from edge_gemma.audio.encoder import AudioEncoder
+    from edge_gemma.audio.events import Event
     from edge_gemma.audio.gates import WakeWord
-    from edge_gemma.audio.listen import Event
     from edge_gemma.audio.samples import Samples
     from edge_gemma.audio.sources import Source
     from edge_gemma.audio.transcribe import Progress, Segment, Transcription
@@ -272,6 +272,7 @@ class Engine:
         speaker: "Speaker | None" = None,
         full_duplex: bool = False,
         wake_word: "WakeWord | str | None" = None,
+        by_text: bool = False,
     ) -> "Iterator[Event]":
         """Listen to live speech. Yields events (audio/listen.py) while somebody speaks. Close the iterator to stop.
 
@@ -282,6 +283,9 @@ class Engine:
         ask: a new chat after the system prompt `system` answers. chat: a chat of this engine answers each utterance as
         its next message; `Event.reply` is the reply. An Assistant runs its tools for that, too. Without both, speech is
         transcribed. Whoever speaks to a microphone while the model answers interrupts it.
+
+        by_text: each utterance is written down, and the chat gets the text: the answer comes later, small models
+        understand more, and the conversation takes less room.
 
         speaker: says the answers; blocks must come as they are spoken then. Until it is silent, nothing is heard:
         the model would hear itself. full_duplex: the microphone does not hear the speaker (headphones, or echo
@@ -295,7 +299,7 @@ class Engine:
         task = Task(language, translate_to)
         return listen(
             self, blocks, task, rate=rate, device=device, ask=ask, system=system, chat=chat, num_beams=num_beams,
-            speaker=speaker, full_duplex=full_duplex, wake_word=wake_word,
+            speaker=speaker, full_duplex=full_duplex, wake_word=wake_word, by_text=by_text,
         )  # fmt: skip
 
     def _checked_context(self, context: int | None, default: int) -> int:

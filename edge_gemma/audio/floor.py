@@ -28,7 +28,7 @@ class Speaking(Protocol):
 class Floor:
     """Steps of a segmenter are `noticed` as they come, in one thread, and `taken` when their turn comes, in another."""
 
-    def __init__(self, stop: Callable[[], None], speaker: Speaking | None) -> None:
+    def __init__(self, stop: Callable[[], None], speaker: Speaking | None = None) -> None:
         """stop: ends the answer, in any thread. speaker: says it aloud."""
         self._stop, self._speaker = stop, speaker
         self._lock = threading.Lock()

@@ -134,12 +134,12 @@ def _refuse_to_replace(path: Path) -> None:
 
 @click.command()
 @options.refuse(
-    f"model device ask system language translate_to num_beams pause context threads memory_limit {tools.ALL_NAMES} "
+    f"model device ask system by_text language translate_to num_beams pause context threads memory_limit {tools.ALL_NAMES} "
     f"{voice.NAMES}",
     beside="list_devices",
 )
 @options.refuse("language translate_to", beside="ask")  # which --system can say
-@options.refuse(f"system {tools.ALL_NAMES} voice", without="ask")
+@options.refuse(f"system by_text {tools.ALL_NAMES} voice", without="ask")
 @options.refuse(voice.SPOKEN, without="voice")
 @options.refuse("wake_word", beside="push_to_talk")
 @options.model
@@ -147,6 +147,11 @@ def _refuse_to_replace(path: Path) -> None:
 @click.option("--list-devices", is_flag=True, help="List microphones and loudspeakers and end.")
 @click.option("--ask", is_flag=True, help="Answer what is said, in one conversation, instead of writing it down.")
 @click.option("--system", metavar="TEXT", help="System prompt for --ask.")
+@click.option(
+    "--by-text",
+    is_flag=True,
+    help="With --ask, write each utterance down and answer the text: later, but small models understand more.",
+)
 @_languages
 @options.beams
 @click.option("--pause", type=click.FloatRange(0.2, 5), default=0.6, show_default=True, metavar="S",
@@ -158,7 +163,7 @@ def _refuse_to_replace(path: Path) -> None:
 @voice.voice
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object a line for each event.")
 def listen(
-    model: str | None, device: str | None, list_devices: bool, ask: bool, system: str | None, pause: float,
+    model: str | None, device: str | None, list_devices: bool, ask: bool, system: str | None, by_text: bool, pause: float,
     as_json: bool, context: int | None, threads: int | None, language: str | None, translate_to: str | None,
     memory_limit: int | None, num_beams: int | None, **given: Any,
 ) -> None:  # fmt: skip
@@ -193,7 +198,7 @@ def listen(
         listener = Listener(
             engine, task, ask=ask, system=system, num_beams=num_beams, rules=live_rules(pause), note=screen.note,
             act=lambda chat: stack.enter_context(chosen.assistant(chat, screen, room=SEGMENT_TOKENS + _ANSWER)),
-            live=True, speaker=speaker, gates=gates,
+            live=True, speaker=speaker, gates=gates, by_text=by_text,
         )  # fmt: skip
         microphone = stack.enter_context(mic.Microphone(voice.number_or_name(device), screen.note))
         stack.enter_context(_first_interrupt(microphone.close))
