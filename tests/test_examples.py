@@ -6,12 +6,15 @@ import re
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from edge_gemma.folder.find import EMBEDDED
 from edge_gemma.text.session_file import Transcript
+from edge_gemma.voice import speaker
 from tests import ROOT
 from tests.embedded import SPEECH, TIMER
+from tests.fake_sound import FakeSound
 
 pytest.importorskip("av", reason="the audio extra is not installed")
 pytestmark = pytest.mark.skipif(not EMBEDDED.exists(), reason="the demonstration model is not there")
@@ -83,10 +86,24 @@ def test_a_text_is_completed(run):
     assert len(printed.strip()) > len("hello")
 
 
+class Tone:
+    """A voice that says half a second of something for each text."""
+
+    def speak(self, text):
+        yield np.full(8000, 5000, np.int16), 16_000
+
+    def stop(self):
+        pass
+
+    close = stop
+
+
 def test_the_python_page_runs(tmp_path, monkeypatch, capsys):
     """Block after block in one namespace, as a reader would; each prints what it says."""
     monkeypatch.chdir(tmp_path)
     shutil.copy(TIMER, "interview.wav")
+    sound = FakeSound(monkeypatch, speed=20)
+    monkeypatch.setattr(speaker, "named", lambda address: Tone())
     names: dict[str, object] = {}
     printed = []
     for number, block in enumerate(BLOCKS):
@@ -97,6 +114,7 @@ def test_the_python_page_runs(tmp_path, monkeypatch, capsys):
     for expected in ("The kitchen", "set a timer for ten minutes", "00:00:00,000 -->", "temperature is -1"):
         assert expected in whole
     assert Path("monday.json").exists()
+    assert len(sound.heard()[0]) > 8000, "the answer was said"
 
 
 def test_the_python_page_names_every_name():

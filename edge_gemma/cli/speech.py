@@ -134,8 +134,8 @@ def _refuse_to_replace(path: Path) -> None:
 
 @click.command()
 @options.refuse(
-    f"model device ask system by_text language translate_to num_beams pause context threads memory_limit {tools.ALL_NAMES} "
-    f"{voice.NAMES}",
+    "model device ask system by_text language translate_to num_beams pause context threads memory_limit "
+    f"{tools.ALL_NAMES} {voice.NAMES}",
     beside="list_devices",
 )
 @options.refuse("language translate_to", beside="ask")  # which --system can say
@@ -163,9 +163,9 @@ def _refuse_to_replace(path: Path) -> None:
 @voice.voice
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object a line for each event.")
 def listen(
-    model: str | None, device: str | None, list_devices: bool, ask: bool, system: str | None, by_text: bool, pause: float,
-    as_json: bool, context: int | None, threads: int | None, language: str | None, translate_to: str | None,
-    memory_limit: int | None, num_beams: int | None, **given: Any,
+    model: str | None, device: str | None, list_devices: bool, ask: bool, system: str | None, by_text: bool,
+    pause: float, as_json: bool, context: int | None, threads: int | None, language: str | None,
+    translate_to: str | None, memory_limit: int | None, num_beams: int | None, **given: Any,
 ) -> None:  # fmt: skip
     """Write down what a microphone hears as it is said, or answer it. Ctrl-C ends; what was said last still comes.
 

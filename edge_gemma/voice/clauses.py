@@ -15,7 +15,7 @@ from edge_gemma.voice.speakable import speakable
 _FIRST, _LEAST, _LONGEST = 8, 40, 240  # characters: of the first clause, of one that ends at a comma, of any
 _SENTENCE = re.compile(r"""[.!?…]["'”’»)\]*_]*(?=\s)|[。！？]""")
 _PAUSE = re.compile(r"[,;:–—](?=\s)|[，、；：]")
-_NO_END = re.compile(r"""(?:^|[\s("'])(?:\w|\d+|[Dd]r|[Mm]rs?|[Mm]s|[Ss]t|vs|etc|e\.g|i\.e|z\.B|d\.h|ca|bzw)\.$""")
+_NO_END = re.compile(r"""(?:^|[\s("'.])(?:\w|\d+|[Dd]r|[Mm]rs?|[Mm]s|[Ss]t|vs|etc|e\.g|i\.e|z\.B|d\.h|ca|bzw)\.$""")
 _FENCE = re.compile(r"\s*(```|~~~)")
 
 
@@ -58,15 +58,13 @@ class Clauses:
         line = self._rest.find("\n") + 1
         if self._line_begins and (self._fence or _FENCE.match(self._rest)):
             return line  # a block of code goes by lines
-        rest = self._rest[:line] if line else self._rest
-        for found in _SENTENCE.finditer(rest):
-            if not _NO_END.search(rest[: found.end()]):
-                return found.end()
-        if pause := _PAUSE.search(rest, _FIRST if self._first else _LEAST):
-            return pause.end()
-        if not line and len(rest) > _LONGEST:
-            return max(rest.rfind(" ", 1, _LONGEST), 0) or _LONGEST
-        return line
+        ends = [line] if line else []
+        ends += [at.end() for at in _SENTENCE.finditer(self._rest) if not _NO_END.search(self._rest[: at.end()])][:1]
+        pause = _PAUSE.search(self._rest, _FIRST if self._first else _LEAST)
+        ends += [pause.end()] if pause else []
+        if min(ends, default=len(self._rest)) > _LONGEST:
+            return max(self._rest.rfind(" ", 1, _LONGEST), 0) or _LONGEST
+        return min(ends, default=0)
 
     def _clause(self, at: int) -> Clause:
         text, self._rest = self._rest[:at], self._rest[at:]

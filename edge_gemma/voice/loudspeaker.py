@@ -19,6 +19,7 @@ from edge_gemma.host.extras import imported
 BLOCK_S = 0.02  # of sound in one callback
 _LATENCY_S = 0.06  # that the device is asked for
 _AHEAD_S = 10.0  # of sound that waits at most: whoever has more waits
+_STALLED_S = 5.0  # without a callback after which the device counts as gone
 
 
 class Loudspeaker:
@@ -53,7 +54,7 @@ class Loudspeaker:
             samples = self._resampler.resample_chunk(samples)
         with self._changed:
             while self._left() > _AHEAD_S and epoch == self._epoch:
-                if not self._changed.wait(_AHEAD_S + 5):
+                if not self._changed.wait(_STALLED_S):
                     raise AudioError(f"the loudspeaker {self.name!r} plays nothing: was it unplugged?")
             if epoch != self._epoch:
                 return 0.0
@@ -88,7 +89,7 @@ class Loudspeaker:
             return
         if self._stream is not None:
             with self._changed:
-                silent = self._changed.wait_for(lambda: not self._waiting, _AHEAD_S + 5)
+                silent = self._changed.wait_for(lambda: not self._waiting, _AHEAD_S + _STALLED_S)
             if not silent:
                 raise AudioError(f"the loudspeaker {self.name!r} plays nothing: was it unplugged?")
             self._stream.close()

@@ -14,7 +14,7 @@ from edge_gemma.host.extras import imported
 _LONGEST = 15  # digits of a number that is said as one; of a longer one the digits are said
 _LINE = (
     (re.compile(r"^\s*(?:[-*_]\s*){3,}$"), ""),  # a rule
-    (re.compile(r"^\s*\|?(?:\s*:?-{2,}:?\s*\|)+\s*:?-*:?\s*$"), ""),  # under a table's head
+    (re.compile(r"^\s*\|?(?:\s*:?-+:?\s*\|)+\s*:?-*:?\s*$"), ""),  # under a table's head
     (re.compile(r"^\s*(?:>\s*)+"), ""),
     (re.compile(r"^\s*#{1,6}\s+"), ""),
     (re.compile(r"^\s*[-*+•]\s+(?:\[[ xX]\]\s+)?"), ""),
@@ -24,11 +24,11 @@ _ANYWHERE = (
     (re.compile(r"!?\[([^\]\[]*)\]\([^()\s]*(?:\s+\"[^\"]*\")?\)"), r"\1"),  # links, pictures
     (re.compile(r"https?://(?:www\.)?([^\s/?#)>\]]+)[^\s)>\]]*"), r"\1"),
     (re.compile(r"`+"), ""),
-    (re.compile(r"(?<!\d)(?<!\d )\*++|\*++(?! ?\d)|~~+"), ""),
+    (re.compile(r"(?<![\d*])(?<!\d )\*++|\*++(?! ?\d)|~~+"), ""),
     (re.compile(r"(?<![^\W_])_+|_+(?![^\W_])"), ""),
     (re.compile(r"\s*\|\s*"), ", "),
 )
-_NUMBER = re.compile(r"(?<![\w.,])[-−]?\d+(?:,\d{3})*(?:\.\d+)?(?:st|nd|rd|th)?(?![\w]|[.,]\d)")
+_NUMBER = re.compile(r"(?<![\w.,:])[-−]?\d+(?:,\d{3})*(?:\.\d+)?(?:st|nd|rd|th)?(?!\w|[.,:]\d)")
 _CLOCK = re.compile(r"(?<![\w:])(\d{1,2}):(\d{2})(?![\w:])")
 _ENGLISH = (
     (re.compile(r"(?<=\d)\s*%"), " percent"),

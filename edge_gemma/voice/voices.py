@@ -214,16 +214,14 @@ class WyomingVoice:
         if "://" not in address or parts.scheme != "tcp" or not self._host or parts.path not in ("", "/"):
             raise UsageError(f"the voice is {address!r}, expected tcp://HOST:PORT or a command")
         self._port, self._name = port or _PORT, f"{self._host}:{port or _PORT}"
-        self._wyoming: Any = imported("wyoming", "a voice at an address", "voice", UsageError)
-        for module in ("audio", "error", "event", "info", "tts"):
-            imported(f"wyoming.{module}", "a voice at an address", "voice", UsageError)
+        self._events: Any = imported("wyoming.event", "a voice at an address", "voice", UsageError)
         self._connection: socket.socket | None = None
         self._stopped = False
         self._check()
 
     def _check(self) -> None:
         with self._connected() as stream:
-            self._wyoming.event.write_event(self._wyoming.info.Describe().event(), stream)
+            self._events.write_event(self._events.Event("describe"), stream)
             while (event := self._next(stream)) is not None:
                 if event.type == "info":
                     if not event.data.get("tts"):
@@ -250,7 +248,7 @@ class WyomingVoice:
         """As `Voice.speak`."""
         self._stopped, samples = False, 0
         with self._connected() as stream:
-            self._wyoming.event.write_event(self._wyoming.tts.Synthesize(text=text).event(), stream)
+            self._events.write_event(self._events.Event("synthesize", {"text": text}), stream)
             while (event := self._next(stream)) is not None and event.type != "audio-stop":
                 if event.type == "error":
                     raise AudioError(f"the voice at {self._name}: {str(event.data.get('text'))[:200]}")
@@ -264,7 +262,7 @@ class WyomingVoice:
     def _next(self, stream: Any) -> Any:
         """The next event, None at the end. Raises AudioError for what is none."""
         try:
-            return self._wyoming.event.read_event(stream)
+            return self._events.read_event(stream)
         except (AttributeError, KeyError, TypeError, RecursionError) as error:
             raise AudioError(f"the voice at {self._name} sends what is no Wyoming event: {error!r}") from None
 
@@ -295,7 +293,7 @@ class _Bounded:
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream
-        self.write, self.flush = stream.write, stream.flush
+        self.write, self.writelines, self.flush = stream.write, stream.writelines, stream.flush
 
     def readline(self) -> bytes:
         return bytes(self._stream.readline(_LARGEST))

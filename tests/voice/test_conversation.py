@@ -1,6 +1,8 @@
 """A spoken conversation from end to end: what is said to a microphone, what comes out of a loudspeaker."""
 
+import json
 import shlex
+import signal
 import sys
 import threading
 import time
@@ -18,35 +20,75 @@ pytest.importorskip("espeakng_loader", reason="the voice for tests is not instal
 pytest.importorskip("av", reason="the audio extra is not installed")
 pytestmark = pytest.mark.skipif(not FOLDER.exists(), reason="the demonstration model is not there")
 VOICE = shlex.join([sys.executable, str(ROOT / "tests" / "espeak.py")])
-
-
-@pytest.fixture(scope="module")
-def engine():
-    with edge_gemma.load("demo") as engine:
-        yield engine
+LISTEN = ["listen", "--ask", "--by-text", "--speak", VOICE, "--json"]
 
 
 def quiet(seconds):
     return np.zeros(int(seconds * 16_000), np.float32)
 
 
-def test_a_timer_is_set_by_voice_and_the_answer_is_heard(engine, monkeypatch, capsys):
-    """The command itself: the answer that comes out of the loudspeaker is understood by `transcribe`."""
+def until(condition):
+    end = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < end, "it never came"
+        time.sleep(0.02)
+
+
+def talked(capsys, sound, script):
+    """Runs the command, and `script` beside it, which ends it with Ctrl-C. Returns its events."""
+
+    def beside():
+        try:
+            script()
+        finally:
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+
+    thread = threading.Thread(target=beside)
+    thread.start()
+    cli(LISTEN, standalone_mode=False)
+    thread.join()
+    return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+
+def answered(sound, answers=1):
+    """Whether so many answers were heard, each with silence after it."""
+    loud = [bool(np.any(block)) for _, block, _ in sound.played]
+    rests = "".join("x" if each else "." for each in loud).split("." * 40)  # 0.8 s
+    return loud[-40:] == [False] * 40 and sum("x" in part for part in rests) >= answers
+
+
+@pytest.fixture
+def text_of():
+    """What the demonstration model understands of a sound."""
+    with edge_gemma.load("demo") as engine:
+        yield lambda sound, rate: engine.transcribe(np.pad(sound, rate // 2), rate=rate).text
+
+
+def test_a_timer_is_set_by_voice_and_the_answer_is_heard(monkeypatch, capsys, text_of):
     sound = FakeSound(monkeypatch)
-    sound.say(np.concatenate([quiet(0.5), samples(TIMER), quiet(1.5)]))
-    begun = threading.Event()
 
-    def leave():
-        while not sound.silent or not sound.played or np.any(sound.played[-1][1]) or not begun.is_set():
-            if any(np.any(block) for _, block, _ in sound.played):
-                begun.set()
-            time.sleep(0.1)
-        time.sleep(1)
-        sound.streams[-1].close()
+    def script():
+        until(lambda: sound.streams)
+        sound.say(np.concatenate([quiet(0.5), samples(TIMER), quiet(1.0)]))
+        until(lambda: answered(sound))
 
-    threading.Thread(target=leave, daemon=True).start()
-    cli(["listen", "--ask", "--speak", VOICE, "--json"], standalone_mode=False)
-    out = capsys.readouterr().out
-    print(out)
-    heard, rate = sound.heard()
-    assert engine.transcribe(heard, rate=rate).text == "the timer is set for ten minutes"
+    events = talked(capsys, sound, script)
+    (segment,) = [event for event in events if event["kind"] == "segment"]
+    assert segment["heard"] == "set a timer for ten minutes"
+    assert segment["text"] == "The timer is set for 10 minutes."
+    assert 0 < segment["first_token_s"] < 60
+    assert text_of(*sound.heard()).endswith("timer is set for ten minutes")
+
+
+def test_the_model_does_not_hear_itself(monkeypatch, capsys):
+    """With a loudspeaker beside the microphone there is one utterance: what the person said."""
+    sound = FakeSound(monkeypatch, echo=True)
+
+    def script():
+        until(lambda: sound.streams)
+        sound.say(np.concatenate([quiet(0.5), samples(TIMER), quiet(1.0)]))
+        until(lambda: answered(sound))
+        time.sleep(1.0)
+
+    events = talked(capsys, sound, script)
+    assert [event["kind"] for event in events if event["kind"] != "text"] == ["speech", "segment"]

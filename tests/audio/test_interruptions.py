@@ -1,0 +1,263 @@
+"""Somebody who speaks while the model answers: what is said on, what stays in the conversation, what is heard."""
+
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from edge_gemma.audio.ears import Ears
+from edge_gemma.audio.gates import Awake, Button, Muted, gated, live_gates
+from edge_gemma.audio.listen import Listener
+from edge_gemma.chat import Chat
+from edge_gemma.errors import AudioError, UsageError
+from edge_gemma.generation.sampler import Sampling
+from tests.fake_speech import LevelDetector, SpeechEngine, say, text_of, understand
+
+STORY = "once upon a time there was a king who had three sons and a garden"
+TURN = "<|turn>user\n<|audio><audio|><turn|>\n<|turn>model\n"
+
+
+def blocks_of(samples, size=512):
+    return [samples[at : at + size] for at in range(0, len(samples), size)]
+
+
+def until(condition):
+    end = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < end, "it never came"
+        time.sleep(0.001)
+
+
+class FakeSpeaker:
+    """Says nothing; how much of the answer was heard is told by the test."""
+
+    first_sound_at, sounding = None, False
+
+    def __init__(self):
+        self.said, self.share, self.log = "", 1.0, []
+
+    def begin(self):
+        self.said = ""
+        self.log.append("begin")
+
+    def say(self, text):
+        self.said += text
+
+    def finish(self):
+        self.log.append("finish")
+
+    def stop(self):
+        self.log.append("stop")
+
+    @property
+    def heard(self):
+        return self.said[: int(self.share * len(self.said))]
+
+
+class Live:
+    """A conversation in which the test speaks when it likes."""
+
+    def __init__(self, write=lambda levels: STORY, **options):
+        self.engine = SpeechEngine(write)
+        self.chat = Chat(self.engine, sampling=Sampling(temperature=0))
+        self.notes, self.events = [], []
+        self.listener = Listener(
+            self.engine, chat=self.chat, live=True, detector=LevelDetector, note=self.notes.append, **options
+        )
+
+    def run(self, blocks, on_event=lambda event: None):
+        for event in self.listener.events(blocks):
+            self.events.append(event)
+            on_event(event)
+        return [event for event in self.events if event.kind == "segment"]
+
+    def interrupted_after(self, pieces):
+        """Runs a conversation: a question, an answer that is cut off after so many pieces, another question."""
+        talk = threading.Event()
+
+        def blocks():
+            yield from blocks_of(say(1, -15))
+            assert talk.wait(20)
+            yield from blocks_of(say(2, -15))
+
+        def on_event(event):
+            if event.kind == "text" and sum(e.kind == "text" for e in self.events) == pieces:
+                talk.set()
+                until(lambda: self.listener._floor.interrupted)
+
+        return self.run(blocks(), on_event)
+
+    def prompt(self):
+        return self.engine.tokenizer.spell(self.engine.timeline.prompts[-1]).replace("<|audio|>", "")
+
+
+def test_an_answer_that_is_interrupted_stays_as_far_as_it_was_written():
+    live = Live()
+    first, second = live.interrupted_after(20)
+    assert (first.interrupted, second.interrupted) == (True, False)
+    assert STORY.startswith(first.text)
+    assert 20 <= len(first.text) <= 22
+    assert second.text == STORY
+    assert live.prompt() == f"<bos>{TURN}{first.text.rstrip()}<turn|>\n{TURN}"
+    assert [m.content for m in live.chat.messages] == ["", first.text.rstrip(), "", STORY]
+
+
+def test_of_an_answer_that_is_said_only_what_was_heard_stays():
+    speaker = FakeSpeaker()
+    speaker.share = 0.5
+    live = Live(speaker=speaker)
+    first, _ = live.interrupted_after(20)
+    kept = live.chat.messages[1].content
+    assert kept == first.text.rstrip()
+    assert STORY.startswith(kept)
+    assert 9 <= len(kept) <= 11
+    assert live.prompt() == f"<bos>{TURN}{kept}<turn|>\n{TURN}"
+    assert speaker.log[:2] == ["begin", "stop"]
+
+
+def test_a_question_whose_answer_nobody_heard_goes_on_with_the_next():
+    speaker = FakeSpeaker()
+    speaker.share = 0.0
+    live = Live(understand, speaker=speaker)
+    first, second = live.interrupted_after(1)
+    assert first.text == ""
+    assert second.text == "w1 w2", "both are heard in one turn"
+    assert live.prompt() == f"<bos>{TURN.replace('<audio|>', '<audio|><|audio><audio|>')}"
+    assert len(live.chat.messages) == 2
+
+
+def test_whoever_goes_on_before_the_answer_begins_is_answered_once(monkeypatch):
+    live, heard_all = Live(understand), threading.Event()
+    answer = live.listener._floor.answer
+    monkeypatch.setattr(live.listener._floor, "answer", lambda: heard_all.wait(20) and answer())
+
+    def blocks():
+        yield from blocks_of(say(1, -15, 2, -2))
+        heard_all.set()
+        yield from blocks_of(say(-15))
+
+    segments = live.run(blocks())
+    assert [segment.text for segment in segments] == ["w1 w2"]
+    assert live.prompt() == f"<bos>{TURN.replace('<audio|>', '<audio|><|audio><audio|>')}"
+
+
+def test_by_text_the_chat_gets_what_was_written_down():
+    live = Live(lambda levels: understand(levels) or "yes", by_text=True)
+    (segment,) = live.run(blocks_of(say(1, 2, -15)))
+    assert (segment.heard, segment.text) == ("w1 w2", "yes")
+    assert live.chat.messages[0].content == "w1 w2"
+    assert live.notes == ["heard: w1 w2"]
+    assert [e.text for e in live.events if e.kind == "text"][:1] != [segment.heard]
+
+
+def test_by_text_an_utterance_without_a_pause_is_one_message():
+    words = range(280)  # 56 s
+    live = Live(lambda levels: understand(levels) or "yes", by_text=True)
+    segments = live.run(blocks_of(say(*words, -15)))
+    asked = [message.content for message in live.chat.messages if message.role == "user"]
+    assert asked == [text_of(words)]
+    assert [bool(segment.text) for segment in segments] == [False, True]
+
+
+def test_by_text_means_nothing_where_nobody_answers():
+    for options, told in (({"by_text": True}, "by_text means nothing"), ({"speaker": FakeSpeaker()}, "said aloud")):
+        with pytest.raises(UsageError, match=told):
+            Listener(SpeechEngine(), detector=LevelDetector, **options)
+
+
+def test_a_message_beyond_the_context_does_not_end_the_conversation():
+    engine = SpeechEngine(lambda levels: "ok", context=1100)
+    chat = Chat(engine, sampling=Sampling(temperature=0), system=" ".join(["word"] * 80), max_tokens=20)
+    notes = []
+    listener = Listener(engine, chat=chat, detector=LevelDetector, note=notes.append)
+    events = list(listener.events(blocks_of(say(*range(140), -15, 1, -15))))
+    assert [event.text for event in events if event.kind == "segment"] == ["", "ok"]
+    assert any("the context holds 1100" in note for note in notes)
+
+
+# --- ears -------------------------------------------------------------------------------------------------------------
+
+
+def test_ears_notice_at_once_and_give_an_error_in_its_place():
+    noticed = []
+
+    def steps():
+        yield from range(5)
+        raise AudioError("unplugged")
+
+    ears = iter(Ears(steps(), noticed.append))
+    until(lambda: len(noticed) == 5)
+    assert [next(ears) for _ in range(5)] == list(range(5))
+    with pytest.raises(AudioError, match="unplugged"):
+        next(ears)
+    assert list(Ears(iter(()), noticed.append)) == []
+
+
+# --- gates ------------------------------------------------------------------------------------------------------------
+
+
+def through(blocks, gates, busy=lambda: False):
+    return [bool(np.any(block)) for block in gated(blocks, gates, pause_s=0.1, busy=busy)]
+
+
+BLOCKS = [np.ones(1600, np.float32)] * 100  # of a tenth of a second
+
+
+def test_nothing_is_heard_while_the_loudspeaker_sounds():
+    sounding = iter([True] * 30 + [False] * 70)
+    assert through(BLOCKS, [Muted(lambda: next(sounding))]) == [False] * 30 + [True] * 70
+
+
+def test_a_wake_word_opens_for_some_seconds_and_for_as_long_as_somebody_speaks_or_is_answered():
+    times = iter(range(100))
+    woken = []
+    gate = Awake(lambda block: next(times) == 10, seconds=1, woken=lambda: woken.append(1))
+    assert through(BLOCKS, [gate]) == [False] * 11 + [True] * 10 + [False] * 79
+    assert woken == [1]
+    times, busy = iter(range(100)), iter([False] * 15 + [True] * 20 + [False] * 65)
+    gate = Awake(lambda block: next(times) == 10, seconds=1)
+    assert through(BLOCKS, [gate], lambda: next(busy)) == [False] * 11 + [True] * 33 + [False] * 56
+
+
+def test_a_button_lets_through_what_is_said_while_it_is_down_and_ends_it_with_a_pause():
+    button = Button()
+    got = []
+    for i, block in enumerate(gated(iter(BLOCKS), [button], pause_s=0.6, busy=lambda: False)):
+        got.append(len(block))
+        if i in (9, 19):
+            button.press()
+        assert bool(np.any(block)) == (10 <= i < 20)
+    assert got == [1600] * 20 + [1600 + 9600] + [1600] * 79
+
+
+def test_a_gate_hears_what_the_one_before_it_lets_through():
+    heard = []
+    word = live_gates(FakeSpeaker(), full_duplex=False, wake_word=lambda block: heard.append(block.max()) or False)
+    word[0]._sounding = lambda: True
+    assert through(BLOCKS[:3], word) == [False] * 3
+    assert heard == [0, 0, 0]
+    assert [type(g) for g in live_gates(FakeSpeaker(), full_duplex=True, wake_word=None)] == []
+    with pytest.raises(UsageError, match="wake_word is 5"):
+        live_gates(None, full_duplex=False, wake_word=5)
+
+
+def test_wake_words_of_the_package():
+    pytest.importorskip("pymicro_wakeword", reason="the wake extra is not installed")
+    espeak = pytest.importorskip("tests.espeak")
+    from edge_gemma.audio.gates import detector
+    from edge_gemma.audio.samples import array_blocks
+
+    def heard(text, name):
+        data, rate = espeak.spoken(text)
+        sound = np.concatenate([np.zeros(rate), np.frombuffer(data, np.int16) / 32768, np.zeros(rate)])
+        word = detector(name)
+        blocks = (block[at : at + 512] for block in array_blocks(sound, rate) for at in range(0, len(block), 512))
+        return sum(map(word, blocks)) > 0
+
+    assert heard("okay nabu", "okay_nabu")
+    assert not heard("turn on the light in the kitchen", "okay_nabu")
+    with pytest.raises(UsageError, match="the wake word is 'computer', expected okay_nabu"):
+        detector("computer")
+    with pytest.raises(UsageError, match="cannot be loaded"):
+        detector("/no/such.json")
