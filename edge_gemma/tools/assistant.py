@@ -14,9 +14,10 @@ from typing import Any, Literal
 from edge_gemma.arguments import integer, is_number, require
 from edge_gemma.chat import Chat
 from edge_gemma.conversation import Bound, Said
-from edge_gemma.errors import ContextFullError, EdgeGemmaError, UsageError
+from edge_gemma.errors import ContextFullError, UsageError
 from edge_gemma.generation.generate import Result
-from edge_gemma.generation.reply import STOPPING_S, Reply
+from edge_gemma.generation.replay import Replay
+from edge_gemma.generation.reply import Reply
 from edge_gemma.text.message import Message
 from edge_gemma.text.tool_call import ToolCall
 from edge_gemma.tools.function import RunnableTool
@@ -126,16 +127,13 @@ class Turn:
     def __init__(self, assistant: Assistant, reply: Reply, constraint: Bound = None) -> None:
         """constraint: what the answer must be."""
         self._constraint = constraint
-        self.begun = self.over = False
+        self.over = False
         self._replies: list[Result] = []
         self._results: list[CallResult] = []
         self._assistant, self._reply = assistant, reply
         self._stopping, self._late = threading.Event(), threading.Event()
-        self._reading = threading.Lock()
         self._reason: EndReason = "interrupted"
-        self._error: EdgeGemmaError | None = None
-        self._written: list[Event] = []
-        self._running = self._run()
+        self._events = Replay("turn", self._run(), self._stopping)
 
     def __iter__(self) -> Iterator[str]:
         """The text, piece by piece, also what is said between calls."""
@@ -145,20 +143,18 @@ class Turn:
 
     def events(self) -> Iterator[Event]:
         """Every step, in order. From the beginning at each call."""
-        at = 0
-        while at < len(self._written) or self._go_on():
-            yield self._written[at]
-            at += 1
+        return iter(self._events)
 
     def stop(self) -> None:
         """End it, from any thread: what was written stays, calls that run are given up as "interrupted"."""
         self._stopping.set()
         self._reply.stop()
-        if self._reading.acquire(blocking=False):
-            try:
-                self._drain()
-            finally:
-                self._reading.release()
+        self._events.stop(unread=True)
+
+    @property
+    def begun(self) -> bool:
+        """Whether somebody has read of it, or stopped it."""
+        return self._events.begun
 
     def result(self) -> Result:
         """The last reply, with its token ids and timings."""
@@ -193,29 +189,6 @@ class Turn:
         """Why it ended: a reply's reason ("stop", "length", "context", "interrupted"), or the budget used up."""
         self.result()
         return self._reason
-
-    def _go_on(self) -> bool:
-        if not self._reading.acquire(timeout=STOPPING_S if self._stopping.is_set() else 0):
-            raise UsageError("this turn is being read in another thread: read it in one, or stop it")
-        try:
-            if self._error is not None:
-                raise self._error
-            self.begun = True
-            event = next(self._running, None)
-            if event is not None:
-                self._written.append(event)
-            if self._stopping.is_set():
-                self._drain()
-            return event is not None
-        except EdgeGemmaError as error:
-            self._error = error
-            raise
-        finally:
-            self._reading.release()
-
-    def _drain(self) -> None:
-        self.begun = True
-        self._written += self._running
 
     def _run(self) -> Generator[Event, None, None]:
         results: dict[int, CallResult] = {}  # of the calls that the chat's last message has
