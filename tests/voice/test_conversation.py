@@ -12,8 +12,9 @@ import pytest
 
 import edge_gemma
 from edge_gemma.cli.main import cli
+from edge_gemma.errors import AudioError
 from tests import ROOT
-from tests.embedded import FOLDER, TIMER, samples
+from tests.embedded import FOLDER, SPEECH, TIMER, samples
 from tests.fake_sound import FakeSound
 
 pytest.importorskip("espeakng_loader", reason="the voice for tests is not installed")
@@ -92,3 +93,29 @@ def test_the_model_does_not_hear_itself(monkeypatch, capsys):
 
     events = talked(capsys, sound, script)
     assert [event["kind"] for event in events if event["kind"] != "text"] == ["speech", "segment"]
+
+
+def test_whoever_speaks_over_the_answer_is_heard_and_the_answer_ends(monkeypatch):
+    """With headphones. The conversation keeps the words that were heard, and goes on."""
+    sound = FakeSound(monkeypatch)
+
+    def script():
+        until(lambda: sound.streams)
+        sound.say(np.concatenate([quiet(0.5), samples(TIMER), quiet(1.0)]))
+        until(lambda: sum(bool(np.any(block)) for _, block, _ in sound.played) > 20)  # 0.4 s of the answer
+        sound.say(np.concatenate([samples(SPEECH / "11.flac"), quiet(1.0)]))
+        until(lambda: sound.silent and answered(sound, 2))
+        sound.streams[0].close()  # unplugged
+
+    with edge_gemma.load("demo") as engine, edge_gemma.Speaker(VOICE) as speaker:
+        chat = engine.chat(temperature=0)
+        threading.Thread(target=script, daemon=True).start()
+        events = engine.listen(chat=chat, speaker=speaker, full_duplex=True, by_text=True)
+        segments = []
+        with pytest.raises(AudioError, match="unplugged"):
+            segments.extend(event for event in events if event.kind == "segment")
+    assert [segment.heard for segment in segments] == ["set a timer for ten minutes", "who are you"]
+    written, kept = segments[0].reply.text, chat.messages[1].content
+    assert written.startswith(kept)
+    assert 0 < len(kept) < len(written)
+    assert chat.messages[3].content == segments[1].text == segments[1].reply.text
