@@ -19,7 +19,8 @@ import click
 NAMES = (
     "temperature_outside", "pressure_inside", "distance_travelled", "fuel_remaining", "average_speed", "engine_hours",
     "battery_voltage", "oil_temperature", "tyre_pressure", "wind_direction", "sea_level", "heart_rate", "step_count",
-    "screen_brightness", "water_level", "noise_level", "air_quality", "room_humidity", "door_openings", "power_consumption",
+    "screen_brightness", "water_level", "noise_level", "air_quality", "room_humidity", "door_openings",
+    "power_consumption",
 )  # fmt: skip
 
 

@@ -97,10 +97,11 @@ def number_or_name(device: str | None) -> int | str | None:
 
 def _read_keys(press: Any) -> None:
     """Calls `press` for each key of a terminal; of anything else for each line."""
-    terminal = sys.stdin.isatty()
-    while read := sys.stdin.read(1) if terminal else sys.stdin.readline():
-        if not terminal or read in _KEYS:
-            press()
+    with contextlib.suppress(OSError, ValueError):  # the terminal is gone
+        terminal = sys.stdin.isatty()
+        while read := sys.stdin.read(1) if terminal else sys.stdin.readline():
+            if not terminal or read in _KEYS:
+                press()
 
 
 @contextlib.contextmanager

@@ -40,6 +40,12 @@ REFUSED = [
     ("listen --ask --language de", "--language means nothing beside --ask"),
     ("listen --ask --translate-to de", "--translate-to means nothing beside --ask"),
     ("listen --system x", "--system means nothing without --ask"),
+    ("listen --by-text", "--by-text means nothing without --ask"),
+    ("listen --speak", "--speak means nothing without --ask"),
+    ("listen --ask --full-duplex", "--full-duplex means nothing without --speak"),
+    ("listen --ask --loudspeaker 1", "--loudspeaker means nothing without --speak"),
+    ("listen --ask --speak-language en", "--speak-language means nothing without --speak"),
+    ("listen --ask --wake-word alexa --push-to-talk", "--wake-word means nothing beside --push-to-talk"),
     *((f"listen --list-devices {option}", f"{option.split()[0]} means nothing beside --list-devices")
       for option in ("--model x", "--device 1", "--ask", "--system x", "--language de", "--translate-to de",
                      "--beams 2", "--pause 0.6", "--context 5", "--threads 1")),

@@ -124,6 +124,7 @@ def test_what_was_heard_ends_with_a_whole_word(made, heard):
     until(lambda: len(player.text()) == len(ANSWER) - 2)
     player.passes(heard * LETTER_S + 0.001)
     speaker.stop()
+    assert player.left == 0
     assert ANSWER.startswith(speaker.heard)
     assert speaker.heard == "" or ANSWER[len(speaker.heard.rstrip()) :][:1] in ("", " ")
     assert abs(len(speaker.heard) - heard) <= 8
