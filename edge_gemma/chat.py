@@ -69,7 +69,7 @@ class Chat(Conversation):
         if engine.chat_template is None:
             raise UsageError("this is a base model without a chat template: use Engine.generate, or Continuation")
         require("system", system, isinstance(system, str | None), "a text")
-        _check_thinking(think, think_budget, self.max_tokens)
+        _check_thinking(think, think_budget)
         if self.messages and self.messages[0].role in ("system", "developer"):
             require("system", system, system is None, "none beside a history that begins with a system message")
             system = self.messages.pop(0).content
@@ -77,6 +77,10 @@ class Chat(Conversation):
         self.tools = None if tools is None else checked(tools)
         self.format = ChatFormat(engine.chat_template, engine.tokenizer)
         self.format.check(self.tools, bool(think), cut=think == "auto" or think_budget is not None)
+        if think_budget and self.max_tokens is not None:
+            room = max(0, self.max_tokens - self.format.marks - 1)
+            told = f"at most {room} beside a max_tokens of {self.max_tokens}: an answer has to follow the thought"
+            require("think_budget", think_budget, think_budget <= room, told)
         self._first = 0  # the oldest message still in the prompt
         self._kept: tuple[str | None, bool] | None = None  # the instructions that are on disk
         self._sound_at: int | None = None  # where the present clip begins; None: the session does not hold it
@@ -165,7 +169,7 @@ class Chat(Conversation):
 
         A message is asked about once: after a tool's result the model thinks on if it has thought before the call.
         """
-        _check_thinking(self.think, self.think_budget if self.think else None, None)
+        _check_thinking(self.think, self.think_budget if self.think else None)
         if self.think != "auto" or self.think_budget == 0:
             return self.think_budget if self.think else None
         if messages[-1].role == "user":
@@ -350,13 +354,10 @@ def _last_turn(messages: Sequence[Message]) -> Sequence[Message]:
     return messages[max((i for i, message in enumerate(messages) if message.role == "user"), default=0) :]
 
 
-def _check_thinking(think: Any, budget: Any, max_tokens: int | None) -> None:
-    """Raises UsageError for what is no such setting, and for a budget that means nothing."""
+def _check_thinking(think: Any, budget: Any) -> None:
+    """Raises UsageError for what is no such setting, and for a budget without a thought."""
     good = isinstance(think, bool) or is_one_of(think, ("auto",))
     require("think", think, good, 'True, False or "auto"')
-    if budget is None:
-        return
-    most = integer("think_budget", budget, 0)
-    require("think_budget", most, bool(think), "none without think: leave it out, or let the model think")
-    fits = max_tokens is None or most < max_tokens
-    require("think_budget", most, fits, f"less than max_tokens ({max_tokens}): an answer has to follow the thought")
+    if budget is not None:
+        integer("think_budget", budget, 0)
+        require("think_budget", budget, bool(think), "none without think: leave it out, or let the model think")

@@ -70,6 +70,11 @@ class ChatFormat:
         """Whether the template uses a variable."""
         return variable in self._template.variables
 
+    @property
+    def marks(self) -> int:
+        """The most tokens that a thought has beside its own: those that open it and close it."""
+        return len(self._tokenizer.encode_prompt(f"<|channel>{THOUGHT}\n<channel|>"))
+
     def check(self, tools: Sequence[Any] | None, think: bool, *, cut: bool = False) -> None:
         """Raises UsageError for tools or think if the template has no place for them.
 

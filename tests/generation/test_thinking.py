@@ -106,6 +106,16 @@ def test_a_shorter_thought_is_left_alone():
     assert budgeted.reasoning == "hm"
 
 
+@pytest.mark.parametrize("budget", [0, 1, 5])
+def test_the_largest_budget_beside_max_tokens_leaves_a_token_for_the_answer(budget):
+    marks = len(HEADER.replace("<|channel>", "-")) + 2 if budget else 0
+    chat = thinker(think=True, think_budget=budget, max_tokens=budget + marks + 1)
+    result = chat.send("Why?").result()
+    assert (len(result.reasoning.strip()), result.text, result.finish_reason) == (budget, "Y", "length")
+    with pytest.raises(UsageError, match=f"think_budget is {budget + 1}, expected at most"):
+        thinker(think=True, think_budget=budget + 1, max_tokens=budget + marks + 1)
+
+
 def test_what_is_forced_runs_in_one_pass():
     chat = thinker(think=True, think_budget=3)
     chat.session.log.clear()
@@ -381,7 +391,14 @@ def test_the_question_shares_all_of_the_message(template):
         ({"think": True, "think_budget": -1}, "think_budget is -1, expected an integer of 0 or more"),
         ({"think": True, "think_budget": 1.5}, "think_budget is 1.5, expected an integer of 0 or more"),
         ({"think": True, "think_budget": True}, "think_budget is True, expected an integer"),
-        ({"think": "auto", "think_budget": 8, "max_tokens": 8}, "think_budget is 8, expected less than max_tokens"),
+        (
+            {"think": "auto", "think_budget": 8, "max_tokens": 19},
+            "think_budget is 8, expected at most 7 beside a max_t",
+        ),
+        (
+            {"think": True, "think_budget": 1, "max_tokens": 4},
+            "think_budget is 1, expected at most 0 beside a max_toke",
+        ),
         ({"think": "Auto"}, "think is 'Auto', expected True, False or \"auto\""),
     ],
 )
