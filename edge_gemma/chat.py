@@ -185,7 +185,7 @@ class Chat(Conversation):
             return None
         return needed(
             self.session, asked.ids, asked.sounds, self._held, tokenizer=self.tokenizer, tools=bool(self.tools),
-            result=result, stopping=stopping,
+            result=result, stopping=stopping, progress=self._progress,
         )  # fmt: skip
 
     def _keep_opening(self) -> None:

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from edge_gemma.generation.generate import Need, Result, Sound, StreamTokenizer, prefill
+from edge_gemma.generation.generate import Need, Progress, Result, Sound, StreamTokenizer, prefill
 from edge_gemma.session import Timeline
 
 _WITH_TOOLS: tuple[Need, ...] = ("reasoning", "tool", "answer")
@@ -38,6 +38,7 @@ def needed(
     tools: bool,
     result: Result,
     stopping: threading.Event,
+    progress: Progress | None = None,
 ) -> Need | None:
     """Ask what a message needs. Returns the likeliest word by its first token, None if `stopping` is set before.
 
@@ -46,7 +47,7 @@ def needed(
     answer, and its cost in the timings.
     """
     start = time.perf_counter()
-    known, logits = prefill(session, ids, sounds, held, stopping=stopping)
+    known, logits = prefill(session, ids, sounds, held, stopping=stopping, progress=progress)
     result.timings.asked_s, result.timings.asked_tokens = time.perf_counter() - start, len(ids) - known
     if len(logits):
         words = _WITH_TOOLS if tools else _WITHOUT

@@ -279,6 +279,46 @@ def test_nothing_is_prefilled_twice_for_the_question():
         assert t.asked_s + t.prefill_s <= t.ttft_s
 
 
+TURNS = st.tuples(
+    st.sampled_from([False, True, "auto"]), st.sampled_from([None, 0, 1, 3, 40]),
+    st.sampled_from(["reasoning", "answer"]),
+    st.text("ab \n", max_size=12), st.text("xy\n", min_size=1, max_size=5), st.sampled_from([None, 1, 2]),
+)  # fmt: skip
+
+
+@settings(max_examples=60, deadline=None)
+@given(turns=st.lists(TURNS, min_size=1, max_size=5))
+def test_any_conversation_keeps_its_limits_and_renders(turns):
+    chat = thinker()
+    model = chat.session
+    for think, budget, need, thought, answer, rewind in turns:
+        chat.think, chat.think_budget = think, budget
+        model.need, model.thought, model.answer = need, thought, answer
+        if rewind:  # an earlier turn is taken back
+            del chat.messages[len(chat.messages) // (2 * rewind) * 2 :]
+        run = model.run
+        result = chat.send("Why?").result()
+        thinks = think is True or (think == "auto" and need == "reasoning" and budget != 0)
+        limit = 0 if not thinks else len(thought) + 1 if budget is None else budget
+        assert result.reasoning == thought[:limit].strip()
+        assert (result.text, result.finish_reason) == (answer, "stop")
+        assert result.need == (need if think == "auto" and budget != 0 else None)
+        assert chat.messages[-1] == Message("assistant", answer, thought[:limit].strip() or None)
+        t = result.timings
+        assert model.run - run == t.asked_tokens + t.prefill_tokens + len(result.tokens)
+        assert t.prefill_tokens <= len("model\n") or not t.asked_tokens
+        assert chat._fitted([Message("user", "next")])[0].ids
+
+
+def test_reading_a_prompt_for_the_question_reports_its_progress():
+    told = []
+    chat = thinker("hm", think="auto", progress=lambda done, total: told.append((done, total)))
+    t = chat.send("Why?" * 300).result().timings
+    assert told[0] == (0, t.asked_tokens)
+    assert (t.asked_tokens, t.asked_tokens) in told
+    assert told[-1][0] == told[-1][1] == t.reused_tokens + t.prefill_tokens
+
+
 @pytest.mark.parametrize("settings", [{"think": False}, {"think": True}, {"think": "auto", "think_budget": 0}])
 def test_without_auto_nothing_is_asked(settings):
     result = thinker("hm", **settings).send("Why?").result()
@@ -430,16 +470,32 @@ def test_a_base_model_and_other_thoughts_cannot_be_cut():
 # --- the demonstration model ------------------------------------------------------------------------------------------
 
 
-def test_the_real_model_answers_as_if_it_had_not_been_asked():
+@pytest.fixture(scope="module")
+def demo():
     with edge_gemma.load("demo", cache_size=0) as engine:
-        for think in (True, 0):
-            asked = engine.chat(think="auto", temperature=0, max_tokens=40)
-            plain = engine.chat(think=True, think_budget=None if think else 0, temperature=0, max_tokens=40)
-            for text in ("hello", "what is 3 plus 4", "tell me a story"):
-                result = asked.send(text).result()
-                assert result.need in ("reasoning", "answer")
-                if (result.need == "reasoning") == bool(think):
-                    plain.messages = asked.messages[:-2]
-                    expected = plain.send(text).result()
-                    assert (result.tokens, result.text) == (expected.tokens, expected.text)
-                assert result.timings.prefill_tokens <= 6
+        yield engine
+
+
+def test_the_real_model_answers_as_if_it_had_not_been_asked(demo):
+    asked = demo.chat(think="auto", temperature=0, max_tokens=40)
+    for text in ("hello", "what is 3 plus 4", "tell me a story", "who are you"):
+        result = asked.send(text).result()
+        budget = None if result.need == "reasoning" else 0
+        plain = demo.chat(think=True, think_budget=budget, temperature=0, max_tokens=40, history=asked.messages[:-2])
+        expected = plain.send(text).result()
+        assert (result.tokens, result.text) == (expected.tokens, expected.text)
+
+
+@pytest.mark.parametrize("words", [3, 200])
+def test_the_real_model_reads_a_message_once(demo, words):
+    chat = demo.chat(think="auto", temperature=0, num_beams=1, max_tokens=8)
+    session, run = chat.session, []
+    chunks, step = session._chunks, session._step
+    session._chunks = lambda ids, *rest: run.append(len(ids)) or chunks(ids, *rest)
+    session._step = lambda token: run.append(1) or step(token)
+    result = chat.send("hello " * words).result()
+    message, asked = Message("user", "hello " * words), Message("user", question(False))
+    prompt, with_question = (len(chat._prompt(messages, 0).ids) for messages in ([message], [message, asked]))
+    t, last_is_not_run = result.timings, result.finish_reason == "length"
+    assert sum(run) == t.asked_tokens + t.prefill_tokens + len(result.tokens) - last_is_not_run
+    assert (t.asked_tokens, t.reused_tokens, t.prefill_tokens) == (with_question, prompt - 1, 1)  # "model\n"
