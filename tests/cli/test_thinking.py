@@ -5,7 +5,7 @@ import json
 import pytest
 
 from tests.cli.test_commands import fake, invoke, spoken  # noqa: F401  fake is a fixture
-from tests.generation.test_thinking import Thinker
+from tests.thinker import Thinker
 
 
 @pytest.fixture
