@@ -12,8 +12,8 @@ from typing import Any, Unpack
 
 import numpy as np
 
-from edge_gemma.arguments import require
-from edge_gemma.conversation import Bound, ChatEngine, Conversation, Pieces, Said
+from edge_gemma.arguments import integer, is_one_of, require
+from edge_gemma.conversation import Bound, ChatEngine, Conversation, Pieces, Said, Think
 from edge_gemma.errors import ContextFullError, UsageError
 from edge_gemma.generation.generate import (
     Progress,
@@ -21,6 +21,7 @@ from edge_gemma.generation.generate import (
     parts,
     shared,
 )
+from edge_gemma.generation.need import needed, question
 from edge_gemma.generation.reply import Reply
 from edge_gemma.generation.sampler import Sampling, Settings
 from edge_gemma.text.fitting import LEAST_ROOM, fitting
@@ -48,7 +49,8 @@ class Chat(Conversation):
         engine: ChatEngine,
         *,
         system: str | None = None,
-        think: bool = False,
+        think: Think = False,
+        think_budget: int | None = None,
         tools: Sequence[Tool] | None = None,
         history: Sequence[Message | Mapping[str, Any]] = (),
         sampling: Sampling | None = None,
@@ -57,8 +59,9 @@ class Chat(Conversation):
         progress: Progress | None = None,
     ) -> None:
         """tools: OpenAI's function declarations, or Python functions (text/tool_declaration.py), which are declared
-        and not run. history: as in Conversation, but it may begin with a system message, which is then `system`. Raises
-        UsageError too for tools or think if the chat template has no place for them.
+        and not run. history: as in Conversation, but it may begin with a system message, which is then `system`. think,
+        think_budget: as in Engine.chat. Raises UsageError too for tools or think if the chat template has no place for
+        them, and for a budget without think, or one that leaves no token of max_tokens for an answer.
         """
         super().__init__(
             engine, history=history, sampling=sampling, max_tokens=max_tokens, stop=stop, progress=progress
@@ -66,14 +69,18 @@ class Chat(Conversation):
         if engine.chat_template is None:
             raise UsageError("this is a base model without a chat template: use Engine.generate, or Continuation")
         require("system", system, isinstance(system, str | None), "a text")
-        require("think", think, isinstance(think, bool), "True or False")
+        _check_thinking(think, think_budget)
         if self.messages and self.messages[0].role in ("system", "developer"):
             require("system", system, system is None, "none beside a history that begins with a system message")
             system = self.messages.pop(0).content
-        self.system, self.think = system, think
+        self.system, self.think, self.think_budget = system, think, think_budget
         self.tools = None if tools is None else checked(tools)
         self.format = ChatFormat(engine.chat_template, engine.tokenizer)
-        self.format.check(self.tools, think)
+        self.format.check(self.tools, bool(think), cut=think == "auto" or think_budget is not None)
+        if think_budget and self.max_tokens is not None:
+            room = max(0, self.max_tokens - self.format.marks - 1)
+            told = f"at most {room} beside a max_tokens of {self.max_tokens}: an answer has to follow the thought"
+            require("think_budget", think_budget, think_budget <= room, told)
         self._first = 0  # the oldest message still in the prompt
         self._kept: tuple[str | None, bool] | None = None  # the instructions that are on disk
         self._sound_at: int | None = None  # where the present clip begins; None: the session does not hold it
@@ -101,7 +108,8 @@ class Chat(Conversation):
         path: Path | str,
         *,
         tools: Sequence[Tool] | None = None,
-        think: bool = False,
+        think: Think = False,
+        think_budget: int | None = None,
         max_tokens: int | None = None,
         stop: Sequence[str] = (),
         **sampling: Unpack[Settings],
@@ -116,8 +124,9 @@ class Chat(Conversation):
             raise UsageError(f"the conversation cannot be read: {path}: {error.strerror or error}") from None
         chosen = Sampling.from_generation_config(engine.generation_config, **sampling)
         chat = open_conversation(
-            engine, earlier=earlier, tools=tools, think=think, sampling=chosen, max_tokens=max_tokens, stop=stop
-        )
+            engine, earlier=earlier, tools=tools, think=think, think_budget=think_budget, sampling=chosen,
+            max_tokens=max_tokens, stop=stop,
+        )  # fmt: skip
         if not isinstance(chat, cls):
             raise UsageError(f"{path} is no chat, and the model has no chat template: take another model")
         return chat
@@ -148,15 +157,42 @@ class Chat(Conversation):
         if notice:
             yield Piece("notice", notice)
         try:
-            yield from self._reply(prompt, asked, bound, result, stopping)
+            most = self._most_thought([*self.messages, *asked], result, stopping)
+            if most == 0:
+                prompt = self.format.without_thought(prompt, _last_turn([*self.messages, *asked]), self.tools)
+            yield from self._reply(prompt, asked, bound, result, stopping, most)
         finally:
             self._keep_opening()
 
+    def _most_thought(self, messages: list[Message], result: Result, stopping: threading.Event) -> int | None:
+        """Tokens that the thought of a reply to `messages` may have; None: any number. result: told what they need.
+
+        A message is asked about once: after a tool's result the model thinks on if it has thought before the call.
+        """
+        _check_thinking(self.think, self.think_budget if self.think else None)
+        if self.think != "auto" or self.think_budget == 0:
+            return self.think_budget if self.think else None
+        if messages[-1].role == "user":
+            thinks = self._need(messages, result, stopping) == "reasoning"
+        else:
+            thinks = any(message.reasoning for message in _last_turn(messages))
+        return self.think_budget if thinks else 0
+
+    def _need(self, messages: list[Message], result: Result, stopping: threading.Event) -> str | None:
+        """What the last message needs first, in the model's word; None where the question has no room."""
+        asked = self._prompt([*messages, Message("user", question(bool(self.tools)))], self._first)
+        if len(asked) > self.session.context:
+            return None
+        return needed(
+            self.session, asked.ids, asked.sounds, self._held, tokenizer=self.tokenizer, tools=bool(self.tools),
+            result=result, stopping=stopping, progress=self._progress,
+        )  # fmt: skip
+
     def _keep_opening(self) -> None:
         """Let later processes have what was computed of the instructions and tools, once they are long enough."""
-        kept = self.system, self.think
+        kept = self.system, bool(self.think)
         if self._kept != kept and (self.system or self.tools):
-            opening = self.format.opening(self.system, tools=self.tools, think=self.think)
+            opening = self.format.opening(self.system, tools=self.tools, think=bool(self.think))
             if len(opening) >= LEAST_KEPT and self.session.ids[: len(opening)] == opening:
                 self.session.keep_on_disk(len(opening))
         self._kept = kept
@@ -233,7 +269,7 @@ class Chat(Conversation):
 
     def _prompt(self, messages: list[Message], first: int) -> Prompt:
         system = [Message("system", self.system)] if self.system else []
-        return self.format.prompt([*system, *messages[first:]], tools=self.tools, think=self.think)
+        return self.format.prompt([*system, *messages[first:]], tools=self.tools, think=bool(self.think))
 
 
 class Continuation(Conversation):
@@ -286,7 +322,8 @@ def open_conversation(
     raw: bool = False,
     earlier: Transcript | None = None,
     system: str | None = None,
-    think: bool = False,
+    think: Think = False,
+    think_budget: int | None = None,
     tools: Sequence[Tool] | None = None,
     **options: Any,
 ) -> Conversation:
@@ -302,8 +339,25 @@ def open_conversation(
         raise UsageError(f"the conversation is a {earlier.kind}: go on with {needs[earlier.kind]}, or start a new one")
     if kind is Chat:
         system = earlier.system if system is None else system
-        return Chat(engine, history=earlier.messages, system=system, think=think, tools=tools, **options)
-    given = {"a system prompt": system, "thinking": think, "tools": tools}
+        return Chat(
+            engine, history=earlier.messages, system=system, think=think, think_budget=think_budget, tools=tools,
+            **options,
+        )  # fmt: skip
+    given = {"a system prompt": system, "thinking": think or think_budget is not None, "tools": tools}
     if unused := [name for name, value in given.items() if value]:
         raise UsageError(f"without a chat template there is no place for {' and '.join(unused)}: leave that out")
     return Continuation(engine, history=earlier.messages, **options)
+
+
+def _last_turn(messages: Sequence[Message]) -> Sequence[Message]:
+    """The last message of the user, and what follows it."""
+    return messages[max((i for i, message in enumerate(messages) if message.role == "user"), default=0) :]
+
+
+def _check_thinking(think: Any, budget: Any) -> None:
+    """Raises UsageError for what is no such setting, and for a budget without a thought."""
+    good = isinstance(think, bool) or is_one_of(think, ("auto",))
+    require("think", think, good, 'True, False or "auto"')
+    if budget is not None:
+        integer("think_budget", budget, 0)
+        require("think_budget", budget, bool(think), "none without think: leave it out, or let the model think")

@@ -10,7 +10,7 @@ import weakref
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import numpy as np
 
@@ -35,6 +35,7 @@ from edge_gemma.text.reply import Piece
 from edge_gemma.text.session_file import Kind, Transcript
 
 LEAST_KEPT = 64  # tokens of instructions that are worth a file
+Think = bool | Literal["auto"]  # whether the model thinks before it answers; "auto": if it says that it needs to
 Bound = Constraint | None  # what an answer must be
 Pieces = Generator[Piece, None, None]
 Said = str | Message | Mapping[str, Any] | Any  # what `send` takes; Any: samples, as audio/samples.py has them
@@ -62,7 +63,7 @@ class Conversation:
 
     kind: ClassVar[Kind]
     system: str | None = None
-    think = False
+    think: Think = False
     tools: Sequence[Mapping[str, Any]] | None = None
 
     def __init__(
@@ -206,11 +207,18 @@ class Conversation:
             self._replying.release()
 
     def _reply(
-        self, prompt: Prompt, asked: list[Message], bound: Bound, result: Result, stopping: threading.Event
+        self,
+        prompt: Prompt,
+        asked: list[Message],
+        bound: Bound,
+        result: Result,
+        stopping: threading.Event,
+        most_thought: int | None = None,
     ) -> Iterator[Piece]:
+        """most_thought: as in Bounds."""
         bounds = Bounds(
-            self.tokenizer, answer=bound, tools=self.tools, thinks=self.think, stop_ids=self._stop_ids,
-            prompt_ids=prompt.ids,
+            self.tokenizer, answer=bound, tools=self.tools, thinks=bool(self.think) and most_thought != 0,
+            stop_ids=self._stop_ids, prompt_ids=prompt.ids, most_thought=most_thought,
         )  # fmt: skip
         generation = Generation(
             self.session,

@@ -16,7 +16,7 @@ from edge_gemma.arguments import file_path, integer, is_integer, is_one_of, requ
 from edge_gemma.backends.native import NativeModel
 from edge_gemma.backends.onnx import OnnxModel
 from edge_gemma.config import GemmaConfig
-from edge_gemma.conversation import Said
+from edge_gemma.conversation import Said, Think
 from edge_gemma.errors import ModelFolderError, UsageError
 from edge_gemma.folder import find
 from edge_gemma.folder.folder import GENERATION, TEMPLATE, TOKENIZER, ModelFolder
@@ -157,7 +157,8 @@ class Engine:
         system: str | None = None,
         tools: Sequence[Tool] | None = None,
         history: Sequence[Message | Mapping[str, Any]] = (),
-        think: bool = False,
+        think: Think = False,
+        think_budget: int | None = None,
         max_tokens: int | None = None,
         stop: Sequence[str] = (),
         **sampling: Unpack[Settings],
@@ -166,13 +167,15 @@ class Engine:
 
         tools: Python functions with annotations, or OpenAI's declarations. The model's calls are in
         `Reply.tool_calls`; they are not run. history: earlier messages. think: whether the model thinks before it
-        answers. The other arguments are those of `generate`. Raises UsageError for arguments that cannot be served,
-        for a base model, and for tools or think if the chat template has no place for them.
+        answers; "auto" lets it say for each message whether that needs thinking. think_budget: the tokens of thought
+        after which it has to answer; 0: no thought. The other arguments are those of `generate`. Raises UsageError for
+        arguments that cannot be served, for a base model, and for tools or think if the chat template has no place for
+        them.
         """
         chosen = Sampling.from_generation_config(self.generation_config, **sampling)
         return talk.Chat(
-            self, system=system, tools=tools, history=history, think=think, sampling=chosen, max_tokens=max_tokens,
-            stop=stop,
+            self, system=system, tools=tools, history=history, think=think, think_budget=think_budget,
+            sampling=chosen, max_tokens=max_tokens, stop=stop,
         )  # fmt: skip
 
     @property

@@ -59,6 +59,9 @@ class FakeTokenizer:
     def pieces(self) -> list[bytes]:
         return [SPECIAL[i].encode() if i < len(SPECIAL) else bytes([max(0, i - BYTE)]) for i in range(VOCAB)]
 
+    def token_bytes(self, index: int) -> bytes:
+        return bytes([index - BYTE]) if index >= BYTE else b""
+
     def detokenizer(self) -> "FakeDetokenizer":
         return FakeDetokenizer()
 

@@ -123,8 +123,8 @@ def test_a_chat_is_saved_though_an_unread_reply_fails(tmp_path):
 
 
 @pytest.mark.parametrize("think", [1, "yes", None, [], np.array([1, 2])], ids=repr)
-def test_think_is_true_or_false(think):
-    with pytest.raises(UsageError, match=r"think is .*, expected True or False"):
+def test_think_is_true_or_false_or_auto(think):
+    with pytest.raises(UsageError, match=r'think is .*, expected True, False or "auto"'):
         Chat(FakeEngine(), think=think)
 
 

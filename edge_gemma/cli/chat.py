@@ -12,7 +12,7 @@ from pathlib import Path
 from edge_gemma.chat import Chat
 from edge_gemma.cli.screen import Screen, describe, show_reply, show_turn
 from edge_gemma.cli.tools import listed
-from edge_gemma.conversation import Conversation
+from edge_gemma.conversation import Conversation, Think
 from edge_gemma.errors import EdgeGemmaError, UsageError
 from edge_gemma.generation.generate import Result
 from edge_gemma.text.files import decode_text
@@ -24,6 +24,7 @@ HELP = """\
 /help             this list
 /reset            forget the conversation
 /think            let the model think before it answers, or not
+/think auto       ... if it says that a message needs it
 /think show|hide  show its thoughts, or not
 /system [TEXT]    show the system prompt, or set it ("/system off" removes it)
 /save FILE        write the conversation to a file that --session reads
@@ -31,6 +32,8 @@ HELP = """\
 /stats            speed of the last answer, room left in the context
 /quit             leave (so does Ctrl-D)
 Ctrl-C stops an answer. \\ at a line's end, or lines between \"\"\" and \"\"\", make longer messages; // sends a /."""
+
+_THINK: dict[str, Think] = {"on": True, "off": False, "auto": "auto"}
 
 
 class ChatLoop:
@@ -174,11 +177,12 @@ class ChatLoop:
         elif argument in ("show", "hide"):
             self._screen.show_thinking = argument == "show"
             self._screen.note(f"thoughts are {'shown' if self._screen.show_thinking else 'hidden'}")
-        elif argument in ("", "on", "off"):
-            chat.think = not chat.think if not argument else argument == "on"
-            self._screen.note(f"thinking is {'on' if chat.think else 'off'}")
+        elif argument in ("", *_THINK):
+            word = argument or ("off" if chat.think else "on")
+            chat.think = _THINK[word]
+            self._screen.note(f"thinking is {word}")
         else:
-            self._screen.note("/think, /think on, /think off, /think show or /think hide")
+            self._screen.note("/think, /think on, /think off, /think auto, /think show or /think hide")
 
     def _system(self, argument: str) -> None:
         chat = self._conversation

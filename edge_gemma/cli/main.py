@@ -74,7 +74,7 @@ def _sampling_of(engine: "Engine", given: dict[str, Any]) -> "Sampling":
     return Sampling.from_generation_config(engine.generation_config, **{name: given[name] for name in names})
 
 
-@cli.command()
+@cli.command(cls=options.ThinkCommand)
 @options.model
 @options.thinking
 @click.option("--session", "session_file", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE",
@@ -99,6 +99,7 @@ def chat(model: str | None, session_file: Path | None, **given: Any) -> None:
     from edge_gemma.folder import find
     from edge_gemma.text.session_file import SessionFile
 
+    thinking = options.think(given)
     file = SessionFile(session_file) if session_file is not None else None
     if file is not None and not file.path.absolute().parent.is_dir():
         raise UsageError(f"{file.path} cannot be written: {file.path.parent} is not a folder")
@@ -111,7 +112,7 @@ def chat(model: str | None, session_file: Path | None, **given: Any) -> None:
         engine,
         earlier=earlier,
         system=given["system"],
-        think=given["think"] or given["show_thinking"],
+        **thinking,
         sampling=_sampling_of(engine, given),
         max_tokens=given["max_tokens"],
         stop=given["stop"],
@@ -126,7 +127,7 @@ def chat(model: str | None, session_file: Path | None, **given: Any) -> None:
 
 
 @cli.command(cls=tools.RunCommand)
-@options.refuse(f"system think show_thinking {tools.NAMES}", beside="raw")
+@options.refuse(f"system think think_budget show_thinking {tools.NAMES}", beside="raw")
 @options.refuse("memory_limit cache_size", beside="backend")  # what onnxruntime will need is not known before
 @options.model
 @click.argument("prompt", metavar="PROMPT|-")
@@ -156,7 +157,7 @@ def run(model: str | None, prompt: str, raw: bool, as_json: bool, **given: Any) 
     from edge_gemma.chat import Chat, open_conversation
     from edge_gemma.cli.screen import Screen, show_reply, show_turn
 
-    constraint = options.constraint(given)
+    constraint, thinking = options.constraint(given), options.think(given)
     text = _piped_text() if prompt == "-" else prompt
     engine = options.load(model, given)
     screen = Screen(show_answer=not as_json, show_thinking=given["show_thinking"])
@@ -164,7 +165,7 @@ def run(model: str | None, prompt: str, raw: bool, as_json: bool, **given: Any) 
         engine,
         raw=raw,
         system=given["system"],
-        think=given["think"] or given["show_thinking"],
+        **thinking,
         sampling=_sampling_of(engine, given),
         max_tokens=given["max_tokens"],
         stop=given["stop"],
@@ -197,7 +198,7 @@ def _result_json(result: Any) -> dict[str, Any]:
 
     fields = asdict(result)
     order = ("text", "tokens", "finish_reason", "timings")
-    extra = {name: fields[name] for name in ("reasoning", "tool_calls") if fields[name]}
+    extra = {name: fields[name] for name in ("reasoning", "tool_calls", "need") if fields[name]}
     return {name: fields[name] for name in order} | extra
 
 

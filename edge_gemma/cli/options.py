@@ -61,7 +61,26 @@ def _given(ctx: click.Context) -> set[str]:
     return {name for name, value in ctx.params.items() if value is not False and ctx.get_parameter_source(name) == here}
 
 
-class PromptCommand(click.Command):
+def standing_alone(args: list[str], option: str, value: str, *, takes: Callable[[str], bool]) -> list[str]:
+    """The arguments with `option=value` where the option stands alone: what follows is its value only if it `takes` it.
+
+    Click itself would take any word that follows, a PROMPT too.
+    """
+    end = args.index("--") if "--" in args else len(args)
+    return [
+        f"{option}={value}" if i < end and arg == option and not takes("".join(args[i + 1 : min(i + 2, end)])) else arg
+        for i, arg in enumerate(args)
+    ]
+
+
+class ThinkCommand(click.Command):
+    """`--think` may stand alone, or before "auto"."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        return super().parse_args(ctx, standing_alone(args, "--think", "on", takes=lambda word: word == "auto"))
+
+
+class PromptCommand(ThinkCommand):
     """A command whose argument is a text: one that begins with - looks like an option."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
@@ -122,9 +141,25 @@ sampling = options(
 )
 thinking = options(
     click.option("--system", metavar="TEXT", help="System prompt."),
-    click.option("--think", is_flag=True, help="Let the model think before it answers; the thoughts stay hidden."),
+    click.option(
+        "--think", type=click.Choice(["on", "auto"]), metavar="[auto]",
+        help="Let the model think before it answers; the thoughts stay hidden. auto: if it says that it needs to.",
+    ),
+    click.option(
+        "--think-budget", type=click.IntRange(0), metavar="N",
+        help="Close a thought after N tokens; the answer follows [default: no limit].",
+    ),
     click.option("--show-thinking", is_flag=True, help="Let it think, and show the thoughts (on standard error)."),
-)
+)  # fmt: skip
+
+
+def think(given: Mapping[str, Any]) -> "dict[str, Any]":
+    """The arguments think and think_budget of a conversation, by the options in `thinking`. Raises click.UsageError."""
+    thinks = given["think"] is not None or given["show_thinking"]
+    if given["think_budget"] is not None and not thinks:
+        raise click.UsageError("--think-budget means nothing without --think: leave it out.")
+    return {"think": "auto" if given["think"] == "auto" else thinks, "think_budget": given["think_budget"]}
+
 
 bound = options(
     refuse("regex choice", beside="json_schema"),

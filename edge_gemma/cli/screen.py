@@ -142,6 +142,8 @@ def describe(result: Result) -> str:
     parts = [f"prompt {t.prefill_tokens} tokens in {t.prefill_s:.2f} s ({_rate(t.prefill_tokens, t.prefill_s)})"]
     if t.reused_tokens:
         parts.append(f"{t.reused_tokens} reused")
+    if result.need:
+        parts.append(f"asked what it needs ({result.need}) in {t.asked_tokens} tokens, {t.asked_s:.2f} s")
     parts.append(f"first token after {t.ttft_s:.2f} s")
     parts.append(f"answer {len(result.tokens)} tokens, {_rate(t.decode_tokens, t.decode_s)}")
     return ", ".join(parts)

@@ -54,11 +54,7 @@ class RunCommand(options.PromptCommand):
     """`--tools` may stand alone: what follows it is its file only if it ends with .py."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        args = list(args)
-        end = args.index("--") if "--" in args else len(args)
-        for i, arg in enumerate(args[:end]):
-            if arg == "--tools" and not "".join(args[i + 1 : i + 2]).endswith(".py"):
-                args[i] = f"--tools={BUILTIN}"
+        args = options.standing_alone(args, "--tools", BUILTIN, takes=lambda word: word.endswith(".py"))
         return super().parse_args(ctx, args)
 
 

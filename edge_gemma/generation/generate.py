@@ -24,6 +24,7 @@ from edge_gemma.text.tool_call import ToolCall
 PREFILL_PIECE = 512  # tokens prefilled between two reports of progress
 _END_PIECES = ("<eos>", "<turn|>", "<end_of_turn>", "<|tool_response>")  # end a reply in any Gemma that has them
 
+Need = Literal["reasoning", "tool", "answer"]  # what a message needs first
 FinishReason = Literal["stop", "length", "context", "interrupted"]
 Sound = tuple[int, np.ndarray]  # position in the prompt, soft tokens: float32 [n, hidden_size]
 Progress = Callable[[int, int], None]  # called with (prompt tokens done, prompt tokens)
@@ -40,6 +41,7 @@ class StreamTokenizer(ChatTokenizer, Protocol):
     vocab_size: int
 
     def pieces(self) -> list[bytes]: ...
+    def token_bytes(self, index: int) -> bytes: ...
     def encode(self, text: str, bos: bool = False) -> list[int]: ...
     def detokenizer(self) -> Detokenizer: ...
 
@@ -54,11 +56,13 @@ class Timings:
     decode_s: float = 0.0
     decode_tokens: int = 0  # tokens chosen in `decode_s`: all with beams, else all but the first; with the stop token
     ttft_s: float = 0.0  # from the start to the first token
+    asked_s: float = 0.0  # before the prefill: the model was asked what the message needs (need.py); in `ttft_s` too
+    asked_tokens: int = 0  # tokens run for that; what the prompt shares with them is in `reused_tokens`
 
 
 @dataclass
 class Result:
-    """A finished reply. tokens: the chosen ids, without the stop token. text: the answer, without the reasoning."""
+    """A finished reply. tokens: the ids of it, without the stop token. text: the answer, without the reasoning."""
 
     finish_reason: FinishReason
     text: str = ""
@@ -66,6 +70,7 @@ class Result:
     tool_calls: tuple[ToolCall, ...] = ()
     tokens: list[int] = field(default_factory=list)
     timings: Timings = field(default_factory=Timings)
+    need: Need | None = None  # what the model said that the message needs; None: it was not asked
 
 
 class Generation:
@@ -144,7 +149,7 @@ class Generation:
             for token in self._tokens(logits):
                 now = time.perf_counter()
                 if not result.tokens:
-                    timings.ttft_s = now - start
+                    timings.ttft_s = timings.asked_s + now - start
                 if result.tokens or self._searches:
                     timings.decode_s += now - clock
                     timings.decode_tokens += 1
@@ -177,26 +182,13 @@ class Generation:
 
         They are empty if the reply is stopped before the prompt's end.
         """
-        session, prompt, timings = self._session, self._prompt, self.result.timings
-        keep = min(shared(session, prompt, self._sounds, self._held), len(prompt) - 1)  # the last is run for its logits
-        session.rewind(keep)
-        self._held[:] = self._sounds
-        keep += session.recall(prompt[keep:-1], self._sounds)
+        prompt, timings = self._prompt, self.result.timings
+        keep, logits = prefill(
+            self._session, prompt, self._sounds, self._held, stopping=self._stopping, progress=self._progress
+        )
         timings.reused_tokens, timings.prefill_tokens = keep, len(prompt) - keep
-        logits = np.empty(0, np.float32)
-        for start, part in parts(prompt, self._sounds, keep):
-            if self._stopping.is_set():
-                return logits
-            if self._progress:
-                self._progress(start, len(prompt))
-            if isinstance(part, list):
-                logits = session.prefill(part)
-            else:
-                session.prefill_soft(part, logits=False)
-        if self._progress:
-            self._progress(len(prompt), len(prompt))
-        if self._mark:
-            session.mark()
+        if self._mark and len(logits):
+            self._session.mark()
         return logits
 
     def _tokens(self, logits: np.ndarray) -> Iterator[int]:
@@ -251,6 +243,39 @@ class Generation:
                     self.result.tool_calls += (piece.call,)
                 shown.append(piece)
         return shown
+
+
+def prefill(
+    session: Timeline,
+    ids: Sequence[int],
+    sounds: Sequence[Sound],
+    held: list[Sound],
+    *,
+    stopping: threading.Event,
+    progress: Progress | None = None,
+) -> tuple[int, np.ndarray]:
+    """Bring a session to the end of a prompt: it keeps what it shares with the prompt, and runs the rest.
+
+    sounds: the prompt's soft tokens. held: the session's, updated. Returns how many tokens were known, and the last
+    logits: float32 [vocab_size], none if `stopping` is set before the end.
+    """
+    keep = min(shared(session, ids, sounds, held), len(ids) - 1)  # the last is run for its logits
+    session.rewind(keep)
+    held[:] = sounds
+    keep += session.recall(ids[keep:-1], sounds)
+    logits = nothing = np.empty(0, np.float32)
+    for start, part in parts(ids, sounds, keep):
+        if stopping.is_set():
+            return keep, nothing
+        if progress:
+            progress(start, len(ids))
+        if isinstance(part, list):
+            logits = session.prefill(part)
+        else:
+            session.prefill_soft(part, logits=False)
+    if progress:
+        progress(len(ids), len(ids))
+    return keep, logits
 
 
 def shared(session: Timeline, ids: Sequence[int], sounds: Sequence[Sound], held: Sequence[Sound]) -> int:

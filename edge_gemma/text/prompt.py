@@ -16,6 +16,7 @@ from edge_gemma.text.tool_call import ToolCall
 from edge_gemma.text.tool_declaration import Tool, declared
 
 THINKING = "enable_thinking"  # the template's variable
+THOUGHT = "thought\n"  # the name of the channel that thoughts are in, after <|channel>
 
 
 class ChatTokenizer(Protocol):
@@ -69,11 +70,21 @@ class ChatFormat:
         """Whether the template uses a variable."""
         return variable in self._template.variables
 
-    def check(self, tools: Sequence[Any] | None, think: bool) -> None:
-        """Raises UsageError for tools or think if the template has no place for them."""
+    @property
+    def marks(self) -> int:
+        """The most tokens that a thought has beside its own: those that open it and close it."""
+        return len(self._tokenizer.encode_prompt(f"<|channel>{THOUGHT}\n<channel|>"))
+
+    def check(self, tools: Sequence[Any] | None, think: bool, *, cut: bool = False) -> None:
+        """Raises UsageError for tools or think if the template has no place for them.
+
+        cut: thoughts are left out or cut, which takes Gemma 4's marks of a thought; an error too without them.
+        """
         for given, variable, what in ((tools, "tools", "tools"), (think, THINKING, "thinking")):
             if given and not self.takes(variable):
                 raise UsageError(f"this model's chat template has no {what}: leave that out, or take another model")
+        if cut and not {"<|channel>", "<channel|>"} <= self._tokenizer.special_tokens.keys():
+            raise UsageError("this model's thoughts cannot be cut, expected Gemma 4's <|channel>: leave the limit out")
 
     def render(self, messages: Sequence[Message], *, tools: Sequence[Tool] | None = None, think: bool = False) -> str:
         """The prompt as text. It ends where the reply begins; the user's text is marked by `Tokenizer.guard`.
@@ -144,6 +155,25 @@ class ChatFormat:
                 sounds.append((len(expanded) + 1, clip))
                 expanded += [opening, *[placeholder] * len(clip), closing]
         return Prompt(expanded, tuple(sounds))
+
+    def without_thought(self, prompt: Prompt, messages: Sequence[Message], tools: Sequence[Tool] | None) -> Prompt:
+        """A prompt that was rendered with think, with the end that the template gives it without.
+
+        Its beginning stays, and with it all that a session holds. messages: those of its last turn are enough. The
+        templates of Gemma 4 E2B and E4B end it before a thought, the larger models' with an empty one.
+        """
+        opened, _ = self._last_thought(prompt.ids)
+        _, empty = self._last_thought(self.prompt_ids(messages, tools=tools))
+        return replace(prompt, ids=[*opened, *empty])
+
+    def _last_thought(self, ids: list[int]) -> tuple[list[int], list[int]]:
+        """A prompt without the thought that it ends in or with, if that has no words, and its tokens."""
+        special = self._tokenizer.special_tokens
+        header = self._tokenizer.encode_prompt(f"<|channel>{THOUGHT}")
+        for end in (header, [*header, special.get("<channel|>", -1)]):
+            if ids[-len(end) :] == end:
+                return ids[: -len(end)], end
+        return ids, []
 
     def _guarded_message(self, message: Message) -> dict[str, Any]:
         entry = message.as_dict()

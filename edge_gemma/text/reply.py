@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from edge_gemma.text.prompt import ChatTokenizer
+from edge_gemma.text.prompt import THOUGHT, ChatTokenizer
 from edge_gemma.text.tool_call import QUOTE, ToolCall, call_text, parse_call
 
 
@@ -26,9 +26,6 @@ class Piece:
     text: str
     call: ToolCall | None = None
     malformed: bool = False
-
-
-_HEADER = "thought\n"
 
 
 @dataclass
@@ -85,13 +82,13 @@ class ReplyParser:
             return [Piece("answer", text)]
         if self._header is not None:
             self._header += text
-            if _HEADER.startswith(self._header):
+            if THOUGHT.startswith(self._header):
                 return []
-            text, self._header = self._header.removeprefix(_HEADER), None
+            text, self._header = self._header.removeprefix(THOUGHT), None
         return [Piece("reasoning", text)] if text else []
 
     def _end_reasoning(self) -> list[Piece]:
-        rest = (self._header or "").removeprefix(_HEADER.strip()).strip()
+        rest = (self._header or "").removeprefix(THOUGHT.strip()).strip()
         self._thinking, self._header = False, None
         return [Piece("reasoning", rest)] if rest else []
 

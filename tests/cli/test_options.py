@@ -25,6 +25,10 @@ from tests.tiny import write_checkpoint
 REFUSED = [
     ("run --raw --system x hi", "--system means nothing beside --raw"),
     ("run --raw --think hi", "--think means nothing beside --raw"),
+    ("run --raw --think auto hi", "--think means nothing beside --raw"),
+    ("run --raw --think-budget 5 hi", "--think-budget means nothing beside --raw"),
+    ("run --think-budget 5 hi", "--think-budget means nothing without --think"),
+    ("chat --think-budget 5", "--think-budget means nothing without --think"),
     ("run --raw --show-thinking hi", "--show-thinking means nothing beside --raw"),
     ("run --backend onnx --memory-limit 5 hi", "--memory-limit means nothing beside --backend"),
     ("run --json-schema {} --regex a hi", "--regex means nothing beside --json-schema"),
