@@ -294,7 +294,7 @@ class Continuation(Conversation):
             if not prompt or len(prompt) + min(LEAST_ROOM, context // 4) > context:
                 raise ContextFullError(
                     f"the text has {len(prompt)} tokens, the context holds {context} with what follows: "
-                    "shorten it or use a larger --context"
+                    "shorten it or give the model a larger context"
                 )
         else:
             prompt, asked = self._ids, []

@@ -335,7 +335,7 @@ def check_ids(ids: Sequence[int], vocab_size: int, position: int, context: int) 
     if position + len(ids) > context:
         raise ContextFullError(
             f"{len(ids)} tokens do not fit: {position} of {context} are used; "
-            "shorten the text or use a larger --context"
+            "shorten the text or give the model a larger context"
         )
     return ids
 

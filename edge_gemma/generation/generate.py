@@ -114,7 +114,7 @@ class Generation:
         if len(prompt_ids) > session.context:
             raise ContextFullError(
                 f"the prompt has {len(prompt_ids)} tokens, the context holds {session.context}: "
-                "shorten it or use a larger --context"
+                "shorten it or give the model a larger context"
             )
         self.result = result or Result("interrupted")
         self._stopping = stopping or threading.Event()

@@ -48,7 +48,7 @@ def fitting(
     if len(prompt) + min(reserve, LEAST_ROOM) > context:
         raise ContextFullError(
             f"this message makes a prompt of {len(prompt)} tokens, the context holds {context} with the answer: "
-            "shorten it or use a larger --context"
+            "shorten it or give the model a larger context"
         )
     return starts[at], prompt
 
