@@ -81,24 +81,13 @@ class Listener:
 
         Raises UsageError for a model that was not made for speech, and for arguments that mean nothing together.
         """
-        require("ask", ask, isinstance(ask, bool), "True or False")
-        require("by_text", by_text, isinstance(by_text, bool), "True or False")
         self.task, self._rules, self._note = task or Task(), rules, note
-        if ask and self.task != Task():
-            raise UsageError("language and translate_to mean nothing beside ask: say it in system, or leave them out")
-        if system is not None and not ask:
-            raise UsageError("system means nothing without ask: leave it out")
         assistant = chat if isinstance(chat, Assistant) else None
-        if isinstance(chat, Assistant):
-            chat = chat.chat
+        chat = chat.chat if isinstance(chat, Assistant) else chat
         good = chat is None or (isinstance(chat, Chat) and chat.belongs_to(engine))
         require("chat", chat, good, "a Chat of this engine: engine.chat() makes one")
-        if chat is not None and (ask or self.task != Task() or num_beams is not None):
-            raise UsageError("ask, language, translate_to and num_beams mean nothing beside chat: leave them out")
-        if speaker is not None and not (ask or chat):
-            raise UsageError("nothing is said aloud without ask or chat: leave it out")
-        if by_text and not (ask or chat):
-            raise UsageError("by_text means nothing without ask or chat: leave it out")
+        own = {"ask": ask, "num_beams": num_beams is not None, "language or translate_to": self.task != Task()}
+        _refuse_what_means_nothing(own, chat=chat is not None, system=system, speaker=speaker, by_text=by_text)
         self._detector = detector or (lambda: open_detector(note))
         self._encoder = engine.audio
         if ask:
@@ -175,6 +164,24 @@ class Listener:
             self._quiet = True
             self._note(f"the sound is very quiet, {loudest:.0f} dB of full scale at its loudest: speak closer")
         return quiet
+
+
+def _refuse_what_means_nothing(
+    own: dict[str, bool], *, chat: bool, system: str | None, speaker: Speaking | None, by_text: bool
+) -> None:
+    """own: arguments that a chat of the caller's takes the place of, and whether they are given."""
+    ask = own["ask"]
+    require("ask", ask, isinstance(ask, bool), "True or False")
+    require("by_text", by_text, isinstance(by_text, bool), "True or False")
+    if ask and own["language or translate_to"]:
+        raise UsageError("language and translate_to mean nothing beside ask: say it in system, or leave them out")
+    if chat and any(own.values()):
+        raise UsageError("ask, language, translate_to and num_beams mean nothing beside chat: leave them out")
+    if system is not None and not ask:
+        raise UsageError("system means nothing without ask: leave it out")
+    for name, given in (("speaker", speaker is not None), ("by_text", by_text)):
+        if given and not (ask or chat):
+            raise UsageError(f"{name} means nothing without ask or chat: leave it out")
 
 
 def listen(

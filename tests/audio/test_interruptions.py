@@ -161,7 +161,10 @@ def test_by_text_an_utterance_without_a_pause_is_one_message():
 
 
 def test_by_text_means_nothing_where_nobody_answers():
-    for options, told in (({"by_text": True}, "by_text means nothing"), ({"speaker": FakeSpeaker()}, "said aloud")):
+    for options, told in (
+        ({"by_text": True}, "by_text means nothing"),
+        ({"speaker": FakeSpeaker()}, "speaker means nothing without ask or chat"),
+    ):
         with pytest.raises(UsageError, match=told):
             Listener(SpeechEngine(), detector=LevelDetector, **options)
 
