@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from edge_gemma.arguments import require, shown
 from edge_gemma.errors import UsageError
+from edge_gemma.generation.schema import plainer
 from edge_gemma.text.tool_grammar import pattern_of, target
 
 if TYPE_CHECKING:
@@ -39,14 +40,15 @@ class Constraint:
     def json(cls, schema: Mapping[str, Any] | bool | str) -> "Constraint":
         """A JSON value that fits a JSON Schema, given as it is or as text; written in one line, as json.dumps does.
 
-        Properties come in the schema's order. Keywords that cannot be kept (`not`, `uniqueItems`) are refused.
+        Properties come in the schema's order. Keywords that cannot be kept (`not`, `uniqueItems`) are refused;
+        `oneOf` is kept where its alternatives exclude one another. A `format` that is not known checks nothing.
         """
         from llguidance import LLMatcher
 
         given = schema
         try:
             schema = json.loads(schema) if isinstance(schema, str) else schema
-            text = json.dumps(schema)
+            text = json.dumps(plainer(schema) if isinstance(schema, dict) else schema)
         except (ValueError, TypeError, RecursionError) as error:
             raise UsageError(f"the JSON schema cannot be read ({error}): {shown(given)}") from None
         require("the JSON schema", schema, isinstance(schema, dict | bool), "an object, or true")
