@@ -4,12 +4,14 @@ Owns: which grammar holds at which place of a reply. Does not know: how a gramma
 is chosen.
 """
 
+import contextlib
 from collections.abc import Collection, Mapping, Sequence
 from copy import copy
 from typing import Any
 
 import numpy as np
 
+from edge_gemma.errors import EdgeGemmaError
 from edge_gemma.generation.constraint import Constraint
 from edge_gemma.generation.matcher import Matcher, Vocabulary
 from edge_gemma.text.tool_declaration import declared
@@ -19,7 +21,8 @@ from edge_gemma.text.tool_grammar import call_grammar
 class Bounds:
     """Follows one reply. `allowed` before a token is chosen, `accept` after it, `forced` for what must follow.
 
-    Without a constraint and without tools all is free, and nothing is computed.
+    Without a constraint and without tools all is free, and nothing is computed. A call that cannot be followed any
+    further is free from there on: whoever reads it decides.
     """
 
     def __init__(
@@ -43,6 +46,8 @@ class Bounds:
         self._vocabulary, self._calls, self._stops = vocabulary, calls, np.array(sorted(stop_ids), np.int64)
         self._answer = None if answer is None else Matcher(vocabulary, answer.grammar)
         self._call: Matcher | None = None
+        self._close_call = special.get("<tool_call|>", -1)
+        self._free_call = False  # in a call that is not followed
         marks = [index for index in prompt_ids if index in (self._open, self._close)] if self._answer else []
         self._thinking = marks[-1:] == [self._open]
         self._may_think = thinks and self._open >= 0
@@ -57,8 +62,11 @@ class Bounds:
     def allowed(self) -> np.ndarray | None:
         """The ids that may come next, int64 [n], lowest first; None: all of them."""
         if self._call is not None:
-            return np.flatnonzero(self._call.allowed())
-        if self._answer is None:
+            with contextlib.suppress(EdgeGemmaError):
+                if len(allowed := np.flatnonzero(self._call.allowed())):
+                    return allowed
+            self._call, self._free_call = None, True
+        if self._answer is None or self._free_call:
             return None
         if self._thinking:
             bits, ends = np.ones(self._vocabulary.vocab_size, np.bool_), False
@@ -75,9 +83,9 @@ class Bounds:
         """Go on by a token. Raises EdgeGemmaError for one that is not allowed."""
         self.taken += 1
         if self._call is not None:
-            self._call.accept(token)
-            if self._call.complete:
-                self._call, self._called = None, True
+            self._accept_in_call(self._call, token)
+        elif self._free_call:
+            self._free_call, self._called = token != self._close_call, True
         elif token == self._open_call and (self._answer is None or self._thinking or not self._begun):
             self._call = Matcher(self._vocabulary, str(self._calls))
         elif self._answer is None or token in self._stops:
@@ -89,6 +97,14 @@ class Bounds:
         else:
             self._answer.accept(token)
             self._begun = True
+
+    def _accept_in_call(self, call: Matcher, token: int) -> None:
+        try:
+            call.accept(token)
+        except EdgeGemmaError:
+            self._free_call = token != self._close_call
+        if self._free_call or call.complete or token == self._close_call:
+            self._call, self._called = None, True
 
     def forced(self) -> list[int]:
         """The tokens that must come next; accepts them."""
@@ -108,7 +124,7 @@ class Bounds:
         return other
 
     def _answer_is_next(self) -> bool:
-        return self._call is None and not self._thinking
+        return self._call is None and not self._free_call and not self._thinking
 
     def _openings(self) -> list[int]:
         """What may begin instead of the answer: a thought, a tool call."""
@@ -119,6 +135,6 @@ class Bounds:
     def _next_forced(self) -> list[int]:
         if self._call is not None:
             return self._call.forced()
-        if self._answer is None or self._thinking or self._openings():
+        if self._answer is None or self._free_call or self._thinking or self._openings():
             return []
         return self._answer.forced()
