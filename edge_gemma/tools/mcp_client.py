@@ -16,7 +16,7 @@ from typing import Any, TextIO
 
 from edge_gemma.errors import UsageError
 from edge_gemma.host.extras import imported
-from edge_gemma.tools.function import TIMEOUT_S, RunnableTool
+from edge_gemma.tools.function import TIMEOUT_S, RunnableTool, told
 
 _CONNECT_S = 30.0
 _CLOSE_S = 5.0
@@ -57,7 +57,7 @@ class _Connection:
         except TooLate:
             raise UsageError(f"the MCP server {self._name} does not answer within {_CONNECT_S:g} seconds") from None
         except (Exception, CancelledError) as error:
-            raise UsageError(f"the MCP server {self._name} cannot be used: {_told(error)}") from None
+            raise UsageError(f"the MCP server {self._name} cannot be used: {told(error)}") from None
 
     def close(self) -> None:
         if self._thread.is_alive():
@@ -104,7 +104,7 @@ class _Connection:
             result = asked.result(TIMEOUT_S + 1)
         except (Exception, CancelledError) as error:
             asked.cancel()
-            raise UsageError(f"the MCP server {self._name} did not answer: {_told(error)}") from None
+            raise UsageError(f"the MCP server {self._name} did not answer: {told(error)}") from None
         text = _text(result)
         return f"error: {text}" if result.is_error else text
 
@@ -144,10 +144,3 @@ def _text(result: Any) -> str:
     """A result's texts, or what else it holds."""
     parts = [part.text if getattr(part, "text", None) is not None else f"({part.type})" for part in result.content]
     return "\n".join(parts) or "ok"
-
-
-def _told(error: BaseException) -> str:
-    """What an error says, the first one of a group."""
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    return " ".join(str(error).split()) or type(error).__name__
