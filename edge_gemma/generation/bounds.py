@@ -75,7 +75,7 @@ class Bounds:
             bits = self._answer.allowed()
             ends = self._answer.accepting or (self._called and not self._begun)
             bits[self._openings()] = True
-        if ends:
+        if ends or not bits.any():  # a grammar may name a token that ends the reply
             bits[self._stops] = True
         return np.flatnonzero(bits)
 
@@ -137,4 +137,5 @@ class Bounds:
             return self._call.forced()
         if self._answer is None or self._free_call or self._thinking or self._openings():
             return []
-        return self._answer.forced()
+        forced = self._answer.forced()
+        return forced[: next((at for at, token in enumerate(forced) if token in self._stops), None)]

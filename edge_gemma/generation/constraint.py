@@ -40,7 +40,7 @@ class Constraint:
         given = schema
         try:
             schema = json.loads(schema) if isinstance(schema, str) else schema
-            text = json.dumps(schema)
+            text = json.dumps(schema, allow_nan=False)
         except (ValueError, TypeError, RecursionError) as error:
             raise UsageError(f"the JSON schema cannot be read ({error}): {shown(given)}") from None
         require("the JSON schema", schema, isinstance(schema, dict | bool), "an object, or true")
