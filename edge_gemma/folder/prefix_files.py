@@ -13,7 +13,7 @@ import logging
 import os
 import time
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,14 +44,9 @@ class PrefixFile:
 
     def rows(self, names: Iterable[str]) -> dict[str, np.ndarray]:
         """Tensors, each [n, ...]. Raises LostFileError if one is not what was written."""
-        from safetensors import SafetensorError, safe_open
-
-        try:
-            with safe_open(str(self.path), "np") as file:
-                checksums = file.metadata() or {}
-                found = {name: file.get_tensor(name) for name in names}
-        except (OSError, SafetensorError, ValueError) as error:
-            raise LostFileError(f"{self.path}: {error}") from None
+        with _reading(self.path) as file:
+            checksums = file.metadata() or {}
+            found = {name: file.get_tensor(name) for name in names}
         if any(checksums.get(name) != _checksum(rows) or len(rows) != len(self.tokens) for name, rows in found.items()):
             raise LostFileError(f"{self.path} is damaged")
         return found
@@ -92,6 +87,8 @@ class PrefixFiles:
         self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         path = self.folder / f"{prefix.hex()}-{metadata[_TOKENS]}{SUFFIX}"
         self._make_room(len(data))
+        if path.is_symlink() or (path.exists() and not path.is_file()):
+            path.unlink()  # it would be written to what it names, or a pipe would be waited for
         write_file(path, data)
         with contextlib.suppress(OSError):
             path.chmod(0o600)
@@ -128,20 +125,29 @@ class PrefixFiles:
 
 def _opened(path: Path) -> PrefixFile:
     """Raises LostFileError for what is no prefix file."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(str(path), "np") as file:
-            metadata: dict[str, Any] = file.metadata() or {}
-            tokens = file.get_tensor(_TOKENS) if metadata.get("format") == FORMAT else None
-            prefix = bytes.fromhex(metadata.get("prefix", ""))
-    except (OSError, SafetensorError, ValueError) as error:
-        raise LostFileError(f"{path}: {error}") from None
+    with _reading(path) as file:
+        metadata: dict[str, Any] = file.metadata() or {}
+        tokens = file.get_tensor(_TOKENS) if metadata.get("format") == FORMAT else None
+        prefix = bytes.fromhex(metadata.get("prefix", ""))
     if tokens is None or tokens.dtype != np.int64 or tokens.ndim != 1 or not len(tokens):
         raise LostFileError(f"{path} is no prefix file")
     if metadata.get(_TOKENS) != _checksum(tokens):
         raise LostFileError(f"{path} is damaged")
     return PrefixFile(path, prefix, tokens)
+
+
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[Any]:
+    """The container of a regular file: a pipe would be waited for. Raises LostFileError, also for what goes wrong."""
+    from safetensors import SafetensorError, safe_open
+
+    if not path.is_file():
+        raise LostFileError(f"{path} is no file")
+    try:
+        with safe_open(str(path), "np") as file:
+            yield file
+    except (OSError, SafetensorError, ValueError) as error:
+        raise LostFileError(f"{path}: {error}") from None
 
 
 def _checksum(tensor: np.ndarray) -> str:

@@ -4,12 +4,14 @@ Owns: which grammar holds at which place of a reply, and where a thought is cut.
 followed (matcher.py), how a token is chosen, whether a message needs a thought (need.py).
 """
 
+import contextlib
 from collections.abc import Collection, Mapping, Sequence
 from copy import copy
 from typing import Any
 
 import numpy as np
 
+from edge_gemma.errors import EdgeGemmaError
 from edge_gemma.generation.constraint import Constraint
 from edge_gemma.generation.matcher import Matcher, Vocabulary
 from edge_gemma.text.prompt import THOUGHT
@@ -20,7 +22,8 @@ from edge_gemma.text.tool_grammar import call_grammar
 class Bounds:
     """Follows one reply. `allowed` before a token is chosen, `accept` after it, `forced` for what must follow.
 
-    Without a constraint, tools and a limit of thought all is free, and nothing is computed.
+    Without a constraint, tools and a limit of thought all is free, and nothing is computed. A call that cannot be
+    followed any further is free from there on: whoever reads it decides.
     """
 
     def __init__(
@@ -47,6 +50,8 @@ class Bounds:
         self._vocabulary, self._calls, self._stops = vocabulary, calls, np.array(sorted(stop_ids), np.int64)
         self._answer = None if answer is None else Matcher(vocabulary, answer.grammar)
         self._call: Matcher | None = None
+        self._close_call = special.get("<tool_call|>", -1)
+        self._free_call = False  # in a call that is not followed
         self._most = most_thought if min(self._open, self._close) >= 0 else None
         self._thoughts = self._open >= 0 and (self._answer is not None or self._most is not None)  # they are followed
         marks = [index for index in prompt_ids if index in (self._open, self._close)] if self._thoughts else []
@@ -69,18 +74,22 @@ class Bounds:
         if self._due:
             return np.array(self._due[:1], np.int64)
         if self._call is not None:
-            return np.flatnonzero(self._call.allowed())
+            with contextlib.suppress(EdgeGemmaError):
+                if len(allowed := np.flatnonzero(self._call.allowed())):
+                    return allowed
+            self._call, self._free_call = None, True
         answers_at_once = self._most == 0 and self.taken == 0
-        if self._answer is None and not (self._thinking or self._owes or answers_at_once):
+        if self._free_call or (self._answer is None and not (self._thinking or self._owes or answers_at_once)):
             return None
         if self._answer is None or self._thinking:
             bits = np.ones(self._vocabulary.vocab_size, np.bool_)
-            ends = self._called or not (self._thinking or self._owes)  # else an answer has to follow
+            bits[self._stops] = self._called or not (self._thinking or self._owes)  # else an answer has to follow
         else:
             bits = self._answer.allowed()
             ends = self._answer.accepting or (self._called and not self._begun)
             bits[self._openings()] = True
-        bits[self._stops] = ends
+            if ends or not bits.any():  # a grammar may name a token that ends the reply
+                bits[self._stops] = True
         if self._owes or answers_at_once:
             bits[[self._open, self._close]] = False
         return np.flatnonzero(bits)
@@ -90,9 +99,9 @@ class Bounds:
         self.taken += 1
         self._owes = False
         if self._call is not None:
-            self._call.accept(token)
-            if self._call.complete:
-                self._call, self._called = None, True
+            self._accept_in_call(self._call, token)
+        elif self._free_call:
+            self._free_call, self._called = token != self._close_call, True
         elif token == self._open_call and (self._answer is None or self._thinking or not self._begun):
             self._call = Matcher(self._vocabulary, str(self._calls))
         elif token in self._stops:
@@ -104,6 +113,14 @@ class Bounds:
         elif self._answer is not None:
             self._answer.accept(token)
             self._begun = True
+
+    def _accept_in_call(self, call: Matcher, token: int) -> None:
+        try:
+            call.accept(token)
+        except EdgeGemmaError:
+            self._free_call = token != self._close_call
+        if self._free_call or call.complete or token == self._close_call:
+            self._call, self._called = None, True
 
     def forced(self) -> list[int]:
         """The tokens that must come next; accepts them."""
@@ -147,7 +164,7 @@ class Bounds:
             self._due += (*(() if line_ends else self._vocabulary.encode("\n")), self._close)
 
     def _answer_is_next(self) -> bool:
-        return self._call is None and not self._thinking
+        return self._call is None and not self._free_call and not self._thinking
 
     def _openings(self) -> list[int]:
         """What may begin instead of the answer: a thought, a tool call."""
@@ -160,6 +177,7 @@ class Bounds:
             return list(self._due)
         if self._call is not None:
             return self._call.forced()
-        if self._answer is None or self._thinking or self._openings():
+        if self._answer is None or self._free_call or self._thinking or self._openings():
             return []
-        return self._answer.forced()
+        forced = self._answer.forced()
+        return forced[: next((at for at, token in enumerate(forced) if token in self._stops), None)]

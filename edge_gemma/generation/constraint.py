@@ -5,25 +5,19 @@ where in a reply the answer stands (bounds.py).
 """
 
 import json
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 from edge_gemma.arguments import require, shown
 from edge_gemma.errors import UsageError
 from edge_gemma.generation.schema import plainer
+from edge_gemma.text.grammar_check import problem_of
 from edge_gemma.text.tool_grammar import pattern_of, target
-
-if TYPE_CHECKING:
-    from llguidance import LLParserLimits
 
 _LONGEST = 1_000_000  # characters of a description
 # JSON as Python's json.dumps writes it. With free white space nothing would be certain, and it need not end.
 _JSON: dict[str, Any] = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
-_LOOK_AHEAD = 200  # bytes that are certain at its beginning
-_REASON = re.compile(r"error: (.+)")
-_PLACE = re.compile(r"^at \d+\(\d+\): ")
 
 
 @dataclass(frozen=True)
@@ -48,7 +42,7 @@ class Constraint:
         given = schema
         try:
             schema = json.loads(schema) if isinstance(schema, str) else schema
-            text = json.dumps(plainer(schema) if isinstance(schema, dict) else schema)
+            text = json.dumps(plainer(schema) if isinstance(schema, dict) else schema, allow_nan=False)
         except (ValueError, TypeError, RecursionError) as error:
             raise UsageError(f"the JSON schema cannot be read ({error}): {shown(given)}") from None
         require("the JSON schema", schema, isinstance(schema, dict | bool), "an object, or true")
@@ -93,42 +87,10 @@ class Constraint:
         return f"Constraint({shown(self.grammar)})"
 
 
-def limits() -> "LLParserLimits":
-    """What a constraint may take: 0.1 s of preparing, 50 ms and some 40 MB in a step."""
-    from llguidance import LLParserLimits
-
-    return LLParserLimits(
-        initial_lexer_fuel=100_000, step_lexer_fuel=200_000, max_lexer_states=20_000, verbose_errors=False
-    )
-
-
-def reason_of(error: str) -> str:
-    """llguidance's error, in a line."""
-    found = _REASON.search(error)
-    line = found[1] if found else _PLACE.sub("", error.strip()).split("\n")[0]
-    return line.removesuffix("; no error message") or "it is not possible"
-
-
 def _checked(what: str, grammar: str) -> str:
     """A grammar that has a first step. Raises UsageError."""
-    from llguidance import LLMatcher, LLTokenizer
-
-    matcher = LLMatcher(LLTokenizer("byte"), grammar, log_level=0, limits=limits())
-    error = matcher.get_error()
-    if not error and not matcher.is_accepting():
-        try:
-            matcher.compute_bitmask()
-            matcher.consume_tokens(matcher.compute_ff_tokens()[:_LOOK_AHEAD])
-        except ValueError as failure:
-            error = str(failure)
-        else:
-            error = matcher.get_error() or (
-                "nothing fits it" if matcher.is_stopped() and not matcher.is_accepting() else ""
-            )
-    if error.startswith("NoExtension"):
-        error = "nothing fits it"
-    if error:
-        raise UsageError(f"{what} cannot be kept: {reason_of(error)}")
+    if problem := problem_of(grammar):
+        raise UsageError(f"{what} cannot be kept: {problem}")
     return grammar
 
 

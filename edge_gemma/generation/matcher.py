@@ -11,7 +11,7 @@ from weakref import WeakKeyDictionary, ref
 import numpy as np
 
 from edge_gemma.errors import EdgeGemmaError, UsageError
-from edge_gemma.generation.constraint import limits, reason_of
+from edge_gemma.text.grammar_check import limits, reason_of
 
 if TYPE_CHECKING:
     from llguidance import LLTokenizer

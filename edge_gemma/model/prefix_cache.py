@@ -73,6 +73,7 @@ class PrefixCache:
         self._writer: ThreadPoolExecutor | None = None
         self._written: set[tuple[bytes, int]] = set()
         self._read_files = files is None
+        self._told = False  # that something was not written
 
     def restore(self, cache: KVCache, tokens: np.ndarray) -> int:
         """Fill a cache, which holds the beginning of `tokens`, with what is known of the rest.
@@ -155,7 +156,10 @@ class PrefixCache:
         try:
             file = self._files.write(run.prefix, run.tokens[:n], {name: part[:n] for name, part in rows.items()})
         except OSError as error:
-            log.warning("a prefix is not kept for the next start: %s", error)
+            log.log(
+                logging.DEBUG if self._told else logging.WARNING, "a prefix is not kept for the next start: %s", error
+            )
+            self._told = True
             return
         with self._lock:
             if n == len(run.tokens) and run in self._runs.get(run.prefix, ()):  # not forgotten meanwhile

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from edge_gemma.text.loose_call import loose_calls
 from edge_gemma.text.prompt import THOUGHT, ChatTokenizer
 from edge_gemma.text.tool_call import QUOTE, ToolCall, call_text, parse_call
 
@@ -18,8 +19,9 @@ from edge_gemma.text.tool_call import QUOTE, ToolCall, call_text, parse_call
 class Piece:
     """A part of a reply. Pieces come in the order in which the model wrote them.
 
-    A tool call that cannot be parsed is answer text with `malformed` set. A notice does not come from the model: it
-    tells the user what was done, for example that old turns were left out.
+    A tool call that cannot be read is answer text with `malformed` set; several that the model put in one are a piece
+    each. A notice does not come from the model: it tells the user what was done, for example that old turns were left
+    out.
     """
 
     kind: Literal["answer", "reasoning", "tool_call", "notice"]
@@ -60,7 +62,7 @@ class ReplyParser:
         elif token == self._open_call and self._call is None:
             self._call = []
         elif token == self._close_call and self._call is not None:
-            pieces.append(self._end_call("<tool_call|>"))
+            pieces += self._end_call("<tool_call|>")
         elif token == self._quote and self._call is not None:
             self._call.append(QUOTE)
         return pieces
@@ -69,7 +71,7 @@ class ReplyParser:
         """Returns the last pieces, when the reply ends. text: what the detokeniser still held."""
         pieces = self._text(text)
         if self._call is not None:
-            pieces.append(self._end_call(""))
+            pieces += self._end_call("")
         return pieces + self._end_reasoning()
 
     def _text(self, text: str) -> list[Piece]:
@@ -92,8 +94,10 @@ class ReplyParser:
         self._thinking, self._header = False, None
         return [Piece("reasoning", rest)] if rest else []
 
-    def _end_call(self, closing: str) -> Piece:
+    def _end_call(self, closing: str) -> list[Piece]:
         parts, self._call = self._call or [], None
         if (call := parse_call(parts)) is not None:
-            return Piece("tool_call", call_text(parts), call)
-        return Piece("answer", f"<|tool_call>{call_text(parts)}{closing}", malformed=True)
+            return [Piece("tool_call", call_text(parts), call)]
+        if closing and (calls := loose_calls(parts)):
+            return [Piece("tool_call", text, call) for text, call in calls]
+        return [Piece("answer", f"<|tool_call>{call_text(parts)}{closing}", malformed=True)]

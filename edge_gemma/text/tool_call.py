@@ -2,7 +2,7 @@
 
 Owns: its grammar. Strings stand between `<|"|>` tokens, so they may hold quotes, braces and newlines; keys are bare;
 numbers, true, false and null are JSON's; objects and lists nest. A string in JSON's own quotes is taken too: models
-write those at times. Does not know: replies, templates, tools.
+write those at times. Does not know: replies, templates, tools, other ways to write a call (loose_call.py).
 """
 
 import json
@@ -14,15 +14,15 @@ from typing import Any
 from edge_gemma.arguments import require, shown
 
 QUOTE = object()  # stands for the token <|"|>
-_DEPTH = 64
+DEPTH = 64  # objects and arrays in one another
 CALL_NAME = re.compile(r"[\w.\-/:]+")
 _NAME = re.compile(rf"\s*call:\s*({CALL_NAME.pattern})\s*")
-_KEY = re.compile(r"\s*([^\s:{}\[\],\"][^:{}\[\],\"]*?)\s*:")
+_KEY = re.compile(r"\s*([^\s:{}\[\],\"\0]++(?:\s++[^\s:{}\[\],\"\0]++)*+)\s*+:")
 _NUMBER = re.compile(r"-?(0|[1-9]\d{0,4298})(\.\d+)?([eE][+-]?\d{1,4})?(?![\w.])")
 _STRING = re.compile(r'"(?:[^"\\\n]|\\.)*"')
-_WORDS = {"true": True, "false": False, "null": None, "True": True, "False": False, "None": None}
+WORDS = {"true": True, "false": False, "null": None, "True": True, "False": False, "None": None}
 _WORD = re.compile(r"[A-Za-z]+(?![\w.])")
-_SPACE = re.compile(r"\s*")
+SPACE = re.compile(r"\s*")
 
 
 @dataclass(frozen=True)
@@ -67,17 +67,19 @@ def call_text(parts: Sequence[str | object]) -> str:
 def parse_call(parts: Sequence[str | object]) -> ToolCall | None:
     """The call that texts and QUOTEs stand for, None if they are no call."""
     try:
-        return _Reader(parts).call()
-    except (_Malformed, ValueError):
+        return CallReader(parts).call()
+    except (Malformed, ValueError):
         return None
 
 
-class _Malformed(Exception):
-    pass
+class Malformed(Exception):
+    """The text is no call."""
 
 
-class _Reader:
+class CallReader:
     """Recursive descent over text in which each string between QUOTEs is one opaque character."""
+
+    trailing_comma = False  # whether a list or an object may end with one
 
     def __init__(self, parts: Sequence[str | object]) -> None:
         self.strings: list[str] = []
@@ -96,26 +98,30 @@ class _Reader:
             else:
                 inside.append(str(part))
         if inside is not None:
-            raise _Malformed
+            raise Malformed
         self.text, self.at, self.taken = "".join(bare), 0, 0
 
     def call(self) -> ToolCall:
         name = self.match(_NAME)
         arguments = self.object(0)
-        self.match(_SPACE)
-        if self.at != len(self.text):
-            raise _Malformed
+        self.end()
         return ToolCall(name, arguments)
+
+    def end(self) -> None:
+        """Raises Malformed if there is more than white space left."""
+        self.match(SPACE)
+        if self.at != len(self.text):
+            raise Malformed
 
     def match(self, pattern: re.Pattern[str]) -> str:
         found = pattern.match(self.text, self.at)
         if not found:
-            raise _Malformed
+            raise Malformed
         self.at = found.end()
         return found[1] if pattern.groups == 1 else found[0]
 
     def accept(self, character: str) -> bool:
-        self.match(_SPACE)
+        self.match(SPACE)
         if self.text.startswith(character, self.at):
             self.at += len(character)
             return True
@@ -133,33 +139,41 @@ class _Reader:
         else:
             return self.match(_KEY)
         if not self.accept(":"):
-            raise _Malformed
+            raise Malformed
         return key
 
     def object(self, depth: int) -> dict[str, Any]:
+        if depth > DEPTH or not self.accept("{"):
+            raise Malformed
+        return self.members("}", depth)
+
+    def members(self, closing: str, depth: int) -> dict[str, Any]:
+        """Keys and values, to the closing bracket."""
         result: dict[str, Any] = {}
-        if depth > _DEPTH or not self.accept("{"):
-            raise _Malformed
-        while not self.accept("}"):
-            if result and not self.accept(","):
-                raise _Malformed
+        while self.goes_on(closing, first=not result):
             key = self.key()
             if key in result:
-                raise _Malformed
+                raise Malformed
             result[key] = self.value(depth + 1)
         return result
 
     def array(self, depth: int) -> list[Any]:
         result: list[Any] = []
-        while not self.accept("]"):
-            if result and not self.accept(","):
-                raise _Malformed
+        while self.goes_on("]", first=not result):
             result.append(self.value(depth + 1))
         return result
 
+    def goes_on(self, closing: str, *, first: bool) -> bool:
+        """Whether an entry follows; its comma is passed, and the closing bracket after the last."""
+        if self.accept(closing):
+            return False
+        if not first and not self.accept(","):
+            raise Malformed
+        return first or not self.trailing_comma or not self.accept(closing)
+
     def value(self, depth: int) -> Any:
-        if depth > _DEPTH:
-            raise _Malformed
+        if depth > DEPTH:
+            raise Malformed
         if self.accept("\0"):
             return self.string()
         if self.accept("["):
@@ -171,14 +185,18 @@ class _Reader:
             return json.loads(self.match(_STRING))
         if start.isalpha():
             word = self.match(_WORD)
-            if word not in _WORDS:
-                raise _Malformed
-            return _WORDS[word]
-        found = _NUMBER.match(self.text, self.at)
-        if not found:
-            raise _Malformed
-        self.at = found.end()
-        number = float(found[0]) if found[2] or found[3] else int(found[0])
-        if number in (float("inf"), float("-inf")):
-            raise _Malformed
-        return number
+            if word not in WORDS:
+                raise Malformed
+            return WORDS[word]
+        return number(self.match(_NUMBER))
+
+
+def number(text: str) -> float:
+    """A number as JSON writes it. Raises Malformed."""
+    found = _NUMBER.fullmatch(text)
+    if not found:
+        raise Malformed
+    value = float(text) if found[2] or found[3] else int(text)
+    if value in (float("inf"), float("-inf")):
+        raise Malformed
+    return value

@@ -3,24 +3,29 @@
 Owns: what a parameter's schema allows in the dialect, so that `tool_call.py` reads every call of the grammar. Does not
 know: how a grammar is followed.
 
-Bound are names, types, enums, what is required, numbers' and lengths' limits, nested objects and arrays, `anyOf`,
-`allOf` and `$ref` within the declaration. Keys come in the order in which chat templates write them. Other keywords
-(`pattern`, `format`) are not: whoever runs the tool checks them.
+Bound are names, types, enums, what is required, numbers' and lengths' limits, `pattern`, the common `format`s, nested
+objects and arrays, `anyOf`, `allOf` and `$ref` within the declaration. Keys come in the order in which chat templates
+write them. Other keywords (`uniqueItems`) are not: whoever runs the tool checks them.
 """
 
 import json
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 from edge_gemma.arguments import is_number
+from edge_gemma.text.grammar_check import problem_of
+from edge_gemma.text.string_pattern import LONGEST, characters, limit
 from edge_gemma.text.tool_call import CALL_NAME
 
 _PLAIN_KEY = re.compile(r"\w[\w.\-]*")
 _DEPTH = 12  # objects and arrays in one another
 _LOOSE_DEPTH = 3  # the same, where a parameter's schema says nothing
-_LONGEST = 4096  # characters or entries: a larger limit is none
+_LONG_LIST = 20_000  # characters of an enum: a longer one is too much for llguidance, and binds nothing
+_MOST_SCHEMAS = 2000  # of a declaration
+_CHECKED_MARKS = 1, 2  # any two tokens: llguidance's vocabulary of bytes has few
 _LARGEST = 10**15  # a number whose limits are not declared
 _LIMITS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")
 _LOOSE_TYPES = ("string", "number", "boolean", "null", "array", "object")
@@ -31,18 +36,46 @@ _KEY = "/[A-Za-z_][A-Za-z0-9_]{0,40}/"
 def call_grammar(tools: Sequence[Mapping[str, Any]], special_tokens: Mapping[str, int]) -> str | None:
     """The grammar of one call of any of the tools, as llguidance reads Lark, from after `<|tool_call>` on.
 
-    tools: OpenAI's declarations. None where the vocabulary has no calls, and where no tool can be called.
+    tools: OpenAI's declarations. Of a tool whose declaration llguidance cannot follow, the name and the names of the
+    arguments are bound. None where the vocabulary has no calls, where no tool can be called, and where all of them are
+    too much for llguidance.
     """
-    marks = [special_tokens.get(name) for name in ("<|tool_call>", "<tool_call|>", '<|"|>')]
-    opening, closing, quote = marks
+    opening, closing, quote = (special_tokens.get(name) for name in ("<|tool_call>", "<tool_call|>", '<|"|>'))
     if opening is None or closing is None or quote is None:
         return None
-    rules = _Rules(f"<[{quote}]>")
-    calls = [rules.call(tool["function"]) for tool in tools]
-    some = [call for call in calls if call is not None]
-    if not some:
+    return _grammar_of(json.dumps([tool["function"] for tool in tools]), closing, quote)
+
+
+@lru_cache(maxsize=16)  # each reply asks for it
+def _grammar_of(functions: str, closing: int, quote: int) -> str | None:
+    named = [_followed(function) for function in json.loads(functions)]
+    if problem_of(_grammar(named, *_CHECKED_MARKS) or ""):
         return None
-    return "\n".join([f"start: ({' | '.join(some)}) <[{closing}]>", *rules.lines, ""])
+    return _grammar(named, closing, quote)
+
+
+def _followed(function: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A function as llguidance can follow it: as it is, or with any value for each argument."""
+    try:
+        if not problem_of(_grammar([function], *_CHECKED_MARKS) or 'start: ""'):
+            return function
+    except (_TooLarge, RecursionError):
+        pass
+    parameters = function["parameters"]
+    names, required = parameters.get("properties"), set(_required(parameters))
+    properties: dict[str, Any] = {name: {} for name in names} if isinstance(names, Mapping) else {}
+    return {**function, "parameters": {"properties": properties, "required": [n for n in properties if n in required]}}
+
+
+def _grammar(functions: Sequence[Mapping[str, Any]], closing: int, quote: int) -> str | None:
+    rules = _Rules(f"<[{quote}]>")
+    calls = [rules.call(function) for function in functions]
+    some = [call for call in calls if call is not None]
+    return "\n".join([f"start: ({' | '.join(some)}) <[{closing}]>", *rules.lines, ""]) if some else None
+
+
+class _TooLarge(Exception):
+    """A declaration leads to too many schemas, or on and on to itself."""
 
 
 class _Rules:
@@ -53,22 +86,44 @@ class _Rules:
         self._root: Any = {}
         self._named: dict[tuple[int, int], str | None] = {}  # what a schema at a depth has become; None: not yet
         self._alive: list[Any] = []  # schemas made here, whose ids must not be used again
+        self._terminals: dict[str, str] = {}
+        self._seen = 0  # schemas
         self.lines: list[str] = []
 
     def call(self, function: Mapping[str, Any]) -> str | None:
         """The rule of a tool's call; None for one that cannot be called."""
         name, schema = function["name"], function.get("parameters")
-        self._root = schema if isinstance(schema, Mapping) else {"type": "object", "properties": {}}
+        self._root, self._seen = (schema if isinstance(schema, Mapping) else {}), 0
         if not CALL_NAME.fullmatch(name):
             return None
-        given = {"properties": {}} if not self._root else self._root
-        arguments = self._object(self._merged(given), 0)
-        return None if arguments is None else self._rule(f"{_text(f'call:{name}')} {arguments}")
+        arguments = self._arguments(self._root)
+        return None if arguments is None else self._rule(f"{_text(f'call:{name}')} ({arguments})")
+
+    def _arguments(self, schema: Mapping[str, Any]) -> str | None:
+        """An object, whatever else a tool's schema may allow."""
+        self._count()
+        if isinstance(schema.get("$ref"), str) and isinstance(meant := target(schema["$ref"], self._root), Mapping):
+            return self._arguments(meant)
+        schema = self._merged(schema)
+        if alternatives := self._alternatives(schema):
+            return _any_of(map(self._arguments, alternatives))
+        return self._object(schema if schema else {"properties": {}}, 0)
+
+    def _count(self) -> None:
+        self._seen += 1
+        if self._seen > _MOST_SCHEMAS:
+            raise _TooLarge
 
     def _rule(self, expression: str) -> str:
         name = f"r{len(self.lines)}"
         self.lines.append(f"{name}: {expression}")
         return name
+
+    def _terminal(self, expression: str) -> str:
+        if expression not in self._terminals:
+            self._terminals[expression] = name = f"T{len(self._terminals)}"
+            self.lines.append(f"{name}: {expression}")
+        return self._terminals[expression]
 
     def _value(self, schema: Any, depth: int) -> str | None:
         """The rule of a value; None where it would be nested too deeply."""
@@ -78,6 +133,7 @@ class _Rules:
             schema = {}
         key = (id(schema), depth)
         if key not in self._named:
+            self._count()
             self._alive.append(schema)
             self._named[key] = None
             expression = self._expression(schema, depth)
@@ -91,20 +147,31 @@ class _Rules:
         nullable = ["null"] if schema.get("nullable") is True else []
         if "const" in schema or isinstance(schema.get("enum"), list):
             values = [schema["const"]] if "const" in schema else [v for v in schema["enum"] if _fits(v, schema)]
-            return _any_of([*map(self._literal, values), *map(_text, nullable)])
-        for word in ("anyOf", "oneOf"):
-            if several := schema.get(word):
-                rest = {name: entry for name, entry in schema.items() if name != word}
-                parts = [{**rest, **part} for part in several if isinstance(part, Mapping)]
-                return _any_of(self._value(part, depth) for part in parts)
+            listed = _any_of([*map(self._literal, filter(_is_json, values)), *map(_text, nullable)])
+            if listed is None or len(listed) < _LONG_LIST:
+                return listed
+            schema = {name: entry for name, entry in schema.items() if name not in ("const", "enum")}
+        if alternatives := self._alternatives(schema):
+            return _any_of(self._value(part, depth) for part in alternatives)
         types = schema.get("type")
         kinds = [types] if isinstance(types, str) else types if isinstance(types, list) else _kinds(schema)
         return _any_of(self._of_type(str(kind).lower(), schema, depth) for kind in [*kinds, *nullable])
 
+    def _alternatives(self, schema: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+        """What `anyOf` or `oneOf` allow, each with the rest of the schema."""
+        for word in ("anyOf", "oneOf"):
+            if isinstance(several := schema.get(word), list) and several:
+                rest = {name: entry for name, entry in schema.items() if name != word}
+                parts = [part for part in several if isinstance(part, Mapping)]
+                return [
+                    {**rest, **part} if "$ref" in part else self._merged({**rest, "allOf": [part]}) for part in parts
+                ]
+        return []
+
     def _of_type(self, kind: str, schema: Mapping[str, Any], depth: int) -> str | None:
         match kind:
             case "string":
-                return f"{self._quote} {_characters(schema)} {self._quote}"
+                return f"{self._quote} {self._terminal(characters(schema))} {self._quote}"
             case "integer" | "number":
                 return _number(kind, schema)
             case "boolean":
@@ -125,7 +192,7 @@ class _Rules:
 
     def _array(self, schema: Mapping[str, Any], depth: int) -> str | None:
         item = self._item(schema, depth)
-        least, most = _limit(schema, "minItems") or 0, _limit(schema, "maxItems")
+        least, most = limit(schema, "minItems") or 0, limit(schema, "maxItems")
         if item is None or most == 0:
             return '"[" "]"' if least == 0 else None
         if most is not None and most < least:
@@ -203,18 +270,21 @@ class _Rules:
         """A schema with what `allOf` says in it."""
         if not isinstance(schema.get("allOf"), list):
             return schema
-        merged: dict[str, Any] = {name: entry for name, entry in schema.items() if name != "allOf"}
+        merged: Mapping[str, Any] = {name: entry for name, entry in schema.items() if name != "allOf"}
         for part in schema["allOf"]:
             if isinstance(part, Mapping) and isinstance(part.get("$ref"), str):
                 part = target(part["$ref"], self._root)
-            if not isinstance(part, Mapping):
-                continue
-            both = {
-                "properties": {**(merged.get("properties") or {}), **(part.get("properties") or {})},
-                "required": [*_required(merged), *_required(part)],
-            }
-            merged |= {**part, **{name: entry for name, entry in both.items() if entry}}
+            if isinstance(part, Mapping):
+                merged = self._both(merged, part)
         return merged
+
+    def _both(self, schema: Mapping[str, Any], part: Mapping[str, Any]) -> Mapping[str, Any]:
+        """What both schemas say; where they say two things of one keyword, the part's."""
+        both = {
+            "properties": {**_mapping(schema.get("properties")), **_mapping(part.get("properties"))},
+            "required": [*_required(schema), *_required(part)],
+        }
+        return {**schema, **part, **{name: entry for name, entry in both.items() if entry}}
 
 
 def _any_of(parts: Iterable[str | None]) -> str | None:
@@ -233,19 +303,6 @@ def _text(text: str) -> str:
 def pattern_of(text: str) -> str:
     """The regular expression of one text."""
     return "".join(c if c.isascii() and c.isalnum() else f"\\x{{{ord(c):x}}}" for c in text)
-
-
-def _characters(schema: Mapping[str, Any]) -> str:
-    """A string's characters, as a terminal."""
-    least, most = _limit(schema, "minLength") or 0, _limit(schema, "maxLength")
-    if most is not None and least <= most:
-        return f"/(?s:.){{{least},{most}}}/"
-    return f"/(?s:.){{{least},}}/" if least else "/(?s:.)*/"
-
-
-def _limit(schema: Mapping[str, Any], name: str) -> int | None:
-    value = schema.get(name)
-    return value if type(value) is int and 0 <= value <= _LONGEST else None
 
 
 def _number(kind: str, schema: Mapping[str, Any]) -> str:
@@ -276,9 +333,21 @@ def _integers(given: Mapping[str, float], step: Any) -> dict[str, Any]:
     low = min(-_LARGEST, (high or 0) - _LARGEST) if low is None else low
     high = max(_LARGEST, low + _LARGEST) if high is None else high
     schema: dict[str, Any] = {"type": "integer", "minimum": low, "maximum": high}
-    if type(step) is int and 0 < step < _LONGEST and high // step * step >= low:
+    if type(step) is int and 0 < step < LONGEST and high // step * step >= low:
         schema["multipleOf"] = step
     return schema
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
+
+
+def _is_json(value: Any) -> bool:
+    try:
+        json.dumps(value, allow_nan=False)
+    except ValueError:
+        return False
+    return True
 
 
 def _required(schema: Mapping[str, Any]) -> list[str]:

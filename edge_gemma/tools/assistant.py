@@ -20,6 +20,7 @@ from edge_gemma.generation.replay import Replay
 from edge_gemma.generation.reply import Reply
 from edge_gemma.text.message import Message
 from edge_gemma.text.tool_call import ToolCall
+from edge_gemma.text.tool_declaration import checked
 from edge_gemma.tools.function import RunnableTool
 from edge_gemma.tools.toolbox import INTERRUPTED, CallResult, Confirm, Toolbox
 
@@ -84,7 +85,7 @@ class Assistant:
         self.seconds = seconds
         if len(self.toolbox) and not chat.can_call:
             raise UsageError("this model's chat template has no tools: leave them out, or take another model")
-        chat.tools = self.toolbox.declarations or None
+        chat.tools = checked(self.toolbox.declarations) or None
         self._turn: Turn | None = None
 
     def send(self, *said: Said, constraint: Bound = None) -> "Turn":

@@ -5,6 +5,7 @@ model can read. Every outcome is a text: what went wrong begins with "error: ". 
 """
 
 import asyncio
+import copy
 import functools
 import inspect
 import json
@@ -61,10 +62,14 @@ class RunnableTool:
         """What the model is told it does."""
         return str(self.declaration["function"].get("description") or "")
 
+    @property
+    def _parameters(self) -> Mapping[str, Any]:
+        return self.declaration["function"].get("parameters") or {}
+
     def problem(self, arguments: Any) -> str | None:
         """What is wrong with a call's arguments, None if they fit the declaration."""
         try:
-            return schema.problem(arguments, self.declaration["function"].get("parameters") or {})
+            return schema.problem(arguments, self._parameters)
         except (TypeError, ValueError, AttributeError, KeyError):  # a server's: it may hold anything
             return f"the declaration of {self.name} is no JSON Schema"
 
@@ -73,12 +78,13 @@ class RunnableTool:
 
         While a call that was given up still runs, the tool is busy: no second thread is lost to it.
         """
-        if told := self.problem(arguments):
-            return Running.over(f"error: {told}")
+        if problem := self.problem(arguments):
+            return Running.over(f"error: {problem}")
         self._abandoned = [thread for thread in self._abandoned if thread.is_alive()]
         if self._abandoned:
             return Running.over(f"error: {self.name} is still busy with an earlier call that took too long")
-        running = Running(self, arguments, min(limit, self.limit))
+        given = schema.whole_numbers(copy.deepcopy(dict(arguments)), self._parameters)  # the call itself stays as it is
+        running = Running(self, given, min(limit, self.limit))
         running.thread.start()
         return running
 
@@ -92,8 +98,7 @@ class RunnableTool:
             result = self._function(**arguments)
             return as_text(asyncio.run(result) if inspect.iscoroutine(result) else result, limit)
         except BaseException as error:  # whatever it does, SystemExit too: it is the tool's, and not the program's
-            told = " ".join(str(error).split()) or type(error).__name__
-            return cut(f"error: {told}", limit)
+            return cut(f"error: {told(error)}", limit)
 
 
 class Running:
@@ -104,7 +109,7 @@ class Running:
         self.text = ""
         self.began = time.monotonic()
         self._tool = tool
-        self.thread = threading.Thread(target=self._run, args=(dict(arguments), limit), name=tool.name, daemon=True)
+        self.thread = threading.Thread(target=self._run, args=(arguments, limit), name=tool.name, daemon=True)
 
     @classmethod
     def over(cls, text: str) -> "Running":
@@ -171,6 +176,17 @@ def as_text(value: Any, limit: int = LIMIT) -> str:
         return cut(json.dumps(value, ensure_ascii=False), limit)
     except (TypeError, ValueError, RecursionError):
         return f"error: the result is {shown(value)}, expected a text or JSON values"
+
+
+def told(error: BaseException) -> str:
+    """What an error says in a line, the first one of a group; its kind if it says nothing."""
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    try:
+        text = " ".join(str(error).split())
+    except Exception:
+        text = ""
+    return text or type(error).__name__
 
 
 def cut(text: str, limit: int) -> str:

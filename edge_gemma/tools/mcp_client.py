@@ -6,8 +6,10 @@ results in our form. Does not know: conversations. The protocol is the official 
 
 import asyncio
 import contextlib
+import logging
 import os
 import shlex
+import sys
 import threading
 from collections.abc import Iterator, Mapping
 from concurrent.futures import CancelledError, Future
@@ -16,10 +18,12 @@ from typing import Any, TextIO
 
 from edge_gemma.errors import UsageError
 from edge_gemma.host.extras import imported
-from edge_gemma.tools.function import TIMEOUT_S, RunnableTool
+from edge_gemma.tools.function import TIMEOUT_S, RunnableTool, as_text, told
 
 _CONNECT_S = 30.0
 _CLOSE_S = 5.0
+_MOST_PAGES = 100  # of a server's list of tools
+_UNHEARD = logging.NullHandler()  # else what a server writes beside the protocol would be shown as tracebacks
 
 
 @contextlib.contextmanager
@@ -40,6 +44,7 @@ class _Connection:
     def __init__(self, server: str) -> None:
         self._name = server
         mcp = imported("mcp", "An MCP server", "mcp", UsageError)
+        logging.getLogger("mcp").addHandler(_UNHEARD)
         command = _command(server)
         self._silent = open(os.devnull, "w")  # noqa: SIM115  what a server logs would run through the chat
         target = server if command is None else _started(mcp, command, self._silent)
@@ -47,6 +52,7 @@ class _Connection:
         self._opened: Future[list[Any]] = Future()
         self._closing = asyncio.Event()
         self._loop = asyncio.new_event_loop()
+        self._task: asyncio.Task[None] | None = None
         self._thread = threading.Thread(target=self._run, name="mcp", daemon=True)
 
     def open(self) -> list[Any]:
@@ -57,13 +63,19 @@ class _Connection:
         except TooLate:
             raise UsageError(f"the MCP server {self._name} does not answer within {_CONNECT_S:g} seconds") from None
         except (Exception, CancelledError) as error:
-            raise UsageError(f"the MCP server {self._name} cannot be used: {_told(error)}") from None
+            raise UsageError(f"the MCP server {self._name} cannot be used: {told(error)}") from None
 
     def close(self) -> None:
-        if self._thread.is_alive():
-            self._loop.call_soon_threadsafe(self._closing.set)
+        with contextlib.suppress(RuntimeError):  # the loop has ended
+            self._loop.call_soon_threadsafe(self._leave)
+        if self._thread.ident is not None:
             self._thread.join(_CLOSE_S)
         self._silent.close()
+
+    def _leave(self) -> None:
+        self._closing.set()
+        if not self._opened.done() and self._task is not None:
+            self._task.cancel()
 
     def tool(self, declared: Any) -> RunnableTool:
         """One of the server's tools. One that does not call itself harmless is confirmed first."""
@@ -84,7 +96,8 @@ class _Connection:
 
     def _run(self) -> None:
         try:
-            self._loop.run_until_complete(self._main())
+            self._task = self._loop.create_task(self._main())
+            self._loop.run_until_complete(self._task)
         except BaseException as error:
             if not self._opened.done():
                 self._opened.set_exception(error if isinstance(error, Exception) else RuntimeError(str(error)))
@@ -104,7 +117,7 @@ class _Connection:
             result = asked.result(TIMEOUT_S + 1)
         except (Exception, CancelledError) as error:
             asked.cancel()
-            raise UsageError(f"the MCP server {self._name} did not answer: {_told(error)}") from None
+            raise UsageError(f"the MCP server {self._name} did not answer: {told(error)}") from None
         text = _text(result)
         return f"error: {text}" if result.is_error else text
 
@@ -132,22 +145,17 @@ async def _all_tools(client: Any) -> list[Any]:
     """The server's declarations, page after page."""
     tools: list[Any] = []
     cursor = None
-    while True:
+    for _ in range(_MOST_PAGES):
         page = await client.list_tools(cursor=cursor)
         tools += page.tools
         cursor = page.next_cursor
         if not cursor:
             return tools
+    raise UsageError("its list of tools has no end")
 
 
 def _text(result: Any) -> str:
     """A result's texts, or what else it holds."""
     parts = [part.text if getattr(part, "text", None) is not None else f"({part.type})" for part in result.content]
-    return "\n".join(parts) or "ok"
-
-
-def _told(error: BaseException) -> str:
-    """What an error says, the first one of a group."""
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    return " ".join(str(error).split()) or type(error).__name__
+    values = getattr(result, "structured_content", None)
+    return "\n".join(parts) or as_text(values, sys.maxsize)

@@ -34,6 +34,16 @@ def problem(arguments: Any, parameters: Mapping[str, Any]) -> str | None:
     return _Check({"additionalProperties": False} | dict(parameters)).value("the arguments", arguments, None, 0)
 
 
+def whole_numbers(arguments: dict[str, Any], parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments that fit, with integers where integers are declared: JSON's 5.0 is one, Python's is none."""
+    properties: Mapping[str, Any] = parameters.get("properties") or {}
+    for name, value in arguments.items():
+        kind = properties[name].get("type") if isinstance(properties.get(name), Mapping) else None
+        if isinstance(value, float) and isinstance(kind, str) and kind.lower() == "integer":
+            arguments[name] = int(value)
+    return arguments
+
+
 class _Check:
     def __init__(self, root: Mapping[str, Any]) -> None:
         self._root, self._steps = root, 0

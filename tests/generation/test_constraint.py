@@ -118,6 +118,7 @@ def test_the_real_model_keeps_a_schema(demo):
         (partial(Constraint.json, False), "something fits"),
         (partial(Constraint.json, "{"), "cannot be read"),
         (partial(Constraint.json, {"a": object()}), "cannot be read"),
+        (partial(Constraint.json, {"const": float("nan")}), "cannot be read"),
         (partial(Constraint.json, []), "an object"),
         (partial(Constraint.json, {"type": "strin"}), "strin"),
         (partial(Constraint.json, {"properties": {"a": {"not": {}}}}), "not"),
@@ -240,6 +241,13 @@ def test_an_answer_ends_only_where_its_grammar_does():
         allowed = matcher.allowed()
         assert (set(allowed.tolist()) >= STOPS) == may_end, text
     assert matcher.complete
+
+
+@pytest.mark.parametrize(("grammar", "text"), [('start: "ab" <[1]>', "ab"), ("start: <[1]>", "")])
+def test_a_grammar_may_name_the_token_that_ends_the_reply(grammar, text):
+    assert 1 in STOPS
+    result = said(1, answer=Constraint.lark(grammar))
+    assert (result.text, result.finish_reason) == (text, "stop")
 
 
 def test_a_thought_is_free_and_the_answer_is_bound():

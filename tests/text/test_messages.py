@@ -258,12 +258,11 @@ def test_two_calls_amid_thought_and_text():
 @pytest.mark.parametrize(
     "body",
     [
-        "", "call", "call:", "call:f", "call:f{", "call:f}", "call:f{a}", "call:f{a:}", "call:f{a:1,}x", "call:f{,a:1}",
-        "call:f{a:1 b:2}", "call:f{a:Oslo}", "call:f{a:01}", "call:f{a:1.}", "call:f{a:1e99999}", 'call:f{a:<|"|>x}',
-        "call:f{a:[1}", "call:f{a:[1,,2]}", "call:f{a:{b}}", "call:f{}{}", "call:f{}tail", "f{a:1}", "call:{a:1}",
-        'call:f{a:"x}', "call:f{a:truely}", "call:f{a:nan}", "call:f{a:1,a:2}",
-        "call:f{a:" + "[" * 200 + "]" * 200 + "}",
-        'call:f{a:"\\q"}', 'call:f{a:"<|"|>x<|"|>"}', "call:f{a:\0}", "call:f{a:--1}", "call:f{a:" + "9" * 5000 + "}",
+        "", "call", "call:", "call:f{", "call:f}", "call:f{a}", "call:f{a:}", "call:f{a:1,}x", "call:f{,a:1}",
+        "call:f{a:1 b:2}", "call:f{a:01}", "call:f{a:1.}", "call:f{a:1e99999}", 'call:f{a:<|"|>x}', "call:f{a:[1}",
+        "call:f{a:[1,,2]}", "call:f{a:{b}}", "call:f{}{}", "call:f{}tail", "call:{a:1}", 'call:f{a:"x}',
+        "call:f{a:nan}", "call:f{a:1,a:2}", "call:f{a:" + "[" * 200 + "]" * 200 + "}", 'call:f{a:"<|"|>x<|"|>"}',
+        "call:f{a:\0}", "call:f{a:--1}", "call:f{a:" + "9" * 5000 + "}", 'call:f{a<|"|>x<|"|>:1}',
     ],
 )  # fmt: skip
 def test_malformed_calls_stay_text(body):
@@ -274,8 +273,17 @@ def test_malformed_calls_stay_text(body):
 
 def test_a_call_without_its_end():
     assert parsed("<|tool_call>call:f{a:1}")[0].call == ToolCall("f", {"a": 1})
-    [piece] = parsed("<|tool_call>call:f{a:1")
-    assert (piece.text, piece.malformed) == ("<|tool_call>call:f{a:1", True)
+    for cut in ("call:f{a:1", "call:f", "call:f{}call:g", "call:f{a:x}"):  # it may be less than was meant
+        [piece] = parsed(f"<|tool_call>{cut}")
+        assert (piece.text, piece.malformed) == (f"<|tool_call>{cut}", True)
+
+
+def test_several_calls_in_one_are_a_piece_each():
+    pieces = parsed('a<|tool_call>call:f{x:<|"|>call:h{}<|"|>}\ncall:g<tool_call|>b')
+    assert pieces == [
+        Piece("answer", "a"), Piece("tool_call", 'call:f{x:<|"|>call:h{}<|"|>}', ToolCall("f", {"x": "call:h{}"})),
+        Piece("tool_call", "call:g", ToolCall("g")), Piece("answer", "b"),
+    ]  # fmt: skip
 
 
 KEYS = st.text(string.ascii_letters + string.digits + "_-.é ", min_size=1).map(str.strip).filter(bool)

@@ -1,5 +1,7 @@
 """Calls that keep their declaration: whatever is said between the call's tokens is read, and fits by jsonschema."""
 
+import re
+
 import jsonschema
 import pytest
 from hypothesis import given, settings
@@ -8,6 +10,7 @@ from hypothesis import strategies as st
 from edge_gemma import Constraint
 from edge_gemma.generation.bounds import Bounds
 from edge_gemma.generation.sampler import Sampling
+from edge_gemma.text.string_pattern import characters
 from edge_gemma.text.tool_call import ToolCall
 from edge_gemma.text.tool_declaration import declared
 from edge_gemma.text.tool_grammar import call_grammar
@@ -103,6 +106,10 @@ def test_optional_arguments_come_in_every_combination():
     ("parameters", "expected"),
     [
         ({}, {}),
+        ({"$ref": "#/$defs/a", "$defs": {"a": {"properties": {"x": {"const": 1}}, "required": ["x"]}}}, {"x": 1}),
+        ({"properties": {"x": {"const": 1}}, "anyOf": [{"required": ["x"]}]}, {"x": 1}),
+        ({"properties": {"x": {"pattern": "^(?:ab|a/b)$", "type": "string", "maxLength": 2}}, "required": ["x"]},
+         {"x": "ab"}),
         (None, {}),
         ({"type": "object", "properties": {}}, {}),
         ({"type": "OBJECT", "properties": {"x": {"type": "STRING", "enum": ["a<|turn>b"]}}, "required": ["x"]},
@@ -147,13 +154,104 @@ def test_a_tool_that_cannot_be_called_is_left_out():
      {"type": "integer", "exclusiveMinimum": 3, "exclusiveMaximum": 4}, {"$ref": "nowhere"}, {"anyOf": "x"},
      {"type": "string", "pattern": "(?=x)"}, {"type": "number", "minimum": 1e300}, {"enum": "abc"},
      {"anyOf": [1, None]}, {"type": "number", "exclusiveMinimum": 1, "maximum": 1}, {"type": "integer", "maximum": 2.5},
-     {"type": "integer", "minimum": 1, "maximum": 3, "multipleOf": 50}],
+     {"type": "integer", "minimum": 1, "maximum": 3, "multipleOf": 50}, {"anyOf": 3}, {"anyOf": {"a": 1}},
+     {"allOf": [{"properties": [1]}]}, {"properties": [1], "allOf": ["x", {"properties": {"a": {}}}]},
+     {"enum": [float("nan"), [float("inf")], "a"]}, {"enum": ["x" * 300_000]}, {"type": "string", "pattern": "a{"},
+     {"enum": [f"{n} years" for n in range(20_000)]}, {"type": "string", "format": "date", "pattern": "x"},
+     {"$ref": "#/properties/odd"}],
 )  # fmt: skip
 def test_an_odd_declaration_does_not_stop_anyone(odd):
     parameters = {"type": "object", "properties": {"odd": odd, "x": {"type": "boolean"}}, "required": ["x"]}
     for seed in range(5):
         _, calls, reason = calls_of([tool("f", parameters)], seed)
         assert reason == "length" or calls[0].arguments["x"] in (True, False)
+
+
+def test_of_a_declaration_that_is_too_much_the_names_are_kept():
+    endless = {"anyOf": [{"allOf": [{"$ref": "#/properties/odd"}]}, {"type": "null"}]}
+    parameters = {"type": "object", "properties": {"odd": endless, "x": {"type": "boolean"}}, "required": ["x"]}
+    for seed in range(5):
+        _, calls, reason = calls_of([tool("f", parameters)], seed)
+        assert reason == "length" or {"x"} <= calls[0].arguments.keys() <= {"odd", "x"}
+
+
+KEPT = [
+    "^[a-z]{3,5}$", "^ab|c$", "[0-9]{2}", r"^\d+-\w$", "^a/[b.-]+$", r"^[^\d\s,]{2}$", "^(?:x|yy){2}$", r"^\S \S$",
+    "^$", "^.b?$", r"^\u00e9\/\x41[\]\\[-]$", "^[^a-z]{1,3}$", "^(?P<n>x)$", r"^[a\[&~-]$", "^(ab|a/b)$",
+]  # fmt: skip
+NOT_KEPT = ["(?=x)", r"^(x)\1$", r"\bx", "a$b", "[]a]", "a{", "(?i)a", "^\ud800$", "", "x" * 5000, 7, "(", "[a--b]"]
+
+
+@settings(max_examples=150, deadline=None)
+@given(pattern=st.sampled_from(KEPT), seed=st.integers(0, 500))
+def test_a_pattern_is_kept(pattern, seed):
+    schema = {"type": "string", "pattern": pattern}
+    _, calls, reason = calls_of([tool("f", {"properties": {"x": schema}, "required": ["x"]})], seed)
+    assert reason == "length" or calls
+    assert all(re.search(pattern, call.arguments["x"]) for call in calls)
+
+
+@pytest.mark.parametrize("pattern", NOT_KEPT)
+def test_a_pattern_that_cannot_be_kept_binds_nothing(pattern):
+    assert characters({"pattern": pattern}) == characters({})
+    assert characters({"pattern": pattern, "maxLength": 3}) == characters({"maxLength": 3})
+    assert characters({"pattern": pattern, "format": "date"}) == characters({"format": "date"})
+
+
+def test_a_pattern_that_contradicts_the_length_counts_alone():
+    assert characters({"pattern": "^[a-z]{3}$", "minLength": 5}) == characters({"pattern": "^[a-z]{3}$"})
+    assert " & " in characters({"pattern": "^[a-z]{3}$", "minLength": 3})
+
+
+@pytest.mark.parametrize(
+    ("name", "right", "wrong"),
+    [
+        ("date", ["2024-02-29", "2000-02-29", "1999-12-31"], ["2023-02-29", "1900-02-29", "2024-04-31", "24-01-01"]),
+        ("time", ["07:30:00", "23:59:59.5Z", "00:00:00+02:00"], ["24:00:00", "7:30", "07:30"]),
+        ("date-time", ["2024-02-29T07:30:00Z", "2024-01-01T07:30:00"], ["2024-01-01", "2024-01-01 07:30:00"]),
+        ("email", ["a.b+c@x-y.org"], ["a", "a@b", "a.@x.org", "a b@x.org", "a@-x.org"]),
+        ("uuid", ["123e4567-e89b-12d3-a456-426614174000"], ["123e4567e89b12d3a456426614174000"]),
+        ("ipv4", ["255.0.10.1", "0.0.0.0"], ["256.0.0.1", "1.2.3", "01.2.3.4"]),
+        ("uri", ["https://x.org/y?z=%20#a", "urn:x"], ["x", "http://a b", "http://%x"]),
+        ("of tomorrow", ["", "anything"], []),
+    ],
+)  # fmt: skip
+def test_formats(name, right, wrong):
+    bounds = Bounds(TOKENIZER, tools=[tool("f", {"properties": {"x": {"type": "string", "format": name}}})])
+    bounds.accept(CALL)
+    for token in TOKENIZER.encode_prompt('call:f{x:<|"|>'):
+        bounds.accept(token)
+    quote = TOKENIZER.special_tokens['<|"|>']
+    for text in (*right, *wrong):
+        after = bounds
+        for token in TOKENIZER.encode(text):
+            after = after.after(token) if token in set(bounds_allowed(after)) else None
+            if after is None:
+                break
+        assert (after is not None and quote in set(bounds_allowed(after))) == (text in right), text
+
+
+def bounds_allowed(bounds: Bounds) -> list[int]:
+    allowed = bounds.allowed()
+    assert allowed is not None
+    return allowed.tolist()
+
+
+def test_a_call_that_cannot_be_followed_any_further_goes_on_free():
+    schema = {"type": "string", "pattern": "a.{2000}b"}
+    choice = Constraint.choice(["yes", "no"])
+    for answer in (None, choice):
+        bounds = Bounds(TOKENIZER, tools=[tool("f", {"properties": {"x": schema}})], answer=answer, stop_ids={1})
+        bounds.accept(CALL)
+        for token in TOKENIZER.encode_prompt('call:f{x:<|"|>' + "a ab" * 200):
+            bounds.allowed()
+            bounds.accept(token)
+        assert bounds.allowed() is None
+        assert bounds.forced() == []
+        bounds.accept(TOKENIZER.special_tokens["<tool_call|>"])
+        assert (bounds.allowed() is None) == (answer is None)
+        if answer:
+            assert 1 in bounds.allowed()
 
 
 # --- in a conversation ------------------------------------------------------------------------------------------------

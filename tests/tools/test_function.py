@@ -168,6 +168,39 @@ def test_whatever_a_tool_raises_is_its_result(error):
     assert told.removeprefix("error: ")
 
 
+def test_an_error_that_cannot_say_what_it_is_has_a_name():
+    class Mute(Exception):
+        def __str__(self):
+            raise ValueError
+
+    @edge_gemma.tool
+    def bad() -> None:
+        """Fail"""
+        raise ExceptionGroup("several", [Mute()])
+
+    assert outcome(bad) == "error: Mute"
+
+
+def test_a_call_stays_what_the_model_wrote_whatever_the_tool_does_with_it():
+    @edge_gemma.tool
+    def take(items: list[int]) -> int:
+        """Take all"""
+        count = len(items)
+        items.clear()
+        return count
+
+    arguments = {"items": [1, 2]}
+    assert outcome(take, **arguments) == "2"
+    assert arguments == {"items": [1, 2]}
+
+
+def test_an_integer_is_given_as_one_however_the_model_wrote_it():
+    assert json.loads(outcome(paint, wall="n", coats=2.0, at=[1.0])) == {
+        "wall": "n", "color": "red", "coats": 2, "at": [1.0]
+    }  # fmt: skip
+    assert '"coats": 2,' in outcome(paint, wall="n", coats=2.0)
+
+
 def test_a_coroutine_is_run():
     @edge_gemma.tool
     async def later(n: int) -> int:

@@ -1,9 +1,11 @@
 """The tools of a real MCP server, over standard input and output."""
 
 import contextlib
+import shlex
 import socket
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -98,3 +100,52 @@ def test_what_is_no_server_is_told_in_one_line(server, monkeypatch):
     with pytest.raises(UsageError, match="MCP server") as error, connected(server):
         pass
     assert "\n" not in str(error.value)
+
+
+def script(*answers: str) -> str:
+    """A server of few words: what it answers to "initialize", to "tools/list" and to "tools/call", in Python."""
+    text = f"""
+import json, sys
+for line in sys.stdin:
+    asked = json.loads(line)
+    server = {{"name": "x", "version": "1"}}
+    start = {{"protocolVersion": "2025-06-18", "capabilities": {{"tools": {{}}}}, "serverInfo": server}}
+    tool = {{"name": "f", "inputSchema": {{"type": "object"}}, "annotations": {{"readOnlyHint": True}}}}
+    answers = {{"initialize": start, "tools/list": {answers[0]}, "tools/call": {answers[1]}}}
+    if asked.get("method") in answers:
+        print(json.dumps({{"jsonrpc": "2.0", "id": asked["id"], "result": answers[asked["method"]]}}), flush=True)
+    elif "id" in asked:
+        error = {{"code": -32601, "message": "unknown"}}
+        print(json.dumps({{"jsonrpc": "2.0", "id": asked["id"], "error": error}}), flush=True)
+"""
+    return shlex.join([sys.executable, "-c", text])
+
+
+def test_values_without_a_text_are_a_result():
+    with connected(script('{"tools": [tool]}', '{"content": [], "structuredContent": {"degrees": 21}}')) as tools:
+        acting = assistant(calls("f{}"), "done", tools=tools)
+        assert acting.send("go").results[0].text == '{"degrees": 21}'
+
+
+def test_a_list_of_tools_without_end_is_refused():
+    with (
+        pytest.raises(UsageError, match="its list of tools has no end"),
+        connected(script('{"tools": [tool], "nextCursor": "more"}', "0")),
+    ):
+        pass
+
+
+@pytest.mark.parametrize("line", ["x" * 50_000 + "\\n", "x" * 50_000])
+def test_a_server_that_floods_is_left_and_ended(line, monkeypatch, capfd):
+    monkeypatch.setattr(mcp_client, "_CONNECT_S", 1)
+    flood = shlex.join([sys.executable, "-c", f"import sys\nwhile True: sys.stdout.write('{line}')"])
+    with pytest.raises(UsageError, match="does not answer within 1 seconds"), connected(flood):
+        pass
+    assert [thread for thread in threading.enumerate() if thread.name == "mcp"] == []
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_tool_that_no_call_can_name_is_told_at_once():
+    server = script('{"tools": [tool | {"name": "two words"}]}', "0")
+    with connected(server) as tools, pytest.raises(UsageError, match="the name of tool 0 is 'two words'"):
+        assistant(tools=tools)

@@ -47,8 +47,8 @@ def value(expression: str) -> Fraction:
     if len(expression) > _LONGEST:
         raise UsageError(f"the expression has {len(expression)} characters, expected at most {_LONGEST}")
     try:
-        tree = ast.parse(_python(expression), mode="eval")
-        return _Reader().number(tree.body, 0)
+        text = _python(expression)
+        return _Reader(text).number(ast.parse(text, mode="eval").body, 0)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         raise UsageError(f"{expression} is no expression, expected one such as (3 + 4) * 2") from None
     except ZeroDivisionError:
@@ -91,11 +91,14 @@ def _python(expression: str) -> str:
 class _Reader:
     """A number for each kind of node that counts; UsageError for all others."""
 
+    def __init__(self, text: str) -> None:
+        self._text = text
+
     def number(self, node: ast.AST, depth: int) -> Fraction:
         if depth > _DEPTH:
             raise UsageError("the expression is nested too deeply")
         if isinstance(node, ast.Constant) and type(node.value) in (int, float):
-            return _checked(Fraction(str(node.value)))
+            return _literal(str(node.value) if isinstance(node.value, int) else self._written(node))
         if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.UAdd | ast.USub):
             inner = self.number(node.operand, depth + 1)
             return -inner if isinstance(node.op, ast.USub) else inner
@@ -111,6 +114,10 @@ class _Reader:
             return self.function(node.func.id, [self.number(each, depth + 1) for each in node.args])
         raise UsageError("the expression has a part that is no arithmetic, expected + - * / ** % and functions as sqrt")
 
+    def _written(self, node: ast.AST) -> str:
+        """A number with all its digits: Python's own has 17 of them."""
+        return (ast.get_source_segment(self._text, node) or "").replace("_", "")
+
     def function(self, name: str, values: list[Fraction]) -> Fraction:
         if name in _SEVERAL and values:
             return _SEVERAL[name](values)
@@ -118,6 +125,12 @@ class _Reader:
             known = ", ".join(sorted([*_FUNCTIONS, *_SEVERAL]))
             raise UsageError(f"there is no function {name} of {len(values)} numbers, expected one of {known}")
         return _checked(_FUNCTIONS[name](values[0]))
+
+
+def _literal(text: str) -> Fraction:
+    if abs(Decimal(text).adjusted()) > _BITS:  # it would be multiplied out
+        raise OverflowError
+    return _checked(Fraction(text))
 
 
 def _checked(number: Fraction) -> Fraction:

@@ -29,7 +29,7 @@ class TextFiles:
         for folder in folders:
             if not folder.is_dir():
                 raise UsageError(f"{folder} is not a folder")
-        self._roots = [folder.resolve() for folder in folders]
+        self._roots = list(dict.fromkeys(folder.resolve() for folder in folders))
 
     @property
     def tools(self) -> list[RunnableTool]:
@@ -104,15 +104,19 @@ class TextFiles:
 
     def _files(self, until: float) -> Iterator[Path]:
         """Files in order of their names; hidden ones and links are passed over."""
-        for root in self._roots:
-            for folder, folders, names in os.walk(root, followlinks=False):
-                folders[:] = sorted(name for name in folders if not name.startswith("."))
-                for name in sorted(names):
-                    path = Path(folder, name)
-                    if time.monotonic() > until:
-                        return
-                    if not name.startswith(".") and not path.is_symlink() and path.is_file():
-                        yield path
+        folders = self._roots[::-1]
+        while folders:
+            within: list[Path] = []
+            for path in _listed(folders.pop()):
+                if time.monotonic() > until:
+                    return
+                if path.name.startswith(".") or path.is_symlink():
+                    continue
+                if path.is_dir():
+                    within.append(path)
+                elif path.is_file():
+                    yield path
+            folders += within[::-1]
 
     def _text(self, path: Path) -> str:
         """A regular file's text. Raises UsageError for one that is too large or no text."""
@@ -131,6 +135,14 @@ class TextFiles:
         root = next(root for root in self._roots if path.is_relative_to(root))
         name = path.relative_to(root).as_posix()
         return name if len(self._roots) == 1 else f"{root.name}/{name}"
+
+
+def _listed(folder: Path) -> list[Path]:
+    """What is in a folder, in order of the names; nothing for one that cannot be read."""
+    try:
+        return sorted(folder.iterdir())
+    except OSError:
+        return []
 
 
 def _visible(path: Path, root: Path) -> bool:

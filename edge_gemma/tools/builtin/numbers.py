@@ -24,11 +24,14 @@ _UNITS = {
 _TOKEN = re.compile(r"\d+(?:[.,]\d+)?|[a-z]+|:")
 _CLOCK = re.compile(r"(\d{1,2})(?:[:.h ]?(\d{2}))?\s*(?:o'?clock)?\s*(am|pm|a\.m\.|p\.m\.|a m|p m)?", re.IGNORECASE)
 _PAST = re.compile(r"(.+?)(?:\s+minutes?)?\s+(past|after|to|before)\s+(.+)")
+_MINUS = ("-", "−")
 _MAX_SECONDS = 366 * 86_400
 
 
 def duration(text: str) -> float | None:
     """The seconds of a duration: "10 minutes", "an hour and a half", "1h30", "2:30:00". None for what is none."""
+    if text.strip().startswith(_MINUS):
+        return None
     text = text.lower().replace("-", " ").strip()
     if found := re.fullmatch(r"(?:(\d+):)?(\d+):(\d\d)", text):
         hours, minutes, seconds = (int(part or 0) for part in found.groups())
@@ -74,6 +77,8 @@ def whole(text: str) -> int | None:
 def time_of_day(text: str) -> tuple[int, int, bool] | None:
     """Hour, minute, and whether morning or evening was said: "7:30", "half past 6", "6 pm". None for what is none."""
     text = " ".join(text.lower().strip().split())
+    if text.startswith(_MINUS):
+        return None
     named = {"noon": (12, 0, True), "midday": (12, 0, True), "midnight": (0, 0, True)}
     if text in named:
         return named[text]
