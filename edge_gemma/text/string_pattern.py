@@ -15,9 +15,10 @@ LONGEST = 4096  # characters or entries: a larger limit is none
 _LONGEST_PATTERN = 1000  # characters
 _ANYTHING = "(?s:.)*"
 _TOKEN = re.compile(r"\\u[0-9a-fA-F]{4}|\\x[0-9a-fA-F]{2}|\\[pP]\{\w+\}|\\.|\(\?P?<\w+>|\(\?:|\(\?|.", re.DOTALL)
-# A class of characters by ASCII, and in a class; Python's and JavaScript's readings of it have this in common.
+# What Python's and JavaScript's readings of a class of characters have in common, and what either has.
 _CLASSES = {r"\d": "0-9", r"\w": "0-9A-Za-z_", r"\s": r" \t-\r"}
-_SAME = {r"\D", r"\W", r"\S", r"\n", r"\r", r"\t", r"\f", r"\v"}
+_EITHER = {r"\d": r"\d", r"\w": r"\w\p{N}", r"\s": r"\s\x{1c}-\x{1f}\x{feff}"}
+_SAME = {r"\n", r"\r", r"\t", r"\f", r"\v"}
 _NO_LINE_END = r"[^\n\r\x{2028}\x{2029}]"
 
 _DAY_OF_MONTH = (
@@ -146,10 +147,16 @@ def _in_class(token: str, before: str, first: bool, negated: bool) -> str:
     if token == "]" or (token == "-" and before == "-"):
         raise _NotBound
     if token in _CLASSES:
-        return token if negated else _CLASSES[token]
+        return _EITHER[token] if negated else _CLASSES[token]
+    if token.lower() in _CLASSES:
+        return token if negated else _without(token)
     if token == "-" and not first:
         return token
     return r"\x{8}" if token == r"\b" else _character(token)
+
+
+def _without(token: str) -> str:
+    return f"[^{_EITHER[token.lower()]}]"
 
 
 def _outside(token: str) -> str:
@@ -157,6 +164,8 @@ def _outside(token: str) -> str:
         raise _NotBound
     if token in _CLASSES:
         return f"[{_CLASSES[token]}]"
+    if token.lower() in _CLASSES:
+        return _without(token)
     if token == ".":
         return _NO_LINE_END
     if token[:2] == "(?":

@@ -152,7 +152,7 @@ class CallReader:
         result: dict[str, Any] = {}
         while self.goes_on(closing, first=not result):
             key = self.key()
-            if key in result:
+            if key in result and depth == 0:  # which one is meant? In a value the last counts, as in JSON
                 raise Malformed
             result[key] = self.value(depth + 1)
         return result

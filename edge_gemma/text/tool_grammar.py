@@ -243,9 +243,12 @@ class _Rules:
         return alternatives + ("" if not alternatives or any(needed for _, needed in entries) else "?")
 
     def _pairs(self, schema: Any, depth: int) -> str:
-        """An object whose keys are not declared: one entry or none, since the same key must not come twice."""
+        """An object whose keys are not declared. An argument must not come twice: of those there is one or none."""
         value = self._value(schema, depth + 1) if schema not in ({}, True) else self._loose_rule(depth + 1)
-        return '"{" "}"' if value is None else f'"{{" ({_KEY} ":" {value})? "}}"'
+        if value is None:
+            return '"{" "}"'
+        entry = f'{_KEY} ":" {value}'
+        return f'"{{" ({entry})? "}}"' if depth == 0 else f'"{{" ({entry} ("," {entry}){{0,}})? "}}"'
 
     def _key(self, name: str) -> str:
         if _PLAIN_KEY.fullmatch(name):

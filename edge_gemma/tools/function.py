@@ -43,7 +43,7 @@ class RunnableTool:
         require("timeout", timeout, is_number(timeout) and 0 < timeout <= threading.TIMEOUT_MAX, "seconds above 0")
         require("confirm", confirm, isinstance(confirm, bool), "True or False")
         require("limit", limit, isinstance(limit, int) and limit > 0, "a number of characters above 0")
-        functools.update_wrapper(self, function)
+        functools.update_wrapper(self, function, updated=())  # not what another decorator left on it
         self.declaration = dict(declaration(function) if declared is None else declared)
         self.name: str = self.declaration["function"]["name"]
         self.timeout, self.confirm, self.limit = float(timeout), confirm, limit

@@ -244,6 +244,10 @@ def test_tool_calls_of_every_kind_of_value():
     assert type(piece.call.arguments["days"]) is int
 
 
+def test_of_a_key_that_comes_twice_in_a_value_the_last_counts():
+    assert parsed("<|tool_call>call:f{a:{b:1,b:2}}<tool_call|>")[0].call == ToolCall("f", {"a": {"b": 2}})
+
+
 def test_two_calls_amid_thought_and_text():
     pieces = parsed(
         "<|channel>thought\nlet me see<channel|>a<|tool_call>call:f{}<tool_call|>"

@@ -127,6 +127,17 @@ def test_what_is_declared_as_one_thing_is_called_so(parameters, expected):
     assert calls[0] == ToolCall("f", expected)
 
 
+def test_a_value_with_keys_of_its_own_may_have_several():
+    parameters = {
+        "properties": {"x": {"type": "object", "additionalProperties": {"type": "boolean"}}},
+        "required": ["x"],
+    }
+    made = [calls_of([tool("f", parameters)], seed) for seed in range(20)]
+    sizes = {len(call.arguments["x"]) for _, calls, _ in made for call in calls}
+    assert max(sizes) > 1
+    assert all(calls or reason == "length" for _, calls, reason in made)
+
+
 def test_a_declaration_that_holds_itself_ends():
     node = {"type": "object", "properties": {"value": {"type": "boolean"}, "next": {"$ref": "#/$defs/node"}},
             "required": ["value"]}  # fmt: skip
@@ -176,7 +187,8 @@ def test_of_a_declaration_that_is_too_much_the_names_are_kept():
 
 
 KEPT = [
-    "^[a-z]{3,5}$", "^ab|c$", "[0-9]{2}", r"^\d+-\w$", "^a/[b.-]+$", r"^[^\d\s,]{2}$", "^(?:x|yy){2}$", r"^\S \S$",
+    "^[a-z]{3,5}$", "^ab|c$", "[0-9]{2}", r"^\d+-\w$", "^a/[b.-]+$", r"^[^\d\s,]{2}$",
+    r"^[^\w]{2}$", r"^\W$", r"^[\D-]$", "^(?:x|yy){2}$", r"^\S \S$",
     "^$", "^.b?$", r"^\u00e9\/\x41[\]\\[-]$", "^[^a-z]{1,3}$", "^(?P<n>x)$", r"^[a\[&~-]$", "^(ab|a/b)$",
 ]  # fmt: skip
 NOT_KEPT = ["(?=x)", r"^(x)\1$", r"\bx", "a$b", "[]a]", "a{", "(?i)a", "^\ud800$", "", "x" * 5000, 7, "(", "[a--b]"]

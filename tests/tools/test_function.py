@@ -40,6 +40,15 @@ def test_a_tool_stays_a_function_and_is_declared_as_one():
     assert edge_gemma.tool(Painter().work).start({"hours": 2}).wait(5)
 
 
+def test_what_is_left_on_a_function_does_not_replace_what_a_tool_does():
+    def work(hours: int) -> int:
+        """Work"""
+        return hours
+
+    work.start = work.problem = work.outcome = None
+    assert outcome(edge_gemma.tool(work), hours=2) == "2"
+
+
 class Painter:
     def work(self, hours: int) -> int:
         """Work"""
