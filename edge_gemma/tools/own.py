@@ -24,6 +24,8 @@ def tools_of(path: Path) -> list[RunnableTool]:
         spec.loader.exec_module(module)
     except EdgeGemmaError as error:
         raise UsageError(f"{path}: {error}") from None
+    except SystemExit:
+        raise UsageError(f"{path} ends the program: put what does under if __name__ == '__main__'") from None
     except Exception as error:
         raise UsageError(f"{path} cannot be executed: {type(error).__name__}: {' '.join(str(error).split())}") from None
     found = [value for value in vars(module).values() if isinstance(value, RunnableTool)]
