@@ -8,6 +8,8 @@ is its latency, which is asked to be short.
 """
 
 import threading
+import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -40,22 +42,21 @@ class Loudspeaker:
         self._stream: Any = None
         self._given_rate = self._rate = self._epoch = 0
         self._resampler: Any = None
+        self._asked_at = 0.0  # when the device last asked for sound, by time.monotonic
         self.played = 0.0  # seconds of sound that the device has taken since the last `stop`
 
     def play(self, samples: np.ndarray, rate: int) -> float:
         """Append samples, int16 [n] of one channel, `rate` a second. Waits while too much waits already.
 
         Returns the seconds that were appended, 0 if `stop` came meanwhile. Raises AudioError where the device cannot
-        play them.
+        play them, or has gone; what waited is lost then, and the next call opens it again.
         """
         epoch = self._epoch
         self._open(rate)
         if self._resampler is not None:
             samples = self._resampler.resample_chunk(samples)
         with self._changed:
-            while self._left() > _AHEAD_S and epoch == self._epoch:
-                if not self._changed.wait(_STALLED_S):
-                    raise AudioError(f"the loudspeaker {self.name!r} plays nothing: was it unplugged?")
+            self._wait_for(lambda: self._left() <= _AHEAD_S or epoch != self._epoch)
             if epoch != self._epoch:
                 return 0.0
             if len(samples):
@@ -81,22 +82,32 @@ class Loudspeaker:
         return float(self._stream.latency) if self._stream is not None else 0.0
 
     def _left(self) -> float:
-        return (sum(map(len, self._waiting)) - self._taken) / self._rate if self._waiting else 0.0
+        if not self._waiting or self._gone:
+            return 0.0
+        return (sum(map(len, self._waiting)) - self._taken) / self._rate
+
+    @property
+    def _gone(self) -> bool:
+        return time.monotonic() - self._asked_at > _STALLED_S
+
+    def _wait_for(self, ready: Callable[[], bool]) -> None:
+        """Raises AudioError if the device goes away meanwhile."""
+        while not (ready() or self._gone):
+            self._changed.wait(_STALLED_S)
+        if self._gone:
+            self._given_rate, self._waiting, self._taken = 0, [], 0
+            raise AudioError(f"the loudspeaker {self.name!r} plays nothing: was it unplugged?")
 
     def _open(self, rate: int) -> None:
         """A stream for sound of this rate: at the rate itself if the device can, else at its own."""
         if rate == self._given_rate:
             return
-        if self._stream is not None:
-            with self._changed:
-                silent = self._changed.wait_for(lambda: not self._waiting, _AHEAD_S + _STALLED_S)
-            if not silent:
-                raise AudioError(f"the loudspeaker {self.name!r} plays nothing: was it unplugged?")
-            self._stream.close()
+        self._close_stream()
         own, told = int(self._info["default_samplerate"]), ""
         for self._rate in (rate, own):
+            resampler = self._resampler_of(rate)
             try:
-                self._stream = self._sounddevice.RawOutputStream(
+                stream = self._sounddevice.RawOutputStream(
                     samplerate=self._rate,
                     blocksize=int(self._rate * BLOCK_S),
                     device=self._info["index"],
@@ -105,20 +116,38 @@ class Loudspeaker:
                     latency=_LATENCY_S,
                     callback=self._wanted,
                 )
-                self._stream.start()
-                break
+                self._asked_at = time.monotonic()
+                stream.start()
             except self._sounddevice.PortAudioError as error:
-                told, self._stream = reason_of(error), None
-        if self._stream is None:
-            raise AudioError(f"the loudspeaker {self.name!r} cannot be opened: {told}")
-        self._given_rate, self._resampler = rate, None
-        if self._rate != rate:
-            soxr = imported("soxr", f"sound of {rate} samples a second", "audio", AudioError)
-            self._resampler = soxr.ResampleStream(rate, self._rate, 1, dtype="int16")
+                told = reason_of(error)
+            else:
+                self._stream, self._resampler, self._given_rate = stream, resampler, rate
+                return
+        raise AudioError(f"the loudspeaker {self.name!r} cannot be opened: {told}")
+
+    def _resampler_of(self, rate: int) -> Any:
+        if self._rate == rate:
+            return None
+        soxr = imported("soxr", f"sound of {rate} samples a second", "mic", AudioError)
+        return soxr.ResampleStream(rate, self._rate, 1, dtype="int16")
+
+    def _close_stream(self) -> None:
+        """Close the stream when what waits is played."""
+        stream, was_open = self._stream, self._given_rate
+        if stream is None:
+            return
+        try:
+            with self._changed:
+                if was_open:
+                    self._wait_for(lambda: not self._waiting)
+        finally:
+            self._stream, self._given_rate = None, 0
+            stream.close()
 
     def _wanted(self, out: Any, frames: int, clock: Any, status: Any) -> None:
         """PortAudio's callback."""
         with self._changed:
+            self._asked_at = time.monotonic()
             parts, missing = [], frames
             while self._waiting and missing:
                 first = self._waiting[0][self._taken : self._taken + missing]

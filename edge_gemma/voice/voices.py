@@ -7,8 +7,10 @@ None of them is imported: a command is another program with its own licence, a s
 """
 
 import contextlib
+import os
 import shlex
 import shutil
+import signal
 import socket
 import subprocess
 import tempfile
@@ -29,6 +31,8 @@ _SILENT_S = 30.0  # a voice that has sent nothing for so long is given up
 _CONNECT_S = 5.0
 _PORT = 10200
 _LARGEST = 1 << 24  # bytes of one message of a server
+_RATES = (1000, 192_000)  # Hz
+_RATES_TOLD = f"{_RATES[0]} to {_RATES[1]}"
 
 
 class Voice(Protocol):
@@ -147,10 +151,14 @@ class _Run:
         assert self._process.stdout is not None
         samples = 0
         try:
-            with self._watched(), wave.open(self._process.stdout) as file:
+            with self._watched():
+                opened = wave.open(self._process.stdout)
+            with opened as file:
                 channels, width, rate = file.getnchannels(), file.getsampwidth(), file.getframerate()
                 if width != 2:
                     raise AudioError(f"the voice {name} writes samples of {8 * width} bits, expected 16")
+                if not _RATES[0] <= rate <= _RATES[1]:
+                    raise AudioError(f"the voice {name} writes {rate} samples a second, expected {_RATES_TOLD}")
                 while data := self._read(file):
                     frames = np.frombuffer(data[: len(data) // (2 * channels) * 2 * channels], "<i2")
                     samples += len(frames)
@@ -168,7 +176,7 @@ class _Run:
     @contextlib.contextmanager
     def _watched(self) -> Iterator[None]:
         """Kills a command that sends nothing."""
-        timer = threading.Timer(_SILENT_S, self._process.kill)
+        timer = threading.Timer(_SILENT_S, self._kill)
         timer.daemon = True
         timer.start()
         try:
@@ -188,6 +196,12 @@ class _Run:
     def kill(self) -> None:
         """End it, from any thread."""
         self.ended = True
+        self._kill()
+
+    def _kill(self) -> None:
+        if hasattr(os, "killpg") and self._process.returncode is None:  # a shell's children hold its output open
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(self._process.pid, signal.SIGKILL)
         self._process.kill()
 
     def end(self) -> None:
@@ -220,7 +234,7 @@ class WyomingVoice:
         self._check()
 
     def _check(self) -> None:
-        with self._connected() as stream:
+        with self._connected(_CONNECT_S) as stream:
             self._events.write_event(self._events.Event("describe"), stream)
             while (event := self._next(stream)) is not None:
                 if event.type == "info":
@@ -230,10 +244,11 @@ class WyomingVoice:
         raise AudioError(f"no Wyoming server answers at {self._name}")
 
     @contextlib.contextmanager
-    def _connected(self) -> Iterator[Any]:
+    def _connected(self, silent_s: float) -> Iterator[Any]:
+        """silent_s: seconds without an answer after which the server is given up."""
         try:
             with socket.create_connection((str(self._host), self._port), _CONNECT_S) as connection:
-                connection.settimeout(_SILENT_S if self._connection is None else _CONNECT_S)
+                connection.settimeout(silent_s)
                 self._connection = connection
                 with connection.makefile("rwb") as stream:
                     yield _Bounded(stream)
@@ -247,7 +262,7 @@ class WyomingVoice:
     def speak(self, text: str) -> Iterator[tuple[np.ndarray, int]]:
         """As `Voice.speak`."""
         self._stopped, samples = False, 0
-        with self._connected() as stream:
+        with self._connected(_SILENT_S) as stream:
             self._events.write_event(self._events.Event("synthesize", {"text": text}), stream)
             while (event := self._next(stream)) is not None and event.type != "audio-stop":
                 if event.type == "error":
@@ -268,7 +283,7 @@ class WyomingVoice:
 
     def _block(self, event: Any) -> tuple[np.ndarray, int]:
         rate, width, channels = (event.data.get(name) for name in ("rate", "width", "channels"))
-        good = isinstance(rate, int) and 1000 <= rate <= 192_000 and width == 2 and channels in (1, 2)
+        good = isinstance(rate, int) and _RATES[0] <= rate <= _RATES[1] and width == 2 and channels in (1, 2)
         if not good or not isinstance(event.payload or b"", bytes):
             sent = f"{width} bytes a sample, {channels} channels, {rate} Hz"
             raise AudioError(f"the voice at {self._name} sends sound of {sent}, expected 2 bytes and 1 or 2 channels")

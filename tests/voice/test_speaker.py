@@ -8,6 +8,7 @@ import pytest
 
 from edge_gemma.errors import AudioError
 from edge_gemma.voice import loudspeaker as module
+from edge_gemma.voice import speaker as speaker_module
 from edge_gemma.voice.loudspeaker import Loudspeaker
 from edge_gemma.voice.speaker import Speaker
 from tests.fake_sound import FakeSound
@@ -165,6 +166,65 @@ def test_what_rings_is_said_after_the_answer(made):
     assert speaker.heard.startswith("One moment.")
 
 
+@pytest.mark.parametrize("latency", [0.0, 0.05])
+def test_a_stop_before_the_first_sound_leaves_nothing_heard_and_no_echo(made, latency):
+    speaker, voice, player, _ = made
+    player.latency = latency
+    voice.free.clear()
+    say(speaker, ANSWER)
+    until(lambda: voice.texts)
+    speaker.stop()
+    assert speaker.heard == ""
+    assert not speaker.sounding, "there was no sound whose echo a microphone could hear"
+    voice.free.set()
+
+
+def test_an_answer_that_begins_while_another_is_said_is_apart_from_it(made):
+    speaker, voice, player, _ = made
+    player.latency = 0.05
+    voice.free.clear()
+    say(speaker, "Hello there. And so on.")
+    until(lambda: voice.texts)
+    speaker.begin()
+    voice.free.set()
+    until(lambda: player.text() == "Hello there.And so on.")
+    assert speaker.heard == ""
+    assert speaker.first_sound_at is None
+    speaker.say("Yes. ")
+    until(lambda: player.text().endswith("Yes."))
+    player.passes(99)
+    player.latency = 0.0
+    assert speaker.heard == "Yes."
+
+
+def test_a_voice_that_breaks_its_promise_does_not_silence_the_rest(made, monkeypatch):
+    speaker, voice, player, notes = made
+    spoken = voice.speak
+    monkeypatch.setattr(voice, "speak", lambda text: 1 / 0 if "fail" in text else spoken(text))
+    say(speaker, "I fail. But I go on.")
+    until(lambda: player.text() == "But I go on.")
+    player.passes(99)
+    assert speaker.wait(5)
+    assert notes == ["not said aloud: ZeroDivisionError('division by zero')"]
+
+
+def test_a_voice_that_never_ends_is_given_up(made, monkeypatch):
+    monkeypatch.setattr(speaker_module, "_LONGEST_S", 0.05)
+    speaker, voice, player, notes = made
+    say(speaker, "Hello there. Yes.")
+    until(lambda: player.text().endswith("Yes."))
+    assert notes == ["not said aloud: the voice does not end: 0.05 s of sound for one clause"]
+    assert voice.stopped == 1
+
+
+def test_a_voice_is_closed_where_there_is_no_loudspeaker(monkeypatch):
+    FakeSound(monkeypatch)
+    voice = Voice()
+    with pytest.raises(AudioError, match="'Nose' cannot be used"):
+        Speaker(voice, "Nose")
+    assert voice.texts == [None]
+
+
 # --- the loudspeaker --------------------------------------------------------------------------------------------------
 
 
@@ -248,3 +308,39 @@ def test_a_loudspeaker_that_takes_nothing_is_told(monkeypatch):
         sound.streams[0].close()
         with pytest.raises(AudioError, match="plays nothing: was it unplugged"):
             loudspeaker.play(tone(1.0, 8000), 8000)
+
+
+def test_a_loudspeaker_that_goes_away_leaves_nothing_waiting_and_may_come_back(monkeypatch):
+    sound = FakeSound(monkeypatch)
+    monkeypatch.setattr(module, "_STALLED_S", 0.3)
+    with Loudspeaker() as loudspeaker:
+        loudspeaker.play(tone(1.0, 8000), 8000)
+        sound.streams[0].close()
+        assert loudspeaker.left > 0
+        until(lambda: loudspeaker.left == 0)
+        with pytest.raises(AudioError, match="plays nothing: was it unplugged"):
+            loudspeaker.play(tone(0.1, 8000), 8000)
+        loudspeaker.play(tone(0.1, 8000), 8000)
+        until(lambda: loudspeaker.played == pytest.approx(0.1, abs=0.01))
+    assert len(sound.streams) == 2
+
+
+def test_a_rate_that_cannot_be_played_never_is(monkeypatch):
+    """Without soxr, or where the device has gone meanwhile: at no call is it played at another rate, or kept."""
+    sound = FakeSound(monkeypatch, refused={22_050})
+    missing = AudioError("soxr is missing")
+
+    def imported(*_):
+        raise missing
+
+    monkeypatch.setattr(module, "imported", imported)
+    with Loudspeaker() as loudspeaker:
+        loudspeaker.play(tone(0.1, 16_000), 16_000)
+        for _ in range(2):
+            with pytest.raises(AudioError, match="soxr is missing"):
+                loudspeaker.play(tone(0.1, 22_050), 22_050)
+        sound.refused.update({16_000, 48_000})
+        for rate in (22_050, 16_000):
+            with pytest.raises(AudioError):
+                loudspeaker.play(tone(0.1, rate), rate)
+        assert loudspeaker.left == 0

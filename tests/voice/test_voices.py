@@ -28,6 +28,16 @@ with wave.open(sys.stdout.buffer, "wb") as file:
     file.writeframes(bytes(range(200)) * len(text))
 """
 
+RATE_0 = """
+import io, sys, wave
+kept = io.BytesIO()
+with wave.open(kept, "wb") as file:
+    file.setparams((1, 2, 8000, 0, "NONE", ""))
+    file.writeframes(bytes(200))
+sys.stdin.read()
+sys.stdout.buffer.write(kept.getvalue().replace((8000).to_bytes(4, "little"), bytes(4)))
+"""
+
 
 def command(code):
     return shlex.join([sys.executable, "-c", code])
@@ -89,6 +99,7 @@ def test_the_next_run_is_ready_before_it_is_asked_for(open_voice):
         ("print('hello')", "has written no WAV file"),
         ("pass", "has written no WAV file"),
         (WAV.format(before="", channels=1, width=1, rate=8000), "writes samples of 8 bits, expected 16"),
+        (RATE_0, "writes 0 samples a second, expected 1000 to 192000"),
         (WAV.format(before="text = ''", channels=1, width=2, rate=8000), "has written no sound"),
     ],
 )
@@ -106,6 +117,25 @@ def test_a_command_that_hangs_is_given_up(open_voice, monkeypatch):
     with pytest.raises(AudioError, match="has written no WAV file"):
         spoken(open_voice(command("import time; time.sleep(60)")))
     assert time.monotonic() - begun < 20
+
+
+def test_a_shells_children_end_with_it(open_voice, monkeypatch):
+    """They hold its output open: who killed the shell alone would read on for as long as they live."""
+    monkeypatch.setattr(voices, "_SILENT_S", 0.5)
+    begun = time.monotonic()
+    with pytest.raises(AudioError, match="has written no WAV file"):
+        spoken(open_voice("sh -c 'cat >/dev/null; sleep 20; true'"))
+    assert time.monotonic() - begun < 10
+
+
+def test_a_clause_may_sound_for_longer_than_a_voice_may_be_silent(open_voice, monkeypatch):
+    monkeypatch.setattr(voices, "_SILENT_S", 1.0)
+    code = WAV.format(before="", channels=1, width=2, rate=8000).replace("len(text)", "10000")
+    samples = 0
+    for block, _ in open_voice(command(code)).speak("x"):
+        samples += len(block)
+        time.sleep(0.004)  # a loudspeaker that has enough
+    assert samples == 1_000_000
 
 
 def test_a_command_is_stopped_in_the_middle(open_voice):
@@ -266,6 +296,16 @@ def test_servers_that_are_not_there():
         port = nobody.getsockname()[1]
     with pytest.raises(AudioError, match="cannot be reached: Connection refused"):
         WyomingVoice(f"tcp://127.0.0.1:{port}")
+
+
+def test_a_server_that_says_nothing_is_told_soon(monkeypatch):
+    pytest.importorskip("wyoming", reason="the voice extra is not installed")
+    monkeypatch.setattr(voices, "_CONNECT_S", 0.3)
+    monkeypatch.setattr(voices, "_SILENT_S", 10.0)
+    begun = time.monotonic()
+    with socket.create_server(("127.0.0.1", 0)) as mute, pytest.raises(AudioError, match="cannot be reached"):
+        WyomingVoice(f"tcp://127.0.0.1:{mute.getsockname()[1]}")
+    assert time.monotonic() - begun < 5
 
 
 def test_a_server_of_another_kind_is_told(serve, monkeypatch):
