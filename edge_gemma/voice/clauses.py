@@ -16,7 +16,7 @@ _FIRST, _LEAST, _LONGEST = 8, 40, 240  # characters: of the first clause, of one
 _SENTENCE = re.compile(r"""[.!?…]["'”’»)\]*_]*(?=\s)|[。！？]""")
 _PAUSE = re.compile(r"[,;:–—](?=\s)|[，、；：]")
 _NO_END = re.compile(r"""(?:^|[\s("'.])(?:\w|\d+|[Dd]r|[Mm]rs?|[Mm]s|[Ss]t|vs|etc|e\.g|i\.e|z\.B|d\.h|ca|bzw)\.$""")
-_FENCE = re.compile(r"\s*(```|~~~)")
+_FENCE = re.compile(r"\s*(`{3,}(?![^\n]*`)|~{3,})")  # three backticks and another on the line are code in a sentence
 
 
 @dataclass(frozen=True)
@@ -55,16 +55,16 @@ class Clauses:
 
     def _end(self) -> int:
         """Where the clause at the beginning of the rest ends, 0 if that is not known yet."""
-        line = self._rest.find("\n") + 1
         if self._line_begins and (self._fence or _FENCE.match(self._rest)):
-            return line  # a block of code goes by lines
-        ends = [line] if line else []
-        ends += [at.end() for at in _SENTENCE.finditer(self._rest) if not _NO_END.search(self._rest[: at.end()])][:1]
-        pause = _PAUSE.search(self._rest, _FIRST if self._first else _LEAST)
-        ends += [pause.end()] if pause else []
-        if min(ends, default=len(self._rest)) > _LONGEST:
-            return max(self._rest.rfind(" ", 1, _LONGEST), 0) or _LONGEST
-        return min(ends, default=0)
+            return self._rest.find("\n") + 1  # a block of code goes by lines
+        near = self._rest[: _LONGEST + 2]  # an end is told by the character after it
+        sentences = (at.end() for at in _SENTENCE.finditer(near) if not _NO_END.search(near[: at.end()]))
+        pause = _PAUSE.search(near, _FIRST if self._first else _LEAST)
+        found = (near.find("\n") + 1, next(sentences, 0), pause.end() if pause else 0)
+        end = min(filter(None, found), default=len(near))
+        if end > _LONGEST:
+            return max(near.rfind(" ", 1, _LONGEST), 0) or _LONGEST
+        return end if any(found) else 0
 
     def _clause(self, at: int) -> Clause:
         text, self._rest = self._rest[:at], self._rest[at:]
@@ -76,7 +76,7 @@ class Clauses:
     def _spoken(self, text: str) -> str:
         fence = _FENCE.match(text) if self._line_begins else None
         if self._fence:
-            if fence and fence[1] == self._fence:
+            if fence and fence[1].startswith(self._fence):
                 self._fence = ""
             return ""
         if fence:

@@ -71,6 +71,8 @@ def _line(line: str, *, marks: bool) -> str:
 
 
 def _is_picture(c: str) -> bool:
+    if "\U0001f3fb" <= c <= "\U0001f3ff":  # a colour of skin
+        return True
     return (unicodedata.category(c) in ("So", "Cs", "Co", "Cn") and c not in "°©®™") or c in "\ufe0f\u200d\u20e3"
 
 

@@ -152,7 +152,7 @@ class _Run:
         samples = 0
         try:
             with self._watched():
-                opened = wave.open(self._process.stdout)
+                opened = wave.open(self._process.stdout)  # noqa: SIM115
             with opened as file:
                 channels, width, rate = file.getnchannels(), file.getsampwidth(), file.getframerate()
                 if width != 2:

@@ -1,6 +1,7 @@
 """A text that streams becomes clauses; what of it a voice reads."""
 
 import itertools
+import time
 
 import pytest
 from hypothesis import given
@@ -63,9 +64,24 @@ def test_code_is_not_said():
     assert [clause.spoken for clause in clauses_of(text) if clause.spoken] == ["Here it is:", "That is all.", "End"]
 
 
+def test_code_in_a_sentence_that_begins_with_it_is_said():
+    text = "```ls -l``` lists files. That is all.\n````\nx\n```\ny\n````\nEnd"
+    expected = ["ls -l lists files.", "That is all.", "End"]
+    assert [clause.spoken for clause in clauses_of(text) if clause.spoken] == expected
+    assert clauses_of(text, range(len(text))) == clauses_of(text)
+
+
+def test_a_long_text_may_come_at_once():
+    begun = time.monotonic()
+    assert len(clauses_of("Hello there. " * 2000)) == 2001
+    assert len(clauses_of("word " * 5000)) > 100
+    assert time.monotonic() - begun < 5
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
+        ("Well 👍🏽 done 👩🏿‍🚀", "Well done"),
         ("**Hello**, it's _me_ 😀.", "Hello, it's me ."),
         ("# A title", "A title"),
         ("- [x] first item", "first item"),
