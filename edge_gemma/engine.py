@@ -290,11 +290,11 @@ class Engine:
         by_text: each utterance is written down, and the chat gets the text: the answer comes later, small models
         understand more, and the conversation takes less room.
 
-        speaker: says the answers; blocks must come as they are spoken then. Until it is silent, nothing is heard:
-        the model would hear itself. full_duplex: the microphone does not hear the speaker (headphones, or echo
-        cancellation), and one may interrupt. wake_word: a name or file as `listen --wake-word` takes it, or a function
-        of samples, float32 [n] of 16 kHz, that says whether the word ends in them; nothing is heard before it. The
-        other arguments, and the errors, are those of `transcribe`.
+        speaker: says the answers; blocks must come as they are spoken then. Until it is silent, nothing is heard,
+        except of a file: the model would hear itself. full_duplex: the microphone does not hear the speaker
+        (headphones, or echo cancellation), and one may interrupt. wake_word: a name or file as `listen --wake-word`
+        takes it, or a function of samples, float32 [n] of 16 kHz, that says whether the word ends in them; nothing is
+        heard before it. The other arguments, and the errors, are those of `transcribe`.
         """
         from edge_gemma.audio.listen import listen
         from edge_gemma.audio.prompts import Task

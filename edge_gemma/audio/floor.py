@@ -36,6 +36,12 @@ class Floor:
         self._speaking = self._answering = False
         self.interrupted = False  # the last answer
 
+    def begin(self) -> None:
+        """Another stream is heard: nobody speaks, nobody is answered."""
+        with self._lock:
+            self._opened = 0
+            self._speaking = self._answering = False
+
     @property
     def busy(self) -> bool:
         """Whether somebody speaks or is answered."""

@@ -14,6 +14,7 @@ from edge_gemma.audio.floor import Speaking
 from edge_gemma.errors import UsageError
 from edge_gemma.host.extras import imported
 
+_STEP = SAMPLE_RATE // 10  # samples that are let through or held back at a time
 AWAKE_S = 8.0  # after a wake word, or an answer: until it must be said again
 _WORDS = ("okay_nabu", "hey_jarvis", "hey_mycroft", "alexa")
 
@@ -95,7 +96,7 @@ def gated(
     whether somebody speaks or is answered.
     """
     open_before = False
-    for block in blocks:
+    for block in _in_steps(blocks) if gates else blocks:
         heard = block
         for gate in gates if busy() else ():
             gate.busy()
@@ -106,6 +107,11 @@ def gated(
         closed = int(pause_s * SAMPLE_RATE) if open_before and not opened else 0
         yield np.pad(heard, (0, closed))
         open_before = opened
+
+
+def _in_steps(blocks: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+    for block in blocks:
+        yield from (block[at : at + _STEP] for at in range(0, len(block), _STEP))
 
 
 def live_gates(

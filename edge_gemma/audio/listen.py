@@ -138,14 +138,17 @@ class Listener:
 
     def _steps(self, blocks: Iterable[np.ndarray]) -> Iterator[cut.Step]:
         """What is heard, step by step. Live, it is noticed as it comes."""
-        heard = gated(blocks, self._gates, pause_s=self._rules.pause_s, busy=lambda: self._floor.busy)
-        steps = cut.Segmenter(self._detector(), self._rules).steps(heard)
+        self._floor.begin()
         if not self._live:
-            yield from steps
+            yield from self._segmented(blocks)
             return
-        for step in Ears(steps, self._floor.noticed):
+        for step in Ears(blocks, self._segmented, self._floor.noticed):
             self._floor.taken(step)
             yield step
+
+    def _segmented(self, blocks: Iterable[np.ndarray]) -> Iterator[cut.Step]:
+        heard = gated(blocks, self._gates, pause_s=self._rules.pause_s, busy=lambda: self._floor.busy)
+        return cut.Segmenter(self._detector(), self._rules).steps(heard)
 
     def interrupt(self) -> None:
         """End the answer that is written or said, from any thread, as somebody who speaks does."""
@@ -212,10 +215,11 @@ def listen(
     require("full_duplex", full_duplex, isinstance(full_duplex, bool), "True or False")
     if full_duplex and speaker is None:
         raise UsageError("full_duplex means nothing without a speaker: leave it out")
+    file = _is_file(blocks)  # it waits while an answer is written, and does not hear it
     listener = Listener(
         engine, task, ask=ask, system=system, chat=chat, num_beams=num_beams, note=notes.append,
-        live=blocks is None or speaker is not None, speaker=speaker,
-        gates=live_gates(speaker, full_duplex=full_duplex, wake_word=wake_word), by_text=by_text,
+        live=blocks is None or (speaker is not None and not file), speaker=speaker,
+        gates=live_gates(speaker, full_duplex=full_duplex or file, wake_word=wake_word), by_text=by_text,
     )  # fmt: skip
     return _with_notes(listener, blocks, rate, device, notes)
 

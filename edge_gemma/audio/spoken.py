@@ -11,6 +11,7 @@ import numpy as np
 from edge_gemma.audio.dictation import Dictation, Utterance
 from edge_gemma.audio.recogniser import SEGMENT_TOKENS, STEP_TOKENS, Hearing, Stream
 from edge_gemma.audio.samples import Note
+from edge_gemma.audio.seams import glue
 from edge_gemma.chat import Chat
 from edge_gemma.generation.reply import Reply
 from edge_gemma.text.message import Message
@@ -126,7 +127,7 @@ class WrittenTurn:
 
     def send(self, said: Utterance) -> Reply | None:
         text, _, _ = _end_of(self._dictation.text(said))
-        self.said, self._carried = f"{self._carried} {text}".strip(), ""
+        self.said, self._carried = glue(self._carried, text), ""
         if said.more:
             self.carry()
         if said.more or not self.said:

@@ -47,7 +47,6 @@ class Talk:
         self._answer: Reply | None = None
         self._written = ""  # of the present answer, with what was said between calls
         self._before = 0  # messages before this turn
-        self._stopped = False
 
     @property
     def heard(self) -> int:
@@ -56,9 +55,9 @@ class Talk:
 
     def begin(self) -> None:
         """Somebody speaks. Raises as `Chat.send`."""
-        if self.floor.interrupted:
+        if self.floor.interrupted and self._answer is not None:
             self._forget_unheard()
-        self.floor.interrupted = self._stopped = False
+        self.floor.interrupted = False
         self._turn.begin()
         self._before, self._written, self._answer = len(self._chat.messages), "", None
 
@@ -68,8 +67,7 @@ class Talk:
         return self._turn.next_clip(stream, min(self._chat.max_tokens or context, context // 4))
 
     def stop(self) -> None:
-        """End the answer, and whatever its tools do; from any thread, also before it has begun."""
-        self._stopped = True
+        """End the answer, and whatever its tools do; from any thread."""
         if self._assistant is not None:
             self._assistant.stop()
         if self._answer is not None:
@@ -88,7 +86,8 @@ class Talk:
         except ContextFullError as error:
             self._note(str(error))
         text = self._text()
-        if not text and not (self._answer and self._answer.so_far.tool_calls) and not said.more:
+        called = self._answer is not None and self._answer.so_far.tool_calls
+        if not (text or called or said.more or self.floor.interrupted):
             self._note(no_text(start, end))
         sound = self._speaker.first_sound_at if self._speaker is not None else None
         yield Event(
@@ -101,7 +100,7 @@ class Talk:
         if self._speaker is not None:
             self._speaker.begin()
         try:
-            if self._stopped:
+            if self.floor.interrupted:  # before it began
                 answer.stop()
             for piece in self._pieces(answer) if self._assistant is None else self._acts(self._assistant, answer):
                 self._written += piece
@@ -125,7 +124,7 @@ class Talk:
     def _acts(self, assistant: Assistant, answer: Reply) -> Iterator[str]:
         """As `_pieces`, until the model calls no more tools. `_answer` becomes the last of its replies."""
         turn = assistant.follow(answer)
-        if self._stopped:
+        if self.floor.interrupted:
             turn.stop()
         for event in turn.events():
             self._answer = turn.reply
@@ -152,7 +151,8 @@ class Talk:
     def _forget_unheard(self) -> None:
         """Of an answer that was cut off, the conversation keeps what was heard; without a speaker what was written.
 
-        If that is nothing, the utterance is not answered: it goes on with the next one.
+        If that is nothing, the utterance is not answered: it goes on with the next one; after calls, which are not
+        undone, the turn ends with their results.
         """
         unheard = 0 if self._speaker is None else len(self._written) - len(self._speaker.heard)
         messages = self._chat.messages
@@ -160,6 +160,8 @@ class Talk:
         content = turn[-1].content if turn and turn[-1].role == "assistant" else ""
         if unheard < len(content.rstrip()):
             messages[-1] = replace(turn[-1], content=content[: len(content) - unheard].rstrip())
-        elif len(turn) < 3:  # no tool has run
+        elif not any(message.tool_calls for message in turn):
             del messages[self._before :]
             self._turn.carry()
+        elif turn[-1].role == "assistant" and not turn[-1].tool_calls:
+            del messages[-1]

@@ -1,17 +1,24 @@
 """Somebody who speaks while the model answers: what is said on, what stays in the conversation, what is heard."""
 
+import io
+import queue
 import threading
 import time
+import wave
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from edge_gemma.audio.ears import Ears
 from edge_gemma.audio.gates import Awake, Button, Muted, gated, live_gates
-from edge_gemma.audio.listen import Listener
+from edge_gemma.audio.listen import Listener, listen
+from edge_gemma.audio.prompts import Task
 from edge_gemma.chat import Chat
 from edge_gemma.errors import AudioError, UsageError
 from edge_gemma.generation.sampler import Sampling
+from edge_gemma.text.message import Message
+from edge_gemma.text.tool_call import ToolCall
 from tests.fake_speech import LevelDetector, SpeechEngine, say, text_of, understand
 
 STORY = "once upon a time there was a king who had three sons and a garden"
@@ -169,6 +176,15 @@ def test_by_text_means_nothing_where_nobody_answers():
             Listener(SpeechEngine(), detector=LevelDetector, **options)
 
 
+def test_by_text_parts_are_joined_as_their_script_is_written():
+    def write(levels):
+        return "".join(chr(0x4E00 + int(word[1:])) for word in understand(levels).split() if word[0] == "w") or "ok"
+
+    live = Live(write, by_text=True)
+    live.run(blocks_of(say(*range(280), -15)))
+    assert live.chat.messages[0].content == "".join(chr(0x4E00 + word) for word in range(280))
+
+
 def test_a_message_beyond_the_context_does_not_end_the_conversation():
     engine = SpeechEngine(lambda levels: "ok", context=1100)
     chat = Chat(engine, sampling=Sampling(temperature=0), system=" ".join(["word"] * 80), max_tokens=20)
@@ -177,6 +193,84 @@ def test_a_message_beyond_the_context_does_not_end_the_conversation():
     events = list(listener.events(blocks_of(say(*range(140), -15, 1, -15))))
     assert [event.text for event in events if event.kind == "segment"] == ["", "ok"]
     assert any("the context holds 1100" in note for note in notes)
+
+
+def test_a_listener_that_was_left_in_the_middle_answers_the_next_stream():
+    live = Live(understand)
+    events = live.listener.events(blocks_of(say(1, -15, 2, -15)))
+    assert next(events).kind == "speech"
+    until(lambda: live.listener._floor._opened == 1)  # the second utterance is noticed, and will never be taken
+    events.close()
+    assert [segment.text for segment in live.run(blocks_of(say(3, -15)))] == ["w3"]
+
+
+def test_an_answer_that_is_interrupted_before_its_speaker_begins_is_not_said(monkeypatch):
+    class LateSpeaker(FakeSpeaker):
+        def stop(self):
+            super().stop()
+            stopping.set()
+            until(lambda: self.said or "finish" in self.log)
+
+    stopping, speaker = threading.Event(), LateSpeaker()
+    live = Live(speaker=speaker)
+    answer = live.listener._floor.answer
+
+    def interrupted_at_once():
+        given = answer()
+        threading.Thread(target=live.listener.interrupt).start()
+        assert stopping.wait(20)
+        return given
+
+    monkeypatch.setattr(live.listener._floor, "answer", interrupted_at_once)
+    (segment,) = live.run(blocks_of(say(1, -15)))
+    assert segment.interrupted
+    assert speaker.said == ""
+    assert live.notes == [], "nobody needs to be told that it gave no text"
+
+
+def test_an_answer_after_calls_that_nobody_heard_is_not_kept():
+    speaker = FakeSpeaker()
+    speaker.share = 0.0
+    live = Live(speaker=speaker)
+    talk = live.listener._job
+    (segment,) = live.run(blocks_of(say(1, -15)))
+    user, assistant = live.chat.messages
+    call = ToolCall("time", {})
+    before = [user, replace(assistant, content="", tool_calls=(call,)), Message("tool", "10:30", name="time")]
+    for turn, kept in (([*before, assistant], before), (before, before), (before[:2], before[:2])):
+        live.chat.messages = list(turn)
+        talk._before, talk.floor.interrupted = 0, True
+        talk.begin()
+        assert live.chat.messages == kept
+        talk._answer, talk._written = segment.reply, segment.text
+
+
+def test_somebody_who_speaks_over_an_announcement_changes_no_earlier_message():
+    """Nothing was answered yet, so there is nothing to forget."""
+    history = [Message("user", "hello"), Message("assistant", "", tool_calls=(ToolCall("time", {}),))]
+    live = Live(understand, speaker=FakeSpeaker())
+    live.chat.messages = list(history)
+    live.listener._floor.interrupted = True
+    (segment,) = live.run(blocks_of(say(1, -15)))
+    assert segment.text == "w1"
+    assert live.chat.messages[:2] == history
+
+
+def test_a_file_is_heard_whole_whatever_sounds():
+    """It waits while an answer is written, and no microphone hears the loudspeaker."""
+    speaker = FakeSpeaker()
+    speaker.sounding = True
+    engine = SpeechEngine(understand)
+    chat = Chat(engine, sampling=Sampling(temperature=0))
+    sound = io.BytesIO()
+    with wave.open(sound, "wb") as file:
+        file.setparams((1, 2, 16_000, 0, "NONE", ""))
+        file.writeframes((say(1, -15, 2, -15) * 32767).astype(np.int16).tobytes())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("edge_gemma.audio.listen.open_detector", lambda note: LevelDetector())
+        events = list(listen(engine, sound.getvalue(), Task(), chat=chat, speaker=speaker))
+    assert [event.text for event in events if event.kind == "segment"] == ["w1", "w1 w2"]
+    assert speaker.log == ["begin", "finish"] * 2
 
 
 # --- ears -------------------------------------------------------------------------------------------------------------
@@ -189,12 +283,25 @@ def test_ears_notice_at_once_and_give_an_error_in_its_place():
         yield from range(5)
         raise AudioError("unplugged")
 
-    ears = iter(Ears(steps(), noticed.append))
+    ears = iter(Ears((), lambda blocks: steps(), noticed.append))
     until(lambda: len(noticed) == 5)
     assert [next(ears) for _ in range(5)] == list(range(5))
     with pytest.raises(AudioError, match="unplugged"):
         next(ears)
-    assert list(Ears(iter(()), noticed.append)) == []
+    assert list(Ears((), iter, noticed.append)) == []
+
+
+def test_ears_that_are_left_take_no_more_blocks():
+    """Whoever listens to the same microphone next gets them."""
+    blocks = queue.SimpleQueue()
+    ears = iter(Ears(iter(blocks.get, None), lambda blocks: (block for block in blocks if block), lambda step: None))
+    blocks.put(1)
+    assert next(ears) == 1
+    ears.close()
+    for _ in range(20):
+        blocks.put(0)
+    time.sleep(0.2)
+    assert blocks.qsize() >= 19
 
 
 # --- gates ------------------------------------------------------------------------------------------------------------
@@ -221,6 +328,15 @@ def test_a_wake_word_opens_for_some_seconds_and_for_as_long_as_somebody_speaks_o
     times, busy = iter(range(100)), iter([False] * 15 + [True] * 20 + [False] * 65)
     gate = Awake(lambda block: next(times) == 10, seconds=1)
     assert through(BLOCKS, [gate], lambda: next(busy)) == [False] * 11 + [True] * 33 + [False] * 56
+
+
+def test_a_wake_word_in_a_long_block_opens_for_what_follows_in_it():
+    gate = Awake(lambda block: bool(block[-1] == 2))
+    block = np.ones(32_000, np.float32)
+    block[:1600] = 2
+    heard = np.concatenate(list(gated([block, block[:0]], [gate], pause_s=0.6, busy=lambda: False)))
+    assert len(heard) == len(block)
+    assert np.array_equal(np.flatnonzero(heard), np.arange(1600, 32_000))
 
 
 def test_a_button_lets_through_what_is_said_while_it_is_down_and_ends_it_with_a_pause():
