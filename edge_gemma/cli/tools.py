@@ -7,6 +7,7 @@ Does not know: how a tool is run, conversations.
 import contextlib
 import json
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 BUILTIN = "builtin"  # the value of a --tools that has none
 _NOTES = "notes.txt"
+ASKING = threading.Lock()  # held while a question is put: what is typed then is its answer, no key to talk
 
 _chosen = (
     click.option("--folder", "folders", multiple=True, type=click.Path(exists=True, file_okay=False, path_type=Path),
@@ -136,8 +138,9 @@ def _ask(call: "ToolCall") -> bool:
     """Ask the person at the terminal; without one the answer is no."""
     if not (sys.stdin.isatty() and sys.stderr.isatty()):
         return False
-    click.echo(f"run {shown(call)}? [y/N] ", nl=False, err=True)
-    return sys.stdin.readline().strip().lower() in ("y", "yes")
+    with ASKING:
+        click.echo(f"run {shown(call)}? [y/N] ", nl=False, err=True)
+        return sys.stdin.readline().strip().lower() in ("y", "yes")
 
 
 def shown(call: "ToolCall", limit: int = 4000) -> str:

@@ -4,6 +4,8 @@ Owns: `--speak`, `--loudspeaker`, `--full-duplex`, `--wake-word`, `--push-to-tal
 """
 
 import contextlib
+import os
+import select
 import sys
 import threading
 from collections.abc import Iterator
@@ -11,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from edge_gemma.cli import options
+from edge_gemma.cli import options, tools
 
 if TYPE_CHECKING:
     from edge_gemma.audio.gates import Gate
@@ -96,12 +98,24 @@ def number_or_name(device: str | None) -> int | str | None:
 
 
 def _read_keys(press: Any) -> None:
-    """Calls `press` for each key of a terminal; of anything else for each line."""
+    """Calls `press` for each key of a terminal; of anything else, and on Windows, for each line."""
     with contextlib.suppress(OSError, ValueError):  # the terminal is gone
-        terminal = sys.stdin.isatty()
-        while read := sys.stdin.read(1) if terminal else sys.stdin.readline():
-            if not terminal or read in _KEYS:
+        for read in _typed() if sys.stdin.isatty() and os.name == "posix" else sys.stdin:
+            if read in _KEYS or read.endswith("\n"):
                 press()
+
+
+def _typed() -> Iterator[str]:
+    """The keys of a terminal. Those that answer a question are not among them."""
+    while True:
+        select.select([sys.stdin], [], [])
+        with tools.ASKING:
+            if not select.select([sys.stdin], [], [], 0)[0]:
+                continue
+            key = os.read(sys.stdin.fileno(), 1)
+        if not key:
+            return
+        yield key.decode("latin-1")
 
 
 @contextlib.contextmanager

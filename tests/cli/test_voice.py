@@ -12,9 +12,10 @@ import pytest
 from click.testing import CliRunner
 
 from edge_gemma.audio import gates, listen, mic
-from edge_gemma.cli import options, voice
+from edge_gemma.cli import options, tools, voice
 from edge_gemma.cli.main import cli
 from edge_gemma.errors import AudioError
+from edge_gemma.text.tool_call import ToolCall
 from edge_gemma.voice import speaker
 from tests.fake_sound import FakeSound
 from tests.fake_speech import LevelDetector, SpeechEngine, say, understand
@@ -139,3 +140,31 @@ def test_keys_of_a_terminal_come_one_by_one_and_it_is_left_as_it_was(monkeypatch
         assert len(pressed) == 2
         os.close(ours)
         thread.join(5)
+
+
+def test_what_answers_a_question_is_no_key_to_talk(monkeypatch):
+    ours, theirs = pty.openpty()
+    pressed, answers = [], []
+    with os.fdopen(theirs, "r", buffering=1) as stdin:
+        monkeypatch.setattr(sys, "stdin", stdin)
+        monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+        keys = threading.Thread(target=voice._read_keys, args=(lambda: pressed.append(1),), daemon=True)
+        question = threading.Thread(target=lambda: answers.append(tools._ask(ToolCall("launch", {}))), daemon=True)
+        try:
+            with voice._single_keys():
+                keys.start()
+                question.start()
+                time.sleep(0.2)
+                for key in b"yes\n":
+                    os.write(ours, bytes([key]))
+                    time.sleep(0.02)
+                question.join(5)
+                os.write(ours, b" ")
+                end = time.monotonic() + 5
+                while not pressed and time.monotonic() < end:
+                    time.sleep(0.01)
+            assert (answers, len(pressed)) == ([True], 1)
+        finally:
+            os.close(ours)
+            keys.join(5)
+    assert not keys.is_alive()
