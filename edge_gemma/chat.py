@@ -83,6 +83,7 @@ class Chat(Conversation):
             require("think_budget", think_budget, think_budget <= room, told)
         self._first = 0  # the oldest message still in the prompt
         self._kept: tuple[str | None, bool] | None = None  # the instructions that are on disk
+        self.sounds_begun = 0  # how often `begin_sound` was called: only the last sound is prefilled
         self._sound_at: int | None = None  # where the present clip begins; None: the session does not hold it
 
     @property
@@ -229,6 +230,7 @@ class Chat(Conversation):
                     self.session.prefill_soft(part, logits=False)
             self.session.mark()
             self._sound_at = at
+            self.sounds_begun += 1
         return notice
 
     def takes_sound(self, tokens: int) -> bool:

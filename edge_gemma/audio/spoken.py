@@ -65,11 +65,13 @@ class SpokenTurn(Hearing):
         self._clips: list[list[np.ndarray]] = [[]]
         self._pending: list[np.ndarray] = []
         self._carried: list[np.ndarray] = []  # clips
+        self._begun = 0  # which of the chat's sounds this is
 
     def begin(self) -> None:
         self.heard, self._clips, self._pending = 0, [[]], []
         if notice := self._chat.begin_sound(min(SEGMENT_TOKENS, self.session.context // 4)):
             self._note(notice)
+        self._begun = self._chat.sounds_begun
         carried, self._carried = self._carried, []
         for clip in carried:
             self.hear(clip)
@@ -85,16 +87,23 @@ class SpokenTurn(Hearing):
 
     def _end_clip(self) -> None:
         self._prefill()
-        self._chat.next_sound(np.concatenate(self._clips[-1]))
+        if self._alone:
+            self._chat.next_sound(np.concatenate(self._clips[-1]))
         self._clips.append([])
 
     def _take(self, tokens: np.ndarray) -> bool:
         self._clips[-1].append(tokens)
-        return self._chat.takes_sound(len(tokens))
+        return self._alone and self._chat.takes_sound(len(tokens))
+
+    @property
+    def _alone(self) -> bool:
+        """Whether nobody else has begun to speak to this chat meanwhile. Else the sound is sent whole."""
+        return self._chat.sounds_begun == self._begun
 
     def send(self, said: Utterance) -> Reply | None:
         self._prefill()
-        return self._chat.answer_sound(Message("user", "", media=("audio",), clips=tuple(self._whole())))
+        message = Message("user", "", media=("audio",), clips=tuple(self._whole()))
+        return self._chat.answer_sound(message) if self._alone else self._chat.send(message)
 
     def carry(self) -> None:
         self._carried = self._whole()

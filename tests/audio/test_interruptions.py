@@ -256,6 +256,22 @@ def test_somebody_who_speaks_over_an_announcement_changes_no_earlier_message():
     assert live.chat.messages[:2] == history
 
 
+def test_two_who_speak_to_one_chat_are_both_heard():
+    engine = SpeechEngine(understand)
+    chat = Chat(engine, sampling=Sampling(temperature=0))
+    first, second = (Listener(engine, chat=chat, detector=LevelDetector) for _ in range(2))
+    others = second.events(blocks_of(say(21, 22, 23, -15)))
+
+    def blocks():
+        for at, block in enumerate(blocks_of(say(*range(14), -15))):
+            if at == 40:
+                assert next(others).kind == "speech"
+            yield block
+
+    texts = [event.text for event in [*first.events(blocks()), *others] if event.kind == "segment"]
+    assert texts == [text_of(range(14)), text_of([*range(14), 21, 22, 23])]
+
+
 def test_a_file_is_heard_whole_whatever_sounds():
     """It waits while an answer is written, and no microphone hears the loudspeaker."""
     speaker = FakeSpeaker()
