@@ -95,8 +95,11 @@ class CommandVoice:
     def speak(self, text: str) -> Iterator[tuple[np.ndarray, int]]:
         """As `Voice.speak`."""
         with self._lock:
-            run, self._next = self._next or self._start(), None
-            self._now = run
+            run, self._next = self._next, None
+            if run is not None and run.over:  # it did not wait for so long
+                run.end()
+                run = None
+            self._now = run = run or self._start()
         try:
             run.write(text)
             with self._lock:
@@ -140,6 +143,11 @@ class _Run:
         except BaseException:
             self._errors.close()
             raise
+
+    @property
+    def over(self) -> bool:
+        """Whether the command has ended by itself."""
+        return self._process.poll() is not None
 
     def write(self, text: str) -> None:
         assert self._process.stdin is not None

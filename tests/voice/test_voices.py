@@ -92,6 +92,14 @@ def test_the_next_run_is_ready_before_it_is_asked_for(open_voice):
     assert time.monotonic() - begun < 0.6
 
 
+def test_a_command_that_ended_while_nothing_was_said_is_run_again(open_voice):
+    idle = "import os, select, sys; select.select([sys.stdin], [], [], 0.3)[0] or os._exit(1)\n"
+    voice = open_voice(command(idle + WAV.format(before="", channels=1, width=2, rate=8000)))
+    for _ in range(2):
+        time.sleep(1.0)
+        assert len(spoken(voice)[0])
+
+
 @pytest.mark.parametrize(
     ("code", "told"),
     [
