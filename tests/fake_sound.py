@@ -67,7 +67,7 @@ class FakeSound:
         return self._stream(self._play, **options)
 
     def _stream(self, block, **options):
-        if options["samplerate"] in self.refused:
+        if self.refused & {options["samplerate"], (options["samplerate"], options["channels"])}:
             raise self.PortAudioError("Invalid sample rate", -9997)
         self.streams.append(_Stream(self, block, **options))
         return self.streams[-1]
@@ -81,16 +81,18 @@ class FakeSound:
         stream.callback(memoryview(now.tobytes()), stream.frames, None, types.SimpleNamespace(input_overflow=False))
 
     def _play(self, stream):
-        out = bytearray(2 * stream.frames)
+        out = bytearray(2 * stream.frames * stream.channels)
         stream.callback(memoryview(out), stream.frames, None, None)
-        self.played.append((time.monotonic(), np.frombuffer(bytes(out), np.int16), stream.rate))
+        channels = np.frombuffer(bytes(out), np.int16).reshape(-1, stream.channels)
+        assert (channels == channels[:, :1]).all()
+        self.played.append((time.monotonic(), channels[:, 0], stream.rate))
 
 
 class _Stream:
     latency = 0.02
 
-    def __init__(self, sound, block, *, samplerate, blocksize, callback, finished_callback=lambda: None, **_):
-        self.rate, self.frames, self.callback = samplerate, blocksize, callback
+    def __init__(self, sound, block, *, samplerate, blocksize, channels, callback, finished_callback=lambda: None, **_):
+        self.rate, self.frames, self.channels, self.callback = samplerate, blocksize, channels, callback
         self._sound, self._block, self._finished = sound, block, finished_callback
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)

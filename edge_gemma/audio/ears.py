@@ -3,6 +3,7 @@
 Owns: the thread, the queue of what was heard. Does not know: what the steps are.
 """
 
+import contextlib
 import queue
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -11,6 +12,8 @@ from typing import Generic, TypeVar
 import numpy as np
 
 _T = TypeVar("_T")
+_MOST = 4096  # steps that wait at most, two minutes of speech: a microphone says so when it loses what comes then
+_LOOK_S = 0.5
 
 
 class Ears(Generic[_T]):
@@ -28,7 +31,7 @@ class Ears(Generic[_T]):
         """
         self._left = False
         self._steps, self._noticed = steps(self._until_left(blocks)), noticed
-        self._heard: queue.SimpleQueue[tuple[_T | None, BaseException | None]] = queue.SimpleQueue()
+        self._heard: queue.Queue[tuple[_T | None, BaseException | None]] = queue.Queue(_MOST)
         threading.Thread(target=self._listen, name="ears", daemon=True).start()
 
     def _until_left(self, blocks: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
@@ -43,10 +46,16 @@ class Ears(Generic[_T]):
                 if self._left:
                     return
                 self._noticed(step)
-                self._heard.put((step, None))
-            self._heard.put((None, None))
+                self._put(step, None)
+            self._put(None, None)
         except BaseException as error:
-            self._heard.put((None, error))
+            self._put(None, error)
+
+    def _put(self, step: _T | None, error: BaseException | None) -> None:
+        while not self._left:
+            with contextlib.suppress(queue.Full):
+                self._heard.put((step, error), timeout=_LOOK_S)
+                return
 
     def __iter__(self) -> Iterator[_T]:
         try:

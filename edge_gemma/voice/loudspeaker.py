@@ -41,6 +41,7 @@ class Loudspeaker:
         self._taken = 0  # samples of the first one that were played
         self._stream: Any = None
         self._given_rate = self._rate = self._epoch = 0
+        self._channels = 1
         self._resampler: Any = None
         self._asked_at = 0.0  # when the device last asked for sound, by time.monotonic
         self.played = 0.0  # seconds of sound that the device has taken since the last `stop`
@@ -99,19 +100,19 @@ class Loudspeaker:
             raise AudioError(f"the loudspeaker {self.name!r} plays nothing: was it unplugged?")
 
     def _open(self, rate: int) -> None:
-        """A stream for sound of this rate: at the rate itself if the device can, else at its own."""
+        """A stream for sound of this rate: at the rate itself and of one channel if the device can, else as it can."""
         if rate == self._given_rate:
             return
         self._close_stream()
         own, told = int(self._info["default_samplerate"]), ""
-        for self._rate in (rate, own):
+        for self._rate, self._channels in ((rate, 1), (own, 1), (rate, 2), (own, 2)):
             resampler = self._resampler_of(rate)
             try:
                 stream = self._sounddevice.RawOutputStream(
                     samplerate=self._rate,
                     blocksize=int(self._rate * BLOCK_S),
                     device=self._info["index"],
-                    channels=1,
+                    channels=self._channels,
                     dtype="int16",
                     latency=_LATENCY_S,
                     callback=self._wanted,
@@ -159,7 +160,8 @@ class Loudspeaker:
                     self._taken = 0
             self.played += (frames - missing) / self._rate
             self._changed.notify_all()
-        out[:] = b"".join([*parts, bytes(2 * missing)])
+        samples = np.frombuffer(b"".join([*parts, bytes(2 * missing)]), np.int16)
+        out[:] = samples.repeat(self._channels).tobytes()
 
     def close(self) -> None:
         """Stop, and free the device."""

@@ -10,6 +10,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from edge_gemma.audio import ears as ears_module
 from edge_gemma.audio.ears import Ears
 from edge_gemma.audio.gates import Awake, Button, Muted, gated, live_gates
 from edge_gemma.audio.listen import Listener, listen
@@ -305,6 +306,16 @@ def test_ears_notice_at_once_and_give_an_error_in_its_place():
     with pytest.raises(AudioError, match="unplugged"):
         next(ears)
     assert list(Ears((), iter, noticed.append)) == []
+
+
+def test_ears_wait_when_nobody_takes_what_they_hear(monkeypatch):
+    monkeypatch.setattr(ears_module, "_MOST", 3)
+    noticed = []
+    ears = Ears((), lambda blocks: iter(range(100)), noticed.append)
+    until(lambda: len(noticed) == 4)
+    time.sleep(0.1)
+    assert len(noticed) == 4, "three wait, one is held"
+    assert list(ears) == list(range(100))
 
 
 def test_ears_that_are_left_take_no_more_blocks():

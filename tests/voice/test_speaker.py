@@ -258,6 +258,18 @@ def test_a_device_without_the_voices_rate_is_given_its_own(monkeypatch):
         assert loudspeaker.played == pytest.approx(1.0, abs=0.05)
 
 
+def test_a_device_of_two_channels_plays_the_same_on_both(monkeypatch):
+    sound = FakeSound(monkeypatch, refused={(22_050, 1), (48_000, 1)}, speed=5)
+    samples = tone(0.2, 22_050)
+    with Loudspeaker() as loudspeaker:
+        loudspeaker.play(samples, 22_050)
+        assert (sound.streams[0].rate, sound.streams[0].channels) == (22_050, 2)
+        until(lambda: loudspeaker.left == 0)
+        time.sleep(0.05)
+    played = np.concatenate([block for _, block, _ in sound.played])
+    assert np.array_equal(played[played != 0], samples[samples != 0])
+
+
 def test_a_voice_of_another_rate_follows(monkeypatch):
     sound = FakeSound(monkeypatch, speed=10)
     with Loudspeaker() as loudspeaker:
