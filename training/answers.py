@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from edge_gemma.text.message import Message
 from training.facts import known
+from training.sums import understand_sum, words_of
 from training.tools import Tool, call_for, without_tool
 from training.understand import plain, topic, understand
 
@@ -73,7 +74,15 @@ def small_talk_for(text: str) -> tuple[str, ...]:
 
 
 def answers_for(text: str, tools: Sequence[Tool] = ()) -> tuple[Message, ...]:
-    """The model's replies, all equally good, to a first message in any form; () for a text that is no sentence."""
+    """The model's replies, all equally good, to a first message in any form; () for a text that is no sentence.
+
+    A sum is reckoned by the tool for it, where there is one, and otherwise known by heart or too hard.
+    """
+    if asked := understand_sum(text):
+        if call := call_for(asked, tools):
+            return (Message("assistant", "", tool_calls=(call,)),)
+        found = known(f"what is {words_of(text)}")
+        return (Message("assistant", found[0] if found else without_tool(asked.kind, tools)),)
     if found := small_talk_for(text):
         return tuple(Message("assistant", answer) for answer in found)
     if intent := understand(text):

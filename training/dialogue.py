@@ -16,9 +16,11 @@ import numpy as np
 from edge_gemma.audio.prompts import AudioPrompt, Task, audio_prompt
 from edge_gemma.text.message import Message
 from edge_gemma.text.prompt import ChatFormat, ChatTokenizer
+from training import sums
 from training.answers import answers_for, is_question, small_talk_for
 from training.facts import knowledge, known, small_talk
 from training.splits import SHARE, held_out, position
+from training.sums import understand_sum
 from training.texts import grammar
 from training.tools import FAMILIES, Tool, call_for, declare, last_word, result_of, without_tool
 from training.understand import Intent, in_digits, plain, time_in_digits, understand
@@ -168,7 +170,7 @@ def _questions(of_small_talk: bool) -> tuple[str, ...]:
 
 def _tools(kinds: Sequence[str], rng: np.random.Generator, *, without: Sequence[str] = ()) -> tuple[Tool, ...]:
     """Declarations for these kinds, beside some others, in any order."""
-    others = [kind for kind in FAMILIES if kind not in kinds and kind not in without]
+    others = [kind for kind in FAMILIES if kind not in kinds and kind not in without and kind != sums.KIND]
     extra = int(rng.choice([0, 1, 2, 3], p=[0.5, 0.3, 0.12, 0.08]))
     if not kinds:
         extra += 1
@@ -189,13 +191,15 @@ class _Conversation:
             self.accepted[len(self.messages)] = tuple(answers)
         self.messages.append(Message("assistant", _pick(answers, rng)))
 
-    def command(self, text: str, intent: Intent, rng: np.random.Generator, *, media: tuple[str, ...] = ()) -> None:
+    def command(
+        self, text: str, intent: Intent, rng: np.random.Generator, *, media: tuple[str, ...] = (), result: str = ""
+    ) -> None:
         """A command, and all that follows from it: refused, or called, returned and told."""
         call = call_for(intent, self.tools)
         if call is None:
             self.ask(text, [without_tool(intent.kind, self.tools)], rng, media=media)
             return
-        result = result_of(intent, rng)
+        result = result or result_of(intent, rng)
         self.messages += [
             Message("user", text, media=media),
             Message("assistant", "", tool_calls=(call,)),
@@ -248,6 +252,71 @@ def _without_tool(rng: np.random.Generator) -> Example:
     talk = _Conversation(_tools((), rng, without=[intent.kind]) if rng.random() < 0.35 else ())
     talk.command(typed(text, rng), intent, rng)
     return talk.example("no tool")
+
+
+def _sum(rng: np.random.Generator) -> Example:
+    """One sum or two; a sixth of the conversations have no tool for them."""
+    alone = rng.random() < 1 / 6
+    talk = _Conversation(_tools((), rng, without=[sums.KIND]) if alone else _tools([sums.KIND], rng))
+    if alone and rng.random() < 0.7:
+        talk.tools = ()
+    for _ in range(1 if alone else int(rng.integers(1, 3))):
+        _ask_sum(talk, rng)
+    return talk.example("sum")
+
+
+def _ask_sum(talk: _Conversation, rng: np.random.Generator) -> None:
+    text = sums.worded(rng)
+    if alone := answers_for(text, talk.tools):
+        if alone[0].tool_calls:
+            talk.command(typed(text, rng), understand_sum(text), rng)
+        else:
+            talk.reply(text, rng)
+
+
+_BUILT_IN = {  # built-in tools, in an order in which six of them fit the model's context
+    "get_time": "clock", "set_timer": "timer", "calculate": sums.KIND, "get_date": "date",
+    "cancel_timer": "cancel_timer", "set_alarm": "alarm",
+}  # fmt: skip
+
+
+@cache
+def built_in() -> tuple[Tool, ...]:
+    """Their declarations. The calculator's has no example of an expression, for which there is no room."""
+    from edge_gemma.tools.builtin import builtin_tools
+
+    declared = {tool.name: tool.declaration for tool in builtin_tools(print)}
+    function = declared["calculate"]["function"]
+    plain = {**function["parameters"], "properties": {"expression": {"type": "string"}}}
+    declared["calculate"] = {"type": "function", "function": {**function, "parameters": plain}}
+    return tuple(declared[name] for name in _BUILT_IN)
+
+
+def _built_in(rng: np.random.Generator) -> Example:
+    """Up to three commands, sums and other talk with the built-in tools."""
+    without = _pick(list(_BUILT_IN), rng) if rng.random() < 0.2 else ""
+    talk = _Conversation(tuple(tool for tool in built_in() if tool["function"]["name"] != without))
+    kinds = [_BUILT_IN[tool["function"]["name"]] for tool in talk.tools]
+    for _ in range(int(rng.integers(1, 4))):
+        chance = rng.random()
+        if chance < 0.45:
+            _ask_sum(talk, rng)
+        elif chance < 0.86:
+            kind = _pick([kind for kind in kinds if kind != sums.KIND], rng)
+            text = grammar().fill(_pick(_commands()[kind], rng), rng)
+            intent = understand(text)
+            if intent and intent.kind == kind and not known(text):
+                result = result_of(intent, rng)
+                if kind == "date" and "error" not in result:
+                    result += f", {int(rng.integers(2024, 2040))}"
+                talk.command(typed(text, rng), intent, rng, result=result)
+        elif chance < 0.95:
+            talk.reply(_fact(rng), rng)
+        else:
+            text, intent = _command(rng)
+            if intent.kind not in kinds:
+                talk.command(typed(text, rng), intent, rng)
+    return talk.example("built in")
 
 
 @dataclass(frozen=True)
@@ -312,12 +381,19 @@ def _memory(rng: np.random.Generator) -> Example:
 
 
 _KINDS = ((_small_talk, 0.36), (_with_tool, 0.34), (_without_tool, 0.13), (_memory, 0.08), (_other, 0.09))
+_WITH_SUMS = (
+    (_small_talk, 0.31), (_with_tool, 0.30), (_without_tool, 0.10), (_memory, 0.06), (_other, 0.06), (_sum, 0.06),
+    (_built_in, 0.11),
+)  # fmt: skip
 
 
-def examples(seed: int, held_out: bool = False) -> Iterator[Example]:
-    """Endless conversations. Held-out ones come only with `held_out`, whatever the seed."""
+def examples(seed: int, held_out: bool = False, *, with_sums: bool = False) -> Iterator[Example]:
+    """Endless conversations. Held-out ones come only with `held_out`, whatever the seed.
+
+    with_sums: with those for a calculator too, which the shipped weights were not trained on (refine.py).
+    """
     rng = np.random.default_rng([seed, 3])
-    makers, weights = zip(*_KINDS, strict=True)
+    makers, weights = zip(*(_WITH_SUMS if with_sums else _KINDS), strict=True)
     while True:
         example = makers[rng.choice(len(makers), p=weights)](rng)
         if example.messages and is_held_out(example) == held_out:
@@ -328,12 +404,25 @@ def is_held_out(example: Example) -> bool:
     """True for a held-out conversation, by a hash of the user's first message.
 
     For a command its plain words are hashed, so that a held-out sentence is new in every form. For anything else its
-    spelling is hashed, because the facts themselves cannot be guessed.
+    spelling is hashed, because the facts themselves cannot be guessed. A conversation with a held-out sum in any place
+    is held out: these numbers are in no wording trained on.
     """
     first = example.messages[0].content
-    if example.kind in ("tool", "no tool"):
+    if any(map(sums.is_kept, _expressions(example))):
+        return True
+    if example.kind in ("tool", "no tool", "sum", "built in"):
         return held_out(first) or position(plain(first)) < SHARE
     return int(hashlib.sha256(first.encode()).hexdigest()[:8], 16) / 16**8 < SHARE
+
+
+def _expressions(example: Example) -> list[str]:
+    if example.kind not in ("sum", "built in"):
+        return []
+    calls = [call for message in example.messages for call in message.tool_calls]
+    return [str(value) for call in calls for name, value in call.arguments.items() if name in _EXPRESSION]
+
+
+_EXPRESSION = FAMILIES[sums.KIND].slots["expression"].names
 
 
 def spoken_examples(seed: int) -> Iterator[tuple[str, Example]]:
@@ -347,9 +436,10 @@ def spoken_examples(seed: int) -> Iterator[tuple[str, Example]]:
 
 def spoken_example(text: str, rng: np.random.Generator) -> Example | None:
     """A conversation that begins with this being said; None for what is no sentence. Half the commands have tools."""
-    intent = None if small_talk_for(text) else understand(text)
+    asked = understand_sum(text)
+    intent = asked or (None if small_talk_for(text) else understand(text))
     talk = _Conversation(_tools([intent.kind], rng) if intent and rng.random() < 0.5 else ())
-    if intent:
+    if intent and (talk.tools or not asked):
         talk.command("", intent, rng, media=("audio",))
     elif answers := answers_for(text):
         talk.ask("", [answer.content for answer in answers], rng, media=("audio",))

@@ -26,13 +26,22 @@ def decode(model: nn.Module, ids: Tensor, which: Tensor, soft_tokens: Tensor | N
 
     dtype: what is computed in. The positions of sound are those whose id is the configuration's `audio_token_id`.
     """
+    if soft_tokens is not None:
+        embedder = model.model.embed_audio
+        soft_tokens = norm(embedder.embedding_pre_projection_norm, soft_tokens.to(dtype))
+        soft_tokens = linear(embedder.embedding_projection, soft_tokens)
+    return decode_embedded(model, ids, which, soft_tokens, dtype)
+
+
+def decode_embedded(
+    model: nn.Module, ids: Tensor, which: Tensor, soft_tokens: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """`decode` with soft tokens as the runtime's encoder gives them: [all tokens of sound, hidden]."""
     text = model.model.language_model
     of_sound = ids == model.config.audio_token_id
     x = text.embed_tokens(ids).to(dtype)
     if soft_tokens is not None:
-        embedder = model.model.embed_audio
-        soft_tokens = norm(embedder.embedding_pre_projection_norm, soft_tokens.to(dtype))
-        x = x.masked_scatter(of_sound[..., None], linear(embedder.embedding_projection, soft_tokens))
+        x = x.masked_scatter(of_sound[..., None], soft_tokens.to(dtype))
     own = text.embed_tokens_per_layer(ids.masked_fill(of_sound, text.config.pad_token_id)).to(dtype)
     return _layers(text, x, own, {kind: _kind(text, kind, which, dtype) for kind in KINDS})
 

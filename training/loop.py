@@ -42,6 +42,7 @@ class Run:
     around: Callable[[int], AbstractContextManager[None]] = lambda step: nullcontext()
     warmup: int = 200
     seed: int = 0
+    muon: bool = True  # False: AdamW for all, where bfloat16 is slow
     step: int = 0
     _sums: dict[str, list[float]] = field(default_factory=dict)
 
@@ -55,7 +56,7 @@ class Run:
         inner, outer = [], []  # matrices of the layers; embeddings, heads, convolutions
         for name, p in named:
             if p.dim() >= 2:
-                (inner if p.dim() == 2 and "layers." in name else outer).append(p)
+                (inner if self.muon and p.dim() == 2 and "layers." in name else outer).append(p)
         groups = [{"params": outer, "weight_decay": 0.02}, {"params": vectors, "weight_decay": 0.0}]
         self.optimizers = [torch.optim.AdamW(groups, lr=self.rate, betas=(0.9, 0.98), fused=True)]
         if inner:

@@ -85,11 +85,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--seen", action="store_true", help="conversations like those trained on, instead of held-out ones"
     )
+    parser.add_argument("--sums", action="store_true", help="with sums too: not the shipped model's")
     parser.add_argument("--show", type=int, default=0, metavar="N", help="print the first N wrong replies")
     options = parser.parse_args(arguments)
     verdicts: list[Verdict] = []
     shown = 0
-    chosen = islice(examples(SEED, held_out=not options.seen), options.count)
+    chosen = islice(examples(SEED, held_out=not options.seen, with_sums=options.sums), options.count)
     for example, index, result in replies(Engine.load(options.model or None), chosen):
         verdicts.append(verdict := judge(example, index, result))
         if not verdict.right and shown < options.show:

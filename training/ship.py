@@ -69,6 +69,11 @@ def ship(checkpoint: Path, data: Path, dest: Path, recipe: str | None, *, audio:
     export_checkpoint(checkpoint, dest, recipe, audio=audio, force=True)
     add_section(dest, section)
     ModelFolder.open(dest).verify()
+    return size_of(dest)
+
+
+def size_of(dest: Path) -> int:
+    """The folder's size in bytes. Raises SystemExit if it is too large."""
     size = sum(path.stat().st_size for path in dest.iterdir())
     if size > MOST_BYTES:
         raise SystemExit(f"{dest} has {size / 1e6:.1f} MB, expected at most {MOST_BYTES / 1e6:.0f}: use fewer bits")

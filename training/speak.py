@@ -53,9 +53,10 @@ class Ids:
 
 
 class Examples:
-    """Makes training sequences with one tokenizer."""
+    """Makes training sequences with one tokenizer. longest: ids of a conversation."""
 
-    def __init__(self, tokenizer: Tokenizer):
+    def __init__(self, tokenizer: Tokenizer, longest: int = LONGEST):
+        self.longest = longest
         self.tokenizer = tokenizer
         self.form = ChatFormat(dialogue.template(), tokenizer)
         self.sound = tokenizer.special_tokens["<|audio|>"]
@@ -86,11 +87,11 @@ class Examples:
                 sequences.append(self.transcription(tokens, text, int(rng.random() < 0.3)))
         return sequences
 
-    def of_dialogue(self, seed: int) -> Iterator[Ids]:
+    def of_dialogue(self, seed: int, *, with_sums: bool = False) -> Iterator[Ids]:
         """Endless conversations that fit a row."""
-        for example in dialogue.examples(seed):
+        for example in dialogue.examples(seed, with_sums=with_sums):
             ids, wanted = dialogue.render(example, self.form, self.tokenizer)
-            if len(ids) <= LONGEST:
+            if len(ids) <= self.longest:
                 yield Ids(ids, wanted)
 
 
@@ -148,8 +149,12 @@ def soft_tokens(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
 
 def logits_at(model: nn.Module, rows: Rows, at: Tensor, heard: Tensor) -> Tensor:
     """Logits after the positions `at`, bool [rows, n]: float32 [k, vocabulary]. heard: the soft tokens."""
-    hidden = decode(model, rows.ids, rows.which, heard, DTYPE)
-    logits = F.linear(hidden[at], model.lm_head.weight.to(DTYPE)).float()
+    return logits_of(model, decode(model, rows.ids, rows.which, heard, DTYPE)[at])
+
+
+def logits_of(model: nn.Module, hidden: Tensor) -> Tensor:
+    """hidden [k, hidden] after the last norm -> float32 [k, vocabulary]."""
+    logits = F.linear(hidden, model.lm_head.weight.to(hidden.dtype)).float()
     cap = model.config.text_config.final_logit_softcapping
     return torch.tanh(logits / cap) * cap
 

@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 
 from edge_gemma.text.tool_call import ToolCall
+from training import sums
+from training.facts import TOO_HARD
 from training.texts import grammar
 from training.understand import Intent, Value
 
@@ -166,6 +168,12 @@ FAMILIES: dict[str, Family] = {
         {"person": Slot(("person", "name", "contact"))},
         "I can't make calls here, no tools are connected.",
     ),
+    sums.KIND: Family(
+        ("calculate", "calculator", "compute", "evaluate"),
+        ("Calculate an expression exactly", "Calculate an expression", "A calculator", "Work out a sum"),
+        {"expression": Slot(("expression", "sum", "formula"))},
+        TOO_HARD,
+    ),
 }  # fmt: skip
 _OF_NAME = {name: kind for kind, family in FAMILIES.items() for name in family.names}
 _MINUTES = "minutes"  # the parameter of timers that count in minutes
@@ -223,7 +231,7 @@ def call_for(intent: Intent, tools: Sequence[Tool]) -> ToolCall | None:
 
 def without_tool(kind: str, tools: Sequence[Tool]) -> str:
     """What is said to a command that no tool serves."""
-    return NO_SUCH_TOOL if tools else FAMILIES[kind].without
+    return NO_SUCH_TOOL if tools and kind != sums.KIND else FAMILIES[kind].without
 
 
 # ---- results
@@ -262,7 +270,9 @@ _MONTHS = (
 
 
 def result_of(intent: Intent, rng: np.random.Generator) -> str:
-    """What such a tool may return."""
+    """What such a tool may return. A sum has its one result."""
+    if intent.kind == sums.KIND:
+        return sums.result_of(str(intent.arguments["expression"]))
     if rng.random() < 0.08:
         return f"error: {_one(_FAILURES, rng)}"
     if intent.kind == "weather":
@@ -324,6 +334,7 @@ _SENTENCES: dict[str, Any] = {
     "weather": lambda s, result: f"The weather{_in(s, 'city')}{_in(s, 'day', ' ')}: {result}.",
     "clock": lambda s, result: f"It is {result}{_in(s, 'city')}.",
     "date": lambda _, result: f"Today is {result}.",
+    sums.KIND: lambda _, result: sums.told(result),
     "call": lambda s, _: f"I'm calling {s['person']}.",
 }
 

@@ -36,7 +36,7 @@ def test_each_has_its_own_name_and_a_description(tmp_path):
 
 def test_the_demonstration_model_was_trained_with_these_names_and_parameters():
     families = {"get_time": "clock", "get_date": "date", "set_timer": "timer", "cancel_timer": "cancel_timer"}
-    families |= {"set_alarm": "alarm", "cancel_alarm": "cancel_alarm"}
+    families |= {"set_alarm": "alarm", "cancel_alarm": "cancel_alarm", "calculate": "calculate"}
     tools = {tool.name: tool.declaration["function"] for tool in builtin_tools(print)}
     for name, kind in families.items():
         assert name in FAMILIES[kind].names
@@ -155,7 +155,8 @@ def test_alarms_that_cannot_be_meant(time, day):
         ("12 times 7", "84"), ("(3+4)*2/5", "2.8"), ("1/3", "1/3, about 0.333333333333333"), ("0.1+0.2", "0.3"),
         ("2^64", "18446744073709551616"), ("sqrt(9/4)", "1.5"), ("15% of 80", "12"), ("1,000+1", "1001"),
         ("50%", "0.5"), ("12345678901234567890.5 * 2", "24691357802469135781"), ("1e-400 * 1_0e3_99", "1"),
-        ("5. + .5", "5.5"),
+        ("5. + .5", "5.5"), ("12 x 17", "204"), ("12x17", "204"), ("0 x 5 + 0x10", "16"),
+        ("the square root of 81 plus 1", "10"),
         ("-1 ** 2 + 10 % 3", "0"), ("factorial(20)", "2432902008176640000"), ("sqrt(2)", "about 1.41421356237310"),
         ("(-1)**999999999999", "-1"), ("max(1, 5/2)", "2.5"), ("7 // 2", "3"),
     ],

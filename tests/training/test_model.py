@@ -27,7 +27,7 @@ from training.finish import BOUNDS, Seen, least_error, set_clip_bounds
 from training.loop import Run, ahead
 from training.model import build, configuration, load, save
 from training.muon import Muon
-from training.rounding import matrices, rounded, rounded_to_4_bits
+from training.rounding import matrices, rounded, rounded_to
 from training.speak import SHARE_WRONG, Ids, misremembered, packed
 from training.tokenizer import load_tokenizer
 from training.tokenizer import write as write_tokenizer
@@ -300,13 +300,14 @@ def test_the_limit_of_least_error_leaves_outliers_out(outliers):
     assert seen.bounds[1] == values.max()
 
 
-def test_rounding_is_that_of_the_baseline_quantiser():
+@pytest.mark.parametrize("bits", [4, 8])
+def test_rounding_is_that_of_the_baseline_quantiser(bits):
     weights = np.random.default_rng(2).standard_normal((5, 96)).astype(np.float32)
     weights[0, :32] = 0
     weights[1, 40] = -9
-    values, scales = round_to_nearest(weights, 4, 32)
+    values, scales = round_to_nearest(weights, bits, 32)
     wanted = values * np.repeat(scales.astype(np.float32), 32, axis=1)
-    assert np.array_equal(rounded_to_4_bits(torch.from_numpy(weights)).numpy(), wanted)
+    assert np.array_equal(rounded_to(bits, torch.from_numpy(weights)).numpy(), wanted)
 
 
 def test_gradients_are_of_the_rounded_weights_and_the_float_ones_stay(model):
@@ -315,9 +316,9 @@ def test_gradients_are_of_the_rounded_weights_and_the_float_ones_stay(model):
     assert not any("per_layer_model_projection" in names[id(p)] or "norm" in names[id(p)] for p in some)
     matrix, before = some[1], some[1].detach().clone()
     with rounded(some):
-        assert torch.equal(matrix, rounded_to_4_bits(before))
+        assert torch.equal(matrix, rounded_to(4, before))
         assert not torch.equal(matrix, before)
         matrix.square().sum().backward()
     assert torch.equal(matrix, before)
-    assert torch.equal(matrix.grad, 2 * rounded_to_4_bits(before))
+    assert torch.equal(matrix.grad, 2 * rounded_to(4, before))
     matrix.grad = None

@@ -27,6 +27,7 @@ _OPERATORS: dict[type[ast.AST], Callable[[Fraction, Fraction], Fraction]] = {
 _CONSTANTS = {"pi": Fraction(math.pi), "e": Fraction(math.e)}
 _SPELLED = {"×": "*", "·": "*", "÷": "/", "−": "-", "^": "**", "²": "**2", "³": "**3"}
 _WORDS = {
+    r"(?:the )?square root of (\d+(?:\.\d+)?)": r"sqrt(\1)",
     r"multiplied by|times": "*", r"divided by|over": "/", r"plus": "+", r"minus": "-", r"to the power of": "**",
     r"percent of|% of": "/100*", r"squared": "**2", r"cubed": "**3",
 }  # fmt: skip
@@ -82,6 +83,7 @@ def _python(expression: str) -> str:
     text = expression.strip().rstrip("=?").lower()
     for words, sign in _WORDS.items():
         text = re.sub(rf"(?<![a-z])(?:{words})(?![a-z])", sign, text)
+    text = re.sub(r"(?<=\d)(?: x |(?<!\b0)x)(?=\d)", "*", text)  # 0x10 is a number
     for sign, spelled in _SPELLED.items():
         text = text.replace(sign, spelled)
     text = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text)
