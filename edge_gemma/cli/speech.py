@@ -194,7 +194,7 @@ def listen(
         speaker = stack.enter_context(spoken.speaker(screen))
         gates = spoken.gates(speaker, screen)
         engine = options.load_engine(model, context=context, threads=threads)
-        chosen.aloud, chosen.asks = speaker.announce if speaker else None, not spoken.push_to_talk
+        chosen.aloud = speaker.announce if speaker else None
         listener = Listener(
             engine, task, ask=ask, system=system, num_beams=num_beams, rules=live_rules(pause), note=screen.note,
             act=lambda chat: stack.enter_context(chosen.assistant(chat, screen, room=SEGMENT_TOKENS + _ANSWER)),

@@ -71,7 +71,6 @@ class Chosen:
         self.asked = any(given[name] for name in NAMES.split())
         self.ring = True  # whether the program lives on, so that timers can ring
         self.aloud: Callable[[str], None] | None = None  # also says what rings
-        self.asks = True  # whether the person can be asked before an effect: keys are not read for something else
         self._waiting: Callable[[], list[str]] = list  # timers that have not rung
         self.left_out: list[RunnableTool] = []
 
@@ -96,7 +95,7 @@ class Chosen:
             yield None
             return
         with contextlib.ExitStack() as stack:
-            yield Assistant(chat, self._tools(chat, screen, stack, room), confirm=_ask if self.asks else None)
+            yield Assistant(chat, self._tools(chat, screen, stack, room), confirm=_ask)
         if waiting := self._waiting():
             screen.note(f"ended before it rang: {'; '.join(waiting)}")
 
