@@ -92,10 +92,11 @@ def gated(
 ) -> Iterator[np.ndarray]:
     """Yields blocks, float32 [n] of 16 kHz, silent where a gate is closed.
 
-    pause_s: silence that ends an utterance; it is put in where a gate closes, so that nobody waits for it. busy:
+    pause_s: silence that ends an utterance; it is put in where a button goes up, so that nobody waits for it. busy:
     whether somebody speaks or is answered.
     """
-    open_before = False
+    buttons = [gate for gate in gates if isinstance(gate, Button)]
+    down_before = False
     for block in _in_steps(blocks) if gates else blocks:
         heard = block
         for gate in gates if busy() else ():
@@ -103,10 +104,9 @@ def gated(
         for gate in gates:
             if not gate.opens(heard):
                 heard = np.zeros_like(block)
-        opened = heard is block
-        closed = int(pause_s * SAMPLE_RATE) if open_before and not opened else 0
-        yield np.pad(heard, (0, closed))
-        open_before = opened
+        down = any(button.down for button in buttons)
+        yield np.pad(heard, (0, int(pause_s * SAMPLE_RATE))) if down_before and not down else heard
+        down_before = down
 
 
 def _in_steps(blocks: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
