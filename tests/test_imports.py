@@ -5,6 +5,7 @@ edge_gemma/export and edge_gemma/quant are links to them (docs/ARCHITECTURE.md).
 
 import ast
 import graphlib
+import tomllib
 from importlib.machinery import PathFinder
 from pathlib import Path
 
@@ -51,6 +52,14 @@ def modules() -> dict[str, list[Path]]:
 
 def test_every_module_has_its_place() -> None:
     assert set(modules()) == set(ROOMS), "put new rooms where they belong"
+
+
+def test_every_room_is_installed() -> None:
+    setuptools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    package = ROOT / "edge_gemma"
+    rooms = {path.parent.relative_to(ROOT) for path in package.rglob("__init__.py")}
+    rooms |= {Path("edge_gemma", link.name) for link in package.iterdir() if link.is_symlink()}
+    assert set(setuptools["packages"]) == {".".join(room.parts) for room in rooms}
 
 
 @pytest.mark.parametrize("name", ["export", "quant"])
