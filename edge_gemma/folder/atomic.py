@@ -22,6 +22,7 @@ from edge_gemma.errors import UsageError
 from edge_gemma.host import system
 
 _ASIDE, _REPLACED = ".partial", ".replaced"
+_TRIES = 20  # to lock a folder that other runs take for a leftover
 _ABANDONED_S = 86_400.0  # without locks: what nobody wrote to for so long belongs to a run that is gone
 _SHOWN = 40  # characters of a file's name in that of the file aside, which must not be too long
 
@@ -88,12 +89,7 @@ def scratch_folder(
     dest.parent.mkdir(parents=True, exist_ok=True)
     kept = dest.with_name(f".{dest.name}.{key}{_ASIDE}") if key else None
     _clear_leftovers(dest, kept)
-    scratch = kept or dest.with_name(f".{dest.name}.{secrets.token_hex(4)}{_ASIDE}")
-    scratch.mkdir(exist_ok=kept is not None)
-    try:
-        lock = system.lock_folder(scratch)
-    except BlockingIOError:
-        raise UsageError(f"{dest} is being written by another run: wait for it, or choose another name") from None
+    scratch, lock = _locked(dest, kept)
     keep = False
     try:
         yield scratch
@@ -105,6 +101,37 @@ def scratch_folder(
             shutil.rmtree(scratch, ignore_errors=True)
         if lock is not None:
             os.close(lock)
+
+
+def _locked(dest: Path, kept: Path | None) -> tuple[Path, int | None]:
+    """The folder `kept`, or a new one, and its lock. Raises UsageError while another run has `kept`.
+
+    Another run that begins at the same moment may take it for a leftover before it is locked, and remove it: then
+    there is another try.
+    """
+    for _ in range(_TRIES):
+        scratch = kept or dest.with_name(f".{dest.name}.{secrets.token_hex(4)}{_ASIDE}")
+        scratch.mkdir(exist_ok=kept is not None)
+        try:
+            lock = system.lock_folder(scratch)
+        except FileNotFoundError:
+            continue
+        except BlockingIOError:
+            if kept is None:
+                continue
+            break
+        if lock is None or _is_at(lock, scratch):
+            return scratch, lock
+        os.close(lock)
+    raise UsageError(f"{dest} is being written by another run: wait for it, or choose another name")
+
+
+def _is_at(fd: int, path: Path) -> bool:
+    """Whether an open folder still has its name."""
+    try:
+        return os.path.samestat(os.fstat(fd), os.stat(path))
+    except FileNotFoundError:
+        return False
 
 
 @contextlib.contextmanager
@@ -190,14 +217,15 @@ def _clear_leftovers(dest: Path, kept: Path | None = None) -> None:
     """Remove what killed runs left, except `kept`. Restores a folder's name if a run died between the two renames."""
     old = dest.with_name(f".{dest.name}{_REPLACED}")
     if old.exists() and not dest.exists():
-        os.rename(old, dest)
+        with contextlib.suppress(FileNotFoundError):  # another run has
+            os.rename(old, dest)
     for left in [*left_aside(dest), old]:
         if left == kept or not left.is_dir():
             continue
         try:
             lock = system.lock_folder(left)
-        except BlockingIOError:
-            continue  # another export is writing there now
+        except (BlockingIOError, FileNotFoundError):
+            continue  # another run is writing there now, or has removed it
         if lock is not None or _last_written(left) < time.time() - _ABANDONED_S:
             shutil.rmtree(left, ignore_errors=True)
         if lock is not None:

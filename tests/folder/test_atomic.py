@@ -1,6 +1,7 @@
 """Writing aside, fsync, rename: what an interruption at any moment leaves behind."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -103,6 +104,45 @@ def test_what_a_killed_run_leaves_is_removed_but_a_live_run_is_not_touched(tmp_p
     for run in runs:
         assert run.stdout is not None
         run.stdout.close()
+
+
+@pytest.mark.parametrize("when", ["before it is opened", "before it is locked", "while it is locked"])
+def test_a_run_that_begins_at_the_same_moment_may_remove_the_folder(tmp_path: Path, monkeypatch, when: str) -> None:
+    lock_folder, taken = system.lock_folder, []
+
+    def raced(path: Path) -> int | None:
+        taken.append(path)
+        if len(taken) > 1:
+            return lock_folder(path)
+        if when == "while it is locked":
+            raise BlockingIOError
+        lock = lock_folder(path) if when == "before it is locked" else None
+        shutil.rmtree(path)
+        return lock_folder(path) if lock is None else lock
+
+    monkeypatch.setattr(atomic.system, "lock_folder", raced)
+    with atomic.new_folder(tmp_path / "model") as aside:
+        fill(aside)
+    assert len(taken) == 2
+    assert (tmp_path / "model").is_dir()
+
+
+MANY = """
+import sys
+from pathlib import Path
+from edge_gemma.folder import atomic
+for _ in range(100):
+    with atomic.scratch_folder(Path(sys.argv[1])) as aside:
+        (aside / "a.txt").write_text("half")
+"""
+
+
+def test_many_runs_beside_each_other_leave_nothing_and_take_nothing(tmp_path: Path) -> None:
+    runs = [
+        subprocess.Popen([sys.executable, "-c", MANY, tmp_path / "model"], stderr=subprocess.PIPE) for _ in range(4)
+    ]
+    assert [run.communicate()[1].decode()[-300:] for run in runs] == [""] * 4
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_file_is_replaced_whole(tmp_path: Path, monkeypatch) -> None:
