@@ -34,7 +34,6 @@ from edge_gemma.text.prompt import Prompt
 from edge_gemma.text.reply import Piece
 from edge_gemma.text.session_file import Kind, Transcript
 
-LEAST_KEPT = 64  # tokens of instructions that are worth a file
 Think = bool | Literal["auto"]  # whether the model thinks before it answers; "auto": if it says that it needs to
 Bound = Constraint | None  # what an answer must be
 Pieces = Generator[Piece, None, None]

@@ -11,7 +11,7 @@ from typing import Any, cast
 
 from edge_gemma.arguments import require, shown
 from edge_gemma.errors import UsageError
-from edge_gemma.generation.schema import plainer
+from edge_gemma.generation.schema import listed, plainer
 from edge_gemma.text.grammar_check import problem_of
 from edge_gemma.text.tool_grammar import pattern_of, target
 
@@ -141,13 +141,9 @@ def _is_finite(node: dict[str, Any], root: dict[str, Any], finite: set[int]) -> 
     reference = node.get("$ref")
     properties = node.get("properties")
     properties = properties if isinstance(properties, dict) else {}
-    needed = [properties.get(name) for name in _list(node.get("required")) if isinstance(name, str)]
-    if isinstance(node.get("minItems"), int) and node["minItems"] > len(_list(node.get("prefixItems"))):
+    needed = [properties.get(name) for name in listed(node.get("required")) if isinstance(name, str)]
+    if isinstance(node.get("minItems"), int) and node["minItems"] > len(listed(node.get("prefixItems"))):
         needed.append(node.get("items"))
-    needed += [*_list(node.get("allOf")), *([target(reference, root)] if isinstance(reference, str) else [])]
-    alternatives = [_list(node[name]) for name in ("anyOf", "oneOf") if node.get(name)]
+    needed += [*listed(node.get("allOf")), *([target(reference, root)] if isinstance(reference, str) else [])]
+    alternatives = [listed(node[name]) for name in ("anyOf", "oneOf") if node.get(name)]
     return all(map(known, needed)) and all(any(map(known, several)) for several in alternatives)
-
-
-def _list(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else []

@@ -79,7 +79,7 @@ def _excludes(a: Any, b: Any, root: dict[str, Any]) -> bool:
         return True
     if kinds != ({"object"}, {"object"}):
         return False
-    names = [{name for name in _list(part.get("required")) if isinstance(name, str)} for part in (a, b)]
+    names = [{name for name in listed(part.get("required")) if isinstance(name, str)} for part in (a, b)]
     properties = [part["properties"] if isinstance(part.get("properties"), dict) else {} for part in (a, b)]
     return any(
         _differ(_resolved(properties[0].get(name), root), _resolved(properties[1].get(name), root))
@@ -111,5 +111,6 @@ def _named(part: Mapping[str, Any]) -> list[Any] | None:
     return part["enum"] if isinstance(part.get("enum"), list) else None
 
 
-def _list(value: Any) -> list[Any]:
+def listed(value: Any) -> list[Any]:
+    """A list as it is, anything else as an empty one."""
     return value if isinstance(value, list) else []

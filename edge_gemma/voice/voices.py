@@ -168,9 +168,9 @@ class _Run:
                 if not _RATES[0] <= rate <= _RATES[1]:
                     raise AudioError(f"the voice {name} writes {rate} samples a second, expected {_RATES_TOLD}")
                 while data := self._read(file):
-                    frames = np.frombuffer(data[: len(data) // (2 * channels) * 2 * channels], "<i2")
-                    samples += len(frames)
-                    yield frames.reshape(-1, channels).mean(1).astype(np.int16), rate
+                    block = _one_channel(data, channels)
+                    samples += len(block)
+                    yield block, rate
         except (wave.Error, EOFError, OSError, ValueError) as error:
             if not self.ended:
                 raise AudioError(f"the voice {name} has written no WAV file: {self._reason(error)}") from None
@@ -295,9 +295,7 @@ class WyomingVoice:
         if not good or not isinstance(event.payload or b"", bytes):
             sent = f"{width} bytes a sample, {channels} channels, {rate} Hz"
             raise AudioError(f"the voice at {self._name} sends sound of {sent}, expected 2 bytes and 1 or 2 channels")
-        data = event.payload or b""
-        frames = np.frombuffer(data[: len(data) // (2 * channels) * 2 * channels], "<i2").reshape(-1, channels)
-        return frames.astype(np.float32).mean(1).astype(np.int16), rate
+        return _one_channel(event.payload or b"", channels), rate
 
     def stop(self) -> None:
         """As `Voice.stop`."""
@@ -325,3 +323,9 @@ class _Bounded:
         if not 0 <= size <= _LARGEST:
             raise OSError(f"a message of {size} bytes")
         return bytes(self._stream.read(size))
+
+
+def _one_channel(data: bytes, channels: int) -> np.ndarray:
+    """Whole frames of 16-bit samples as one channel, the mean of theirs: int16 [n]."""
+    whole = len(data) // (2 * channels) * 2 * channels
+    return np.frombuffer(data[:whole], "<i2").reshape(-1, channels).mean(1).astype(np.int16)

@@ -21,6 +21,7 @@ from edge_gemma.generation.sampler import Sampling
 from edge_gemma.text.message import Message
 from edge_gemma.text.tool_call import ToolCall
 from tests.fake_speech import LevelDetector, SpeechEngine, say, text_of, understand
+from tests.waiting import until
 
 STORY = "once upon a time there was a king who had three sons and a garden"
 TURN = "<|turn>user\n<|audio><audio|><turn|>\n<|turn>model\n"
@@ -28,13 +29,6 @@ TURN = "<|turn>user\n<|audio><audio|><turn|>\n<|turn>model\n"
 
 def blocks_of(samples, size=512):
     return [samples[at : at + size] for at in range(0, len(samples), size)]
-
-
-def until(condition):
-    end = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < end, "it never came"
-        time.sleep(0.001)
 
 
 class FakeSpeaker:

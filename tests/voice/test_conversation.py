@@ -16,6 +16,7 @@ from edge_gemma.errors import AudioError
 from tests import ROOT
 from tests.embedded import FOLDER, SPEECH, TIMER, samples
 from tests.fake_sound import FakeSound
+from tests.waiting import until
 
 pytest.importorskip("espeakng_loader", reason="the voice for tests is not installed")
 pytest.importorskip("av", reason="the audio extra is not installed")
@@ -26,13 +27,6 @@ LISTEN = ["listen", "--ask", "--by-text", "--speak", VOICE, "--json"]
 
 def quiet(seconds):
     return np.zeros(int(seconds * 16_000), np.float32)
-
-
-def until(condition):
-    end = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < end, "it never came"
-        time.sleep(0.02)
 
 
 def talked(capsys, sound, script):

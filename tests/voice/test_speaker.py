@@ -12,16 +12,10 @@ from edge_gemma.voice import speaker as speaker_module
 from edge_gemma.voice.loudspeaker import Loudspeaker
 from edge_gemma.voice.speaker import Speaker
 from tests.fake_sound import FakeSound
+from tests.waiting import until
 
 RATE = 8000
 LETTER_S = 0.01  # of sound for each letter
-
-
-def until(condition):
-    end = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < end, "it never came"
-        time.sleep(0.002)
 
 
 class Voice:
