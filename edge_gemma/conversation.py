@@ -87,6 +87,8 @@ class Conversation:
         self.messages: list[Message] = as_messages(history, "history", hear=engine.hear)
         self.max_tokens = None if max_tokens is None else integer("max_tokens", max_tokens, 1)
         self.last: Result | None = None
+        self.chances: int | None = None  # as in Generation
+        self.must_call, self.only = False, ""  # whether a reply has to begin with a call, and of which tool
         self._engine, self._name = engine, engine.name
         self._sampler = Sampler(sampling)
         self._stop_ids = stop_ids_of(engine.generation_config, engine.tokenizer)
@@ -216,7 +218,8 @@ class Conversation:
     ) -> Iterator[Piece]:
         """most_thought: as in Bounds."""
         bounds = Bounds(
-            self.tokenizer, answer=bound, tools=self.tools, thinks=bool(self.think) and most_thought != 0,
+            self.tokenizer, answer=bound, tools=self._tools_to_call(), must_call=self.must_call,
+            thinks=bool(self.think) and most_thought != 0,
             stop_ids=self._stop_ids, prompt_ids=prompt.ids, most_thought=most_thought,
         )  # fmt: skip
         generation = Generation(
@@ -234,6 +237,7 @@ class Conversation:
             sounds=prompt.sounds,
             held=self._held,
             bounds=bounds,
+            chances=self.chances,
         )
         before, self.messages = self.messages, [*self.messages, *asked]
         try:
@@ -245,6 +249,12 @@ class Conversation:
                 self.messages.append(reply)
             else:
                 self.messages = before
+
+    def _tools_to_call(self) -> Sequence[Mapping[str, Any]] | None:
+        """The declarations of the tools that a reply may call."""
+        if not self.only or not self.tools:
+            return self.tools
+        return [tool for tool in self.tools if tool["function"]["name"] == self.only]
 
 
 def busy() -> UsageError:

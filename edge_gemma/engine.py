@@ -179,6 +179,18 @@ class Engine:
         )  # fmt: skip
 
     @property
+    def between(self) -> Callable[[], None]:
+        """Called by every session before a token, and between two layers of several, in the thread that computes.
+
+        It may wait while something else computes. If it raises, the session is as it was before the tokens.
+        """
+        return self._model.between
+
+    @between.setter
+    def between(self, call: Callable[[], None]) -> None:
+        self._model.between = call
+
+    @property
     def threads(self) -> int:
         """How many CPU threads this model uses."""
         from edge_gemma import kernels

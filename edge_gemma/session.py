@@ -5,7 +5,7 @@ sampling, where soft tokens come from.
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -40,8 +40,9 @@ class Session:
         audio_token_id: int | None = None,
         threads: int | None = None,
         prefixes: PrefixCache | None = None,
+        between: Callable[[], None] = lambda: None,
     ) -> None:
-        """prefixes: what sessions of this model have computed, None: nothing is shared."""
+        """prefixes: what sessions of this model have computed, None: nothing is shared. between: Engine.between."""
         self.context = context
         self._decoder = decoder
         self._identity = identity
@@ -51,7 +52,7 @@ class Session:
         self._cache = KVCache(decoder.config, context, CHUNK, kv_dtype)
         self._step = Step(decoder, self._cache)
         self._marks: list[Snapshot] = []
-        self._prefixes = prefixes
+        self._prefixes, self._between = prefixes, between
         self._shared = 0  # positions whose rows `prefixes` has too
         self.ids: list[int] = []
         self.restored = 0  # positions that came from `prefixes`, ever
@@ -69,6 +70,7 @@ class Session:
         """
         ids = self._check(ids)
         if len(ids) == 1:
+            self._between()
             self._settle()
             with kernels.use_threads(self._pace.limit), self._pace.of(1):
                 logits = self._step(ids[0])
@@ -260,6 +262,11 @@ class Session:
         self._shared, self.restored = max(self._shared, position + known), self.restored + known
         return known
 
+    def share(self) -> None:
+        """Give other shared sessions all that was computed here; without it they have whole chunks."""
+        self._settle()
+        self._share()
+
     def _share(self) -> None:
         """Give `prefixes` the rows that it lacks, if they are still there and nothing before them is missing."""
         if self._prefixes is None or self._shared < self._cache.floor:
@@ -290,7 +297,7 @@ class Session:
     ) -> Iterator[tuple[list[int], SoftTokens, np.ndarray]]:
         """Run ids from where the cache is: each chunk's ids, its soft tokens, and its rows of the last `keep`."""
         chunk, first = self._cache.slack, self._cache.position
-        state = RunState(self._decoder.config, min(chunk, len(ids)))
+        state = RunState(self._decoder.config, min(chunk, len(ids)), self._between)
         ahead = 2 * chunk  # tokens whose rows the disk fetches before they are needed
         self._decoder.expect(np.array(ids[:ahead], np.int64))
         for start in range(0, len(ids), chunk):
@@ -377,6 +384,10 @@ class Timeline(Protocol):
 
     def keep_on_disk(self, position: int) -> None:
         """Let later processes have what was computed of the tokens before `position`."""
+        ...
+
+    def share(self) -> None:
+        """Give other shared sessions all that was computed."""
         ...
 
 

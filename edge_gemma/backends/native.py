@@ -4,6 +4,7 @@ Owns: binding the weights, what all sessions share. Does not know: timelines (se
 """
 
 import hashlib
+from collections.abc import Callable
 
 from edge_gemma import kernels
 from edge_gemma.arguments import integer, is_one_of, require
@@ -42,6 +43,7 @@ class NativeModel:
         self._weights = bind(folder)
         self.decoder = Decoder(folder.config, self._weights)
         megabytes = DEFAULT_CACHE_MB if cache_size is None else cache_size
+        self.between: Callable[[], None] = lambda: None  # Engine.between
         self._prefixes = _prefixes(self._identity, self._kv_dtype, megabytes) if megabytes else None
 
     @staticmethod
@@ -56,8 +58,9 @@ class NativeModel:
         """A new, empty timeline of at most `context` tokens. shared: with the model's prefix cache."""
         prefixes = self._prefixes if shared else None
         return Session(
-            self.decoder, context, self._kv_dtype, self._identity, self._audio_token_id, self._threads, prefixes
-        )
+            self.decoder, context, self._kv_dtype, self._identity, self._audio_token_id, self._threads, prefixes,
+            between=lambda: self.between(),
+        )  # fmt: skip
 
     def close(self) -> None:
         """Close the files read on demand; mapped weights go when the last session does."""

@@ -10,7 +10,7 @@ A folder holds
     onnx/audio_encoder.onnx, ...                    the encoders of the source model folder, if it has any
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +67,7 @@ class OnnxModel:
         self._config = folder.config
         self._identity = folder.manifest["digest"]
         self._audio_token_id = folder.audio.audio_token_id if folder.audio else None
+        self.between: Callable[[], None] = lambda: None  # Engine.between, between two chunks here
         used = threads or kernels.threads()
         self._graphs = {graph: open_graph(folder.path / FOLDER / f"{graph}.onnx", used) for graph in (EMBED, DECODER)}
 
@@ -80,7 +81,9 @@ class OnnxModel:
 
     def session(self, context: int, shared: bool) -> "OnnxSession":
         """A new, empty timeline of at most `context` tokens. Nothing is shared."""
-        return OnnxSession(self._graphs, self._config, context, self._identity, self._audio_token_id)
+        return OnnxSession(
+            self._graphs, self._config, context, self._identity, self._audio_token_id, between=lambda: self.between()
+        )
 
     def close(self) -> None:
         """Drop the graphs; their memory goes when the last session does."""
@@ -93,9 +96,10 @@ class OnnxSession:
     """
 
     def __init__(
-        self, graphs: dict[str, Any], config: GemmaConfig, context: int, identity: str, audio_token_id: int | None
-    ) -> None:
-        self.context = context
+        self, graphs: dict[str, Any], config: GemmaConfig, context: int, identity: str, audio_token_id: int | None,
+        between: Callable[[], None] = lambda: None,
+    ) -> None:  # fmt: skip
+        self.context, self._between = context, between
         self._identity = identity
         self.ids: list[int] = []
         self._config, self._audio_token_id = config, audio_token_id
@@ -112,6 +116,7 @@ class OnnxSession:
         """Append ids. Returns the logits after the last of them: float32 [vocab_size]. Raises as Session does."""
         ids = self._check(ids)
         for start in range(0, len(ids), CHUNK):
+            self._between()
             logits = self._run(ids[start : start + CHUNK], keep=1)
         return logits[0]
 
@@ -149,6 +154,9 @@ class OnnxSession:
 
     def keep_on_disk(self, position: int) -> None:
         """Nothing: there is no place for it."""
+
+    def share(self) -> None:
+        """Nothing is shared."""
 
     def rewind(self, position: int) -> None:
         """Forget all tokens from `position` on. Raises UsageError outside 0..position."""

@@ -188,11 +188,10 @@ def constraint(given: Mapping[str, Any]) -> "Constraint | None":
 
 def load_engine(model: str | None, **options: Any) -> "Engine":
     """The model that -m means, converted first where it has to be. options: as in Engine.load."""
-    from edge_gemma import kernels
     from edge_gemma.engine import Engine
 
     path = resolve(model)
-    kernels.announce_compiling(tell_compiling)
+    announce_compiling()
     return Engine.load(path, **options)
 
 
@@ -217,6 +216,13 @@ def check_memory(
 
         prefixes = cache_size * 1_000_000 // MEMORY_SHARE
         check_limit(open_folder(model), context, memory_limit * 1_000_000, audio=audio, prefixes=prefixes)
+
+
+def announce_compiling() -> None:
+    """Tell the user once kernels are compiled."""
+    from edge_gemma import kernels
+
+    kernels.announce_compiling(tell_compiling)
 
 
 @functools.cache

@@ -45,6 +45,11 @@ def folders() -> tuple[Path, ...]:
     return tuple(folder for folder in (pulled_folder(), cache_folder()) if folder is not None)
 
 
+def has_name(entry: store.Entry) -> bool:
+    """Whether a model was pulled, or is known by a name: those converted from a GGUF file are known by its path."""
+    return entry.path.parent != cache_folder() or entry.name == GEMMA3_NAME
+
+
 def resolve(model: Path | str | None = None, progress: Progress | None = None) -> Path:
     """The model folder that `model` means. Converts into the cache first where it has to.
 

@@ -36,12 +36,14 @@ class Bounds:
         prompt_ids: Sequence[int] = (),
         thinks: bool = False,
         most_thought: int | None = None,
+        must_call: bool = False,
     ) -> None:
         """answer: what the answer must be. tools: declarations; what stands between `<|tool_call>` and `<tool_call|>`
         is a call of one of them. stop_ids: what ends a reply. prompt_ids: their end decides whether the reply begins in
         a thought. thinks: a thought may come before the answer. most_thought: the tokens of thought after which it is
         closed and an answer has to follow, None: any number; with 0 a reply cannot begin with one, and a later one is
-        empty. Raises UsageError for a grammar that cannot be kept.
+        empty. must_call: a reply begins with a call, after a thought at most. Raises UsageError for a grammar that
+        cannot be kept.
         """
         special = vocabulary.special_tokens
         self._open, self._close = special.get("<|channel>", -1), special.get("<channel|>", -1)
@@ -51,6 +53,7 @@ class Bounds:
         self._answer = None if answer is None else Matcher(vocabulary, answer.grammar)
         self._call: Matcher | None = None
         self._close_call = special.get("<tool_call|>", -1)
+        self._must_call = must_call and self._open_call >= 0
         self._free_call = False  # in a call that is not followed
         self._most = most_thought if min(self._open, self._close) >= 0 else None
         self._thoughts = self._open >= 0 and (self._answer is not None or self._most is not None)  # they are followed
@@ -78,6 +81,8 @@ class Bounds:
                 if len(allowed := np.flatnonzero(self._call.allowed())):
                     return allowed
             self._call, self._free_call = None, True
+        if self._must_call and not (self._called or self._free_call or self._thinking):
+            return np.array(sorted(self._openings()), np.int64)
         answers_at_once = self._most == 0 and self.taken == 0
         if self._free_call or (self._answer is None and not (self._thinking or self._owes or answers_at_once)):
             return None

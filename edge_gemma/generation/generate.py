@@ -15,7 +15,7 @@ import numpy as np
 from edge_gemma.errors import ContextFullError, UsageError
 from edge_gemma.generation.beams import search
 from edge_gemma.generation.bounds import Bounds
-from edge_gemma.generation.sampler import Sampler
+from edge_gemma.generation.sampler import Sampler, TokenChance
 from edge_gemma.session import Timeline, common_prefix
 from edge_gemma.text.prompt import ChatTokenizer
 from edge_gemma.text.reply import Piece, ReplyParser
@@ -71,6 +71,7 @@ class Result:
     tokens: list[int] = field(default_factory=list)
     timings: Timings = field(default_factory=Timings)
     need: Need | None = None  # what the model said that the message needs; None: it was not asked
+    chances: list[TokenChance] = field(default_factory=list)  # of each token, if they were asked for
 
 
 class Generation:
@@ -97,6 +98,7 @@ class Generation:
         sounds: Sequence[Sound] = (),
         held: list[Sound] | None = None,
         bounds: Bounds | None = None,
+        chances: int | None = None,
     ) -> None:
         """max_tokens: None continues until the context is full. stop_strings end the answer and are no part of it.
 
@@ -104,8 +106,9 @@ class Generation:
         filled. stopping: when it is set, the reply ends at the next token, with finish_reason "interrupted". sounds:
         the soft tokens of the prompt, which has placeholders in their place. held: the soft tokens in the session; it
         is updated here, and two are equal if they are the same array. bounds: what the reply must be; None for
-        anything. Raises ContextFullError if the prompt is longer than the context, UsageError for an empty prompt or
-        limit. The session is then as it was.
+        anything. chances: the likeliest tokens told beside each token in `result.chances`; None tells nothing. Raises
+        ContextFullError if the prompt is longer than the context, UsageError for an empty prompt or limit, and for
+        chances beside beams. The session is then as it was.
         """
         if not prompt_ids:
             raise UsageError("the prompt is empty, expected at least one token")
@@ -121,6 +124,10 @@ class Generation:
         self._session, self._prompt = session, list(prompt_ids)
         self._sampler, self._stop_ids = sampler.within(tokenizer.vocab_size), frozenset(stop_ids)
         self._searches = sampler.sampling.num_beams > 1
+        if self._searches and chances is not None:
+            raise UsageError("the chances of tokens are not told beside num_beams: leave one of them out")
+        self._chances = chances
+        self._chance: TokenChance | None = None  # of the token that comes next; None: it is certain
         room = session.context - len(prompt_ids) + 1  # the last token is not run
         self._max_tokens, self._limit = max_tokens, min(room, max_tokens or room)
         self._detokenizer = tokenizer.detokenizer()
@@ -157,6 +164,9 @@ class Generation:
                     reason = "stop"
                     break
                 result.tokens.append(token)
+                if self._chances is not None:
+                    result.chances.append(self._chance or TokenChance(token, 0.0, ((token, 0.0),)))
+                    self._chance = None
                 yield from self._keep(self._parser.push(token, self._detokenizer.push(token)))
                 if self._stops.found:
                     reason = "stop"
@@ -207,6 +217,8 @@ class Generation:
         while not self._stopping.is_set() and not (bounds.complete and not tokens):
             if not tokens:
                 token = sampler.sample(logits, session.ids, bounds.allowed())
+                if self._chances is not None:
+                    self._chance = sampler.chance(logits, token, self._chances, session.ids)
                 bounds.accept(token)
                 tokens = [token, *bounds.forced()]
             for token in tokens:

@@ -127,6 +127,15 @@ def _plain(text: str, most: int = 160) -> str:
     return text if text.isprintable() else ascii(text)[1:-1]
 
 
+@dataclass(frozen=True)
+class TokenChance:
+    """How likely a chosen token was: log probabilities in nats. top: the likeliest tokens with theirs, in order."""
+
+    token: int
+    log_probability: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
 class Sampler:
     """`Sampling` with its random stream. Each generation or chat has its own; not thread-safe."""
 
@@ -169,13 +178,19 @@ class Sampler:
         """
         logits = self._penalised(np.ascontiguousarray(logits), recent_ids)
         maxima = block_maxima(logits)
-        log_sum = float(logits[_best(logits)]) + math.log(_exp_sum(logits, maxima, 1.0))
+        log_sum = _log_sum(logits, maxima)
         if allowed is None:
             ids = _largest(logits, min(n, len(logits)), maxima)
         else:
             some = logits[allowed]
             ids = allowed[_largest(some, min(n, len(some)), block_maxima(some))] if len(some) else allowed
         return [(int(i), float(logits[i]) - log_sum) for i in ids]
+
+    def chance(self, logits: np.ndarray, token: int, n: int, recent_ids: Sequence[int] = ()) -> TokenChance:
+        """How likely a token was, and the n likeliest ones, as in `likeliest`."""
+        top = tuple(self.likeliest(logits, n, recent_ids)) if n else ()
+        logits = self._penalised(np.ascontiguousarray(logits), recent_ids)
+        return TokenChance(token, float(logits[token]) - _log_sum(logits, block_maxima(logits)), top)
 
     def _penalised(self, logits: np.ndarray, recent_ids: Sequence[int]) -> np.ndarray:
         """The logits of ids that are text, with the penalty on them."""
@@ -184,6 +199,11 @@ class Sampler:
         if penalty != 1 and len(recent_ids):
             return penalised(logits, recent_ids, penalty)
         return logits
+
+
+def _log_sum(logits: np.ndarray, maxima: np.ndarray) -> float:
+    """log(sum(exp(logits)))."""
+    return float(logits[_best(logits)]) + math.log(_exp_sum(logits, maxima, 1.0))
 
 
 def _best(logits: np.ndarray) -> int:

@@ -128,6 +128,7 @@ class Decoder:
     def layer(self, h: np.ndarray, x: Activations, layer: LayerSpec, rows: Rows) -> None:
         """One layer on rows h [n, D], in place, with x = input_layernorm(h)."""
         w, s = self.weights.layers[layer.index], rows.state
+        s.between()
         # 1. attention
         a = w.o_proj(Activations(self.attention(x, layer, rows), s), s.y)
         self.add_norm(h, a, w.post_attention_layernorm)

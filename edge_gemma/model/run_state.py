@@ -7,6 +7,7 @@ cost a fifth of prefill (docs/LOG.md#prefill-tiles).
 """
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 
@@ -30,7 +31,8 @@ class RunState:
     Pages are taken from the system when they are first written, so that a short prompt takes few.
     """
 
-    def __init__(self, config: GemmaConfig, rows: int) -> None:
+    def __init__(self, config: GemmaConfig, rows: int, between: Callable[[], None] = lambda: None) -> None:
+        """between: called between two layers; what it raises ends the pass."""
         layers = config.layers
         heads = max(layer.num_attention_heads * layer.head_dim for layer in layers)
         kv_heads = max(layer.num_key_value_heads * layer.head_dim for layer in layers)
@@ -39,7 +41,7 @@ class RunState:
         def memory(width: int) -> np.ndarray:
             return np.empty(rows * (width + -width % 8), np.float32)  # packed matrices have rows in eights
 
-        self.rows = rows
+        self.rows, self.between = rows, between
         self.x, self.y = memory(config.hidden_size), memory(config.hidden_size)
         self.q, self.rotated, self.attention = memory(heads), memory(heads), memory(heads)
         self.k, self.keys, self.v, self.values = (memory(kv_heads) for _ in range(4))

@@ -1,0 +1,112 @@
+"""The command that serves: `serve`.
+
+Owns: its options and what it prints. Does not know: how anything works.
+"""
+
+import asyncio
+import logging
+import sys
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from edge_gemma.cli import options
+
+if TYPE_CHECKING:
+    from edge_gemma.server.desk import Desk
+    from edge_gemma.server.run import Place
+
+KEY_VARIABLE = "EDGE_GEMMA_API_KEY"
+DEFAULT_CONTEXT = 8192  # tokens; memory is taken as a conversation grows
+
+
+@click.command()
+@options.refuse("no_key", beside="api_key")
+@options.model
+@click.option("--host", default="127.0.0.1", show_default=True, metavar="H",
+              help="Address to listen at; 0.0.0.0 for the whole network, which needs a key.")  # fmt: skip
+@click.option("--port", type=click.IntRange(0, 65535), default=11434, show_default=True, metavar="N",
+              help="Port for HTTP, Ollama's by default; 0: any.")  # fmt: skip
+@click.option("--api-key", metavar="K", envvar=KEY_VARIABLE, show_envvar=True,
+              help="Clients have to send this key.")  # fmt: skip
+@click.option("--no-key", is_flag=True, help="Let everybody who reaches --host use the server.")
+@click.option("--allow-host", multiple=True, metavar="NAME",
+              help="A name that clients call this machine by, such as pi.local; * for any. Repeatable.")  # fmt: skip
+@click.option("--cors", multiple=True, metavar="ORIGIN",
+              help="Let web pages of this origin ask, such as https://chat.example. Repeatable.")  # fmt: skip
+@click.option("--parallel", type=click.IntRange(1, 64), default=1, show_default=True, metavar="N",
+              help="Answers written at a time, in turns; the others wait.")  # fmt: skip
+@click.option("--queue", type=click.IntRange(0), default=64, show_default=True, metavar="N",
+              help="Requests that wait at most; more are told to come again.")  # fmt: skip
+@click.option("--idle-release", type=click.FloatRange(0), metavar="S",
+              help="Give the memory back S seconds after the last request [default: keep the model].")  # fmt: skip
+@click.option("--context", type=click.IntRange(1), metavar="N",
+              help=f"Tokens a conversation can have [default: {DEFAULT_CONTEXT}, or what the model has].")  # fmt: skip
+@options.memory_limit
+@options.threads
+@options.cache_size
+def serve(model: str | None, host: str, port: int, api_key: str | None, no_key: bool, **given: Any) -> None:
+    """Let other programs use a model: OpenAI's and Ollama's protocols.
+
+    \b
+    edge-gemma serve -m ./gemma-4-e2b
+    edge-gemma serve --host 0.0.0.0 --api-key "$(cat key)" --allow-host pi.local
+    """
+    from edge_gemma.errors import UsageError
+    from edge_gemma.host.extras import imported
+
+    for package in ("starlette", "uvicorn", "websockets"):
+        imported(package, "serve", "server", UsageError)
+    from edge_gemma.server import run
+    from edge_gemma.server.guard import Rules
+
+    place = run.Place(host, port)
+    if not (place.is_loopback or api_key or no_key):
+        raise click.UsageError(
+            f"--host {host} lets other machines in: give an --api-key that they have to send, or --no-key."
+        )
+    desk = _desk(model, given)
+    hosts = [*given["allow_host"], *([] if place.is_loopback else [host, *run.own_names()])]
+    listening = place.bound()
+    place = run.Place(host, listening.getsockname()[1])
+    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(message)s")
+    rules = Rules(api_key, hosts, given["cors"])
+
+    def ready() -> None:
+        for line in _first_lines(desk.models.default.name, place, bool(api_key)):
+            click.echo(line)
+
+    asyncio.run(run.until_signal(desk, rules, listening, ready))
+    click.echo("stopped", err=True)
+
+
+def _desk(model: str | None, given: dict[str, Any]) -> "Desk":
+    from edge_gemma.backends.native import DEFAULT_CACHE_MB
+    from edge_gemma.server.desk import Desk
+    from edge_gemma.server.models import FOR_EVER, Models
+    from edge_gemma.server.turns import Turns
+
+    folder = options.open_folder(model)
+    context = given["context"] or min(DEFAULT_CONTEXT, folder.config.max_position_embeddings)
+    size = given["cache_size"] if given["cache_size"] is not None else DEFAULT_CACHE_MB
+    options.check_memory(model, context, given["memory_limit"], cache_size=size)
+    options.announce_compiling()
+    turns = Turns()
+    idle = FOR_EVER if given["idle_release"] is None else given["idle_release"]
+    models = Models(
+        folder.path, keep_s=idle, between=turns.between, context=context, threads=given["threads"], cache_size=size
+    )
+    return Desk(models, turns, seats=given["parallel"], most_waiting=given["queue"])
+
+
+def _first_lines(model: str, place: "Place", key: bool) -> list[str]:
+    """What is printed once the server is ready: where it is, and how to use it."""
+    url = f"http://{place}"
+    return [
+        f"{model} is served at {url}{' (with the key)' if key else ''}; Ctrl-C ends",
+        f"  OpenAI  base URL {url}/v1" + ("" if key else ", any key"),
+        f"  Ollama  {url}",
+    ]
+
+
+COMMANDS = (serve,)

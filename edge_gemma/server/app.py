@@ -1,0 +1,42 @@
+"""The parts of the server put together.
+
+Owns: the application, what it answers by itself. Does not know: sockets (run.py), protocols.
+"""
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from edge_gemma import __version__
+from edge_gemma.server.desk import Desk
+from edge_gemma.server.guard import Guard, Rules, told
+from edge_gemma.server.openai_http import OpenAI
+from edge_gemma.server.refusals import Refusal
+
+
+def application(desk: Desk, rules: Rules) -> Starlette:
+    """The server's HTTP side."""
+
+    async def health(request: Request) -> Response:
+        ready = desk.ready.is_set()
+        body = {"status": "ok" if ready else "loading", "version": __version__, "model": desk.models.default.name}
+        return JSONResponse(body, 200 if ready else 503)
+
+    routes = [Route("/health", health), *OpenAI(desk).routes()]
+    middleware = [Middleware(Guard, rules=rules, count=lambda path, status, seconds: None)]
+    if rules.origins:
+        middleware.append(
+            Middleware(CORSMiddleware, allow_origins=list(rules.origins), allow_methods=["*"], allow_headers=["*"])
+        )
+    return Starlette(routes=routes, middleware=middleware, exception_handlers={HTTPException: _http_error})
+
+
+async def _http_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    words = {404: f"there is nothing at {request.url.path:.100}", 405: f"{request.method} is not for this path"}
+    refusal = Refusal(error.status_code, words.get(error.status_code, error.detail), headers=dict(error.headers or {}))
+    return told(refusal, request.url.path)

@@ -1,0 +1,150 @@
+"""Reads what clients send: JSON bodies, field by field.
+
+Owns: the limits of a JSON body, `Fields`. Does not know: which fields a protocol has.
+"""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from starlette.requests import Request
+
+from edge_gemma.arguments import is_number, shown
+from edge_gemma.server.refusals import Refusal
+
+JSON_BYTES = 32 << 20  # of a body: minutes of sound in base64
+_DEPTH = 100  # objects and lists in one another
+
+
+class Fields:
+    """The fields of a JSON object, checked when they are taken. None, or a missing one, counts as not given."""
+
+    def __init__(self, values: Mapping[str, Any], where: str = "") -> None:
+        """where: the name of the object, for errors; "" for the body."""
+        self.values = values
+        self._where = where
+
+    def take(self, name: str, kinds: type | tuple[type, ...], expected: str, default: Any = None) -> Any:
+        """A field of one of `kinds`. Raises Refusal that says what was got and what was expected."""
+        value = self.values.get(name)
+        if value is None:
+            return default
+        kinds = kinds if isinstance(kinds, tuple) else (kinds,)
+        if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+            raise self.wrong(name, value, expected)
+        return value
+
+    def text(self, name: str, default: Any = None) -> Any:
+        """A text."""
+        return self.take(name, str, "a text", default)
+
+    def flag(self, name: str) -> bool:
+        """True or false; false if it is not given."""
+        return bool(self.take(name, bool, "true or false", False))
+
+    def number(self, name: str) -> Any:
+        """A number."""
+        return self.take(name, (int, float), "a number")
+
+    def whole(self, name: str, least: int, most: int | None = None) -> Any:
+        """A whole number from `least` to `most`; floats without a fraction count."""
+        value = self.values.get(name)
+        if value is None:
+            return None
+        top = "or more" if most is None else f"to {most}"
+        whole = is_number(value) and float(value).is_integer()
+        if not whole or not least <= value or (most is not None and value > most):
+            raise self.wrong(name, value, f"a whole number of {least} {top}")
+        return int(value)
+
+    def object(self, name: str) -> "Fields | None":
+        """An object."""
+        value = self.take(name, dict, "an object")
+        return None if value is None else Fields(value, self._path(name))
+
+    def objects(self, name: str) -> list[dict[str, Any]]:
+        """A list of objects; empty if it is not given."""
+        values = self.take(name, list, "a list of objects", [])
+        for index, value in enumerate(values):
+            if not isinstance(value, dict):
+                raise self.wrong(f"{name}[{index}]", value, "an object")
+        return list(values)
+
+    def texts(self, name: str) -> tuple[str, ...]:
+        """A text, or a list of texts; empty if it is not given."""
+        value = self.values.get(name)
+        if value is None:
+            return ()
+        several = [value] if isinstance(value, str) else value
+        if not isinstance(several, list) or not all(isinstance(each, str) for each in several):
+            raise self.wrong(name, value, "a text or a list of texts")
+        return tuple(several)
+
+    def refuse(self, name: str, *harmless: Any) -> None:
+        """Raises Refusal for a field that changes the answer and is not supported, unless it is one of `harmless`."""
+        value = self.values.get(name)
+        if value is not None and value not in harmless:
+            message = f"{self._path(name)} is not supported here: leave it out"
+            raise Refusal(400, message, code="unsupported_parameter", param=self._path(name))
+
+    def wrong(self, name: str, value: Any, expected: str) -> Refusal:
+        """The refusal of a value."""
+        path = self._path(name)
+        return Refusal(400, f"{path} is {shown(value)}, expected {expected}", code="invalid_value", param=path)
+
+    def _path(self, name: str) -> str:
+        return f"{self._where}.{name}" if self._where else name
+
+
+async def json_body(request: Request) -> Fields:
+    """The body, an object in JSON, whatever its content type says. Raises Refusal."""
+    length = request.headers.get("content-length", "")
+    if length.isdecimal() and int(length) > JSON_BYTES:
+        raise too_large(JSON_BYTES)
+    parts, size = [], 0
+    async for part in request.stream():
+        size += len(part)
+        if size > JSON_BYTES:
+            raise too_large(JSON_BYTES)
+        parts.append(part)
+    return json_fields(b"".join(parts))
+
+
+def json_fields(data: bytes | str) -> Fields:
+    """An object in JSON. Raises Refusal for anything else, and for a text that is no Unicode."""
+    try:
+        value = json.loads(data, parse_constant=_no_constant)
+        _check_depth(value)
+        json.dumps(value, ensure_ascii=False).encode()  # half of a character
+    except UnicodeError:
+        raise Refusal(400, "the body is not UTF-8, or has half of a character", code="invalid_json") from None
+    except (ValueError, RecursionError) as error:
+        raise Refusal(400, f"the body is not JSON: {error!s:.200}", code="invalid_json") from None
+    if not isinstance(value, dict):
+        raise Refusal(400, f"the body is {shown(value)}, expected a JSON object", code="invalid_json")
+    return Fields(value)
+
+
+def too_large(most: int) -> Refusal:
+    """The refusal of a body of more than `most` bytes."""
+    return Refusal(413, f"the body is too large, expected {most >> 20} MiB at most", code="body_too_large")
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is no number of JSON")
+
+
+def _check_depth(value: Any) -> None:
+    """Raises ValueError for a value that nests deeper than `_DEPTH`."""
+    level = [value]
+    for _ in range(_DEPTH):
+        level = [
+            child
+            for each in level
+            if isinstance(each, dict | list)
+            for child in (each.values() if isinstance(each, dict) else each)
+            if isinstance(child, dict | list)
+        ]
+        if not level:
+            return
+    raise ValueError(f"it is nested more than {_DEPTH} deep")

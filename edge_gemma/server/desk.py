@@ -1,0 +1,99 @@
+"""Where all doors meet: a request waits for its seat, is computed, and its results come back as they are made.
+
+Owns: `Desk`, which every protocol's code is given. Does not know: protocols.
+"""
+
+import threading
+from collections.abc import AsyncGenerator, Callable, Iterator
+from contextlib import aclosing
+from typing import TypeVar
+
+from edge_gemma.engine import Engine
+from edge_gemma.generation.generate import Result
+from edge_gemma.server.ask import Ask, Step, answer
+from edge_gemma.server.jobs import computed
+from edge_gemma.server.models import Models
+from edge_gemma.server.queue import Queue
+from edge_gemma.server.turns import ASKED, Turns
+
+_T = TypeVar("_T")
+MOST_LIVE = 8  # live streams at a time
+
+
+class NotReadyError(Exception):
+    """The first model is being loaded."""
+
+
+class TooManyLiveError(Exception):
+    """As many speak already as can be heard."""
+
+
+class Desk:
+    """The models, who computes, and who waits. Its coroutines belong to one event loop."""
+
+    def __init__(self, models: Models, turns: Turns, *, seats: int = 1, most_waiting: int = 64) -> None:
+        """turns: those whose `between` the models call. seats: requests that are computed at a time, in turns."""
+        self.models, self.turns = models, turns
+        self.queue = Queue(seats, most_waiting)
+        self.live = 0
+        self.ready = threading.Event()  # the default model was opened once
+
+    async def answer(self, ask: Ask, client: str) -> AsyncGenerator[Step | Result, None]:
+        """An answer's steps, and its result in the end. client: who asks, for a fair order.
+
+        Raises QueueFull, UnknownModelError, and EdgeGemmaError for what cannot be answered. When it is closed, the work
+        ends within a layer.
+        """
+        self.models.find(ask.model)
+
+        def work(engine: Engine, stopping: threading.Event) -> Iterator[Step | Result]:
+            return answer(engine, ask, stopping)
+
+        async with aclosing(self.run(work, ask.model, client, keep_s=ask.keep_s)) as steps:
+            async for step in steps:
+                yield step
+
+    async def run(
+        self,
+        work: "Callable[[Engine, threading.Event], Iterator[_T]]",
+        model: str | None,
+        client: str,
+        *,
+        keep_s: float | None = None,
+    ) -> "AsyncGenerator[_T, None]":
+        """Yields what `work` yields, which is called with the model in a thread once there is a seat for it."""
+
+        def leased(stopping: threading.Event) -> "Iterator[_T]":
+            with self.models.lease(model, keep_s) as engine:
+                yield from work(engine, stopping)
+
+        if not self.ready.is_set():
+            raise NotReadyError
+        await self.queue.take(client)
+        async with aclosing(computed(leased, self.turns, ASKED, over=self.queue.give)) as results:
+            async for result in results:
+                yield result
+
+    async def run_live(
+        self, work: "Callable[[Engine, threading.Event], Iterator[_T]]", model: str | None
+    ) -> "AsyncGenerator[_T, None]":
+        """As `run` for speech that arrives now: it needs no seat, and goes first.
+
+        `work` computes in turns of its own: with `turns.turn(LIVE, stopping)`. Raises TooManyLiveError.
+        """
+        if not self.ready.is_set():
+            raise NotReadyError
+        if self.live >= MOST_LIVE:
+            raise TooManyLiveError
+        self.live += 1
+
+        def leased(stopping: threading.Event) -> "Iterator[_T]":
+            with self.models.lease(model) as engine:
+                yield from work(engine, stopping)
+
+        def over() -> None:
+            self.live -= 1
+
+        async with aclosing(computed(leased, self.turns, None, over=over)) as results:
+            async for result in results:
+                yield result

@@ -1,0 +1,151 @@
+"""The models that a server offers: which there are, opening one when it is asked for, closing it when nobody uses it.
+
+Owns: names, leases, how long a model stays. Does not know: requests, protocols.
+"""
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from edge_gemma.engine import Engine
+from edge_gemma.errors import EdgeGemmaError
+from edge_gemma.folder import find, store
+from edge_gemma.folder.folder import MANIFEST, ModelFolder
+
+FOR_EVER = -1.0
+_WAIT_S = 0.05  # between two looks whether another model may be closed
+
+
+class UnknownModelError(EdgeGemmaError):
+    """A name that no model here has."""
+
+
+@dataclass(frozen=True)
+class Offer:
+    """A model that may be asked for. created: seconds since 1970. bytes: of its files."""
+
+    name: str
+    path: Path
+    created: int
+    bytes: int
+
+    def folder(self) -> ModelFolder:
+        """Opens it, which reads its manifest and configuration only. Raises ModelFolderError."""
+        return ModelFolder.open(self.path)
+
+
+@dataclass
+class Loaded:
+    """An open model. leases: requests that use it. until: when it may be closed, by time.time(); FOR_EVER: never."""
+
+    name: str
+    engine: Engine
+    load_s: float
+    leases: int = 0
+    until: float = FOR_EVER
+
+
+class Models:
+    """One model is open at a time; another one closes it as soon as nobody uses it. Any thread may call."""
+
+    def __init__(
+        self, default: Path, *, name: str | None = None, keep_s: float = FOR_EVER, between: Callable[[], None],
+        **options: Any,
+    ) -> None:  # fmt: skip
+        """default: the folder of the model that requests without a name get; the user's other models are offered too.
+
+        name: the default's, None for that of its folder. keep_s: seconds that a model stays open after its last use.
+        between, options: as in Engine.
+        """
+        self.default = _offer(name or default.resolve().name, default)
+        self._keep_s, self._between, self._options = keep_s, between, options
+        self._changed = threading.Condition()
+        self.loaded: Loaded | None = None
+        self.loading: str | None = None
+
+    def offers(self) -> list[Offer]:
+        """All models, the default first."""
+        entries = (entry for entry in store.entries(find.folders()) if not entry.unfinished and find.has_name(entry))
+        others = [_offer(entry.name, entry.path) for entry in entries if entry.name != self.default.name]
+        return [self.default, *others]
+
+    def find(self, name: str | None) -> Offer:
+        """The model called `name`, also with ":latest" behind it. Raises UnknownModelError."""
+        if not name:
+            return self.default
+        offers = {offer.name: offer for offer in self.offers()}
+        found = offers.get(name) or offers.get(name.removesuffix(":latest"))
+        if found is None:
+            raise UnknownModelError(f"there is no model {name!r:.80} here, there are {', '.join(offers)}")
+        return found
+
+    @contextmanager
+    def lease(self, name: str | None, keep_s: float | None = None) -> Iterator[Engine]:
+        """The model called `name`, opened if need be, for as long as the context lasts.
+
+        keep_s: seconds that it stays open afterwards, None for the server's own. Raises UnknownModelError, and as
+        Engine.load.
+        """
+        loaded = self._taken(self.find(name))
+        try:
+            yield loaded.engine
+        finally:
+            with self._changed:
+                loaded.leases -= 1
+                seconds = self._keep_s if keep_s is None else keep_s
+                loaded.until = FOR_EVER if seconds < 0 else time.time() + seconds
+                self._changed.notify_all()
+
+    def _taken(self, offer: Offer) -> Loaded:
+        while True:
+            with self._changed:
+                if self.loaded is not None and self.loaded.name == offer.name:
+                    self.loaded.leases += 1
+                    return self.loaded
+                busy = self.loading is not None or (self.loaded is not None and self.loaded.leases)
+                if busy:
+                    self._changed.wait(_WAIT_S)
+                else:
+                    self._close()
+                    self.loading = offer.name
+            if busy:
+                self._between()  # whoever uses the other model has to compute on
+            else:
+                self._load(offer)
+
+    def _load(self, offer: Offer) -> None:
+        opened = None
+        try:
+            since = time.perf_counter()
+            engine = Engine.load(offer.path, **self._options)
+            engine.between = self._between
+            opened = Loaded(offer.name, engine, time.perf_counter() - since)
+        finally:
+            with self._changed:
+                self.loading, self.loaded = None, opened
+                self._changed.notify_all()
+
+    def release(self, *, all_of_them: bool = False) -> bool:
+        """Close the model if its time is over and nobody uses it. Returns whether it was closed."""
+        with self._changed:
+            loaded = self.loaded
+            if loaded is None or loaded.leases:
+                return False
+            if not all_of_them and (loaded.until == FOR_EVER or time.time() < loaded.until):
+                return False
+            self._close()
+            return True
+
+    def _close(self) -> None:
+        if self.loaded is not None:
+            self.loaded.engine.close()
+            self.loaded = None
+
+
+def _offer(name: str, path: Path) -> Offer:
+    files = [entry for entry in path.rglob("*") if entry.is_file()]
+    return Offer(name, path, int((path / MANIFEST).stat().st_mtime), sum(file.stat().st_size for file in files))

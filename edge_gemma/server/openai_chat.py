@@ -1,0 +1,270 @@
+"""OpenAI's chat completions.
+
+Owns: reading a request into an `Ask`, writing an answer, whole or as a stream of chunks. Does not know: HTTP's
+connections, models.
+
+Forms after the types of the openai client 3.57, and what llama.cpp's server adds to them (`reasoning_content`,
+`chat_template_kwargs`, `timings`).
+"""
+
+import json
+import secrets
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from edge_gemma.generation.constraint import Constraint
+from edge_gemma.generation.generate import Result
+from edge_gemma.server.ask import Ask, Step, Token
+from edge_gemma.server.bodies import Fields
+from edge_gemma.server.refusals import Refusal
+from edge_gemma.text.tool_call import ToolCall
+
+MOST_CHANCES = 20  # likeliest tokens beside each token
+_SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+_MESSAGE_KEYS = ("role", "content", "tool_calls", "name", "tool_call_id")
+# Reasoning effort -> tokens that a thought may have. OpenAI's "minimal" and "none" are no thought.
+EFFORTS: dict[str, int | None] = {"low": 256, "medium": 1024, "high": None, "xhigh": None}
+
+
+def read_chat(body: Fields) -> Ask:
+    """A chat completion's request. Raises Refusal for what cannot be served."""
+    body.refuse("n", 1)
+    body.refuse("logit_bias", {})
+    body.refuse("frequency_penalty", 0)
+    body.refuse("presence_penalty", 0)
+    body.refuse("functions", [])
+    body.refuse("audio")
+    body.refuse("prediction")
+    body.refuse("web_search_options")
+    modalities = body.texts("modalities")
+    if modalities not in ((), ("text",)):
+        raise body.wrong("modalities", list(modalities), '["text"]')
+    tools = read_tools(body)
+    must_call, only, tools = read_tool_choice(body, tools)
+    wanted = body.whole("max_completion_tokens", 1), body.whole("max_tokens", 1)
+    if not body.values.get("messages"):
+        raise Refusal(400, "messages are missing, expected a list of messages", param="messages")
+    return Ask(
+        model=body.text("model"),
+        messages=[read_message(message) for message in body.objects("messages")],
+        tools=tools,
+        must_call=must_call,
+        only=only,
+        one_call=body.take("parallel_tool_calls", bool, "true or false", True) is False,
+        constraint=read_format(body),
+        max_tokens=next((limit for limit in wanted if limit is not None), None),
+        stop=body.texts("stop"),
+        settings=read_sampling(body),
+        chances=read_chances(body),
+        **read_thinking(body),
+    )
+
+
+def read_message(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """A message without what other servers add to it; thoughts under the name that we have for them."""
+    message = {key: entry[key] for key in _MESSAGE_KEYS if entry.get(key) is not None}
+    reasoning = entry.get("reasoning_content") or entry.get("reasoning")
+    if isinstance(reasoning, str) and entry.get("role") == "assistant":
+        message["reasoning"] = reasoning
+    if entry.get("role") == "assistant" and "content" not in message:
+        message["content"] = ""
+    if entry.get("role") != "tool":
+        message.pop("name", None)  # of a person: the template has no place for it
+    return message
+
+
+def read_tools(body: Fields) -> list[dict[str, Any]]:
+    """The tools' declarations."""
+    tools = body.objects("tools")
+    for number, tool in enumerate(tools):
+        function = tool.get("function")
+        if tool.get("type", "function") != "function" or not isinstance(function, dict):
+            raise body.wrong(f"tools[{number}]", tool, 'a tool of type "function"')
+    return [{"type": "function", "function": _declared(tool["function"])} for tool in tools]
+
+
+def _declared(function: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: function[key] for key in ("name", "description", "parameters") if function.get(key) is not None}
+
+
+def read_tool_choice(body: Fields, tools: list[dict[str, Any]]) -> tuple[bool, str | None, list[dict[str, Any]]]:
+    """Whether a tool has to be called, which one, and the tools that are left."""
+    choice = body.take("tool_choice", (str, dict), "none, auto, required, or a tool")
+    if choice in (None, "auto"):
+        return False, None, tools
+    if choice == "none":
+        return False, None, []
+    name = None
+    if isinstance(choice, dict):
+        function = choice.get("function")
+        name = function.get("name") if isinstance(function, dict) else choice.get("name")
+    elif choice != "required":
+        raise body.wrong("tool_choice", choice, "none, auto, required, or a tool")
+    names = [tool["function"].get("name") for tool in tools]
+    if not names or (isinstance(choice, dict) and name not in names):
+        raise body.wrong("tool_choice", choice, f"one of the tools, which are {', '.join(map(str, names)) or 'none'}")
+    return True, name, tools
+
+
+def read_format(body: Fields) -> Constraint | None:
+    """What `response_format` says that the answer has to be."""
+    form = body.object("response_format")
+    kind = form.text("type") if form is not None else None
+    if form is None or kind == "text":
+        return None
+    if kind == "json_object":
+        return Constraint.json({"type": "object"})
+    if kind != "json_schema":
+        raise body.wrong("response_format.type", kind, "text, json_object or json_schema")
+    given = form.object("json_schema")
+    schema = given.take("schema", dict, "a JSON Schema") if given is not None else None
+    if schema is None:
+        raise form.wrong("json_schema", None, 'an object with "schema"')
+    return Constraint.json(schema)
+
+
+def read_sampling(body: Fields) -> Any:
+    """The settings of the sampling that are given."""
+    settings = {name: value for name in _SAMPLING if (value := body.number(name)) is not None}
+    seed = body.whole("seed", -(2**63))
+    if seed is not None:
+        settings["seed"] = seed % 2**63
+    for name in {"top_k"} & settings.keys():
+        settings[name] = max(0, body.whole(name, -1))
+    return settings
+
+
+def read_chances(body: Fields) -> int | None:
+    """How many likeliest tokens are told beside each token, None if nothing is."""
+    top = body.whole("top_logprobs", 0, MOST_CHANCES)
+    if not body.flag("logprobs"):
+        if top:
+            raise body.wrong("top_logprobs", top, "it beside logprobs: true")
+        return None
+    return top or 0
+
+
+def read_thinking(body: Fields) -> dict[str, Any]:
+    """Whether the model thinks. Without a word about it, it does not: a Pi would answer minutes later."""
+    effort = body.text("reasoning_effort")
+    template = body.object("chat_template_kwargs")
+    if template is not None and template.values.get("enable_thinking") is not None:
+        return {"think": template.flag("enable_thinking")}
+    if effort in EFFORTS:
+        return {"think": True, "think_budget": EFFORTS[effort]}
+    return {}
+
+
+class ChatWriter:
+    """One answer in OpenAI's form."""
+
+    def __init__(self, model: str, *, usage: bool = False) -> None:
+        """usage: whether a stream ends with the numbers of tokens."""
+        self._head = {"id": f"chatcmpl-{secrets.token_hex(12)}", "created": int(time.time()), "model": model}
+        self._usage = usage
+        self._calls = 0
+        self._ids: list[str] = []
+        self._tokens: list[Token] = []
+
+    def whole(self, steps: Iterable[Step], result: Result) -> dict[str, Any]:
+        """The whole answer. steps: those that it came in."""
+        calls = [call_entry(call, call_id()) for call in result.tool_calls]
+        message: dict[str, Any] = {"role": "assistant", "content": result.text or (None if calls else "")}
+        if result.reasoning:
+            message["reasoning_content"] = result.reasoning
+        if calls:
+            message["tool_calls"] = calls
+        tokens = [token for step in steps for token in step.tokens]
+        choice = {
+            "index": 0,
+            "message": message,
+            "logprobs": logprobs(tokens) if tokens else None,
+            "finish_reason": finish_reason(result),
+        }
+        return self._head | {
+            "object": "chat.completion", "choices": [choice], "usage": usage(result), "timings": timings(result),
+        }  # fmt: skip
+
+    def begin(self) -> dict[str, Any]:
+        """The first chunk: it has the role."""
+        return self._chunk({"role": "assistant", "content": ""})
+
+    def step(self, step: Step) -> Iterator[dict[str, Any]]:
+        """The chunks of a step, one at most."""
+        piece, delta = step.piece, dict[str, Any]()
+        if piece.kind == "answer" and (piece.text or step.tokens):
+            delta = {"content": piece.text}
+        elif piece.kind == "reasoning":
+            delta = {"reasoning_content": piece.text}
+        elif piece.kind == "tool_call" and piece.call is not None:
+            delta = {"tool_calls": [{"index": self._calls} | call_entry(piece.call, call_id())]}
+            self._calls += 1
+        if delta:
+            yield self._chunk(delta, tokens=step.tokens)
+
+    def end(self, result: Result) -> Iterator[dict[str, Any]]:
+        """The last chunks: why it ended, and the numbers of tokens."""
+        yield self._chunk({}, finish_reason(result)) | {"timings": timings(result)}
+        if self._usage:
+            yield self._head | {"object": "chat.completion.chunk", "choices": [], "usage": usage(result)}
+
+    def _chunk(self, delta: dict[str, Any], reason: str | None = None, tokens: Iterable[Token] = ()) -> dict[str, Any]:
+        told = logprobs(tokens) if tokens else None
+        choice = {"index": 0, "delta": delta, "logprobs": told, "finish_reason": reason}
+        chunk = self._head | {"object": "chat.completion.chunk", "choices": [choice]}
+        return chunk | {"usage": None} if self._usage else chunk
+
+
+def call_id() -> str:
+    """A new name for a call, which its result will carry."""
+    return f"call_{secrets.token_hex(8)}"
+
+
+def call_entry(call: ToolCall, index: str) -> dict[str, Any]:
+    """A call in OpenAI's form: the arguments are JSON text."""
+    arguments = json.dumps(call.arguments, ensure_ascii=False)
+    return {"id": index, "type": "function", "function": {"name": call.name, "arguments": arguments}}
+
+
+def finish_reason(result: Result) -> str:
+    """Why an answer ended, in OpenAI's words."""
+    if result.tool_calls:
+        return "tool_calls"
+    return "length" if result.finish_reason in ("length", "context") else "stop"
+
+
+def usage(result: Result) -> dict[str, Any]:
+    """The numbers of tokens."""
+    known, run = result.timings.reused_tokens, result.timings.prefill_tokens
+    written = len(result.tokens)
+    return {
+        "prompt_tokens": known + run,
+        "completion_tokens": written,
+        "total_tokens": known + run + written,
+        "prompt_tokens_details": {"cached_tokens": known},
+    }
+
+
+def timings(result: Result) -> dict[str, Any]:
+    """Times in milliseconds, as llama.cpp's server tells them."""
+    t = result.timings
+    return {
+        "cache_n": t.reused_tokens,
+        "prompt_n": t.prefill_tokens,
+        "prompt_ms": round(t.prefill_s * 1000, 3),
+        "predicted_n": len(result.tokens),
+        "predicted_ms": round(t.decode_s * 1000, 3),
+        "predicted_per_second": round(t.decode_tokens / t.decode_s, 3) if t.decode_s else None,
+        "ttft_ms": round(t.ttft_s * 1000, 3),
+    }
+
+
+def logprobs(tokens: Iterable[Token]) -> dict[str, Any]:
+    """Tokens with their log probabilities."""
+
+    def entry(token: Token) -> dict[str, Any]:
+        text = token.text.decode(errors="replace")
+        return {"token": text, "bytes": list(token.text), "logprob": max(token.log_probability, -9999.0)}
+
+    return {"content": [entry(token) | {"top_logprobs": [entry(other) for other in token.top]} for token in tokens]}

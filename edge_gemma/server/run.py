@@ -1,0 +1,164 @@
+"""Starts a server and ends it: sockets, signals, the first model, what is done now and then.
+
+Owns: the order of starting and stopping. Does not know: protocols.
+"""
+
+import asyncio
+import contextlib
+import logging
+import signal
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import h11
+import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from edge_gemma.errors import EdgeGemmaError, UsageError
+from edge_gemma.server.app import application
+from edge_gemma.server.desk import Desk
+from edge_gemma.server.guard import Rules
+
+log = logging.getLogger("edge_gemma.server")
+
+HEAD_S = 15.0  # in which a connection has to send a request's head
+STOP_S = 5.0  # that answers may take to end when the server stops
+CONNECTIONS = 512
+SOCKET_MESSAGE_BYTES = 4 << 20  # of a websocket
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a server listens. port 0: any free one."""
+
+    host: str = "127.0.0.1"
+    port: int = 11434
+
+    @property
+    def is_loopback(self) -> bool:
+        """Whether only programs of this machine reach it."""
+        return self.host in ("localhost", "127.0.0.1", "::1") or self.host.startswith("127.")
+
+    def bound(self) -> socket.socket:
+        """A listening socket. Raises UsageError if the place cannot be had."""
+        try:
+            family, kind, protocol, _, address = socket.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM)[0]
+            listening = socket.socket(family, kind, protocol)
+            listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listening.bind(address)
+            listening.listen(128)
+        except (OSError, OverflowError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise UsageError(f"cannot listen at {self}: {reason}; another --port may be free") from None
+        return listening
+
+    def __str__(self) -> str:
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+
+def own_names() -> list[str]:
+    """What other machines may call this one: its name, also with ".local", and its addresses."""
+    name = socket.gethostname()
+    found = {name, f"{name}.local"}
+    with contextlib.suppress(OSError):
+        found |= {str(entry[4][0]) for entry in socket.getaddrinfo(name, None)}
+    for target in ("192.0.2.1", "2001:db8::1"):  # for documentation only: nothing is sent
+        family = socket.AF_INET6 if ":" in target else socket.AF_INET
+        with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.connect((target, 9))
+            found.add(str(probe.getsockname()[0]))
+    return sorted(found)
+
+
+class _Protocol(H11Protocol):
+    """A connection that does not send its request's head in time is closed."""
+
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        self._late = asyncio.get_running_loop().call_later(HEAD_S, self._close_late)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._late.cancel()
+        super().connection_lost(exc)
+
+    def _close_late(self) -> None:
+        if self.conn.their_state is h11.IDLE and self.cycle is None:
+            self.transport.close()
+
+
+class _Server(uvicorn.Server):
+    """Leaves signals to `serve`."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+async def until_signal(desk: Desk, rules: Rules, listening: socket.socket, ready: Callable[[], None]) -> None:
+    """As `serve`, until SIGINT or SIGTERM."""
+    stop, loop = asyncio.Event(), asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, stop.set)
+    await serve(desk, rules, listening, ready, stop)
+
+
+async def serve(
+    desk: Desk, rules: Rules, listening: socket.socket, ready: Callable[[], None], stop: asyncio.Event
+) -> None:
+    """Serve until `stop` is set. ready: called once the first model is there. Raises what opening it raises."""
+    config = uvicorn.Config(
+        application(desk, rules), http=_Protocol, ws="websockets-sansio", loop="asyncio", lifespan="off",
+        log_config=None, access_log=False, server_header=False, proxy_headers=False, limit_concurrency=CONNECTIONS,
+        timeout_keep_alive=30, timeout_graceful_shutdown=int(STOP_S), ws_max_size=SOCKET_MESSAGE_BYTES,
+    )  # fmt: skip
+    server = _Server(config)
+    opening = asyncio.ensure_future(_open_first(desk, ready))
+    opening.add_done_callback(lambda done: stop.set() if not done.cancelled() and done.exception() else None)
+    beside = [asyncio.ensure_future(_sweep(desk)), asyncio.ensure_future(_stop(server, stop))]
+    try:
+        await server.serve([listening])
+    finally:
+        for task in (opening, *beside):
+            task.cancel()
+        desk.models.release(all_of_them=True)
+    if opening.done() and not opening.cancelled() and (error := opening.exception()) is not None:
+        raise error
+
+
+async def _stop(server: uvicorn.Server, stop: asyncio.Event) -> None:
+    await stop.wait()
+    server.should_exit = True
+
+
+async def _open_first(desk: Desk, ready: Callable[[], None]) -> None:
+    """Open the default model in a thread."""
+    loop = asyncio.get_running_loop()
+    done: asyncio.Future[None] = loop.create_future()
+
+    def load() -> None:
+        error: BaseException | None = None
+        try:
+            with desk.models.lease(None):
+                pass
+        except BaseException as reason:
+            error = reason
+        with contextlib.suppress(RuntimeError):
+            loop.call_soon_threadsafe(lambda: done.set_exception(error) if error else done.set_result(None))
+
+    threading.Thread(target=load, name="edge-gemma-load", daemon=True).start()
+    await done
+    desk.ready.set()
+    ready()
+
+
+async def _sweep(desk: Desk) -> None:
+    """Close what nobody uses any more."""
+    while True:
+        await asyncio.sleep(1.0)
+        try:
+            desk.models.release()
+        except (EdgeGemmaError, OSError):
+            log.exception("a model could not be closed")
