@@ -62,6 +62,12 @@ class Session:
         """How many tokens the timeline holds."""
         return len(self.ids)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the keys and values that it holds."""
+        layers = self._cache.layers.values()
+        return sum(min(self.position, layer.capacity) * (layer.k[0].nbytes + layer.v[0].nbytes) for layer in layers)
+
     def prefill(self, ids: Sequence[int]) -> np.ndarray:
         """Append ids. Returns the logits after the last of them: float32 [vocab_size].
 
@@ -388,6 +394,11 @@ class Timeline(Protocol):
 
     def share(self) -> None:
         """Give other shared sessions all that was computed."""
+        ...
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the keys and values."""
         ...
 
 

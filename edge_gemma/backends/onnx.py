@@ -10,6 +10,7 @@ A folder holds
     onnx/audio_encoder.onnx, ...                    the encoders of the source model folder, if it has any
 """
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -154,6 +155,11 @@ class OnnxSession:
 
     def keep_on_disk(self, position: int) -> None:
         """Nothing: there is no place for it."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the keys and values."""
+        return sum(4 * math.prod(value.shape()) for value in self._past.values())
 
     def share(self) -> None:
         """Nothing is shared."""

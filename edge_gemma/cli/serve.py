@@ -42,6 +42,9 @@ DEFAULT_CONTEXT = 8192  # tokens; memory is taken as a conversation grows
               help="Give the memory back S seconds after the last request [default: keep the model].")  # fmt: skip
 @click.option("--context", type=click.IntRange(1), metavar="N",
               help=f"Tokens a conversation can have [default: {DEFAULT_CONTEXT}, or what the model has].")  # fmt: skip
+@click.option("--moderation", metavar="FILE",
+              help="Rules for questions and answers: a TOML file, or FILE.py:FUNCTION (docs/SERVE.md).")  # fmt: skip
+@click.option("--log-prompts", is_flag=True, help="Write questions and answers to the log, which has none otherwise.")
 @options.memory_limit
 @options.threads
 @options.cache_size
@@ -55,7 +58,7 @@ def serve(model: str | None, host: str, port: int, api_key: str | None, no_key: 
     from edge_gemma.errors import UsageError
     from edge_gemma.host.extras import imported
 
-    for package in ("starlette", "uvicorn", "websockets"):
+    for package in ("starlette", "uvicorn", "websockets", "prometheus_client"):
         imported(package, "serve", "server", UsageError)
     from edge_gemma.server import run
     from edge_gemma.server.guard import Rules
@@ -84,6 +87,7 @@ def _desk(model: str | None, given: dict[str, Any]) -> "Desk":
     from edge_gemma.backends.native import DEFAULT_CACHE_MB
     from edge_gemma.server.desk import Desk
     from edge_gemma.server.models import FOR_EVER, Models
+    from edge_gemma.server.moderation import Moderation
     from edge_gemma.server.turns import Turns
 
     folder = options.open_folder(model)
@@ -96,7 +100,11 @@ def _desk(model: str | None, given: dict[str, Any]) -> "Desk":
     models = Models(
         folder.path, keep_s=idle, between=turns.between, context=context, threads=given["threads"], cache_size=size
     )
-    return Desk(models, turns, seats=given["parallel"], most_waiting=given["queue"])
+    rules = None if given["moderation"] is None else Moderation.load(given["moderation"])
+    return Desk(
+        models, turns, seats=given["parallel"], most_waiting=given["queue"], moderation=rules,
+        log_prompts=given["log_prompts"],
+    )  # fmt: skip
 
 
 def _first_lines(model: str, place: "Place", key: bool) -> list[str]:

@@ -26,8 +26,11 @@ def application(desk: Desk, rules: Rules) -> Starlette:
         body = {"status": "ok" if ready else "loading", "version": __version__, "model": desk.models.default.name}
         return JSONResponse(body, 200 if ready else 503)
 
-    routes = [Route("/health", health), *OpenAI(desk).routes()]
-    middleware = [Middleware(Guard, rules=rules, count=lambda path, status, seconds: None)]
+    async def metrics(request: Request) -> Response:
+        return Response(desk.watch.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    routes = [Route("/health", health), Route("/metrics", metrics), *OpenAI(desk).routes()]
+    middleware = [Middleware(Guard, rules=rules, count=desk.watch.requested)]
     if rules.origins:
         middleware.append(
             Middleware(CORSMiddleware, allow_origins=list(rules.origins), allow_methods=["*"], allow_headers=["*"])

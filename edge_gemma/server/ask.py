@@ -4,7 +4,7 @@ Owns: `Ask`, how a conversation is made of it. Does not know: HTTP, protocols, w
 """
 
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -65,9 +65,18 @@ class Step:
     tokens: tuple[Token, ...] = ()
 
 
-def answer(engine: Engine, ask: Ask, stopping: threading.Event) -> Iterator[Step | Result]:
-    """Yields an answer's steps, and its result in the end. Raises EdgeGemmaError for what cannot be answered."""
+def answer(
+    engine: Engine,
+    ask: Ask,
+    stopping: threading.Event,
+    opened: Callable[[Conversation], None] = lambda conversation: None,
+) -> Iterator[Step | Result]:
+    """Yields an answer's steps, and its result in the end. opened: told the conversation that is made for it.
+
+    Raises EdgeGemmaError for what cannot be answered.
+    """
     conversation = _conversation(engine, ask)
+    opened(conversation)
     said = [ask.prompt] if ask.prompt is not None else []
     reply = conversation.send(*said, constraint=ask.constraint)
     result, told = reply.so_far, 0

@@ -18,6 +18,7 @@ from starlette.datastructures import Headers
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from edge_gemma.server.desk import current_request
 from edge_gemma.server.refusals import Refusal, refusal_of
 from edge_gemma.server.streams import ClientGoneError
 
@@ -63,7 +64,8 @@ class Guard:
         except Exception as error:
             await request.refuse(refusal_of(error), receive)
         finally:
-            self._count(scope["path"], request.status, request.seconds)
+            route = scope.get("route")
+            self._count(getattr(route, "path", "other"), request.status, request.seconds)
             request.tell()
 
     def _check(self, scope: Scope) -> None:
@@ -92,7 +94,7 @@ class _Request:
     def __init__(self, scope: Scope, send: Send) -> None:
         self.scope, self.status, self._send = scope, 0, send
         self.index, self._since = f"req_{secrets.token_hex(8)}", time.perf_counter()
-        scope.setdefault("state", {})["request_id"] = self.index
+        current_request.set(self.index)
 
     @property
     def seconds(self) -> float:

@@ -17,6 +17,7 @@ from edge_gemma.generation.constraint import Constraint
 from edge_gemma.generation.generate import Result
 from edge_gemma.server.ask import Ask, Step, Token
 from edge_gemma.server.bodies import Fields
+from edge_gemma.server.moderation import RefusedResult
 from edge_gemma.server.refusals import Refusal
 from edge_gemma.text.tool_call import ToolCall
 
@@ -229,6 +230,8 @@ def call_entry(call: ToolCall, index: str) -> dict[str, Any]:
 
 def finish_reason(result: Result) -> str:
     """Why an answer ended, in OpenAI's words."""
+    if isinstance(result, RefusedResult):
+        return "content_filter"
     if result.tool_calls:
         return "tool_calls"
     return "length" if result.finish_reason in ("length", "context") else "stop"

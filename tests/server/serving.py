@@ -12,6 +12,7 @@ from edge_gemma.folder import find
 from edge_gemma.server.desk import Desk
 from edge_gemma.server.guard import Rules
 from edge_gemma.server.models import FOR_EVER, Models
+from edge_gemma.server.moderation import Moderation
 from edge_gemma.server.run import Place, serve
 from edge_gemma.server.turns import Turns
 
@@ -29,12 +30,12 @@ class Served:
 @contextlib.contextmanager
 def serving(
     model: Path = find.EMBEDDED, *, rules: Rules | None = None, seats: int = 1, waiting: int = 64,
-    keep_s: float = FOR_EVER, **options: Any,
+    keep_s: float = FOR_EVER, moderation: Moderation | None = None, log_prompts: bool = False, **options: Any,
 ) -> Iterator[Served]:  # fmt: skip
     """Serve until the context ends. options: as in Engine.load."""
     turns, listening = Turns(), Place(port=0).bound()
     models = Models(model, keep_s=keep_s, between=turns.between, **{"cache_size": 8, **options})
-    desk = Desk(models, turns, seats=seats, most_waiting=waiting)
+    desk = Desk(models, turns, seats=seats, most_waiting=waiting, moderation=moderation, log_prompts=log_prompts)
     ready, loop = threading.Event(), asyncio.new_event_loop()
     stop = asyncio.Event()
     running = threading.Thread(
