@@ -68,10 +68,11 @@ def test_health(served: Served) -> None:
         assert json.load(answer)["status"] == "ok"
 
 
-def test_answers_are_counted(served: Served) -> None:
-    before = figures(served)
-    usage = asked(served, "Hello")["usage"]
-    after = figures(served)
+def test_answers_are_counted() -> None:
+    with serving() as served:
+        before = figures(served)
+        usage = asked(served, "Hello")["usage"]
+        after = figures(served)
     gained = {name: value - before.get(name, 0) for name, value in after.items()}
     assert gained["tokens_total,answer"] == usage["completion_tokens"]
     assert gained["tokens_total,prompt"] + gained["tokens_total,cached"] == usage["prompt_tokens"]
@@ -83,8 +84,9 @@ def test_answers_are_counted(served: Served) -> None:
 
 def test_paths_that_nobody_serves_are_one(served: Served) -> None:
     for path in ("/x", "/y/../z"):
-        with pytest.raises(urllib.error.HTTPError, match="404"):
+        with pytest.raises(urllib.error.HTTPError, match="404") as error:
             urllib.request.urlopen(f"{served.url}{path}")
+        error.value.close()
     assert figures(served)["requests_total,other,404"] >= 2
 
 
