@@ -109,7 +109,7 @@ def _desk(model: str | None, given: dict[str, Any]) -> "Desk":
 
 def _first_lines(model: str, place: "Place", key: bool) -> list[str]:
     """What is printed once the server is ready: where it is, and how to use it."""
-    url = f"http://{place}"
+    url = place.url
     return [
         f"{model} is served at {url}{' (with the key)' if key else ''}; Ctrl-C ends",
         f"  OpenAI  base URL {url}/v1" + ("" if key else ", any key"),

@@ -48,16 +48,24 @@ class Place:
 
     def bound(self) -> socket.socket:
         """A listening socket. Raises UsageError if the place cannot be had."""
-        try:
-            family, kind, protocol, _, address = socket.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM)[0]
-            listening = socket.socket(family, kind, protocol)
-            listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            listening.bind(address)
-            listening.listen(128)
-        except (OSError, OverflowError) as error:
-            reason = getattr(error, "strerror", None) or error
-            raise UsageError(f"cannot listen at {self}: {reason}; another --port may be free") from None
+        with contextlib.ExitStack() as until_bound:
+            try:
+                family, kind, number, _, address = socket.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM)[0]
+                listening = until_bound.enter_context(socket.socket(family, kind, number))
+                listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                listening.bind(address)
+                listening.listen(128)
+            except (OSError, OverflowError) as error:
+                reason = getattr(error, "strerror", None) or error
+                raise UsageError(f"cannot listen at {self}: {reason}; another --port may be free") from None
+            until_bound.pop_all()
         return listening
+
+    @property
+    def url(self) -> str:
+        """An address for programs; of a server that listens everywhere, the one that other machines know."""
+        everywhere = self.host in ("0.0.0.0", "::", "")
+        return f"http://{Place(own_address(), self.port) if everywhere else self}"
 
     def __str__(self) -> str:
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
@@ -66,15 +74,19 @@ class Place:
 def own_names() -> list[str]:
     """What other machines may call this one: its name, also with ".local", and its addresses."""
     name = socket.gethostname()
-    found = {name, f"{name}.local"}
+    found = {name, f"{name}.local", own_address(), own_address("2001:db8::1")}
     with contextlib.suppress(OSError):
         found |= {str(entry[4][0]) for entry in socket.getaddrinfo(name, None)}
-    for target in ("192.0.2.1", "2001:db8::1"):  # for documentation only: nothing is sent
-        family = socket.AF_INET6 if ":" in target else socket.AF_INET
-        with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as probe:
-            probe.connect((target, 9))
-            found.add(str(probe.getsockname()[0]))
     return sorted(found)
+
+
+def own_address(target: str = "192.0.2.1") -> str:
+    """The address that `target` would see; loopback's without a network. Nothing is sent: the default has no host."""
+    family = socket.AF_INET6 if ":" in target else socket.AF_INET
+    with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as probe:
+        probe.connect((target, 9))
+        return str(probe.getsockname()[0])
+    return "127.0.0.1"
 
 
 class _Protocol(H11Protocol):
