@@ -15,6 +15,7 @@ from edge_gemma import __version__
 from edge_gemma.server.desk import Desk
 from edge_gemma.server.guard import Guard, Rules, told
 from edge_gemma.server.openai_http import OpenAI
+from edge_gemma.server.openapi import document
 from edge_gemma.server.refusals import Refusal
 
 
@@ -29,7 +30,11 @@ def application(desk: Desk, rules: Rules) -> Starlette:
     async def metrics(request: Request) -> Response:
         return Response(desk.watch.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
-    routes = [Route("/health", health), Route("/metrics", metrics), *OpenAI(desk).routes()]
+    async def openapi(request: Request) -> Response:
+        return JSONResponse(document())
+
+    routes = [Route("/health", health), Route("/metrics", metrics), Route("/openapi.json", openapi)]
+    routes += [*OpenAI(desk).routes()]
     middleware = [Middleware(Guard, rules=rules, count=desk.watch.requested)]
     if rules.origins:
         middleware.append(
