@@ -137,9 +137,12 @@ def test_no_seat_is_lost(steps: list[tuple[str, int]], seats: int) -> None:
                     assert isinstance(waiting.pop().exception(), QueueFull)
             elif what == "give" and sitting:
                 sitting -= 1
+                leaving = waiting[:1] if client >= 2 else []  # at the same moment, just before or just after
+                if client == 2 and leaving:
+                    leaving[0].cancel()
                 queue.give()
-                if client == 3 and waiting:  # somebody leaves at the same moment
-                    waiting[0].cancel()
+                if client == 3 and leaving:
+                    leaving[0].cancel()
             elif what == "leave" and waiting:
                 waiting[client % len(waiting)].cancel()
             await settle()

@@ -80,6 +80,7 @@ def test_a_page_that_may_ask_hears_so(locked: Served) -> None:
     b"", b"{", b"null", b"[]", b"\xff", b'"text"', b"[" * 100_000, b'{"a":' * 200 + b"1" + b"}" * 200, b"1" * 5000,
     b'{"messages": [{"role": "user", "content": "\\ud800"}]}', b'{"temperature": NaN, "messages": [1]}',
     b'{"messages": [{"role": "user", "content": 5}]}',
+    b'{"messages": [{"role": "user", "content": "x"}], "metadata": ' + b"[" * 200 + b"]" * 200 + b"}",
     b'{"seed": 1e400, "messages": [{"role": "user", "content": ""}]}',
 ])  # fmt: skip
 def test_what_is_no_request(served: Served, body: bytes) -> None:

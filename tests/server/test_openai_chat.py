@@ -109,3 +109,17 @@ def test_what_is_wrong_is_said(client: openai.OpenAI, wrong: dict[str, Any], sta
         client.chat.completions.create(**asked)
     assert error.value.status_code == status
     assert error.value.response.json()["error"]["message"]
+
+
+def test_only_what_is_new_is_computed(client: openai.OpenAI) -> None:
+    said: list[Any] = [{"role": "system", "content": "You answer in whole sentences, and kindly."}]
+    known = 0
+    for text in ("Hello", "Who are you?", "Thank you!"):
+        said.append({"role": "user", "content": text})
+        answer = client.chat.completions.create(model="demo", messages=said, temperature=0)
+        said.append({"role": "assistant", "content": answer.choices[0].message.content})
+        usage = answer.usage
+        assert usage is not None
+        assert usage.prompt_tokens_details is not None
+        assert usage.prompt_tokens_details.cached_tokens >= known
+        known = usage.prompt_tokens + usage.completion_tokens
