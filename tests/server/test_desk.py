@@ -19,6 +19,7 @@ import pytest
 from hypothesis import given, settings
 
 from edge_gemma.folder import find
+from edge_gemma.server import streams
 from edge_gemma.server.jobs import computed
 from edge_gemma.server.models import Models, UnknownModelError
 from edge_gemma.server.queue import Queue, QueueFull
@@ -360,3 +361,18 @@ def test_answers_at_once_are_the_answers_alone() -> None:
         for thread in threads:
             thread.join(60)
         assert [together[n] for n in range(16)] == alone * 4
+
+
+def test_a_long_prompt_is_waited_for_with_pings(
+    slow: tuple[Served, list[float]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(streams, "PING_S", 0.1)
+    served, _ = slow
+    steps = streams.paced  # the first wait is a default of this function
+    monkeypatch.setattr("edge_gemma.server.openai_http.paced", lambda items: steps(items, 0.1))
+    with begun(served, stream=True, max_tokens=1) as sock:
+        text = b""
+        while b"[DONE]" not in text:
+            text += sock.recv(4096)
+    assert text.startswith(b"HTTP/1.1 200")
+    assert text.index(b": ping\n\n") < text.index(b'"finish_reason":"length"')
