@@ -8,13 +8,17 @@ import contextlib
 import hashlib
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from edge_gemma.errors import EdgeGemmaError, UsageError
 from edge_gemma.folder import store
 from edge_gemma.folder.atomic import scratch_folder
-from edge_gemma.folder.folder import MANIFEST, ModelFolder, Progress
+from edge_gemma.folder.file_names import MANIFEST
 from edge_gemma.folder.hub_name import SHORT_NAMES, HubName
 from edge_gemma.host import places
+
+if TYPE_CHECKING:
+    from edge_gemma.folder.folder import Progress
 
 MODEL_VARIABLE = "EDGE_GEMMA_MODEL"
 EMBEDDED_NAME = "demo"
@@ -45,12 +49,16 @@ def folders() -> tuple[Path, ...]:
     return tuple(folder for folder in (pulled_folder(), cache_folder()) if folder is not None)
 
 
-def has_name(entry: store.Entry) -> bool:
-    """Whether a model was pulled, or is known by a name: those converted from a GGUF file are known by its path."""
-    return entry.path.parent != cache_folder() or entry.name == GEMMA3_NAME
+def named() -> list[store.Entry]:
+    """The user's models that have a name: those that were pulled, and Gemma 3 270M.
+
+    Models that were converted from a GGUF file are known by its path.
+    """
+    whole = (entry for entry in store.entries(folders()) if not entry.unfinished)
+    return [entry for entry in whole if entry.path.parent != cache_folder() or entry.name == GEMMA3_NAME]
 
 
-def resolve(model: Path | str | None = None, progress: Progress | None = None) -> Path:
+def resolve(model: Path | str | None = None, progress: "Progress | None" = None) -> Path:
     """The model folder that `model` means. Converts into the cache first where it has to.
 
     None means $EDGE_GEMMA_MODEL, and without that the embedded default. Raises UsageError that names what was looked
@@ -115,7 +123,7 @@ def _names() -> list[str]:
     return sorted({EMBEDDED_NAME, GEMMA3_NAME, *(e.name for e in store.entries(folders()) if not e.unfinished)})
 
 
-def _converted(path: Path, progress: Progress | None) -> Path:
+def _converted(path: Path, progress: "Progress | None") -> Path:
     """The folder of a GGUF file in the cache."""
     with path.open("rb") as file:
         if file.read(4) != b"GGUF":
@@ -146,7 +154,7 @@ def _key(path: Path) -> str:
     return digest.hexdigest()[:12]
 
 
-def _gemma3(progress: Progress | None) -> Path:
+def _gemma3(progress: "Progress | None") -> Path:
     """Gemma 3 270M from the `gemma3` extra. Converted at its first use."""
     dest, whole = _place(GEMMA3_NAME, "another model with -m")
     if whole:
@@ -184,7 +192,7 @@ def _place(name: str, other: str) -> tuple[Path, bool]:
     )
 
 
-def _convert(source: Path, dest: Path, progress: Progress | None) -> Path:
+def _convert(source: Path, dest: Path, progress: "Progress | None") -> Path:
     """Convert into the cache. Replaces a folder that is damaged or of an older version."""
     from edge_gemma.export.convert import export_checkpoint
 
@@ -193,6 +201,8 @@ def _convert(source: Path, dest: Path, progress: Progress | None) -> Path:
 
 def _is_whole(folder: Path) -> bool:
     """Whether this is a model folder of this version. Opens it to tell."""
+    from edge_gemma.folder.folder import ModelFolder
+
     try:
         ModelFolder.open(folder)
     except EdgeGemmaError:

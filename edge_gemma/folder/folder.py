@@ -43,6 +43,18 @@ import numpy as np
 from edge_gemma.config import GemmaConfig
 from edge_gemma.errors import ConfigError, ModelFolderError
 from edge_gemma.folder import layouts
+from edge_gemma.folder.file_names import (  # noqa: F401 (those that only others use belong to the contract too)
+    AUDIO_BATCH,
+    AUDIO_DATA,
+    AUDIO_STREAM,
+    GENERATION,
+    MANIFEST,
+    PER_LAYER,
+    REPLACEABLE,
+    TEMPLATE,
+    TOKENIZER,
+    WEIGHTS,
+)
 from edge_gemma.host import system
 
 FORMAT, VERSION = "edge_gemma model folder", 2  # the newest; older ones are read too
@@ -51,11 +63,6 @@ _HOW_TO_RUN = {
     FORMAT: " but of a model folder: run it without --backend onnx, or export it with --onnx first",
     ONNX_FORMAT: " but of an ONNX folder: run it with --backend onnx",
 }
-MANIFEST, WEIGHTS, PER_LAYER = "manifest.json", "weights.safetensors", "embed_tokens_per_layer.safetensors"
-REPLACEABLE = (MANIFEST, WEIGHTS, "model.safetensors", "model.safetensors.index.json")  # one is in every model's folder
-TOKENIZER, TEMPLATE, GENERATION = "tokenizer.model", "chat_template.jinja", "generation_config.json"
-AUDIO_BATCH, AUDIO_STREAM = "audio_encoder.onnx", "audio_encoder_stream.onnx"
-AUDIO_DATA = "audio_encoder.onnx_data"  # the weights of both
 ALIGNMENT = 64  # bytes: a cache line
 _MANIFEST_LIMIT = 64 << 20
 _DTYPES = {

@@ -15,7 +15,7 @@ from typing import Any
 
 from edge_gemma.errors import UsageError
 from edge_gemma.folder.atomic import unused
-from edge_gemma.folder.folder import MANIFEST
+from edge_gemma.folder.file_names import MANIFEST
 from edge_gemma.host import system
 
 _USED = ".used"  # empty files: their times are when the models were last opened

@@ -13,8 +13,9 @@ from typing import Any
 
 from edge_gemma.engine import Engine
 from edge_gemma.errors import EdgeGemmaError
-from edge_gemma.folder import find, store
-from edge_gemma.folder.folder import MANIFEST, ModelFolder
+from edge_gemma.folder import find
+from edge_gemma.folder.file_names import MANIFEST
+from edge_gemma.folder.folder import ModelFolder
 
 FOR_EVER = -1.0
 _WAIT_S = 0.05  # between two looks whether another model may be closed
@@ -69,8 +70,7 @@ class Models:
 
     def offers(self) -> list[Offer]:
         """All models, the default first."""
-        entries = (entry for entry in store.entries(find.folders()) if not entry.unfinished and find.has_name(entry))
-        others = [_offer(entry.name, entry.path) for entry in entries if entry.name != self.default.name]
+        others = [_offer(entry.name, entry.path) for entry in find.named() if entry.name != self.default.name]
         return [self.default, *others]
 
     def find(self, name: str | None) -> Offer:
