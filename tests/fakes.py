@@ -121,6 +121,9 @@ class FakeSession:
     def keep_on_disk(self, position: int) -> None:
         self.log.append(("keep_on_disk", position))
 
+    def share(self) -> None:
+        self.log.append(("share", self.position))
+
     def mark(self) -> None:
         self.log.append(("mark", self.position))
 

@@ -17,6 +17,7 @@ from edge_gemma.errors import UsageError
 from edge_gemma.export.convert import export_checkpoint
 from edge_gemma.export.synth import synthesize
 from edge_gemma.folder import find
+from edge_gemma.folder.folder import ModelFolder
 from tests.tiny import write_checkpoint
 from tests.tiny_gguf import write_gguf
 
@@ -112,7 +113,7 @@ def test_a_damaged_cached_model_is_converted_again(tmp_path: Path) -> None:
     folder = find.resolve(tmp_path / "tiny.gguf")
     (folder / "manifest.json").write_text("{")
     assert find.resolve(tmp_path / "tiny.gguf") == folder
-    assert find.ModelFolder.open(folder).config.model_type == "gemma3_text"
+    assert ModelFolder.open(folder).config.model_type == "gemma3_text"
 
 
 def test_the_embedded_default_is_used_where_it_lies(embedded: Path, cache: Path, monkeypatch, tmp_path: Path) -> None:
@@ -150,7 +151,7 @@ def test_gemma_3(cache: Path, gemma3_package: list[Path]) -> None:
     assert find.resolve(find.GEMMA3_NAME) == folder
     assert len(gemma3_package) == 1
     (folder / "weights.safetensors").unlink()
-    assert find.ModelFolder.open(find.resolve(find.GEMMA3_NAME))
+    assert ModelFolder.open(find.resolve(find.GEMMA3_NAME))
     assert len(gemma3_package) == 2
 
 
