@@ -5,6 +5,7 @@ docs/cli.md is the commands' own help, generated: `python -m tests.test_docs` wr
 
 import re
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 
 import click
@@ -27,10 +28,20 @@ for an error told in one line on standard error, 2 for usage, 130 after Ctrl-C.
 """
 
 
+def commands(path: tuple[str, ...] = (), group: click.Group = cli) -> Iterator[tuple[tuple[str, ...], click.Command]]:
+    """All commands with the words that call them, each group before its own."""
+    yield path, group
+    for name, command in sorted(group.commands.items()):
+        if isinstance(command, click.Group):
+            yield from commands((*path, name), command)
+        else:
+            yield (*path, name), command
+
+
 def cli_page() -> str:
     """The whole page."""
     sections = [HEAD]
-    for path, command in [((), cli), *(((name,), cli.commands[name]) for name in sorted(cli.commands))]:
+    for path, command in commands():
         name = " ".join(("edge-gemma", *path))
         context = click.Context(command, info_name=name, terminal_width=100, **cli.context_settings)
         sections.append(f"## {name}\n\n```\n{command.get_help(context)}\n```\n")
@@ -48,7 +59,7 @@ def test_the_help_names_every_recipe():
 
 
 def test_every_command_has_a_purpose_and_every_option_an_explanation():
-    for command in cli.commands.values():
+    for _, command in commands():
         assert command.help
         for parameter in command.params:
             assert isinstance(parameter, click.Argument) or parameter.help, (command.name, parameter.name)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from edge_gemma import __version__
-from edge_gemma.cli import hub, options, serve, speech, tools
+from edge_gemma.cli import hub, options, serve, service, speech, tools
 from edge_gemma.errors import EdgeGemmaError, UsageError
 from edge_gemma.text.files import decode_text, read_text
 
@@ -482,7 +482,7 @@ def _print_facts(facts: dict[str, Any], as_json: bool) -> None:
         click.echo(f"{name.replace('_', ' '):<{width}}  {shown}")
 
 
-for _command in (*speech.COMMANDS, *hub.COMMANDS, *serve.COMMANDS):
+for _command in (*speech.COMMANDS, *hub.COMMANDS, *serve.COMMANDS, *service.COMMANDS):
     cli.add_command(_command)
 
 

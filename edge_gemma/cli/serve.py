@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from edge_gemma.server.run import Place
 
 KEY_VARIABLE = "EDGE_GEMMA_API_KEY"
+CHECKING = "edge_gemma.serve.checking"  # in click's meta: say what is wrong with the options, and serve nothing
 DEFAULT_CONTEXT = 8192  # tokens; memory is taken as a conversation grows
 
 
@@ -68,6 +69,8 @@ def serve(model: str | None, host: str, port: int, api_key: str | None, no_key: 
         raise click.UsageError(
             f"--host {host} lets other machines in: give an --api-key that they have to send, or --no-key."
         )
+    if click.get_current_context().meta.get(CHECKING):
+        return
     desk = _desk(model, given)
     hosts = [*given["allow_host"], *([] if place.is_loopback else [host, *run.own_names()])]
     listening = place.bound()

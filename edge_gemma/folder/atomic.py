@@ -42,8 +42,11 @@ def sync_tree(folder: Path) -> None:
         system.flush_folder(path)
 
 
-def write_file(path: Path, data: bytes) -> None:
-    """Write `data` to `path`, whole or not at all. Devices and pipes are written to directly. Raises OSError."""
+def write_file(path: Path, data: bytes, *, permissions: int | None = None) -> None:
+    """Write `data` to `path`, whole or not at all. Devices and pipes are written to directly. Raises OSError.
+
+    permissions: of the file; None for those of the file before, or of the umask.
+    """
     try:
         mode = os.stat(path).st_mode
     except FileNotFoundError:
@@ -51,15 +54,20 @@ def write_file(path: Path, data: bytes) -> None:
     if not stat.S_ISREG(mode):
         path.write_bytes(data)
         return
-    path, permissions = Path(os.path.realpath(path)), stat.S_IMODE(mode)
+    path = Path(os.path.realpath(path))
     aside = path.with_name(f".{path.name[:_SHOWN]}.{secrets.token_hex(4)}{_ASIDE}")
     try:
-        fd = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | system.BINARY, permissions)
+        fd = os.open(
+            aside,
+            os.O_WRONLY | os.O_CREAT | os.O_EXCL | system.BINARY,
+            stat.S_IMODE(mode) if permissions is None else permissions,
+        )
         with os.fdopen(fd, "wb") as file:
             file.write(data)
             file.flush()
             system.flush(file.fileno())
-        _take_permissions(path, aside)
+        if permissions is None:
+            _take_permissions(path, aside)
         os.replace(aside, path)
     except BaseException as error:
         with contextlib.suppress(OSError):
