@@ -1,6 +1,5 @@
 """`edge-gemma service`: the unit as systemd reads it, what systemctl is told, keys, units of others, errors."""
 
-import http.server
 import json
 import os
 import re
@@ -8,8 +7,6 @@ import shutil
 import stat
 import subprocess
 import sys
-import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -22,6 +19,7 @@ from edge_gemma.errors import UsageError
 from edge_gemma.folder import find
 from edge_gemma.server import unit as units
 from edge_gemma.server.unit import MARK, Unit
+from tests.answering import answering
 
 SYSTEMCTL = """#!/bin/sh
 echo "$@" >> {log}
@@ -266,44 +264,22 @@ def test_without_systemd(machine: Machine, tmp_path: Path, monkeypatch: pytest.M
         assert "no systemd" in done.output
 
 
-@pytest.fixture
-def answering() -> Iterator[tuple[int, list[int]]]:
-    """A port that answers with the first of some codes."""
-    codes = [200]
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            assert self.path == "/health"
-            self.send_response(codes[0])
-            self.end_headers()
-
-        def log_message(self, *_: object) -> None:
-            pass
-
-    with http.server.HTTPServer(("127.0.0.1", 0), Handler) as server:
-        running = threading.Thread(target=server.serve_forever)
-        running.start()
-        yield server.server_port, codes
-        server.shutdown()
-        running.join()
-
-
-def test_status(machine: Machine, answering: tuple[int, list[int]], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_status(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
     assert invoke("status").exit_code == 1
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
-    port, codes = answering
-    assert invoke("install", "--host", "0.0.0.0", "--no-key", "--port", str(port)).exit_code == 0
-    done = invoke("status", "--json")
-    assert done.exit_code == 0, done.output
-    assert json.loads(done.output) == {
-        "unit": str(machine.unit), "starts_by_itself": "enabled", "process": "active", "answers": "yes",
-        "url": f"http://127.0.0.1:{port}",
-    }  # fmt: skip
-    for code, told, exit_code in ((503, "loading", 0), (404, "no: status 404", 1)):
-        codes[0] = code
-        done = invoke("status")
-        assert f"answers           {told}\n" in done.output
-        assert done.exit_code == exit_code
+    with answering() as (port, statuses):
+        assert invoke("install", "--host", "0.0.0.0", "--no-key", "--port", str(port)).exit_code == 0
+        done = invoke("status", "--json")
+        assert done.exit_code == 0, done.output
+        assert json.loads(done.output) == {
+            "unit": str(machine.unit), "starts_by_itself": "enabled", "process": "active", "answers": "yes",
+            "url": f"http://127.0.0.1:{port}",
+        }  # fmt: skip
+        for status, told, exit_code in ((503, "loading", 0), (404, "no: status 404", 1)):
+            statuses.append(status)
+            done = invoke("status")
+            assert f"answers           {told}\n" in done.output
+            assert done.exit_code == exit_code
 
 
 def test_status_of_a_server_that_is_not_there(machine: Machine) -> None:
