@@ -107,13 +107,16 @@ class _Model:
             from edge_gemma.server.ask import answer
 
             engine, hear = _opened(self.source, _given(prompt).context)
-            for step in answer(engine, _ask(prompt, hear, chat=self.supports_conversation), stopping):
+            ask = _ask(prompt, hear, chat=engine.chat_template is not None)
+            for step in answer(engine, ask, stopping):
                 if isinstance(step, Result):
                     _tell(step, response)
                 else:
                     yield from _events(step.piece, response)
         except EdgeGemmaError as error:
             raise PromptError(str(error)) from None
+        except MemoryError:
+            raise PromptError("there is not enough memory: a smaller model or context needs less") from None
 
 
 def _template(folder: Path) -> str | None:

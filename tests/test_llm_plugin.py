@@ -8,10 +8,11 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import click
 import llm
+import pydantic
 import pytest
 
 from edge_gemma import llm_plugin
@@ -227,6 +228,51 @@ def test_thoughts_are_events_of_their_own(model: llm_plugin.Model, monkeypatch: 
     sent = llm_plugin._messages(response.messages(), hear=None)
     assert Message.from_dict(sent[0]) == Message("assistant", "Yes.", "so it is\n")
     assert model.prompt("Is it?").text() == "Yes."
+
+
+def test_an_engine_is_opened_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mine").symlink_to(find.EMBEDDED)
+    loaded: list[Any] = []
+    load = Engine.load
+    monkeypatch.setattr(Engine, "load", lambda *a, **k: loaded.append(a) or load(*a, **k))
+    models = [kind("mine", tmp_path / "mine") for kind in (llm_plugin.Model, llm_plugin.Model, llm_plugin.AsyncModel)]
+    for model in models[:2]:
+        assert model.prompt("Hello", max_tokens=1).text() is not None
+
+    async def last() -> str:
+        return await models[2].prompt("Hello", max_tokens=1).text()
+
+    asyncio.run(last())
+    assert len(loaded) == 1
+
+
+def test_too_little_memory(model: llm_plugin.Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    def opened(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(llm_plugin, "_opened", opened)
+    with pytest.raises(llm.ModelError, match="not enough memory"):
+        model.prompt("Hello").text()
+
+
+def test_a_tool_as_llm_declares_it(model: llm_plugin.Model) -> None:
+    """With titles, defaults, alternatives and references, as pydantic writes them."""
+
+    class Where(pydantic.BaseModel):
+        room: str
+
+    def set_timer(
+        seconds: int, label: str | None = None, kind: Literal["egg", "tea"] = "egg", where: Where | None = None
+    ) -> str:
+        """Set a timer"""
+        return f"{seconds} {label} {kind} {where}"
+
+    called: list[Any] = []
+    model.chain(
+        "Set a timer for ten minutes.", tools=[set_timer], options={"temperature": 0},
+        after_call=lambda *told: called.append(told[1]),
+    ).text()  # fmt: skip
+    assert isinstance(called[0].arguments["seconds"], int)
 
 
 def test_asyncio(model: llm_plugin.Model) -> None:
