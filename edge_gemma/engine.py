@@ -180,7 +180,8 @@ class Engine:
 
     @property
     def between(self) -> Callable[[], None]:
-        """Called by every session before a token, and between two layers of several, in the thread that computes.
+        """Called by every session before a token, and between two layers of several, in the thread that computes. Also
+        before each step of an encoder.
 
         It may wait while something else computes. If it raises, the session is as it was before the tokens.
         """
@@ -204,6 +205,8 @@ class Engine:
             from edge_gemma.audio.encoder import AudioEncoder
 
             self._audio = AudioEncoder.load(self._folder, self.threads, self._folder.graphs_in)
+            model = self._model
+            self._audio.between = lambda: model.between()
         return self._audio
 
     def hear(

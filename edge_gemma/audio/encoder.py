@@ -7,6 +7,7 @@ One graph serves both. The encoder looks only three frames ahead, so a whole cli
 long steps. Token t is final when 640 (t + 1) + 1 samples have arrived.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -41,12 +42,17 @@ def _settings() -> dict[str, str]:
     return _WAITING | {"session.x64quantprecision": "1"}
 
 
+def _nothing() -> None:
+    pass
+
+
 class AudioEncoder:
     """A loaded encoder, shared by its streams. Only one thread may use it at a time."""
 
     def __init__(self, session: Any, hidden_size: int) -> None:
         self._session = session
         self.hidden_size = hidden_size  # D: elements of a soft token
+        self.between: Callable[[], None] = _nothing  # as Engine.between, called before each step
         shapes = {item.name: item.shape for item in session.get_inputs()}
         self._state_shapes = {name: tuple(shapes[f"past_{name}"]) for name in _STATE}
         self._names = [item.name for item in session.get_outputs()]
@@ -103,6 +109,7 @@ class AudioEncoder:
         Returns float32 [n, hidden_size]. After a step with fewer valid frames than rows the stream cannot continue.
         Raises UsageError after `close`.
         """
+        self.between()
         if self._session is None:
             raise UsageError("the audio encoder was released: take engine.audio again")
         mask = np.arange(len(mel))[None] < valid

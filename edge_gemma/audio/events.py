@@ -13,7 +13,8 @@ from edge_gemma.generation.reply import Reply
 class Event:
     """Something that happened while listening.
 
-    kind: "speech", someone began to speak; "text", a piece of a reply as it is written; "segment", a whole reply, with
+    kind: "speech", someone began to speak; "pause", the speech from `start` to `end` is over and its text comes (told
+    to those who ask for it: `Listener`); "text", a piece of a reply as it is written; "segment", a whole reply, with
     `start` and `end` of the speech in seconds and, where asked for, its `translation`; "notice", for the user.
     first_token_s: of a segment, the seconds from the end of the speech to the first token of its text.
     reply: of a segment that was answered, the whole reply with its tool calls. None for a transcription.
@@ -22,7 +23,7 @@ class Event:
     heard: of a segment that was written down and then answered, what was said.
     """
 
-    kind: Literal["speech", "text", "segment", "notice"]
+    kind: Literal["speech", "pause", "text", "segment", "notice"]
     text: str = ""
     start: float = 0.0
     end: float = 0.0
@@ -35,7 +36,10 @@ class Event:
 
     def as_dict(self) -> dict[str, Any]:
         """The fields for JSON; those that its kind of event does not have are left out."""
-        has = {"speech": ("start",), "text": ("text",), "notice": ("text",), "segment": ("text", "start", "end")}
+        has = {
+            "speech": ("start",), "pause": ("start", "end"), "text": ("text",), "notice": ("text",),
+            "segment": ("text", "start", "end"),
+        }  # fmt: skip
         entry = {"kind": self.kind} | {name: getattr(self, name) for name in has[self.kind]}
         names = ("heard", "translation", "first_token_s", "first_sound_s", "interrupted")
         extra = {name: getattr(self, name) for name in names}

@@ -115,6 +115,7 @@ class AudioFile:
         try:
             return self._av.open(
                 self._opened.file,
+                mode="r",  # a file that can be written too is only read
                 format=_BY_SUFFIX.get(Path(self.name).suffix.lower()),
                 options={"format_whitelist": _FORMATS},
                 metadata_errors="replace",

@@ -68,6 +68,7 @@ class Listener:
         speaker: Speaking | None = None,
         gates: Sequence[Gate] = (),
         by_text: bool = False,
+        pauses: bool = False,
     ) -> None:
         """ask: a new chat answers, after `system`, with the checkpoint's settings. act: given that chat, makes the
         assistant that runs its tools.
@@ -77,7 +78,8 @@ class Listener:
 
         live: blocks come as they are spoken, and somebody who speaks while the model answers interrupts it. They are
         read in a thread of their own then. speaker: says the answers. gates: what is not heard (gates.py). by_text:
-        each utterance is written down, and the chat answers the text.
+        each utterance is written down, and the chat answers the text. pauses: the end of an utterance is an event of
+        its own, before anything is written.
 
         Raises UsageError for a model that was not made for speech, and for arguments that mean nothing together.
         """
@@ -104,6 +106,7 @@ class Listener:
         if chat is not None:
             turn = WrittenTurn(chat, note, dictation) if by_text else SpokenTurn(chat, note)
             self._job = Talk(chat, turn, note=note, assistant=assistant, speaker=speaker, own=ask)
+        self._pauses = pauses
         self._live, self._gates = live and chat is not None, list(gates)
         self._floor = self._job.floor
         self._quiet = False  # that the sound is very quiet was told
@@ -156,6 +159,8 @@ class Listener:
 
     def _reply(self, segment: cut.Span, stream: Stream, heard: np.ndarray, more: bool) -> Iterator[Event]:
         since = time.perf_counter()
+        if self._pauses:
+            yield Event("pause", start=segment.start / SAMPLE_RATE, end=segment.end / SAMPLE_RATE)
         self._job.hear(stream.finish())
         if self._job.heard:
             yield from self._job.reply(Utterance(segment, heard, self._tell_quiet(heard), since, more))

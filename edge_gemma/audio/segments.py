@@ -22,7 +22,8 @@ from edge_gemma.audio.features import MAX_SAMPLES, SAMPLE_RATE
 from edge_gemma.audio.vad import WINDOW, Detector
 from edge_gemma.errors import UsageError
 
-_STARTS, _GOES_ON = 0.5, 0.35  # probabilities at which speech starts and continues: Silero's own defaults
+_STARTS = 0.5  # probability at which speech starts: Silero's own default
+_FALLS = 0.15  # speech goes on until the probability is so far below
 _START_WINDOWS = 2  # windows of speech in a row that begin a segment: a click has one
 _BEFORE = 10 * WINDOW  # samples owned before the first window of speech: 0.32 s
 _AFTER = 8 * WINDOW  # samples owned after the last window of speech: 0.26 s
@@ -32,12 +33,13 @@ _LAST = 5.0  # the last seconds before the longest length: the shortest pause en
 
 @dataclass(frozen=True)
 class Rules:
-    """When a segment ends, in seconds."""
+    """When a segment begins and ends, in seconds. starts_at: the detector's probability at which speech starts."""
 
     pause_s: float  # of silence
     relaxed_s: float = 12.0  # length from which on shorter pauses are enough
     shortest_pause_s: float = 0.16
     longest_s: float = MAX_SAMPLES / SAMPLE_RATE
+    starts_at: float = _STARTS
 
     def __post_init__(self) -> None:
         longest = MAX_SAMPLES / SAMPLE_RATE
@@ -45,6 +47,13 @@ class Rules:
             raise UsageError(f"segments are at most {self.longest_s} s long, expected 6.2 to {longest:g}")
         if not 0 < self.shortest_pause_s <= self.pause_s:
             raise UsageError(f"a pause of {self.pause_s} s ends a segment, expected {self.shortest_pause_s} or more")
+        if not 0 < self.starts_at < 1:
+            raise UsageError(f"speech starts at a probability of {self.starts_at}, expected between 0 and 1")
+
+    @property
+    def goes_on_at(self) -> float:
+        """The probability down to which speech goes on."""
+        return max(self.starts_at - _FALLS, self.starts_at / 2)
 
     def pause_needed(self, length_s: float) -> float:
         """Seconds of silence that end a segment of this length."""
@@ -56,9 +65,9 @@ class Rules:
 FILE_RULES = Rules(pause_s=1.5)  # a recording: long segments, more context for the model
 
 
-def live_rules(pause_s: float = 0.6) -> Rules:
+def live_rules(pause_s: float = 0.6, starts_at: float = _STARTS) -> Rules:
     """Rules for a conversation, where an answer has to come soon. Raises UsageError for a pause_s that is not > 0."""
-    return Rules(pause_s, shortest_pause_s=min(pause_s, Rules.shortest_pause_s))
+    return Rules(pause_s, shortest_pause_s=min(pause_s, Rules.shortest_pause_s), starts_at=starts_at)
 
 
 LIVE_RULES = live_rules()
@@ -150,7 +159,7 @@ class Segmenter:
         return self._closed_window(probability) if self._opened is None else self._open_window(window, probability)
 
     def _closed_window(self, probability: float) -> list[Step]:
-        self._voiced = self._voiced + 1 if probability >= _STARTS else 0
+        self._voiced = self._voiced + 1 if probability >= self._rules.starts_at else 0
         if self._voiced < _START_WINDOWS:
             return []
         start = max(self._owned, self._position - self._voiced * WINDOW - _BEFORE)
@@ -160,7 +169,7 @@ class Segmenter:
     def _open_window(self, window: np.ndarray, probability: float) -> list[Step]:
         assert self._opened is not None
         steps: list[Step] = [Heard(window)]
-        if probability >= _GOES_ON:
+        if probability >= self._rules.goes_on_at:
             self._speech_end = self._position
         heard_from = self._opened.heard_from
         pause = (self._position - self._speech_end) / SAMPLE_RATE

@@ -74,6 +74,10 @@ class Transcription:
         """SubRip subtitles: of the translation if there is one, else of the text."""
         return subtitles(self.segments)
 
+    def vtt(self) -> str:
+        """As `srt`, in the form of WebVTT."""
+        return webvtt(self.segments)
+
 
 OnSegment = Callable[[Segment], None]
 
@@ -302,15 +306,25 @@ def quietest(samples: np.ndarray) -> int:
 
 def subtitles(segments: Sequence[Segment]) -> str:
     """SubRip subtitles: of the translation if there is one. Times within a segment are proportional to characters."""
-    cues: list[tuple[float, float, str]] = []
+    cues = enumerate(_cues(segments), 1)
+    return "".join(f"{i}\n{_clock(a)} --> {_clock(b)}\n{text}\n\n" for i, (a, b, text) in cues)
+
+
+def webvtt(segments: Sequence[Segment]) -> str:
+    """As `subtitles`, in the form of WebVTT (w3.org/TR/webvtt1): what could be markup is escaped."""
+    cues = (f"{_clock(a, '.')} --> {_clock(b, '.')}\n{_escaped(text)}\n\n" for a, b, text in _cues(segments))
+    return "WEBVTT\n\n" + "".join(cues)
+
+
+def _cues(segments: Sequence[Segment]) -> Iterator[tuple[float, float, str]]:
+    """Yields (start, end, text) in seconds; the text is a line of at most _CUE_CHARACTERS."""
     for segment in segments:
         text = segment.translation or segment.text
         at = 0
         for line in _lines(text):
             span = (segment.end - segment.start) / max(len(text), 1)
-            cues.append((segment.start + at * span, segment.start + (at + len(line)) * span, line))
+            yield segment.start + at * span, segment.start + (at + len(line)) * span, line
             at += len(line) + 1
-    return "".join(f"{i}\n{_clock(a)} --> {_clock(b)}\n{text}\n\n" for i, (a, b, text) in enumerate(cues, 1))
 
 
 def _lines(text: str) -> list[str]:
@@ -324,6 +338,10 @@ def _lines(text: str) -> list[str]:
     return lines
 
 
-def _clock(seconds: float) -> str:
+def _escaped(text: str) -> str:
+    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+
+
+def _clock(seconds: float, point: str = ",") -> str:
     ms = round(seconds * 1000)
-    return f"{ms // 3_600_000:02}:{ms // 60_000 % 60:02}:{ms // 1000 % 60:02},{ms % 1000:03}"
+    return f"{ms // 3_600_000:02}:{ms // 60_000 % 60:02}:{ms // 1000 % 60:02}{point}{ms % 1000:03}"

@@ -14,6 +14,7 @@ from starlette.routing import Route
 from edge_gemma import __version__
 from edge_gemma.server.desk import Desk
 from edge_gemma.server.guard import Guard, Rules, told
+from edge_gemma.server.openai_audio import OpenAIAudio
 from edge_gemma.server.openai_http import OpenAI
 from edge_gemma.server.openapi import document
 from edge_gemma.server.refusals import Refusal
@@ -34,7 +35,7 @@ def application(desk: Desk, rules: Rules) -> Starlette:
         return JSONResponse(document())
 
     routes = [Route("/health", health), Route("/metrics", metrics), Route("/openapi.json", openapi)]
-    routes += [*OpenAI(desk).routes()]
+    routes += [*OpenAI(desk).routes(), *OpenAIAudio(desk).routes()]
     middleware = [Middleware(Guard, rules=rules, count=desk.watch.requested)]
     if rules.origins:
         middleware.append(

@@ -28,6 +28,7 @@ class _Turn:
     rank: int
     stopping: threading.Event
     since: float = field(default_factory=time.monotonic)
+    held: bool = False
 
 
 class Turns:
@@ -52,7 +53,19 @@ class Turns:
             yield
         finally:
             self._mine.turn = None
-            self._give()
+            if turn.held:
+                self._give(turn)
+
+    @contextmanager
+    def rest(self) -> Iterator[None]:
+        """This thread waits for something and computes nothing meanwhile: its turn goes to others, and comes back.
+
+        Raises Stopped.
+        """
+        turn: _Turn = self._mine.turn
+        self._give(turn)
+        yield
+        self._take(turn)
 
     def between(self) -> None:
         """Called often by a thread that computes: it lets others go first. Threads without a turn pass.
@@ -65,7 +78,7 @@ class Turns:
         if turn.stopping.is_set():
             raise Stopped
         if self._waiting and self._is_due(turn):
-            self._give()
+            self._give(turn)
             self._take(turn, for_ever=True)
             if turn.stopping.is_set():
                 raise Stopped
@@ -88,10 +101,10 @@ class Turns:
                     self._changed.notify_all()
                     raise Stopped
             heapq.heappop(self._waiting)
-            self._taken = True
+            self._taken = turn.held = True
         turn.since = time.monotonic()
 
-    def _give(self) -> None:
+    def _give(self, turn: _Turn) -> None:
         with self._changed:
-            self._taken = False
+            self._taken = turn.held = False
             self._changed.notify_all()

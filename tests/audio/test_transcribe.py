@@ -15,7 +15,7 @@ from edge_gemma.audio.features import SAMPLE_RATE
 from edge_gemma.audio.prompts import Task
 from edge_gemma.audio.samples import array_blocks
 from edge_gemma.audio.seams import glue, go_on, hold_back, loop, seam
-from edge_gemma.audio.transcribe import Segment, Transcriber, quietest, subtitles
+from edge_gemma.audio.transcribe import Segment, Transcriber, quietest, subtitles, webvtt
 from edge_gemma.errors import UsageError
 from edge_gemma.measure.memory import resident
 from tests.fake_speech import WORD, LevelDetector, SpeechEngine, say, text_of, understand
@@ -245,6 +245,15 @@ def test_quietest():
 
 
 # --- results ----------------------------------------------------------------------------------------------------------
+
+
+def test_web_subtitles():
+    found = (Segment(0.5, 2.0, "if a < b && b > c"), Segment(3725.25, 3726.0, "x", "y"))
+    assert webvtt(found) == (
+        "WEBVTT\n\n00:00:00.500 --> 00:00:02.000\nif a &lt; b &amp;&amp; b &gt; c\n\n"
+        "01:02:05.250 --> 01:02:06.000\ny\n\n"
+    )
+    assert webvtt(()) == "WEBVTT\n\n"
 
 
 def test_subtitles():
