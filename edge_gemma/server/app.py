@@ -14,14 +14,17 @@ from starlette.routing import Route
 from edge_gemma import __version__
 from edge_gemma.server.desk import Desk
 from edge_gemma.server.guard import Guard, Rules, told
+from edge_gemma.server.live import Live
 from edge_gemma.server.openai_audio import OpenAIAudio
 from edge_gemma.server.openai_http import OpenAI
 from edge_gemma.server.openapi import document
+from edge_gemma.server.realtime import Realtime
 from edge_gemma.server.refusals import Refusal
 
 
-def application(desk: Desk, rules: Rules) -> Starlette:
-    """The server's HTTP side."""
+def application(desk: Desk, rules: Rules, live: Live | None = None) -> Starlette:
+    """The server's HTTP side. live: shared with doors that are no HTTP."""
+    live = live or Live(desk)
 
     async def health(request: Request) -> Response:
         ready = desk.ready.is_set()
@@ -35,13 +38,13 @@ def application(desk: Desk, rules: Rules) -> Starlette:
         return JSONResponse(document())
 
     routes = [Route("/health", health), Route("/metrics", metrics), Route("/openapi.json", openapi)]
-    routes += [*OpenAI(desk).routes(), *OpenAIAudio(desk).routes()]
+    doors = [OpenAI(desk), OpenAIAudio(desk), Realtime(desk, live)]
     middleware = [Middleware(Guard, rules=rules, count=desk.watch.requested)]
     if rules.origins:
         middleware.append(
             Middleware(CORSMiddleware, allow_origins=list(rules.origins), allow_methods=["*"], allow_headers=["*"])
         )
-    return Starlette(routes=routes, middleware=middleware, exception_handlers={HTTPException: _http_error})
+    return Starlette(routes=[*routes, *(route for door in doors for route in door.routes())], middleware=middleware, exception_handlers={HTTPException: _http_error})
 
 
 async def _http_error(request: Request, error: Exception) -> Response:
