@@ -65,7 +65,7 @@ class Dictation:
         start, end = segment.start / SAMPLE_RATE, segment.end / SAMPLE_RATE
         if not text and not segment.cut:
             self._note(no_text(start, end))
-        yield Event("segment", text, start, end, translation, first)
+        yield Event("segment", text, start, end, translation, first, goes_on=segment.cut)
 
     def text(self, said: Utterance) -> Generator[Event, None, tuple[str, str | None, float]]:
         """A segment's text, its translation, and the seconds to its first token.

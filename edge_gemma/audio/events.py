@@ -21,6 +21,7 @@ class Event:
     interrupted: of a segment, that the answer was cut off because somebody spoke; `text` is what was said of it.
     first_sound_s: of a segment that is answered aloud, the seconds from the end of the speech to the first sound.
     heard: of a segment that was written down and then answered, what was said.
+    goes_on: of a segment, that the speaker has made no pause: it was long enough, and the next one follows at once.
     """
 
     kind: Literal["speech", "pause", "text", "segment", "notice"]
@@ -33,6 +34,7 @@ class Event:
     interrupted: bool = False
     first_sound_s: float | None = None
     heard: str | None = None
+    goes_on: bool = False
 
     def as_dict(self) -> dict[str, Any]:
         """The fields for JSON; those that its kind of event does not have are left out."""

@@ -71,6 +71,22 @@ def as_samples(value: Any) -> np.ndarray:
     return samples
 
 
+def from_pcm(data: bytes, width: int, channels: int) -> np.ndarray:
+    """Whole samples of `width` bytes, 1 to 4, little-endian, as WAV files have them: 8 bits without a sign.
+
+    Returns [n, channels] of int8, int16 or int32.
+    """
+    if width == 1:
+        samples = (np.frombuffer(data, np.uint8) ^ 0x80).view(np.int8)
+    elif width == 3:  # in the upper bytes of 32 bits
+        samples = np.zeros((len(data) // 3, 4), np.uint8)
+        samples[:, 1:] = np.frombuffer(data, np.uint8).reshape(-1, 3)
+        samples = samples.view("<i4")
+    else:
+        samples = np.frombuffer(data, f"<i{width}")
+    return samples.reshape(-1, channels)
+
+
 class Converter:
     """Converts samples of any rate and channel count to 16 kHz mono, block by block.
 

@@ -4,25 +4,29 @@ Owns: its options and what it prints. Does not know: how anything works.
 """
 
 import asyncio
+import contextlib
 import logging
 import sys
+from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from edge_gemma.cli import options
+from edge_gemma.cli import options, tools
 
 if TYPE_CHECKING:
     from edge_gemma.server.desk import Desk
-    from edge_gemma.server.run import Place
+    from edge_gemma.server.live import Live
+    from edge_gemma.server.run import Place, Service
 
 KEY_VARIABLE = "EDGE_GEMMA_API_KEY"
 CHECKING = "edge_gemma.serve.checking"  # in click's meta: say what is wrong with the options, and serve nothing
 DEFAULT_CONTEXT = 8192  # tokens; memory is taken as a conversation grows
 
 
-@click.command()
+@click.command(cls=tools.RunCommand)
 @options.refuse("no_key", beside="api_key")
+@options.refuse(f"wyoming_host zeroconf system {tools.NAMES}", without="wyoming")
 @options.model
 @click.option("--host", default="127.0.0.1", show_default=True, metavar="H",
               help="Address to listen at; 0.0.0.0 for the whole network, which needs a key.")  # fmt: skip
@@ -46,15 +50,32 @@ DEFAULT_CONTEXT = 8192  # tokens; memory is taken as a conversation grows
 @click.option("--moderation", metavar="FILE",
               help="Rules for questions and answers: a TOML file, or FILE.py:FUNCTION (docs/SERVE.md).")  # fmt: skip
 @click.option("--log-prompts", is_flag=True, help="Write questions and answers to the log, which has none otherwise.")
+@click.option("--wyoming", type=click.IntRange(0, 65535), metavar="N",
+              help="Also serve Home Assistant's protocol for speech and conversations, on this port: 10300 by habit; "
+              "0: any.")  # fmt: skip
+@click.option(
+    "--wyoming-host",
+    default="127.0.0.1",
+    show_default=True,
+    metavar="H",
+    help="Address for --wyoming. The protocol has no key: with 0.0.0.0 everybody in the network may use it.",
+)
+@click.option("--zeroconf", is_flag=True,
+              help="Announce --wyoming in the network, where Home Assistant finds it (extra: zeroconf).")  # fmt: skip
+@click.option("--system", metavar="TEXT", help="Instructions for conversations over --wyoming.")
+@tools.run_tools
 @options.memory_limit
 @options.threads
 @options.cache_size
 def serve(model: str | None, host: str, port: int, api_key: str | None, no_key: bool, **given: Any) -> None:
-    """Let other programs use a model: OpenAI's and Ollama's protocols.
+    """Let other programs use a model: OpenAI's, Ollama's and Wyoming's protocols.
+
+    Tools are run for conversations over Wyoming only; other clients run their own.
 
     \b
     edge-gemma serve -m ./gemma-4-e2b
     edge-gemma serve --host 0.0.0.0 --api-key "$(cat key)" --allow-host pi.local
+    edge-gemma serve --wyoming 10300 --wyoming-host 0.0.0.0 --tools
     """
     from edge_gemma.errors import UsageError
     from edge_gemma.host.extras import imported
@@ -78,11 +99,14 @@ def serve(model: str | None, host: str, port: int, api_key: str | None, no_key: 
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(message)s")
     rules = Rules(api_key, hosts, given["cors"])
 
-    def ready() -> None:
-        for line in _first_lines(desk.models.default.name, place, bool(api_key)):
-            click.echo(line)
+    with contextlib.ExitStack() as stack:
+        services, lines = _wyoming(desk, given, stack)
 
-    asyncio.run(run.until_signal(desk, rules, listening, ready))
+        def ready() -> None:
+            for line in (*_first_lines(desk.models.default.name, place, bool(api_key)), *lines):
+                click.echo(line)
+
+        asyncio.run(run.until_signal(desk, rules, listening, ready, services))
     click.echo("stopped", err=True)
 
 
@@ -108,6 +132,41 @@ def _desk(model: str | None, given: dict[str, Any]) -> "Desk":
         models, turns, seats=given["parallel"], most_waiting=given["queue"], moderation=rules,
         log_prompts=given["log_prompts"],
     )  # fmt: skip
+
+
+def _wyoming(desk: "Desk", given: dict[str, Any], stack: contextlib.ExitStack) -> "tuple[list[Service], list[str]]":
+    """What `--wyoming` adds to the server, and to what is printed. Its tools are closed with the stack."""
+    if given["wyoming"] is None:
+        return [], []
+    from edge_gemma.errors import UsageError
+    from edge_gemma.host.extras import imported
+
+    imported("wyoming.event", "--wyoming", "server", UsageError)
+    if given["zeroconf"]:
+        imported("zeroconf", "--zeroconf", "zeroconf", UsageError)
+    from edge_gemma.server.agent import Agent, Tools
+    from edge_gemma.server.announce import addresses, announced
+    from edge_gemma.server.run import Place, own_names
+    from edge_gemma.server.wyoming import Wyoming
+
+    chosen = tools.Chosen(given)
+    agent = Agent(desk, system=given["system"], tools=Tools(*chosen.opened(stack, None)) if chosen.asked else None)
+    place = Place(given["wyoming_host"], given["wyoming"])
+    listening = place.bound()
+    place = Place(place.host, listening.getsockname()[1])
+    reached_by = addresses(place.host, own_names()) if given["zeroconf"] and not place.is_loopback else []
+
+    @contextlib.asynccontextmanager
+    async def service(live: "Live") -> AsyncIterator[None]:
+        async with Wyoming(desk, live, agent, listening), announced(place.port, reached_by):
+            yield
+
+    lines = [f"  Wyoming {place}" + (" (announced)" if reached_by else "")]
+    if not place.is_loopback:
+        lines.append(f"          without a key: everybody who reaches {place} may speak, and ask")
+    elif given["zeroconf"]:
+        lines.append("          not announced: only this machine reaches it, see --wyoming-host")
+    return [service], lines
 
 
 def _first_lines(model: str, place: "Place", key: bool) -> list[str]:

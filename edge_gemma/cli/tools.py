@@ -100,7 +100,20 @@ class Chosen:
             screen.note(f"ended before it rang: {'; '.join(waiting)}")
 
     def _tools(self, chat: Any, screen: "Screen", stack: contextlib.ExitStack, room: int) -> "list[RunnableTool]":
-        from edge_gemma.tools.builtin import builtin_tools, fitting
+        from edge_gemma.tools.builtin import fitting
+
+        own, built_in = self.opened(stack, self._ringing(screen) if self.ring else None)
+        fit, self.left_out = fitting(chat, built_in, beside=own, room=room)
+        return [*own, *fit]
+
+    def opened(
+        self, stack: contextlib.ExitStack, ring: Callable[[str], None] | None
+    ) -> "tuple[list[RunnableTool], list[RunnableTool]]":
+        """The user's own tools, and the built-in ones beside them. ring: as in `builtin_tools`.
+
+        MCP servers are closed with the stack. Raises UsageError for tools that cannot be had.
+        """
+        from edge_gemma.tools.builtin import builtin_tools
         from edge_gemma.tools.own import tools_of
 
         own = [each for path in self.files for each in tools_of(path)]
@@ -109,13 +122,10 @@ class Chosen:
 
             own += [each for server in self.servers for each in stack.enter_context(connected(server))]
         named = {each.name for each in own}
-        built_in = builtin_tools(
-            self._ringing(screen) if self.ring else None, notes=self.notes or _default_notes(), folders=self.folders
-        )
+        built_in = builtin_tools(ring, notes=self.notes or _default_notes(), folders=self.folders)
         for each in built_in:
             self._waiting = each if each.name == "list_timers" else self._waiting
-        fit, self.left_out = fitting(chat, [each for each in built_in if each.name not in named], beside=own, room=room)
-        return [*own, *fit]
+        return own, [each for each in built_in if each.name not in named]
 
     def _ringing(self, screen: "Screen") -> Callable[[str], None]:
         def ring(what: str) -> None:

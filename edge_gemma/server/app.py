@@ -9,7 +9,7 @@ from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
-from starlette.routing import Route
+from starlette.routing import BaseRoute, Route
 
 from edge_gemma import __version__
 from edge_gemma.server.desk import Desk
@@ -22,9 +22,8 @@ from edge_gemma.server.realtime import Realtime
 from edge_gemma.server.refusals import Refusal
 
 
-def application(desk: Desk, rules: Rules, live: Live | None = None) -> Starlette:
-    """The server's HTTP side. live: shared with doors that are no HTTP."""
-    live = live or Live(desk)
+def application(desk: Desk, rules: Rules, live: Live) -> Starlette:
+    """The server's HTTP side."""
 
     async def health(request: Request) -> Response:
         ready = desk.ready.is_set()
@@ -37,14 +36,14 @@ def application(desk: Desk, rules: Rules, live: Live | None = None) -> Starlette
     async def openapi(request: Request) -> Response:
         return JSONResponse(document())
 
-    routes = [Route("/health", health), Route("/metrics", metrics), Route("/openapi.json", openapi)]
-    doors = [OpenAI(desk), OpenAIAudio(desk), Realtime(desk, live)]
+    routes: list[BaseRoute] = [Route("/health", health), Route("/metrics", metrics), Route("/openapi.json", openapi)]
+    routes += [*OpenAI(desk).routes(), *OpenAIAudio(desk).routes(), *Realtime(desk, live).routes()]
     middleware = [Middleware(Guard, rules=rules, count=desk.watch.requested)]
     if rules.origins:
         middleware.append(
             Middleware(CORSMiddleware, allow_origins=list(rules.origins), allow_methods=["*"], allow_headers=["*"])
         )
-    return Starlette(routes=[*routes, *(route for door in doors for route in door.routes())], middleware=middleware, exception_handlers={HTTPException: _http_error})
+    return Starlette(routes=routes, middleware=middleware, exception_handlers={HTTPException: _http_error})
 
 
 async def _http_error(request: Request, error: Exception) -> Response:

@@ -12,6 +12,7 @@ from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import aclosing
 from typing import TypeVar
 
+from edge_gemma.conversation import Conversation
 from edge_gemma.engine import Engine
 from edge_gemma.errors import UsageError
 from edge_gemma.generation.generate import Result
@@ -27,6 +28,8 @@ _T = TypeVar("_T")
 log = logging.getLogger("edge_gemma.server")
 current_request: contextvars.ContextVar[str] = contextvars.ContextVar("current_request", default="-")  # its id
 MOST_LIVE = 8  # live streams at a time
+# As `answer`.
+Answer = Callable[[Engine, Ask, threading.Event, Callable[[Conversation], None]], Iterator[Step | Result]]
 
 
 class NotReadyError(Exception):
@@ -65,8 +68,8 @@ class Desk:
             watch.counts("moderated", "Texts refused or rewritten", ["where", "how"], lambda: dict(moderation.counts))
         self.ready = threading.Event()  # the default model was opened once
 
-    async def answer(self, ask: Ask, client: str) -> AsyncGenerator[Step | Result, None]:
-        """An answer's steps, and its result in the end. client: who asks, for a fair order.
+    async def answer(self, ask: Ask, client: str, how: Answer = answer) -> AsyncGenerator[Step | Result, None]:
+        """An answer's steps, and its result in the end. client: who asks, for a fair order. how: it is made.
 
         Raises QueueFull, UnknownModelError, and EdgeGemmaError for what cannot be answered. When it is closed, the work
         ends within a layer.
@@ -77,7 +80,7 @@ class Desk:
 
         def work(engine: Engine, stopping: threading.Event) -> Iterator[Step | Result]:
             def answered(ask: Ask) -> Iterator[Step | Result]:
-                return answer(engine, ask, stopping, self.watch.conversations.add)
+                return how(engine, ask, stopping, self.watch.conversations.add)
 
             return answered(ask) if self.moderation is None else self.moderation.answered(ask, answered)
 

@@ -20,6 +20,7 @@ import numpy as np
 from edge_gemma.audio.events import Event
 from edge_gemma.audio.listen import Listener
 from edge_gemma.audio.prompts import Task
+from edge_gemma.audio.seams import glue
 from edge_gemma.audio.segments import LIVE_RULES, Rules
 from edge_gemma.engine import Engine
 from edge_gemma.server.desk import Desk
@@ -69,12 +70,15 @@ class Sound:
         self._waiting = 0  # samples
         self._changed = threading.Condition()
         self._room, self._loop = asyncio.Event(), asyncio.get_running_loop()
+        self._closed = False
 
     async def put(self, samples: np.ndarray) -> None:
         """Append samples, as `samples.as_samples` takes them. Waits while there is no room."""
-        while self._waiting > WAITING_S * self.rate:
+        while self._waiting > WAITING_S * self.rate and not self._closed:
             self._room.clear()
             await self._room.wait()
+        if self._closed:
+            return
         with self._changed:
             self._items.append(samples)
             self._waiting += len(samples)
@@ -88,6 +92,11 @@ class Sound:
                 self._items.pop()
             self._items.append(mark)
             self._changed.notify()
+
+    def close(self) -> None:
+        """Nobody listens any more: what comes is forgotten."""
+        self._closed = True
+        self._room.set()
 
     def take(self, stopping: threading.Event) -> np.ndarray | Mark:
         """The next samples, or the next mark. END if nothing comes for a while. Raises Stopped."""
@@ -115,6 +124,23 @@ def _alike(one: np.ndarray | Mark, other: np.ndarray) -> bool:
     return isinstance(one, np.ndarray) and one.shape[1:] == other.shape[1:]
 
 
+class Written:
+    """The text of several segments, as it comes."""
+
+    def __init__(self) -> None:
+        self.text = ""
+        self._inside = False  # a segment
+
+    def piece(self, text: str) -> str:
+        """A piece of the present segment, as it continues the text."""
+        begins, self._inside = not self._inside and self.text, True
+        return glue(self.text, text)[len(self.text) :] if begins else text
+
+    def segment(self, text: str) -> None:
+        """The present segment is complete."""
+        self.text, self._inside = glue(self.text, text), False
+
+
 class Live:
     """Hears streams. Its coroutines belong to the desk's event loop."""
 
@@ -133,9 +159,12 @@ class Live:
             with turns.turn(LIVE, stopping), self._ready.listener(engine, wanted) as listener:
                 yield from _heard(listener, sound, turns, stopping)
 
-        async with aclosing(self._desk.run_live(work, wanted.model)) as events:
-            async for event in events:
-                yield event
+        try:
+            async with aclosing(self._desk.run_live(work, wanted.model)) as events:
+                async for event in events:
+                    yield event
+        finally:
+            sound.close()
 
 
 class _Ready:

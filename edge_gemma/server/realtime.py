@@ -17,11 +17,10 @@ from starlette.routing import WebSocketRoute
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from edge_gemma.audio.events import Event
-from edge_gemma.audio.seams import glue
 from edge_gemma.server.bodies import Fields, json_fields
 from edge_gemma.server.desk import Desk
 from edge_gemma.server.guard import openai_error
-from edge_gemma.server.live import Live, Mark, Marked, Sound
+from edge_gemma.server.live import Live, Mark, Marked, Sound, Written
 from edge_gemma.server.openai_audio import speech_model, usage
 from edge_gemma.server.realtime_session import Session, refused_event
 from edge_gemma.server.refusals import Refusal, refusal_of
@@ -64,7 +63,7 @@ class _Items:
         self._names: deque[str] = deque()  # of utterances whose text is not complete
         self._open = False  # whether the last one still grows
         self.last: str | None = None
-        self.text = ""
+        self.written = Written()
 
     def growing(self) -> str:
         """The utterance that sound is added to now."""
@@ -85,7 +84,7 @@ class _Items:
 
     def done(self) -> str:
         """The text of the first one is complete."""
-        name, self.text = self.first, ""
+        name, self.written = self.first, Written()
         self._names.popleft()
         self._open = self._open and bool(self._names)
         return name
@@ -105,7 +104,6 @@ class _Connection:
         self._listening: asyncio.Task[None] | None = None
         self._sent = 0  # samples since the last commit
         self._told = False  # whether there was a segment since the last commit
-        self._begun = False  # whether the present segment has text
 
     async def run(self) -> None:
         """Serve it. Raises WebSocketDisconnect when the client has gone, TimeoutError for one that takes nothing."""
@@ -256,15 +254,13 @@ class _Connection:
         items = self._items
         if isinstance(event, Marked):
             if event.mark is Mark.COMMIT:
-                await self._completed(items.text, event.seconds)
+                await self._completed(items.written.text, event.seconds)
             else:
                 items.done()
         elif event.kind == "text":
-            begins, self._begun = not self._begun and items.text, True
-            await self._delta(glue(items.text, event.text)[len(items.text) :] if begins else event.text)
+            await self._delta(items.written.piece(event.text))
         elif event.kind == "segment":
-            self._begun = False
-            items.text = glue(items.text, event.text)
+            items.written.segment(event.text)
 
     async def _committed(self, name: str) -> None:
         before, self._items.last = self._items.last, name

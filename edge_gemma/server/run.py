@@ -10,7 +10,8 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,9 +23,11 @@ from edge_gemma.errors import EdgeGemmaError, UsageError
 from edge_gemma.server.app import application
 from edge_gemma.server.desk import Desk
 from edge_gemma.server.guard import Rules
+from edge_gemma.server.live import Live
 
 log = logging.getLogger("edge_gemma.server")
 
+Service = Callable[[Live], AbstractAsyncContextManager[object]]  # served as long as the context lasts
 HEAD_S = 15.0  # in which a connection has to send a request's head
 STOP_S = 5.0  # that answers may take to end when the server stops
 CONNECTIONS = 512
@@ -57,7 +60,7 @@ class Place:
                 listening.listen(128)
             except (OSError, OverflowError) as error:
                 reason = getattr(error, "strerror", None) or error
-                raise UsageError(f"cannot listen at {self}: {reason}; another --port may be free") from None
+                raise UsageError(f"cannot listen at {self}: {reason}; another port may be free") from None
             until_bound.pop_all()
         return listening
 
@@ -113,20 +116,27 @@ class _Server(uvicorn.Server):
         yield
 
 
-async def until_signal(desk: Desk, rules: Rules, listening: socket.socket, ready: Callable[[], None]) -> None:
+async def until_signal(
+    desk: Desk, rules: Rules, listening: socket.socket, ready: Callable[[], None], beside: Sequence[Service] = ()
+) -> None:
     """As `serve`, until SIGINT or SIGTERM."""
     stop, loop = asyncio.Event(), asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stop.set)
-    await serve(desk, rules, listening, ready, stop)
+    await serve(desk, rules, listening, ready, stop, beside)
 
 
 async def serve(
-    desk: Desk, rules: Rules, listening: socket.socket, ready: Callable[[], None], stop: asyncio.Event
-) -> None:
-    """Serve until `stop` is set. ready: called once the first model is there. Raises what opening it raises."""
+    desk: Desk, rules: Rules, listening: socket.socket, ready: Callable[[], None], stop: asyncio.Event,
+    services: Sequence[Service] = (),
+) -> None:  # fmt: skip
+    """Serve until `stop` is set. ready: called once the first model is there. Raises what opening it raises.
+
+    services: what is served beside HTTP.
+    """
+    live = Live(desk)
     config = uvicorn.Config(
-        application(desk, rules), http=_Protocol, ws="websockets-sansio", loop="asyncio", lifespan="off",
+        application(desk, rules, live), http=_Protocol, ws="websockets-sansio", loop="asyncio", lifespan="off",
         log_config=None, access_log=False, server_header=False, proxy_headers=False, limit_concurrency=CONNECTIONS,
         timeout_keep_alive=30, timeout_graceful_shutdown=int(STOP_S), ws_max_size=SOCKET_MESSAGE_BYTES,
     )  # fmt: skip
@@ -137,7 +147,10 @@ async def serve(
     before = sys.getswitchinterval()
     sys.setswitchinterval(SWITCH_S)
     try:
-        await server.serve([listening])
+        async with contextlib.AsyncExitStack() as stack:
+            for service in services:
+                await stack.enter_async_context(service(live))
+            await server.serve([listening])
     finally:
         sys.setswitchinterval(before)
         for task in (opening, *beside):
