@@ -3,6 +3,7 @@
 Owns: the announcement. Does not know: what is served.
 """
 
+import asyncio
 import contextlib
 import ipaddress
 import logging
@@ -50,10 +51,11 @@ async def announced(port: int, reached_by: list[str]) -> AsyncIterator[None]:
         log.warning("the network cannot be told of the Wyoming server: %s", error)
         yield
         return
+    registering = asyncio.ensure_future(_register(network, info))  # it takes seconds
     try:
-        await _register(network, info)
         yield
     finally:
+        registering.cancel()
         with contextlib.suppress(Exception):
             await network.async_unregister_all_services()
         await network.async_close()

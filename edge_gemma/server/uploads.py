@@ -123,7 +123,8 @@ async def _parsed(request: Request, name: str) -> Form:
     fields = [(key, value) for key, value in data.multi_items() if isinstance(value, str)]
     upload = data.get(name)
     if upload is None or isinstance(upload, str):
-        await data.close()
+        for file in parser._files_to_close_on_error:  # also of parts without an end, which `data` does not have
+            file.close()
         raise Refusal(400, f"{name} is missing, expected a file", code="missing_file", param=name)
     return Form(upload.file, fields)
 

@@ -211,7 +211,7 @@ def test_any_format(served: Served, rate: int, width: int, channels: int) -> Non
             return text_of(await transcribed(client, chunks(sound(TIMER), rate, width, channels)))
 
     text = asyncio.run(ask()).lower()
-    assert "timer" in text or rate == 8_000
+    assert "timer" in text or (rate == 8_000 and text), "half of the band is missing there"
 
 
 def test_chunks_that_cut_samples(served: Served) -> None:
