@@ -21,6 +21,13 @@ class Server:
 
     url: str
     pid: int
+    told: str = ""  # what it has printed about its ports
+
+    def port_of(self, pattern: str) -> int:
+        """The port in what it has printed."""
+        found = re.search(pattern, self.told)
+        assert found is not None, self.told
+        return int(found[1])
 
     @property
     def cpu_s(self) -> float:
@@ -62,7 +69,9 @@ def server(model: str, *options: str) -> Iterator[Server]:
             found = re.search(r"http://\S+?:\d+", process.stdout.readline())
             if found is None:
                 raise SystemExit(f"the server did not start: {' '.join(command)}")
-            running = Server(found[0], process.pid)
+            lines = 3 if "--wyoming" in options else 0
+            told = "".join(process.stdout.readline() for _ in range(lines))
+            running = Server(found[0], process.pid, told)
             hello = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 4}
             running.post("/v1/chat/completions", hello)
             yield running
