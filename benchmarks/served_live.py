@@ -4,7 +4,8 @@
 
 Speech of a sound file is sent in time, as a microphone gives it, to each of the three in turn. Prints CSV: where, the
 seconds from the last sample of speech to the first text and to the final one (the pause that ends an utterance, 0.6 s,
-is part of both); then the medians, and what the server adds.
+is part of both); then the medians, and what the server adds. Random weights write no sentences: with --pieces the
+text counts as final with that many pieces, and the rest is not waited for.
 """
 
 import asyncio
@@ -33,10 +34,12 @@ class Clock:
     ended: float = 0.0
     texts: list[float] = field(default_factory=list)
     final: float = 0.0
+    pieces: int = 0  # that are enough; 0: all
 
-    def text(self) -> None:
-        """A piece of text has come."""
+    def text(self) -> bool:
+        """A piece of text has come. Returns whether it is enough."""
         self.texts.append(time.perf_counter())
+        return len(self.texts) == self.pieces
 
     def row(self) -> tuple[float, float]:
         """Seconds to the first text, to the final one."""
@@ -91,9 +94,7 @@ async def _realtime(running: Server, samples: np.ndarray, clock: Clock) -> None:
         sending = asyncio.create_task(send())
         async for message in socket:
             kind = json.loads(message)["type"]
-            if kind == f"{_TEXT}.delta":
-                clock.text()
-            elif kind == f"{_TEXT}.completed":
+            if kind == f"{_TEXT}.completed" or (kind == f"{_TEXT}.delta" and clock.text()):
                 break
         clock.final = time.perf_counter()
         sending.cancel()
@@ -112,9 +113,9 @@ async def _wyoming(port: int, samples: np.ndarray, clock: Clock) -> None:
     for event in (Event("transcribe", {}), Event("audio-start", form)):
         await async_write_event(event, writer)
     sending = asyncio.create_task(send())
-    while (got := await async_read_event(reader)) is not None and got.type != "transcript":
-        if got.type == "transcript-chunk":
-            clock.text()
+    while (got := await async_read_event(reader)) is not None:
+        if got.type == "transcript" or (got.type == "transcript-chunk" and clock.text()):
+            break
     clock.final = time.perf_counter()
     sending.cancel()
     writer.close()
@@ -131,9 +132,7 @@ def _listened(engine: object, samples: np.ndarray, clock: Clock) -> None:
             yield block
 
     for event in engine.listen(blocks()):
-        if event.kind == "text":
-            clock.text()
-        elif event.kind == "segment":
+        if event.kind == "segment" or (event.kind == "text" and clock.text()):
             break
     clock.final = time.perf_counter()
 
@@ -143,7 +142,8 @@ def _listened(engine: object, samples: np.ndarray, clock: Clock) -> None:
 @click.argument("sound")
 @click.option("--seconds", default=10.0, show_default=True, help="Of speech.")
 @click.option("--repeat", default=5, show_default=True)
-def main(model: str, sound: str, seconds: float, repeat: int) -> None:
+@click.option("--pieces", default=0, show_default=True, help="Of text that are enough; 0: all.")
+def main(model: str, sound: str, seconds: float, repeat: int, pieces: int) -> None:
     from edge_gemma import Engine
 
     samples = _speech(sound, seconds)
@@ -153,7 +153,7 @@ def main(model: str, sound: str, seconds: float, repeat: int) -> None:
         click.echo("where,first text s,final text s")
         for number in range(repeat + 1):  # the first round reads weights from the disk
             for where, rows in found.items():
-                clock = Clock()
+                clock = Clock(pieces=pieces)
                 if where == "listen":
                     _listened(engine, samples, clock)
                 elif where == "realtime":

@@ -94,12 +94,11 @@ def serve(model: str | None, host: str, port: int, api_key: str | None, no_key: 
         return
     desk = _desk(model, given)
     hosts = [*given["allow_host"], *([] if place.is_loopback else [host, *run.own_names()])]
-    listening = place.bound()
-    place = run.Place(host, listening.getsockname()[1])
-    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(message)s")
     rules = Rules(api_key, hosts, given["cors"])
-
     with contextlib.ExitStack() as stack:
+        listening = stack.enter_context(contextlib.closing(place.bound()))
+        place = run.Place(host, listening.getsockname()[1])
+        logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(message)s")
         services, lines = _wyoming(desk, given, stack)
 
         def ready() -> None:
@@ -152,7 +151,7 @@ def _wyoming(desk: "Desk", given: dict[str, Any], stack: contextlib.ExitStack) -
     chosen = tools.Chosen(given)
     agent = Agent(desk, system=given["system"], tools=Tools(*chosen.opened(stack, None)) if chosen.asked else None)
     place = Place(given["wyoming_host"], given["wyoming"])
-    listening = place.bound()
+    listening = stack.enter_context(contextlib.closing(place.bound("--wyoming")))
     place = Place(place.host, listening.getsockname()[1])
     reached_by = addresses(place.host, own_names()) if given["zeroconf"] and not place.is_loopback else []
 
@@ -161,9 +160,9 @@ def _wyoming(desk: "Desk", given: dict[str, Any], stack: contextlib.ExitStack) -
         async with Wyoming(desk, live, agent, listening), announced(place.port, reached_by):
             yield
 
-    lines = [f"  Wyoming {place}" + (" (announced)" if reached_by else "")]
+    lines = [f"  Wyoming {place.url.removeprefix('http://')}" + (" (announced)" if reached_by else "")]
     if not place.is_loopback:
-        lines.append(f"          without a key: everybody who reaches {place} may speak, and ask")
+        lines.append("          without a key: everybody who reaches it may speak, and ask")
     elif given["zeroconf"]:
         lines.append("          not announced: only this machine reaches it, see --wyoming-host")
     return [service], lines

@@ -49,8 +49,8 @@ class Place:
         """Whether only programs of this machine reach it."""
         return self.host in ("localhost", "127.0.0.1", "::1") or self.host.startswith("127.")
 
-    def bound(self) -> socket.socket:
-        """A listening socket. Raises UsageError if the place cannot be had."""
+    def bound(self, option: str = "--port") -> socket.socket:
+        """A listening socket. option: where the port was given. Raises UsageError if the place cannot be had."""
         with contextlib.ExitStack() as until_bound:
             try:
                 family, kind, number, _, address = socket.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM)[0]
@@ -60,7 +60,7 @@ class Place:
                 listening.listen(128)
             except (OSError, OverflowError) as error:
                 reason = getattr(error, "strerror", None) or error
-                raise UsageError(f"cannot listen at {self}: {reason}; another port may be free") from None
+                raise UsageError(f"cannot listen at {self}: {reason}; another {option} may be free") from None
             until_bound.pop_all()
         return listening
 

@@ -22,13 +22,14 @@ from edge_gemma.cli.main import cli
 def process(*options: str) -> Iterator[tuple[Any, str]]:
     """`serve` on a free port, and its address."""
     command = [sys.executable, "-m", "edge_gemma", "serve", "--port", "0", *options]
+    lines = 3 + ("--wyoming" in options)
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as running:
         try:
-            first = "".join(running.stdout.readline() for _ in range(3))
+            first = "".join(running.stdout.readline() for _ in range(lines))
             found = re.search(r"http://\S+:\d+", first)
             assert found is not None, (first, running.stderr.read())
             assert f"OpenAI  base URL {found[0]}/v1" in first
-            yield running, found[0]
+            yield running, first[first.index("Wyoming ") + 8 :].strip() if "--wyoming" in options else found[0]
         finally:
             running.kill()
 
@@ -47,6 +48,19 @@ def test_a_server_says_where_it_is_and_ends_when_it_is_told(number: int) -> None
         _, err = running.communicate(timeout=20)
         assert running.returncode == 0
         assert err.endswith("stopped\n")
+        assert "Traceback" not in err
+
+
+def test_wyoming_has_a_port_of_its_own() -> None:
+    with process("--wyoming", "0", "--tools", "--system", "Be brief.") as (running, place):
+        with socket.create_connection(("127.0.0.1", int(place.rpartition(":")[2]))) as connection:
+            connection.sendall(b'{"type": "describe"}\n')
+            assert b'"info"' in connection.recv(1000)
+            running.send_signal(signal.SIGTERM)
+            while connection.recv(1000):
+                pass
+        _, err = running.communicate(timeout=20)
+        assert running.returncode == 0
         assert "Traceback" not in err
 
 
@@ -74,6 +88,8 @@ def test_a_port_that_is_taken() -> None:
 @pytest.mark.parametrize(("options", "words"), [
     (["--host", "0.0.0.0"], "--api-key"), (["--host", "0.0.0.0", "--api-key", ""], "--api-key"),
     (["--api-key", "x", "--no-key"], "--no-key means nothing beside --api-key"), (["--port", "70000"], "65535"),
+    (["--tools"], "--tools means nothing without --wyoming"), (["--zeroconf"], "without --wyoming"),
+    (["--wyoming-host", "0.0.0.0"], "without --wyoming"), (["--system", "x"], "without --wyoming"),
 ])  # fmt: skip
 def test_what_is_refused(options: list[str], words: str) -> None:
     result = CliRunner().invoke(cli, ["serve", *options])
@@ -84,6 +100,8 @@ def test_what_is_refused(options: list[str], words: str) -> None:
 @pytest.mark.parametrize(("options", "words"), [
     (["--host", "256.0.0.1", "--no-key"], "cannot listen at 256.0.0.1:11434"), (["-m", "nothing"], "nothing"),
     (["--moderation", "/nothing.toml"], "/nothing.toml"), (["--memory-limit", "1"], "MB"),
+    (["--port", "0", "--wyoming", "0", "--wyoming-host", "256.0.0.1"], "another --wyoming may be free"),
+    (["--port", "0", "--wyoming", "0", "--tools", "/nothing.py"], "/nothing.py"),
 ])  # fmt: skip
 def test_what_cannot_be(options: list[str], words: str) -> None:
     result = CliRunner().invoke(cli, ["serve", *options])
