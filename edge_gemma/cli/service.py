@@ -5,6 +5,7 @@ Owns: their options and what they print. Does not know: systemd (server/unit.py)
 
 import os
 import sys
+import time
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -19,7 +20,9 @@ if TYPE_CHECKING:
     from edge_gemma.server.unit import Service
 
 _ANY = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # what a program of this machine asks
+_WELL = ("yes", "loading")
 _ASK_S = 3.0
+_START_S = 20.0  # in which a server answers, if it starts
 
 
 @click.group()
@@ -48,9 +51,12 @@ def install(given: tuple[str, ...]) -> None:
     """
     from edge_gemma.folder import find
     from edge_gemma.host import places
+    from edge_gemma.server.run import Place
     from edge_gemma.server.unit import Unit, lingers
 
-    chosen = _checked(given)
+    chosen, installed = _checked(given), _service()
+    if installed.state("is-active") != "active":
+        Place(chosen["host"], chosen["port"]).bound().close()  # another server, Ollama for one, may be there
     options.open_folder(chosen["model"])  # now, not when nobody looks
     names = (find.MODEL_VARIABLE, places.CACHE_VARIABLE, places.DATA_VARIABLE)
     unit = Unit(
@@ -61,10 +67,10 @@ def install(given: tuple[str, ...]) -> None:
         environment={name: os.environ[name] for name in names if os.environ.get(name)},
         key=chosen["api_key"],
     )
-    installed = _service()
     installed.install(unit)
-    click.echo(f"started; {installed.path} starts it from now on")
-    click.echo("edge-gemma service status says how it is, journalctl --user -u edge-gemma what it writes")
+    how = "it answers" if _awaited(unit.health) in _WELL else "started, and does not answer yet"
+    click.echo(f"{how}: {unit.health.removesuffix('/health')}")
+    click.echo(f"from now on {installed.path} starts it; edge-gemma service status says how it is")
     if not lingers():
         click.echo("it runs while you are logged in; to start it with the machine: loginctl enable-linger")
 
@@ -88,7 +94,7 @@ def status(ctx: click.Context, as_json: bool) -> None:
     else:
         for name, value in facts.items():
             click.echo(f"{name:<16}  {options.printable(value)}")
-    ctx.exit(0 if facts["answers"] in ("yes", "loading") else 1)
+    ctx.exit(0 if facts["answers"] in _WELL else 1)
 
 
 @service.command()
@@ -130,6 +136,14 @@ def _without_key(given: tuple[str, ...]) -> list[str]:
 def _health(host: str, port: int) -> str:
     host = _ANY.get(host, host)
     return f"http://{f'[{host}]' if ':' in host else host}:{port}/health"
+
+
+def _awaited(url: str) -> str:
+    """As `_answer`, once there is one, or after a while."""
+    end = time.monotonic() + _START_S
+    while (answer := _answer(url)) not in _WELL and time.monotonic() < end:
+        time.sleep(0.2)
+    return answer
 
 
 def _answer(url: str) -> str:

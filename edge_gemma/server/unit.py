@@ -167,7 +167,7 @@ class Service:
         if not self.path.is_file():
             raise UsageError("the service is not installed: edge-gemma service install")
         self._check_own()
-        lines = self.path.read_text(encoding="utf-8").splitlines()
+        lines = self.path.read_text(encoding="utf-8").split("\n")
         return next((line.removeprefix(_ASKED) for line in lines if line.startswith(_ASKED)), "")
 
     def state(self, question: str) -> str:

@@ -14,6 +14,7 @@ from click.testing import CliRunner, Result
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from edge_gemma.cli import service
 from edge_gemma.cli.main import cli
 from edge_gemma.errors import UsageError
 from edge_gemma.folder import find
@@ -24,7 +25,7 @@ from tests.answering import answering
 SYSTEMCTL = """#!/bin/sh
 echo "$@" >> {log}
 case "$*" in
-  *"is-active"*) echo active ;;
+  *"is-active"*) echo "$STATE"; [ "$STATE" = active ] || exit 3 ;;
   *"is-enabled"*) echo enabled ;;
   *"$FAILING"*) [ -n "$FAILING" ] && echo "it said no" >&2 && exit 1 ;;
 esac
@@ -72,11 +73,12 @@ class Machine:
         """What it was asked since the last call."""
         lines = self.log.read_text().splitlines() if self.log.exists() else []
         self.log.unlink(missing_ok=True)
-        return [line.removeprefix("--user ") for line in lines]
+        asked = [line.removeprefix("--user ") for line in lines]
+        return [line for line in asked if not line.startswith("is-active")]
 
     def values(self, name: str) -> list[str]:
         """The values of a setting in the unit, as they are written."""
-        return [line.partition("=")[2] for line in self.unit.read_text().splitlines() if line.startswith(f"{name}=")]
+        return [line.partition("=")[2] for line in self.unit.read_text().split("\n") if line.startswith(f"{name}=")]
 
     def command(self) -> list[str]:
         return words(self.values("ExecStart")[0])
@@ -88,8 +90,10 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Machine:
     for name in ("CONFIG", "CACHE", "DATA"):
         monkeypatch.setenv(f"XDG_{name}_HOME", str(tmp_path / name.lower()))
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    monkeypatch.setattr(service, "_START_S", 0.0)
     for name in ("EDGE_GEMMA_API_KEY", find.MODEL_VARIABLE, "FAILING"):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("STATE", "active")  # otherwise the port has to be free
     return made
 
 
@@ -110,7 +114,7 @@ def unit(*arguments: str, folder: Path = Path("/"), **fields: object) -> Unit:
 
 @given(st.lists(WORDS, max_size=6))
 def test_words_are_quoted(given: list[str]) -> None:
-    line = next(line for line in unit(*given).text(Path("/k")).splitlines() if line.startswith("ExecStart="))
+    line = next(line for line in unit(*given).text(Path("/k")).split("\n") if line.startswith("ExecStart="))
     assert words(line.removeprefix("ExecStart=")) == [":/bin/echo", *given]
 
 
@@ -150,7 +154,7 @@ def test_systemd_reads_what_was_meant(systemd: Path, given: list[str], name: str
     assert not re.findall(r"edge-gemma\.service:\d+:.*", told), "no line that it does not know"
 
 
-TOLD = re.compile(r'"((?:\\.|[^"\\])*)"|(\S+)')  # words as systemd shows a command
+TOLD = re.compile(r'"((?:\\.|[^"\\])*)"|([^ \n]+)')  # words as systemd shows a command
 
 
 @pytest.mark.parametrize(
@@ -174,6 +178,7 @@ def test_install(machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     done = invoke("install", "-m", "demo", "--port", "8123", "--allow-host", "pi local")
     assert done.exit_code == 0, done.output
     assert "enable-linger" in done.output
+    assert "does not answer yet: http://127.0.0.1:8123\n" in done.output
     assert machine.asked() == [
         "show --property=Version", "daemon-reload", "enable edge-gemma.service", "restart edge-gemma.service",
     ]  # fmt: skip
@@ -255,6 +260,17 @@ def test_a_manager_that_says_no(machine: Machine, failing: str, monkeypatch: pyt
     assert machine.unit.exists() == (failing != "show")
 
 
+def test_a_port_that_is_taken(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STATE", "inactive")
+    with answering() as (port, _):
+        done = invoke("install", "--port", str(port))
+        assert (done.exit_code, done.output.count("\n")) == (1, 1)
+        assert f"cannot listen at 127.0.0.1:{port}" in done.output
+        assert not machine.unit.exists()
+        monkeypatch.setenv("STATE", "active")
+        assert invoke("install", "--port", str(port)).exit_code == 0, "the service itself has it"
+
+
 def test_without_systemd(machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert invoke("install").exit_code == 0
     monkeypatch.setenv("PATH", str(tmp_path / "nothing"))
@@ -268,7 +284,8 @@ def test_status(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
     assert invoke("status").exit_code == 1
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
     with answering() as (port, statuses):
-        assert invoke("install", "--host", "0.0.0.0", "--no-key", "--port", str(port)).exit_code == 0
+        installed = invoke("install", "--host", "0.0.0.0", "--no-key", "--port", str(port))
+        assert f"it answers: http://127.0.0.1:{port}\n" in installed.output
         done = invoke("status", "--json")
         assert done.exit_code == 0, done.output
         assert json.loads(done.output) == {
@@ -302,8 +319,8 @@ def test_remove(machine: Machine) -> None:
 
 
 def test_the_folder_of_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    service = units.Service("K")
+    installed = units.Service("K")
     monkeypatch.setenv("HOME", str(tmp_path))
     for folder in ("", "relative"):
         monkeypatch.setenv("XDG_CONFIG_HOME", folder)
-        assert service.path == tmp_path / ".config" / "systemd" / "user" / "edge-gemma.service"
+        assert installed.path == tmp_path / ".config" / "systemd" / "user" / "edge-gemma.service"
