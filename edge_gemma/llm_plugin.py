@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from edge_gemma.engine import Engine
     from edge_gemma.generation.generate import Result
     from edge_gemma.server.ask import Ask
+    from edge_gemma.server.turns import Turns
     from edge_gemma.text.reply import Piece
 
 log = logging.getLogger(__name__)
@@ -153,10 +154,26 @@ class AsyncModel(_Model, llm.AsyncModel):
         stopping = threading.Event()
         events = self.events(prompt, response, stopping)
         try:
-            while (event := await asyncio.to_thread(next, events, None)) is not None:
+            while (event := await asyncio.to_thread(_next, events, stopping)) is not None:
                 yield event
         finally:
             stopping.set()
+
+
+def _next(events: Iterator[StreamEvent], stopping: threading.Event) -> StreamEvent | None:
+    """The next event, None after the last. Raises Stopped within a layer once `stopping` is set."""
+    from edge_gemma.server.turns import ASKED
+
+    with _turns().turn(ASKED, stopping):
+        return next(events, None)
+
+
+@functools.cache
+def _turns() -> "Turns":
+    """Which of asyncio's threads computes."""
+    from edge_gemma.server.turns import Turns
+
+    return Turns()
 
 
 _opening = threading.Lock()
@@ -176,6 +193,7 @@ def _open(source: Path | str, context: int | None) -> "tuple[Engine, Hear]":
 
     kernels.announce_compiling(_tell_compiling)
     engine = Engine.load(source, context=context)
+    engine.between = _turns().between
     return engine, functools.lru_cache(_LATELY_HEARD)(engine.hear)
 
 

@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any, Literal
 
@@ -239,10 +240,7 @@ def test_an_engine_is_opened_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     for model in models[:2]:
         assert model.prompt("Hello", max_tokens=1).text() is not None
 
-    async def last() -> str:
-        return await models[2].prompt("Hello", max_tokens=1).text()
-
-    asyncio.run(last())
+    asyncio.run(_whole(models[2], "Hello"))
     assert len(loaded) == 1
 
 
@@ -286,6 +284,37 @@ def test_asyncio(model: llm_plugin.Model) -> None:
         return list(await asyncio.gather(*map(one, said)))
 
     assert asyncio.run(together()) == [model.prompt(text, temperature=0).text() for text in said]
+
+
+def test_a_prompt_that_is_cancelled_is_not_computed_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = llm_plugin.AsyncModel("demo", find.EMBEDDED)
+    engine, _ = llm_plugin._opened(model.source, None)
+    between, layers = engine.between, list[int]()
+    reached, cancelled = threading.Event(), threading.Event()
+
+    def counted() -> None:
+        layers.append(1)
+        if len(layers) == 5:
+            reached.set()
+            cancelled.wait(30)
+        between()
+
+    monkeypatch.setattr(engine, "between", counted)
+
+    async def cancel() -> None:
+        asking = asyncio.ensure_future(_whole(model, "Start a watch. " * 120))
+        assert await asyncio.to_thread(reached.wait, 30)
+        asking.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await asking
+        cancelled.set()
+
+    asyncio.run(cancel())  # waits for the threads
+    assert len(layers) == 5
+
+
+async def _whole(model: llm_plugin.AsyncModel, text: str) -> str:
+    return await model.prompt(text, max_tokens=1).text()
 
 
 @pytest.mark.parametrize(
