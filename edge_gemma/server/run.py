@@ -173,8 +173,8 @@ async def _open_first(desk: Desk, ready: Callable[[], None]) -> None:
     def load() -> None:
         error: BaseException | None = None
         try:
-            with desk.models.lease(None):
-                pass
+            with desk.models.lease(None) as engine:
+                engine.generate("Hello", max_tokens=2).result()  # compiles the kernels, the first time on a machine
         except BaseException as reason:
             error = reason
         with contextlib.suppress(RuntimeError):
