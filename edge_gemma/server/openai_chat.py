@@ -7,25 +7,24 @@ Forms after the types of the openai client 3.57, and what llama.cpp's server add
 `chat_template_kwargs`, `timings`).
 """
 
-import json
 import secrets
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from edge_gemma.generation.constraint import Constraint
 from edge_gemma.generation.generate import Result
 from edge_gemma.server.ask import Ask, Step, Token
+from edge_gemma.server.asking import read_chances, read_sampling, read_tool_choice, read_tools, with_effort
 from edge_gemma.server.bodies import Fields
+from edge_gemma.server.guard import openai_error
 from edge_gemma.server.moderation import RefusedResult
 from edge_gemma.server.refusals import Refusal
+from edge_gemma.server.sending import EVENTS
+from edge_gemma.server.telling import arguments_text, call_id, is_cut, logprob_entries, prompt_tokens
 from edge_gemma.text.tool_call import ToolCall
 
-MOST_CHANCES = 20  # likeliest tokens beside each token
-_SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 _MESSAGE_KEYS = ("role", "content", "tool_calls", "name", "tool_call_id")
-# Reasoning effort -> tokens that a thought may have. OpenAI's "minimal" and "none" are no thought.
-EFFORTS: dict[str, int | None] = {"low": 256, "medium": 1024, "high": None, "xhigh": None}
 
 
 def read_chat(body: Fields) -> Ask:
@@ -75,39 +74,6 @@ def read_message(entry: Mapping[str, Any]) -> dict[str, Any]:
     return message
 
 
-def read_tools(body: Fields) -> list[dict[str, Any]]:
-    """The tools' declarations."""
-    tools = body.objects("tools")
-    for number, tool in enumerate(tools):
-        function = tool.get("function")
-        if tool.get("type", "function") != "function" or not isinstance(function, dict):
-            raise body.wrong(f"tools[{number}]", tool, 'a tool of type "function"')
-    return [{"type": "function", "function": _declared(tool["function"])} for tool in tools]
-
-
-def _declared(function: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: function[key] for key in ("name", "description", "parameters") if function.get(key) is not None}
-
-
-def read_tool_choice(body: Fields, tools: list[dict[str, Any]]) -> tuple[bool, str | None, list[dict[str, Any]]]:
-    """Whether a tool has to be called, which one, and the tools that are left."""
-    choice = body.take("tool_choice", (str, dict), "none, auto, required, or a tool")
-    if choice in (None, "auto"):
-        return False, None, tools
-    if choice == "none":
-        return False, None, []
-    name = None
-    if isinstance(choice, dict):
-        function = choice.get("function")
-        name = function.get("name") if isinstance(function, dict) else choice.get("name")
-    elif choice != "required":
-        raise body.wrong("tool_choice", choice, "none, auto, required, or a tool")
-    names = [tool["function"].get("name") for tool in tools]
-    if not names or (isinstance(choice, dict) and name not in names):
-        raise body.wrong("tool_choice", choice, f"one of the tools, which are {', '.join(map(str, names)) or 'none'}")
-    return True, name, tools
-
-
 def read_format(body: Fields) -> Constraint | None:
     """What `response_format` says that the answer has to be."""
     form = body.object("response_format")
@@ -125,50 +91,33 @@ def read_format(body: Fields) -> Constraint | None:
     return Constraint.json(schema)
 
 
-def read_sampling(body: Fields) -> Any:
-    """The settings of the sampling that are given."""
-    settings = {name: value for name in _SAMPLING if (value := body.number(name)) is not None}
-    seed = body.whole("seed", -(2**63))
-    if seed is not None:
-        settings["seed"] = seed % 2**63
-    for name in {"top_k"} & settings.keys():
-        settings[name] = max(0, body.whole(name, -1))
-    return settings
-
-
-def read_chances(body: Fields) -> int | None:
-    """How many likeliest tokens are told beside each token, None if nothing is."""
-    top = body.whole("top_logprobs", 0, MOST_CHANCES)
-    if not body.flag("logprobs"):
-        if top:
-            raise body.wrong("top_logprobs", top, "it beside logprobs: true")
-        return None
-    return top or 0
-
-
 def read_thinking(body: Fields) -> dict[str, Any]:
-    """Whether the model thinks. Without a word about it, it does not: a Pi would answer minutes later."""
+    """Whether the model thinks."""
     effort = body.text("reasoning_effort")
     template = body.object("chat_template_kwargs")
     if template is not None and template.values.get("enable_thinking") is not None:
         return {"think": template.flag("enable_thinking")}
-    if effort in EFFORTS:
-        return {"think": True, "think_budget": EFFORTS[effort]}
-    return {}
+    return with_effort(effort)
+
+
+def read_usage(body: Fields) -> bool:
+    """Whether a stream ends with the numbers of tokens."""
+    options = body.object("stream_options")
+    return options is not None and options.flag("include_usage")
 
 
 class ChatWriter:
     """One answer in OpenAI's form."""
+
+    wire = EVENTS
 
     def __init__(self, model: str, *, usage: bool = False) -> None:
         """usage: whether a stream ends with the numbers of tokens."""
         self._head = {"id": f"chatcmpl-{secrets.token_hex(12)}", "created": int(time.time()), "model": model}
         self._usage = usage
         self._calls = 0
-        self._ids: list[str] = []
-        self._tokens: list[Token] = []
 
-    def whole(self, steps: Iterable[Step], result: Result) -> dict[str, Any]:
+    def whole(self, steps: Sequence[Step], result: Result) -> dict[str, Any]:
         """The whole answer. steps: those that it came in."""
         calls = [call_entry(call, call_id()) for call in result.tool_calls]
         message: dict[str, Any] = {"role": "assistant", "content": result.text or (None if calls else "")}
@@ -180,16 +129,16 @@ class ChatWriter:
         choice = {
             "index": 0,
             "message": message,
-            "logprobs": logprobs(tokens) if tokens else None,
+            "logprobs": {"content": logprob_entries(tokens)} if tokens else None,
             "finish_reason": finish_reason(result),
         }
         return self._head | {
             "object": "chat.completion", "choices": [choice], "usage": usage(result), "timings": timings(result),
         }  # fmt: skip
 
-    def begin(self) -> dict[str, Any]:
+    def begin(self) -> Iterator[dict[str, Any]]:
         """The first chunk: it has the role."""
-        return self._chunk({"role": "assistant", "content": ""})
+        yield self._chunk({"role": "assistant", "content": ""})
 
     def step(self, step: Step) -> Iterator[dict[str, Any]]:
         """The chunks of a step, one at most."""
@@ -210,22 +159,20 @@ class ChatWriter:
         if self._usage:
             yield self._head | {"object": "chat.completion.chunk", "choices": [], "usage": usage(result)}
 
-    def _chunk(self, delta: dict[str, Any], reason: str | None = None, tokens: Iterable[Token] = ()) -> dict[str, Any]:
-        told = logprobs(tokens) if tokens else None
+    def failed(self, refusal: Refusal) -> Iterator[dict[str, Any]]:
+        """What is sent in place of the rest."""
+        yield {"error": openai_error(refusal)}
+
+    def _chunk(self, delta: dict[str, Any], reason: str | None = None, tokens: Sequence[Token] = ()) -> dict[str, Any]:
+        told = {"content": logprob_entries(tokens)} if tokens else None
         choice = {"index": 0, "delta": delta, "logprobs": told, "finish_reason": reason}
         chunk = self._head | {"object": "chat.completion.chunk", "choices": [choice]}
         return chunk | {"usage": None} if self._usage else chunk
 
 
-def call_id() -> str:
-    """A new name for a call, which its result will carry."""
-    return f"call_{secrets.token_hex(8)}"
-
-
 def call_entry(call: ToolCall, index: str) -> dict[str, Any]:
     """A call in OpenAI's form: the arguments are JSON text."""
-    arguments = json.dumps(call.arguments, ensure_ascii=False)
-    return {"id": index, "type": "function", "function": {"name": call.name, "arguments": arguments}}
+    return {"id": index, "type": "function", "function": {"name": call.name, "arguments": arguments_text(call)}}
 
 
 def finish_reason(result: Result) -> str:
@@ -234,18 +181,17 @@ def finish_reason(result: Result) -> str:
         return "content_filter"
     if result.tool_calls:
         return "tool_calls"
-    return "length" if result.finish_reason in ("length", "context") else "stop"
+    return "length" if is_cut(result) else "stop"
 
 
 def usage(result: Result) -> dict[str, Any]:
     """The numbers of tokens."""
-    known, run = result.timings.reused_tokens, result.timings.prefill_tokens
-    written = len(result.tokens)
+    asked, written = prompt_tokens(result), len(result.tokens)
     return {
-        "prompt_tokens": known + run,
+        "prompt_tokens": asked,
         "completion_tokens": written,
-        "total_tokens": known + run + written,
-        "prompt_tokens_details": {"cached_tokens": known},
+        "total_tokens": asked + written,
+        "prompt_tokens_details": {"cached_tokens": result.timings.reused_tokens},
     }
 
 
@@ -261,13 +207,3 @@ def timings(result: Result) -> dict[str, Any]:
         "predicted_per_second": round(t.decode_tokens / t.decode_s, 3) if t.decode_s else None,
         "ttft_ms": round(t.ttft_s * 1000, 3),
     }
-
-
-def logprobs(tokens: Iterable[Token]) -> dict[str, Any]:
-    """Tokens with their log probabilities."""
-
-    def entry(token: Token) -> dict[str, Any]:
-        text = token.text.decode(errors="replace")
-        return {"token": text, "bytes": list(token.text), "logprob": max(token.log_probability, -9999.0)}
-
-    return {"content": [entry(token) | {"top_logprobs": [entry(other) for other in token.top]} for token in tokens]}
