@@ -15,6 +15,7 @@ from edge_gemma import __version__
 from edge_gemma.server.desk import Desk
 from edge_gemma.server.guard import Guard, Rules, told
 from edge_gemma.server.live import Live
+from edge_gemma.server.ollama_http import Ollama
 from edge_gemma.server.openai_audio import OpenAIAudio
 from edge_gemma.server.openai_http import OpenAI
 from edge_gemma.server.openapi import document
@@ -37,7 +38,7 @@ def application(desk: Desk, rules: Rules, live: Live) -> Starlette:
         return JSONResponse(document())
 
     routes: list[BaseRoute] = [Route("/health", health), Route("/metrics", metrics), Route("/openapi.json", openapi)]
-    routes += [*OpenAI(desk).routes(), *OpenAIAudio(desk).routes(), *Realtime(desk, live).routes()]
+    routes += [*Ollama(desk).routes(), *OpenAI(desk).routes(), *OpenAIAudio(desk).routes(), *Realtime(desk, live).routes()]
     middleware = [Middleware(Guard, rules=rules, count=desk.watch.requested)]
     if rules.origins:
         middleware.append(

@@ -112,11 +112,16 @@ def _conversation(engine: Engine, ask: Ask) -> Conversation:
 
 
 def _chat(engine: Engine, ask: Ask, common: dict[str, Any]) -> Chat:
+    if engine.chat_template is None:
+        raise UsageError("this is a base model, which only continues a text: ask for a completion, or another model")
     think, budget = ask.think, ask.think_budget
-    if think and not ChatFormat(engine.chat_template or "", engine.tokenizer).takes(THINKING):
+    form = ChatFormat(engine.chat_template, engine.tokenizer)
+    if think and not form.takes(THINKING):
         if ask.wants_thoughts:
             raise UsageError("this model cannot think: leave the thinking out, or take another model")
         think, budget = False, None
+    if budget and ask.max_tokens is not None:
+        budget = max(0, min(budget, ask.max_tokens - form.marks - 1))  # an answer has to follow the thought
     chat = Chat(engine, history=ask.messages, tools=ask.tools or None, think=think, think_budget=budget, **common)
     chat.must_call, chat.only = ask.must_call, ask.only or ""
     return chat

@@ -4,12 +4,14 @@ Owns: reading tools, the choice among them, sampling, how much thought is wanted
 """
 
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 from edge_gemma.server.bodies import Fields
 
 MOST_CHANCES = 20  # likeliest tokens beside each token
 _SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+_LEAST_P = 1e-9  # of top_p: the likeliest token alone, which clients mean by 0
 # Reasoning effort -> tokens that a thought may have. OpenAI's "minimal" and "none" are no thought.
 EFFORTS: dict[str, int | None] = {"low": 256, "medium": 1024, "high": None, "xhigh": None}
 
@@ -49,14 +51,17 @@ def read_tool_choice(body: Fields, tools: list[dict[str, Any]]) -> tuple[bool, s
     return True, name, tools
 
 
-def read_sampling(body: Fields) -> Any:
-    """The settings of the sampling that are given."""
-    settings = {name: value for name in _SAMPLING if (value := body.number(name)) is not None}
+def read_sampling(body: Fields, names: Mapping[str, str] = MappingProxyType({})) -> Any:
+    """The settings of the sampling that are given. names: a protocol's own words for them."""
+    given = ((name, body.number(names.get(name, name))) for name in _SAMPLING)
+    settings = {name: value for name, value in given if value is not None}
     seed = body.whole("seed", -(2**63))
     if seed is not None:
         settings["seed"] = seed % 2**63
-    for name in {"top_k"} & settings.keys():
-        settings[name] = max(0, body.whole(name, -1))
+    if "top_k" in settings:
+        settings["top_k"] = max(0, body.whole("top_k", -1))  # -1 is another word for "off"
+    if settings.get("top_p") == 0:
+        settings["top_p"] = _LEAST_P
     return settings
 
 

@@ -52,7 +52,7 @@ class Fields:
         if value is None:
             return None
         top = "or more" if most is None else f"to {most}"
-        whole = is_number(value) and float(value).is_integer()
+        whole = is_number(value) and (isinstance(value, int) or float(value).is_integer())
         if not whole or not least <= value or (most is not None and value > most):
             raise self.wrong(name, value, f"a whole number of {least} {top}")
         return int(value)

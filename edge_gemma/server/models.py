@@ -41,13 +41,17 @@ class Offer:
 
 @dataclass
 class Loaded:
-    """An open model. leases: requests that use it. until: when it may be closed, by time.time(); FOR_EVER: never."""
+    """An open model. leases: requests that use it. until: when it may be closed, by time.time(); FOR_EVER: never.
+
+    unwanted: it is closed as soon as nobody uses it.
+    """
 
     name: str
     engine: Engine
     load_s: float
     leases: int = 0
     until: float = FOR_EVER
+    unwanted: bool = False
 
 
 class Models:
@@ -97,6 +101,7 @@ class Models:
             with self._changed:
                 loaded.leases -= 1
                 seconds = self._keep_s if keep_s is None else keep_s
+                seconds = 0.0 if loaded.unwanted else seconds
                 loaded.until = FOR_EVER if seconds < 0 else time.time() + seconds
                 self._changed.notify_all()
 
@@ -105,6 +110,7 @@ class Models:
             with self._changed:
                 if self.loaded is not None and self.loaded.name == offer.name:
                     self.loaded.leases += 1
+                    self.loaded.unwanted = False
                     return self.loaded
                 busy = self.loading is not None or (self.loaded is not None and self.loaded.leases)
                 if busy:
@@ -128,6 +134,13 @@ class Models:
             with self._changed:
                 self.loading, self.loaded = None, opened
                 self._changed.notify_all()
+
+    def unload(self, name: str) -> None:
+        """Close the model called `name` if it is open: now, or once nobody uses it."""
+        with self._changed:
+            if self.loaded is not None and self.loaded.name == name:
+                self.loaded.unwanted, self.loaded.until = True, 0.0
+        self.release()
 
     def release(self, *, all_of_them: bool = False) -> bool:
         """Close the model if its time is over and nobody uses it. Returns whether it was closed."""
