@@ -60,7 +60,7 @@ class Fields:
     def object(self, name: str) -> "Fields | None":
         """An object."""
         value = self.take(name, dict, "an object")
-        return None if value is None else Fields(value, self._path(name))
+        return None if value is None else Fields(value, self.path(name))
 
     def objects(self, name: str) -> list[dict[str, Any]]:
         """A list of objects; empty if it is not given."""
@@ -84,15 +84,16 @@ class Fields:
         """Raises Refusal for a field that changes the answer and is not supported, unless it is one of `harmless`."""
         value = self.values.get(name)
         if value is not None and value not in harmless:
-            message = f"{self._path(name)} is not supported here: leave it out"
-            raise Refusal(400, message, code="unsupported_parameter", param=self._path(name))
+            message = f"{self.path(name)} is not supported here: leave it out"
+            raise Refusal(400, message, code="unsupported_parameter", param=self.path(name))
 
     def wrong(self, name: str, value: Any, expected: str) -> Refusal:
         """The refusal of a value."""
-        path = self._path(name)
+        path = self.path(name)
         return Refusal(400, f"{path} is {shown(value)}, expected {expected}", code="invalid_value", param=path)
 
-    def _path(self, name: str) -> str:
+    def path(self, name: str) -> str:
+        """A field's name for errors, with the names of the objects around it."""
         return f"{self._where}.{name}" if self._where else name
 
 

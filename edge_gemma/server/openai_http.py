@@ -11,6 +11,10 @@ from edge_gemma.server.bodies import json_body
 from edge_gemma.server.desk import Desk
 from edge_gemma.server.models import Offer
 from edge_gemma.server.openai_chat import ChatWriter, read_chat, read_usage
+from edge_gemma.server.openai_completions import CompletionWriter, read_completion
+from edge_gemma.server.openai_response_events import ResponseWriter
+from edge_gemma.server.openai_responses import NOT_STORED, read_response
+from edge_gemma.server.refusals import Refusal
 from edge_gemma.server.sending import respond
 
 
@@ -26,6 +30,9 @@ class OpenAI:
             Route("/v1/models", self.models),
             Route("/v1/models/{name:path}", self.model),
             Route("/v1/chat/completions", self.chat, methods=["POST"]),
+            Route("/v1/completions", self.completions, methods=["POST"]),
+            Route("/v1/responses", self.responses, methods=["POST"]),
+            Route("/v1/responses/{rest:path}", self.stored, methods=["GET", "POST", "DELETE"]),
         ]
 
     async def models(self, request: Request) -> Response:
@@ -42,6 +49,24 @@ class OpenAI:
         ask = read_chat(body)
         writer = ChatWriter(self._desk.models.find(ask.model).name, usage=read_usage(body))
         return await respond(request, self._desk, ask, writer, stream=body.flag("stream"))
+
+    async def completions(self, request: Request) -> Response:
+        """Continuations of a text."""
+        body = await json_body(request)
+        ask = read_completion(body)
+        writer = CompletionWriter(self._desk.models.find(ask.model).name, usage=read_usage(body))
+        return await respond(request, self._desk, ask, writer, stream=body.flag("stream"))
+
+    async def responses(self, request: Request) -> Response:
+        """Responses."""
+        body = await json_body(request)
+        ask = read_response(body)
+        writer = ResponseWriter(self._desk.models.find(ask.model).name, body.values)
+        return await respond(request, self._desk, ask, writer, stream=body.flag("stream"))
+
+    async def stored(self, request: Request) -> Response:
+        """Responses that were made before: there are none."""
+        raise Refusal(404, NOT_STORED, code="not_stored")
 
 
 def _entry(offer: Offer) -> dict[str, object]:
