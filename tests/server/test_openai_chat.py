@@ -1,6 +1,7 @@
 """OpenAI's chat completions, read by its own client."""
 
 import json
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import openai
@@ -21,8 +22,9 @@ HELLO: Any = [{"role": "user", "content": "Hello"}]
 
 
 @pytest.fixture
-def client(served: Served) -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{served.url}/v1", api_key="any", max_retries=0)
+def client(served: Served) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{served.url}/v1", api_key="any", max_retries=0) as client:
+        yield client
 
 
 def test_models(client: openai.OpenAI) -> None:
