@@ -50,7 +50,10 @@ class Constraint:
         if isinstance(schema, dict) and _endless(schema):
             raise UsageError("the JSON schema has no end: a $ref or a required property leads back to itself")
         _check_length("the JSON schema", text)
-        grammar = LLMatcher.grammar_from_json_schema("{}" if schema is True else text, overrides=cast(Any, _JSON))
+        try:
+            grammar = LLMatcher.grammar_from_json_schema("{}" if schema is True else text, overrides=cast(Any, _JSON))
+        except ValueError as error:  # a number that it cannot read
+            raise UsageError(f"the JSON schema cannot be kept: {error}") from None
         return cls(_checked("the JSON schema", grammar))
 
     @classmethod
