@@ -11,11 +11,13 @@ from typing import Any, cast
 
 from edge_gemma.arguments import require, shown
 from edge_gemma.errors import UsageError
-from edge_gemma.generation.schema import listed, plainer
+from edge_gemma.generation.schema import plainer
+from edge_gemma.generation.schema_ends import is_endless, levels
 from edge_gemma.text.grammar_check import problem_of
-from edge_gemma.text.tool_grammar import pattern_of, target
+from edge_gemma.text.tool_grammar import pattern_of
 
 _LONGEST = 1_000_000  # characters of a description
+_LEVELS = 500  # schemas in one another: llguidance overflows the stack, and ends the process, somewhere above 1,200
 # JSON as Python's json.dumps writes it. With free white space nothing would be certain, and it need not end.
 _JSON: dict[str, Any] = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
@@ -47,9 +49,12 @@ class Constraint:
             raise UsageError(f"the JSON schema cannot be read ({error}): {shown(given)}") from None
         require("the JSON schema", schema, isinstance(schema, dict | bool), "an object, or true")
         require("the JSON schema", schema, schema is not False, "one that something fits")
-        if isinstance(schema, dict) and _endless(schema):
-            raise UsageError("the JSON schema has no end: a $ref or a required property leads back to itself")
         _check_length("the JSON schema", text)
+        if isinstance(schema, dict):
+            if levels(schema, _LEVELS + 1) > _LEVELS:
+                raise UsageError(f"the JSON schema leads more than {_LEVELS} schemas deep: make it flatter")
+            if is_endless(schema):
+                raise UsageError("the JSON schema has no end: a $ref or a required property leads back to itself")
         try:
             grammar = LLMatcher.grammar_from_json_schema("{}" if schema is True else text, overrides=cast(Any, _JSON))
         except ValueError as error:  # a number that it cannot read
@@ -110,43 +115,3 @@ def _check_length(what: str, text: str) -> None:
 def _whole(text: str) -> bool:
     """Whether a text has no half of a character (a lone surrogate)."""
     return not any(0xD800 <= ord(character) < 0xE000 for character in text)
-
-
-def _endless(schema: dict[str, Any]) -> bool:
-    """Whether every value of a schema would hold itself, through a `$ref` or what is required.
-
-    Finds the least set of schemas that have a finite value, step by step until nothing is added.
-    """
-    nodes: list[dict[str, Any]] = []
-    pending: list[Any] = [schema]
-    while pending:
-        node = pending.pop()
-        if isinstance(node, dict):
-            nodes.append(node)
-            pending += node.values()
-        elif isinstance(node, list):
-            pending += node
-    finite: set[int] = set()
-    grown = True
-    while grown:
-        new = {id(node) for node in nodes if id(node) not in finite and _is_finite(node, schema, finite)}
-        finite |= new
-        grown = bool(new)
-    return id(schema) not in finite
-
-
-def _is_finite(node: dict[str, Any], root: dict[str, Any], finite: set[int]) -> bool:
-    """Whether a schema has a finite value, as far as is known of those in it. finite: ids of schemas that have one."""
-
-    def known(part: Any) -> bool:
-        return not isinstance(part, dict) or id(part) in finite
-
-    reference = node.get("$ref")
-    properties = node.get("properties")
-    properties = properties if isinstance(properties, dict) else {}
-    needed = [properties.get(name) for name in listed(node.get("required")) if isinstance(name, str)]
-    if isinstance(node.get("minItems"), int) and node["minItems"] > len(listed(node.get("prefixItems"))):
-        needed.append(node.get("items"))
-    needed += [*listed(node.get("allOf")), *([target(reference, root)] if isinstance(reference, str) else [])]
-    alternatives = [listed(node[name]) for name in ("anyOf", "oneOf") if node.get(name)]
-    return all(map(known, needed)) and all(any(map(known, several)) for several in alternatives)

@@ -24,12 +24,28 @@ _FORMATS = frozenset((
     "date-time", "date", "time", "duration", "email", "idn-email", "hostname", "idn-hostname", "ipv4", "ipv6", "uri",
     "uri-reference", "iri", "iri-reference", "uuid", "uri-template", "json-pointer", "relative-json-pointer", "regex",
 ))  # fmt: skip
-_MAPS = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
+_MOST_COMPARED = 20_000  # pairs of alternatives of `oneOf`, in a schema
+MAPS = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
 
 
 def plainer(schema: dict[str, Any]) -> dict[str, Any]:
     """The schema without what llguidance refuses though it can be said otherwise. The one that is given stays."""
-    return cast(dict[str, Any], _rewritten(schema, schema))
+    pairs = sum(len(listed(node.get("oneOf"))) ** 2 // 2 for node in objects_in(schema))
+    return cast(dict[str, Any], _rewritten(schema, schema)) if pairs <= _MOST_COMPARED else schema
+
+
+def objects_in(schema: dict[str, Any]) -> list[dict[str, Any]]:
+    """All objects in a schema, each before those in it."""
+    found: list[dict[str, Any]] = []
+    pending: list[Any] = [schema]
+    while pending:
+        node = pending.pop()
+        if isinstance(node, dict):
+            found.append(node)
+            pending += node.values()
+        elif isinstance(node, list):
+            pending += node
+    return found
 
 
 def _rewritten(node: Any, root: dict[str, Any]) -> Any:
@@ -43,7 +59,7 @@ def _rewritten(node: Any, root: dict[str, Any]) -> Any:
     for name in _LISTS:
         if isinstance(new.get(name), list):
             new[name] = list(map(inner, new[name]))
-    for name in _MAPS:
+    for name in MAPS:
         if isinstance(new.get(name), dict):
             new[name] = {key: inner(part) for key, part in new[name].items()}
     if isinstance(new.get("format"), str) and new["format"] not in _FORMATS:

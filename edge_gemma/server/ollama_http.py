@@ -89,7 +89,8 @@ class Ollama:
         writer = self._writer(body, offer, chat=True)
         if not body.values.get("messages"):
             return await self._nothing(request, body, offer, writer)
-        return await respond(request, self._desk, read_chat(body), writer, stream=_streams(body))
+        ask = await to_thread(read_chat, body)
+        return await respond(request, self._desk, ask, writer, stream=_streams(body))
 
     async def generate(self, request: Request) -> Response:
         """A generation; without a prompt the model is opened or closed."""
@@ -98,8 +99,8 @@ class Ollama:
         writer = self._writer(body, offer, chat=False)
         if not body.values.get("prompt") and not body.values.get("images"):
             return await self._nothing(request, body, offer, writer)
-        model = await to_thread(about, offer)
-        ask = read_generate(body, has_chat=model.template is not None)
+        has_chat = (await to_thread(about, offer)).template is not None
+        ask = await to_thread(lambda: read_generate(body, has_chat=has_chat))
         return await respond(request, self._desk, ask, writer, stream=_streams(body))
 
     def _writer(self, body: Fields, offer: Offer, *, chat: bool) -> OllamaWriter:

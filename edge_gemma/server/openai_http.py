@@ -3,6 +3,8 @@
 Owns: paths. Does not know: the fields of a request (openai_chat.py), how answers are sent (sending.py).
 """
 
+from asyncio import to_thread  # requests are read in threads: a schema may take a second
+
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
@@ -46,21 +48,21 @@ class OpenAI:
     async def chat(self, request: Request) -> Response:
         """Chat completions."""
         body = await json_body(request)
-        ask = read_chat(body)
+        ask = await to_thread(read_chat, body)
         writer = ChatWriter(self._desk.models.find(ask.model).name, usage=read_usage(body))
         return await respond(request, self._desk, ask, writer, stream=body.flag("stream"))
 
     async def completions(self, request: Request) -> Response:
         """Continuations of a text."""
         body = await json_body(request)
-        ask = read_completion(body)
+        ask = await to_thread(read_completion, body)
         writer = CompletionWriter(self._desk.models.find(ask.model).name, usage=read_usage(body))
         return await respond(request, self._desk, ask, writer, stream=body.flag("stream"))
 
     async def responses(self, request: Request) -> Response:
         """Responses."""
         body = await json_body(request)
-        ask = read_response(body)
+        ask = await to_thread(read_response, body)
         writer = ResponseWriter(self._desk.models.find(ask.model).name, body.values)
         return await respond(request, self._desk, ask, writer, stream=body.flag("stream"))
 

@@ -24,7 +24,7 @@ _PLAIN_KEY = re.compile(r"\w[\w.\-]*")
 _DEPTH = 12  # objects and arrays in one another
 _LOOSE_DEPTH = 3  # the same, where a parameter's schema says nothing
 _LONG_LIST = 20_000  # characters of an enum: a longer one is too much for llguidance, and binds nothing
-_MOST_SCHEMAS = 2000  # of a declaration
+_MOST_SCHEMAS = 1000  # of a declaration: llguidance overflows the stack, and ends the process, above 2,500
 _CHECKED_MARKS = 1, 2  # any two tokens: llguidance's vocabulary of bytes has few
 _LARGEST = 10**15  # a number whose limits are not declared
 _LIMITS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")
@@ -49,9 +49,10 @@ def call_grammar(tools: Sequence[Mapping[str, Any]], special_tokens: Mapping[str
 @lru_cache(maxsize=16)  # each reply asks for it
 def _grammar_of(functions: str, closing: int, quote: int) -> str | None:
     named = [_followed(function) for function in json.loads(functions)]
-    if problem_of(_grammar(named, *_CHECKED_MARKS) or ""):
+    try:
+        return None if problem_of(_grammar(named, *_CHECKED_MARKS) or "") else _grammar(named, closing, quote)
+    except _TooLarge:  # more arguments than schemas may be
         return None
-    return _grammar(named, closing, quote)
 
 
 def _followed(function: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -224,6 +225,7 @@ class _Rules:
         entries = []
         for name in sorted(known, key=lambda name: (name.lower(), name)):
             part = known[name]
+            self._count()
             value = self._loose_rule(depth + 1) if part in ({}, True) else self._value(part, depth + 1)
             if value is None and name in required:
                 return None

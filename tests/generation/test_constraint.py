@@ -5,6 +5,7 @@ import gc
 import json
 import re
 import resource
+import time
 import weakref
 from functools import partial
 
@@ -159,6 +160,46 @@ def test_a_regex_bomb_takes_little(bomb):
     after = resource.getrusage(resource.RUSAGE_SELF)
     assert after.ru_utime - before.ru_utime < 5
     assert after.ru_maxrss - before.ru_maxrss < 150_000  # kB
+
+
+def chain(wrapped, length: int) -> dict:
+    """A schema whose `$ref`s lead from one to the next."""
+    names = [f"#/$defs/a{i}" for i in range(length + 1)]
+    defs = {f"a{i}": wrapped({"$ref": names[i + 1]}) for i in range(length)}
+    return {"$defs": {**defs, f"a{length}": {"type": "integer"}}, "$ref": names[0]}
+
+
+@pytest.mark.parametrize(
+    "wrapped",
+    [
+        lambda part: {"type": "object", "properties": {"x": part}, "required": ["x"]},
+        lambda part: {"anyOf": [{"type": "object", "properties": {"x": part}}, {"type": "null"}]},
+        lambda part: {"type": "array", "items": {"type": "array", "items": {"type": "array", "items": part}}},
+        lambda part: {"allOf": [part]},
+    ],
+)
+def test_a_schema_that_leads_too_deep_is_refused(wrapped):
+    """llguidance would overflow the stack, which ends the process."""
+    Constraint.json(chain(wrapped, 80))
+    with pytest.raises(UsageError, match="schemas deep"):
+        Constraint.json(chain(wrapped, 3000))
+
+
+@pytest.mark.parametrize(
+    "bomb",
+    [
+        {"type": "object", "properties": {f"p{i}": {"type": "null"} for i in range(9000)},
+         "required": [f"p{i}" for i in range(9000)]},
+        {"type": "object", "properties": {f"p{j}": {"oneOf": [{"const": i} for i in range(150)]} for j in range(150)}},
+        {"oneOf": [{"const": i} for i in range(20_000)]},
+        chain(lambda part: {"anyOf": [part, part]}, 60), {"const": 10**400},
+    ],
+)  # fmt: skip
+def test_a_schema_bomb_takes_little(bomb):
+    before = time.process_time()
+    with contextlib.suppress(UsageError):
+        Constraint.json(bomb)
+    assert time.process_time() - before < 5
 
 
 def test_a_schema_that_holds_itself_where_it_may_end_is_kept():

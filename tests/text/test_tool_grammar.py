@@ -178,6 +178,15 @@ def test_an_odd_declaration_does_not_stop_anyone(odd):
         assert reason == "length" or calls[0].arguments["x"] in (True, False)
 
 
+@pytest.mark.parametrize("part", [{}, {"type": "string"}])
+def test_a_tool_of_very_many_arguments_is_not_bound(part):
+    """llguidance would overflow the stack, which ends the process."""
+    many = tool("f", {"type": "object", "properties": {f"p{i}": part for i in range(4000)}})
+    assert call_grammar([many], TOKENIZER.special_tokens) is None
+    some = tool("f", {"type": "object", "properties": {f"p{i}": part for i in range(100)}})
+    assert call_grammar([some], TOKENIZER.special_tokens) is not None
+
+
 def test_of_a_declaration_that_is_too_much_the_names_are_kept():
     endless = {"anyOf": [{"allOf": [{"$ref": "#/properties/odd"}]}, {"type": "null"}]}
     parameters = {"type": "object", "properties": {"odd": endless, "x": {"type": "boolean"}}, "required": ["x"]}
