@@ -22,7 +22,7 @@ from edge_gemma.server.media import HEAD, kind_of
 from edge_gemma.server.models import FOR_EVER
 from edge_gemma.server.refusals import Refusal
 from edge_gemma.server.sending import json_lines
-from edge_gemma.server.telling import call_id, is_cut, logprob_entries, prompt_tokens
+from edge_gemma.server.telling import call_id, ending, logprob_entries, prompt_tokens
 
 _UNITS = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}  # of Go's durations
 _DURATION = re.compile(r"[+-]?(?:\d+(?:\.\d*)?(?:ns|us|µs|ms|s|m|h))+")
@@ -217,7 +217,7 @@ class OllamaWriter:
         timings = result.timings
         return {
             "done": True,
-            "done_reason": "length" if is_cut(result) else "stop",
+            "done_reason": "length" if ending(result) == "length" else "stop",
             **self._durations(),
             "prompt_eval_count": prompt_tokens(result),
             "prompt_eval_duration": _nanoseconds(timings.prefill_s),

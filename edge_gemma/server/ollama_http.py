@@ -10,11 +10,9 @@ from contextlib import aclosing
 from threading import Event
 from typing import Any
 
-from starlette.datastructures import Headers
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
-from starlette.routing import Match, Route
-from starlette.types import Scope
+from starlette.routing import Route
 
 from edge_gemma import __version__
 from edge_gemma.engine import Engine
@@ -44,9 +42,9 @@ class Ollama:
         self._desk = desk
 
     def routes(self) -> list[Route]:
-        """The routes of this protocol. They come before a page at /, which browsers get."""
+        """The routes of this protocol. A page at /, which browsers get, comes before them."""
         return [
-            _NoPage("/", self.root),
+            Route("/", self.root),
             Route("/api/version", self.version),
             Route("/api/tags", self.tags),
             Route("/api/ps", self.ps),
@@ -142,16 +140,6 @@ class Ollama:
             return JSONResponse({"status": "success"})
         lines = [{"status": status} for status in ("pulling manifest", "verifying sha256 digest", "success")]
         return Response(b"".join(map(json_line, lines)), media_type="application/x-ndjson")
-
-
-class _NoPage(Route):
-    """A route that leaves browsers, which ask for HTML, to another route of the same path if there is one."""
-
-    def matches(self, scope: Scope) -> tuple[Match, Scope]:
-        match, child = super().matches(scope)
-        if match is Match.FULL and "text/html" in Headers(scope=scope).get("accept", ""):
-            return Match.PARTIAL, child
-        return match, child
 
 
 def _refusing(why: str) -> Callable[[Request], Any]:

@@ -18,10 +18,9 @@ from edge_gemma.server.ask import Ask, Step, Token
 from edge_gemma.server.asking import read_chances, read_sampling, read_tool_choice, read_tools, with_effort
 from edge_gemma.server.bodies import Fields
 from edge_gemma.server.guard import openai_error
-from edge_gemma.server.moderation import RefusedResult
 from edge_gemma.server.refusals import Refusal
 from edge_gemma.server.sending import EVENTS
-from edge_gemma.server.telling import arguments_text, call_id, is_cut, logprob_entries, prompt_tokens
+from edge_gemma.server.telling import arguments_text, call_id, ending, logprob_entries, prompt_tokens
 from edge_gemma.text.tool_call import ToolCall
 
 _MESSAGE_KEYS = ("role", "content", "tool_calls", "name", "tool_call_id")
@@ -177,11 +176,8 @@ def call_entry(call: ToolCall, index: str) -> dict[str, Any]:
 
 def finish_reason(result: Result) -> str:
     """Why an answer ended, in OpenAI's words."""
-    if isinstance(result, RefusedResult):
-        return "content_filter"
-    if result.tool_calls:
-        return "tool_calls"
-    return "length" if is_cut(result) else "stop"
+    reason = ending(result)
+    return "tool_calls" if result.tool_calls and reason != "content_filter" else reason
 
 
 def usage(result: Result) -> dict[str, Any]:

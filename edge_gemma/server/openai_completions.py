@@ -20,7 +20,7 @@ from edge_gemma.server.guard import openai_error
 from edge_gemma.server.openai_chat import read_format, usage
 from edge_gemma.server.refusals import Refusal
 from edge_gemma.server.sending import EVENTS
-from edge_gemma.server.telling import is_cut, logprob_of, text_of
+from edge_gemma.server.telling import ending, logprob_of, text_of
 
 
 def read_completion(body: Fields) -> Ask:
@@ -66,7 +66,7 @@ class CompletionWriter:
     def whole(self, steps: Sequence[Step], result: Result) -> dict[str, Any]:
         """The whole answer. steps: those that it came in."""
         tokens = [token for step in steps for token in step.tokens]
-        return self._chunk(result.text, _reason(result), tokens) | {"usage": usage(result)}
+        return self._chunk(result.text, ending(result), tokens) | {"usage": usage(result)}
 
     def begin(self) -> Iterator[dict[str, Any]]:
         """Nothing: the first chunk has text."""
@@ -80,7 +80,7 @@ class CompletionWriter:
 
     def end(self, result: Result) -> Iterator[dict[str, Any]]:
         """The last chunks: why it ended, and the numbers of tokens."""
-        yield self._chunk("", _reason(result), ())
+        yield self._chunk("", ending(result), ())
         if self._usage:
             yield self._head | {"choices": [], "usage": usage(result)}
 
@@ -105,7 +105,3 @@ class CompletionWriter:
             "top_logprobs": [{text_of(other): logprob_of(other) for other in token.top} for token in tokens],
             "text_offset": offsets,
         }
-
-
-def _reason(result: Result) -> str:
-    return "length" if is_cut(result) else "stop"

@@ -15,7 +15,7 @@ from edge_gemma.generation.generate import Result
 from edge_gemma.server.ask import Step, Token
 from edge_gemma.server.refusals import Refusal
 from edge_gemma.server.sending import NAMED_EVENTS
-from edge_gemma.server.telling import arguments_text, call_id, is_cut, logprob_entries, prompt_tokens
+from edge_gemma.server.telling import arguments_text, call_id, ending, logprob_entries, prompt_tokens
 from edge_gemma.text.tool_call import ToolCall
 
 # What a response repeats of its request, and what holds if it says nothing.
@@ -25,6 +25,8 @@ _REPEATED: dict[str, Any] = {
     "reasoning": {"effort": None, "summary": None}, "truncation": "auto", "user": None,
 }  # fmt: skip
 _SAME = {"background": False, "error": None, "incomplete_details": None, "previous_response_id": None, "store": False}
+
+_INCOMPLETE = {"length": "max_output_tokens", "content_filter": "content_filter"}
 
 
 @dataclass(frozen=True)
@@ -110,10 +112,11 @@ class ResponseWriter:
         """The last events."""
         if self._open is None and not self._output:
             yield from self._grow(_ANSWER, "", ())
-        status = "incomplete" if is_cut(result) else "completed"
+        reason = _INCOMPLETE.get(ending(result))
+        status = "incomplete" if reason else "completed"
         yield from self._close(status)
-        reason = {"reason": "max_output_tokens"} if status == "incomplete" else None
-        last = {"incomplete_details": reason, "usage": self._usage(result), "completed_at": int(time.time())}
+        told = {"reason": reason} if reason else None
+        last = {"incomplete_details": told, "usage": self._usage(result), "completed_at": int(time.time())}
         yield self._event(f"response.{status}", response=self._told(status) | last)
 
     def failed(self, refusal: Refusal) -> Iterator[dict[str, Any]]:

@@ -6,10 +6,11 @@ Owns: names of calls, why an answer ended, numbers of tokens, log probabilities.
 import json
 import secrets
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Literal
 
 from edge_gemma.generation.generate import Result
 from edge_gemma.server.ask import Token
+from edge_gemma.server.moderation import RefusedResult
 from edge_gemma.text.tool_call import ToolCall
 
 _LEAST = -9999.0  # the log probability of what cannot be: JSON has no infinity
@@ -25,9 +26,11 @@ def arguments_text(call: ToolCall) -> str:
     return json.dumps(call.arguments, ensure_ascii=False)
 
 
-def is_cut(result: Result) -> bool:
-    """Whether an answer ended before the model had ended it."""
-    return result.finish_reason in ("length", "context")
+def ending(result: Result) -> Literal["stop", "length", "content_filter"]:
+    """Why an answer ended: the model ended it, there was no room for more, or it was not to be said."""
+    if isinstance(result, RefusedResult):
+        return "content_filter"
+    return "length" if result.finish_reason in ("length", "context") else "stop"
 
 
 def prompt_tokens(result: Result) -> int:

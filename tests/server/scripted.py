@@ -12,6 +12,8 @@ from tests.server.serving import Served
 class Scripted(FakeSession):
     """A timeline that plays one reply, with the vocabulary of a real model."""
 
+    nbytes = 0  # of its keys and values
+
     def __init__(self, reply: list[int], context: int, vocabulary: int) -> None:
         super().__init__([reply], context)
         self._reply, self._vocabulary = reply, vocabulary

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from tests.server.serving import Served
 
-EXAMPLES = int(os.environ.get("EDGE_GEMMA_EXAMPLES", "60"))  # a protocol; more when the readers were changed
+EXAMPLES = int(os.environ.get("EDGE_GEMMA_EXAMPLES", "40"))  # a protocol; more when the readers were changed
 CALL: Any = {"id": "c1", "type": "function", "function": {"name": "act", "arguments": {"a": 1}}}
 PARAMETERS: Any = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
 FUNCTION: Any = {"name": "act", "description": "Act", "parameters": PARAMETERS}

@@ -286,8 +286,8 @@ def test_an_error_in_the_middle_is_a_line(client: ollama.Client, served: Served,
     from edge_gemma.errors import UsageError
     from edge_gemma.server import desk
 
-    def breaking(engine: Any, ask: Any, stopping: Any) -> Iterator[Any]:
-        yield from list(original(engine, ask, stopping))[:2]
+    def breaking(*given: Any) -> Iterator[Any]:
+        yield from list(original(*given))[:2]
         raise UsageError("it broke")
 
     original = desk.answer
