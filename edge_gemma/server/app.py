@@ -38,7 +38,8 @@ def application(desk: Desk, rules: Rules, live: Live) -> Starlette:
         return JSONResponse(document())
 
     routes: list[BaseRoute] = [Route("/health", health), Route("/metrics", metrics), Route("/openapi.json", openapi)]
-    routes += [*Ollama(desk).routes(), *OpenAI(desk).routes(), *OpenAIAudio(desk).routes(), *Realtime(desk, live).routes()]
+    for door in (Ollama(desk), OpenAI(desk), OpenAIAudio(desk), Realtime(desk, live)):
+        routes += door.routes()
     middleware = [Middleware(Guard, rules=rules, count=desk.watch.requested)]
     if rules.origins:
         middleware.append(

@@ -168,6 +168,7 @@ class OllamaWriter:
         """model: as the client calls it. load_s: seconds in which this request opened the model, asked at the end."""
         self._model, self._chat, self._load_s = model, chat, load_s
         self._since = time.perf_counter()
+        self._calls = 0
         self.wire = json_lines(self._entry(""))
 
     def whole(self, steps: Sequence[Step], result: Result) -> dict[str, Any]:
@@ -188,7 +189,9 @@ class OllamaWriter:
         elif piece.kind == "reasoning":
             yield self._entry("", piece.text, tokens=step.tokens)
         elif piece.kind == "tool_call" and piece.call is not None:
-            yield self._entry("", calls=[_call(0, piece.call.name, piece.call.arguments)], tokens=step.tokens)
+            call = _call(self._calls, piece.call.name, piece.call.arguments)
+            self._calls += 1
+            yield self._entry("", calls=[call], tokens=step.tokens)
 
     def end(self, result: Result) -> Iterator[dict[str, Any]]:
         """The last line."""

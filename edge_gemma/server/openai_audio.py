@@ -22,8 +22,8 @@ from edge_gemma.audio.transcribe import Segment, Transcriber, Transcription
 from edge_gemma.engine import Engine
 from edge_gemma.server.desk import Desk
 from edge_gemma.server.guard import openai_error
-from edge_gemma.server.openai_http import client_of
 from edge_gemma.server.refusals import Refusal, refusal_of
+from edge_gemma.server.sending import client_of
 from edge_gemma.server.streams import DONE, PING, Streamed, event, paced, unless_gone
 from edge_gemma.server.uploads import Form, Uploads
 

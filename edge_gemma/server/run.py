@@ -31,6 +31,7 @@ Service = Callable[[Live], AbstractAsyncContextManager[object]]  # served as lon
 HEAD_S = 15.0  # in which a connection has to send a request's head
 STOP_S = 5.0  # that answers may take to end when the server stops
 CONNECTIONS = 512
+STACK_BYTES = 16 << 20  # of each thread: llguidance follows schemas by recursion, and some systems give threads 2 MB
 # How long the thread that computes may keep the interpreter from the event loop. With Python's own 5 ms a first token
 # leaves up to 100 ms late, for the loop has to ask for the interpreter several times.
 SWITCH_S = 0.0005
@@ -134,6 +135,7 @@ async def serve(
 
     services: what is served beside HTTP.
     """
+    threading.stack_size(STACK_BYTES)
     live = Live(desk)
     config = uvicorn.Config(
         application(desk, rules, live), http=_Protocol, ws="websockets-sansio", loop="asyncio", lifespan="off",

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tests.generation.test_constraint import chain
 from tests.server.serving import Served
 
 EXAMPLES = int(os.environ.get("EDGE_GEMMA_EXAMPLES", "40"))  # a protocol; more when the readers were changed
@@ -126,6 +127,13 @@ def test_any_value_in_any_field(web: httpx.Client, path: str) -> None:
         assert answer.status_code != 400 or answer.json()["error"]
 
     sent()
+
+
+@pytest.mark.parametrize(("length", "status"), [(160, 200), (3000, 400)])
+def test_a_deep_schema_does_not_end_the_process(web: httpx.Client, length: int, status: int) -> None:
+    schema = chain(lambda part: {"anyOf": [{"type": "object", "properties": {"x": part}}, {"type": "null"}]}, length)
+    body = {"prompt": "x", "stream": False, "format": schema, "options": {"num_predict": 2}}
+    assert web.post("/api/generate", json=body).status_code == status
 
 
 @pytest.mark.parametrize("path", BODIES)
