@@ -1,10 +1,12 @@
-"""A served model whose replies are written beforehand, control tokens among them."""
+"""A served model whose replies are written beforehand, control tokens among them, or break off."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import AsyncGenerator, Iterator
+from typing import Any
 
 import numpy as np
 
+from edge_gemma.errors import UsageError
 from tests.fakes import FakeSession
 from tests.server.serving import Served
 
@@ -37,3 +39,21 @@ def scripted(served: Served, reply: str) -> Iterator[None]:
             yield
         finally:
             del engine.session
+
+
+@contextlib.contextmanager
+def breaking(served: Served) -> Iterator[None]:
+    """All answers end in an error after two steps."""
+    original = served.desk.answer
+
+    async def answer(*given: Any) -> AsyncGenerator[Any, None]:
+        async with contextlib.aclosing(original(*given)) as steps:
+            yield await anext(steps)
+            yield await anext(steps)
+        raise UsageError("it broke")
+
+    served.desk.answer = answer  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del served.desk.answer

@@ -12,7 +12,7 @@ import pydantic
 import pytest
 
 from tests import ROOT
-from tests.server.scripted import scripted
+from tests.server.scripted import breaking, scripted
 from tests.server.serving import Served, serving
 from tests.server.test_openai_chat import HELLO, TIMER
 from tests.server.test_openai_responses import TRANSCRIPT, WRITE_DOWN
@@ -282,20 +282,12 @@ def test_a_model_that_is_not_there(client: ollama.Client) -> None:
         assert error.value.status_code == 404
 
 
-def test_an_error_in_the_middle_is_a_line(client: ollama.Client, served: Served, monkeypatch: Any) -> None:
-    from edge_gemma.errors import UsageError
-    from edge_gemma.server import desk
-
-    def breaking(*given: Any) -> Iterator[Any]:
-        yield from list(original(*given))[:2]
-        raise UsageError("it broke")
-
-    original = desk.answer
-    monkeypatch.setattr(desk, "answer", breaking)
-    parts = client.chat("demo", HELLO, stream=True)
-    assert next(parts).message.content
-    with pytest.raises(ollama.ResponseError, match="it broke"):
-        list(parts)
+def test_an_error_in_the_middle_is_a_line(client: ollama.Client, served: Served) -> None:
+    with breaking(served):
+        parts = client.chat("demo", HELLO, stream=True)
+        assert next(parts).message.content
+        with pytest.raises(ollama.ResponseError, match="it broke"):
+            list(parts)
 
 
 def test_the_front_door(served: Served) -> None:

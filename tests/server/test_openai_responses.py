@@ -12,7 +12,7 @@ import pytest
 
 from edge_gemma.audio.prompts import Task
 from tests import ROOT
-from tests.server.scripted import scripted
+from tests.server.scripted import breaking, scripted
 from tests.server.serving import Served
 
 TIMER: Any = {
@@ -161,17 +161,9 @@ def test_chances(client: openai.OpenAI) -> None:
     assert all(len(token.top_logprobs) == 2 for token in content.logprobs)
 
 
-def test_an_error_in_the_middle(client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch) -> None:
-    from edge_gemma.errors import UsageError
-    from edge_gemma.server import desk
-
-    def breaking(*given: Any) -> Iterator[Any]:
-        yield from list(original(*given))[:2]
-        raise UsageError("it broke")
-
-    original = desk.answer
-    monkeypatch.setattr(desk, "answer", breaking)
-    events: list[Any] = list(client.responses.create(input="Hello", stream=True, **PLAIN))
+def test_an_error_in_the_middle(client: openai.OpenAI, served: Served) -> None:
+    with breaking(served):
+        events: list[Any] = list(client.responses.create(input="Hello", stream=True, **PLAIN))
     assert [event.type for event in events[-2:]] == ["error", "response.failed"]
     assert events[-2].message == events[-1].response.error.message == "it broke"
 
