@@ -113,7 +113,8 @@ def _service() -> "Service":
 
 def _checked(given: tuple[str, ...]) -> dict[str, Any]:
     """The options that `serve` would have. Raises as `serve` does for those that it would refuse."""
-    with serve.make_context("edge-gemma serve", list(given)) as ctx:
+    above = click.get_current_context().find_root()
+    with serve.make_context("serve", list(given), parent=above) as ctx:
         ctx.meta[CHECKING] = True
         serve.invoke(ctx)
         if not ctx.params["port"]:
