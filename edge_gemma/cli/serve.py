@@ -173,6 +173,7 @@ def _first_lines(model: str, place: "Place", key: bool) -> list[str]:
     url = place.url
     return [
         f"{model} is served at {url}{' (with the key)' if key else ''}; Ctrl-C ends",
+        f"  Page    {url}/",
         f"  OpenAI  base URL {url}/v1" + ("" if key else ", any key"),
         f"  Ollama  {url}",
     ]

@@ -19,6 +19,7 @@ from edge_gemma.server.ollama_http import Ollama
 from edge_gemma.server.openai_audio import OpenAIAudio
 from edge_gemma.server.openai_http import OpenAI
 from edge_gemma.server.openapi import document
+from edge_gemma.server.pages import Pages
 from edge_gemma.server.realtime import Realtime
 from edge_gemma.server.refusals import Refusal
 
@@ -38,7 +39,8 @@ def application(desk: Desk, rules: Rules, live: Live) -> Starlette:
         return JSONResponse(document())
 
     routes: list[BaseRoute] = [Route("/health", health), Route("/metrics", metrics), Route("/openapi.json", openapi)]
-    for door in (Ollama(desk), OpenAI(desk), OpenAIAudio(desk), Realtime(desk, live)):
+    # the page first: at / it leaves clients that do not ask for HTML to Ollama
+    for door in (Pages(), Ollama(desk), OpenAI(desk), OpenAIAudio(desk), Realtime(desk, live)):
         routes += door.routes()
     middleware = [Middleware(Guard, rules=rules, count=desk.watch.requested)]
     if rules.origins:

@@ -3,12 +3,14 @@
 Owns: paths. Does not know: the fields of a request (openai_chat.py), how answers are sent (sending.py).
 """
 
+import functools
 from asyncio import to_thread  # requests are read in threads: a schema may take a second
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from edge_gemma.errors import EdgeGemmaError
 from edge_gemma.server.bodies import json_body
 from edge_gemma.server.desk import Desk
 from edge_gemma.server.models import Offer
@@ -72,4 +74,17 @@ class OpenAI:
 
 
 def _entry(offer: Offer) -> dict[str, object]:
-    return {"id": offer.name, "object": "model", "created": offer.created, "owned_by": "edge-gemma"}
+    architecture = {"input_modalities": list(_read_by(offer)), "output_modalities": ["text"]}
+    return {
+        "id": offer.name, "object": "model", "created": offer.created, "owned_by": "edge-gemma",
+        "architecture": architecture,
+    }  # fmt: skip
+
+
+@functools.lru_cache(maxsize=256)
+def _read_by(offer: Offer) -> tuple[str, ...]:
+    """What a model reads, in llama.cpp's words. A folder that cannot be opened is told of when it is used."""
+    try:
+        return ("text",) if offer.folder().audio is None else ("text", "audio")
+    except EdgeGemmaError:
+        return ("text",)

@@ -1,0 +1,98 @@
+/* Speech that is written down by the server while it is spoken.
+
+Owns: the microphone, the events of OpenAI's realtime transcription. Does not know: where the words go. */
+
+import { remembered } from "./kept.js";
+import { Problem } from "./server.js";
+
+const RATE = 16000; // samples a second
+const LAST_WORDS_MS = 15_000; // waited for once the microphone is off
+
+/* Hears the microphone, and tells what is spoken while it is spoken. Throws Problem.
+
+write: called with all words so far. fail: with a line for the person. over: when it has ended. Returns what ends it:
+called once it waits for the last words, called again, or with true, it does not. */
+export async function listen({ model, write, fail, over }) {
+  if (!navigator.mediaDevices) {
+    throw new Problem("The browser gives the microphone only to pages of this machine (localhost) or of https.");
+  }
+  const heard = await navigator.mediaDevices.getUserMedia({ audio: { channelCount: 1 } }).catch(() => {
+    throw new Problem("The browser does not give the microphone: allow it for this page.");
+  });
+  const { context, recorder } = await record(heard);
+  const socket = openSocket();
+  const items = new Map(); // utterance -> its text
+  const open = new Set(); // utterances that are not finished
+  let state = "on";
+  const mute = () => heard.getTracks().forEach((track) => track.stop());
+  const close = () => {
+    if (state === "over") return;
+    state = "over";
+    mute();
+    context.close();
+    socket.close();
+    over();
+  };
+  await new Promise((done) => Object.assign(socket, { onopen: done, onerror: done }));
+  if (socket.readyState !== WebSocket.OPEN) {
+    close();
+    throw new Problem("The server does not take live speech, or too many speak: try again later.");
+  }
+  const post = (event) => socket.readyState === WebSocket.OPEN && socket.send(JSON.stringify(event));
+  socket.onclose = close;
+  socket.onmessage = ({ data }) => {
+    const event = JSON.parse(data);
+    const failed = take(event, items, open);
+    if (failed && (state === "on" || event.item_id)) fail(failed);
+    const words = [...items.values()].map((text) => text.trim()).filter(Boolean).join(" ");
+    if (words && state !== "over") write(words);
+    const last = event.type.endsWith(".completed") || event.type.endsWith(".failed");
+    if (state === "ending" && (event.type === "error" || (last && !open.size))) close();
+  };
+  const format = { type: "audio/pcm", rate: RATE };
+  const input = { format, transcription: { model }, turn_detection: { type: "server_vad" } };
+  post({ type: "session.update", session: { type: "transcription", audio: { input } } });
+  recorder.port.onmessage = ({ data }) => {
+    const audio = btoa(String.fromCharCode(...new Uint8Array(data.buffer)));
+    post({ type: "input_audio_buffer.append", audio });
+  };
+  return (now = false) => {
+    if (now || state !== "on") return close();
+    state = "ending";
+    recorder.port.onmessage = null;
+    mute();
+    post({ type: "input_audio_buffer.commit" });
+    setTimeout(close, LAST_WORDS_MS);
+  };
+}
+
+/* Takes an event of live speech. Returns what went wrong, in a line, or "". */
+function take({ type, item_id: item, delta, transcript, error }, items, open) {
+  const kind = type.split(".").pop();
+  if (kind === "speech_started" || kind === "committed") open.add(item);
+  if (kind === "delta") items.set(item, (items.get(item) ?? "") + delta);
+  if (kind === "completed") items.set(item, transcript);
+  if (kind === "completed" || kind === "failed") open.delete(item);
+  return kind === "failed" || type === "error" ? (error?.message ?? "The speech was not understood.") : "";
+}
+
+async function record(heard) {
+  let context = new AudioContext({ sampleRate: RATE });
+  let source = null;
+  try {
+    source = context.createMediaStreamSource(heard);
+  } catch {
+    context = new AudioContext(); // a browser that does not change a microphone's rate: the recorder does
+    source = context.createMediaStreamSource(heard);
+  }
+  await context.audioWorklet.addModule("/page/recorder.js");
+  const recorder = new AudioWorkletNode(context, "recorder");
+  source.connect(recorder).connect(context.destination); // it is silent; what is not connected is not run
+  return { context, recorder };
+}
+
+function openSocket() {
+  const key = remembered("key");
+  const url = `${location.origin.replace(/^http/, "ws")}/v1/realtime?intent=transcription`;
+  return new WebSocket(url, ["realtime", ...(key ? [`openai-insecure-api-key.${key}`] : [])]);
+}
