@@ -68,7 +68,10 @@ def test_a_chat(page: Tab, served: Served) -> None:
     assert page.run("document.querySelector('#said').textContent").startswith("The model says: "), "for screen readers"
 
 
-def test_an_answer_is_stopped_and_so_is_the_work(page: Tab, served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("key", ["Escape", "Enter"])
+def test_an_answer_is_stopped_and_so_is_the_work(
+    page: Tab, served: Served, monkeypatch: pytest.MonkeyPatch, key: str
+) -> None:
     steps, between = [], served.desk.turns.between
 
     def slow() -> None:
@@ -82,8 +85,10 @@ def test_an_answer_is_stopped_and_so_is_the_work(page: Tab, served: Served, monk
         page.type("Tell me about yourself")
         page.press("Enter")
         page.wait("document.querySelector('article .prose')?.textContent.trim()")
-        page.press("Escape")
+        page.run("document.querySelector('#stop').focus()")
+        page.press(key)
         page.wait(DONE)
+        assert page.run("document.activeElement.id") == "box", "where the button was"
         time.sleep(0.3)
         done = len(steps)
         assert done
@@ -128,6 +133,7 @@ def test_a_reload_keeps_everything(page: Tab, served: Served) -> None:
     page.click("#new")
     say(page, "What can you do?")
     page.click("#think")
+    assert page.run(f"Object.values(localStorage).join('').includes({SAID}.at(-1))"), "before the page is left"
     before, titles = page.run(SAID), "[...document.querySelectorAll('#chats .open')].map(e => e.textContent)"
     page.open(f"{served.url}/")
     assert page.run(SAID) == before
@@ -143,18 +149,22 @@ def test_a_reload_keeps_everything(page: Tab, served: Served) -> None:
     assert page.run(titles) == ["What can you do?", "Hello"]
 
 
-def test_what_is_kept_has_a_bound(page: Tab, served: Served) -> None:
+@pytest.mark.parametrize(("chats", "size", "left"), [(60, 10, 50), (24, 200_000, 20)])
+def test_what_is_kept_has_a_bound(page: Tab, served: Served, chats: int, size: int, left: int) -> None:
     page.run(
-        """for (let i = 0; i < 60; i++) localStorage.setItem(`edge_gemma.chat.${i}`, JSON.stringify(
-            {id: String(i), when: i, title: `chat ${i}`, messages: [{role: "user", content: "x".repeat(80_000)}]}))"""
+        f"""for (let i = 0; i < {chats}; i++) {{
+            const messages = [{{role: "user", content: "x".repeat({size})}}];
+            const chat = {{id: String(i), when: i, title: `chat ${{i}}`, messages}};
+            localStorage.setItem(`edge_gemma.chat.${{i}}`, JSON.stringify(chat));
+        }}"""
     )
     page.run("localStorage.setItem('edge_gemma.chat.broken', '{')")
     page.open(f"{served.url}/")
     say(page, "Hello")
     kept = page.run("Object.keys(localStorage).filter(n => n.startsWith('edge_gemma.chat.')).length")
-    assert 40 < kept <= 50
+    assert kept == left
     assert page.run("Object.values(localStorage).join('').length") < 4_100_000
-    assert page.run("localStorage['edge_gemma.chat.59']"), "the oldest goes first"
+    assert page.run(f"localStorage['edge_gemma.chat.{chats - 1}']"), "the oldest goes first"
     assert not page.run("localStorage['edge_gemma.chat.0']")
 
 
@@ -201,7 +211,7 @@ def test_a_sound_file_is_heard(page: Tab, served: Served) -> None:
 
 PICTURE = """(async () => {
     const canvas = document.createElement("canvas");
-    [canvas.width, canvas.height] = [4000, 1000];
+    [canvas.width, canvas.height] = [WIDE, 1000];
     canvas.getContext("2d").fillRect(0, 0, 900, 900);
     const blob = await new Promise(done => canvas.toBlob(done, "image/png"));
     const bytes = new Uint8Array(await blob.arrayBuffer());
@@ -209,20 +219,22 @@ PICTURE = """(async () => {
 })()"""
 
 
-def test_a_picture_is_sent_smaller_where_the_model_reads_it(tab: Tab, served: Served) -> None:
+@pytest.mark.parametrize(("wide", "sent"), [(4000, 1568), (1500, 1500)])
+def test_a_picture_is_sent_smaller_where_the_model_reads_it(tab: Tab, served: Served, wide: int, sent: int) -> None:
     model = {"id": "sees", "architecture": {"input_modalities": ["text", "image"]}}
     tab.answer("/v1/models", lambda _: (200, {"content-type": "application/json"}, json.dumps({"data": [model]})))
     asked: list[Any] = []
     tab.answer("/chat/completions", lambda body: asked.append(json.loads(body)) or streamed({"content": "A square."}))
     tab.open(f"{served.url}/")
     assert tab.run("[camera.hidden, microphone.hidden, attach.hidden]") == [False, True, False]
-    drop(tab, "square.png", "image/png", base64.b64decode(tab.run(PICTURE)))
+    drop(tab, "square.png", "image/png", base64.b64decode(tab.run(PICTURE.replace("WIDE", str(wide)))))
     tab.wait("document.querySelector('#files').textContent.includes('square.png')")
     say(tab, "What is it?")
     text, picture = asked[0]["messages"][0]["content"]
     assert text == {"type": "text", "text": "What is it?"}
     assert picture["image_url"]["url"].startswith("data:image/jpeg;base64,")
-    tab.wait("document.querySelector('.bubble img').naturalWidth == 1568")
+    tab.wait("document.querySelector('.bubble img').naturalWidth")
+    assert tab.run("document.querySelector('.bubble img').naturalWidth") == sent
 
 
 @pytest.mark.parametrize(

@@ -45,7 +45,7 @@ export async function listen({ model, write, fail, over }) {
     const failed = take(event, items, open);
     if (failed && (state === "on" || event.item_id)) fail(failed);
     const words = [...items.values()].map((text) => text.trim()).filter(Boolean).join(" ");
-    if (words && state !== "over") write(words);
+    if (words) write(words);
     const last = event.type.endsWith(".completed") || event.type.endsWith(".failed");
     if (state === "ending" && (event.type === "error" || (last && !open.size))) close();
   };
