@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import contextlib
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -23,7 +24,7 @@ class Recorder:
     """Live speech in the server's place: takes all sound, and says what it is told to say."""
 
     def __init__(self) -> None:
-        self.session: dict[str, Any] = {}
+        self.sessions: list[dict[str, Any]] = []
         self.sound = bytearray()
         self.protocols: list[str] = []
         self.finals = ["Set a timer", "for ten minutes."]
@@ -40,7 +41,8 @@ class Recorder:
         while True:
             event = await socket.receive_json()
             if event["type"] == "session.update":
-                self.session = event["session"]
+                self.sessions.append(event["session"])
+                await socket.send_json({"type": "session.updated"})
             elif event["type"] == "input_audio_buffer.append":
                 self.sound += base64.b64decode(event["audio"], validate=True)
                 if not told and len(self.sound) > 32000:
@@ -103,7 +105,7 @@ def test_words_are_written_while_they_are_spoken(page: Tab, recorder: Recorder) 
     assert page.run("box.value") == "Please: Set a timer for ten minutes."
     assert page.run("microphone.ariaPressed") == "false"
     assert recorder.protocols == ["realtime", "openai-insecure-api-key.sesame"]
-    input_ = recorder.session["audio"]["input"]
+    input_ = recorder.sessions[0]["audio"]["input"]
     assert input_["format"] == {"type": "audio/pcm", "rate": 16000}
     assert input_["transcription"] == {"model": "demo"}
     heard = np.frombuffer(bytes(recorder.sound), "<i2")
@@ -147,3 +149,31 @@ def test_a_page_that_may_not_have_the_microphone(tab: Tab, served: Served) -> No
     tab.click("#microphone")
     tab.wait("document.querySelector('#told').textContent.includes('https')")
     assert tab.run("box.readOnly") is False
+
+
+def test_the_server_hears_the_microphone(tab: Tab, served: Served) -> None:
+    tab.open(f"{served.url}/")
+    tab.click("#microphone")
+    tab.wait("/timer/i.test(document.querySelector('#box').value)")
+    early = tab.run("box.value")
+    tab.click("#microphone")
+    tab.wait("!document.querySelector('#box').readOnly", seconds=10)
+    assert "ten minutes" in tab.run("box.value").lower()
+    assert len(early) <= len(tab.run("box.value"))
+    assert tab.run("notice.hidden")
+    tab.click("#microphone")
+    tab.click("#microphone")  # while it is being opened
+    assert tab.run("microphone.ariaPressed") == "true"
+    tab.wait("!document.querySelector('#box').readOnly", seconds=10)
+
+
+def test_the_server_stops_listening_when_the_page_is_left(tab: Tab, served: Served) -> None:
+    tab.open(f"{served.url}/")
+    tab.click("#microphone")
+    tab.wait("document.querySelector('#box').value")
+    assert served.desk.live == 1
+    tab.open(f"{served.url}/")
+    end = time.monotonic() + 10
+    while served.desk.live:
+        assert time.monotonic() < end, "the server still listens"
+        time.sleep(0.02)

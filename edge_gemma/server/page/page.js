@@ -407,9 +407,11 @@ async function speak() {
   const before = $("box").value.trimEnd();
   const words = (text) => write(before ? `${before} ${text}` : text);
   const over = () => setSpeaking(null);
-  setSpeaking(() => {}); // while it is being opened
+  let early = null; // how it was ended while it was being opened
+  setSpeaking((now = false) => (early = now));
   try {
     setSpeaking(await listen({ model: $("model").value, write: words, fail: tell, over }));
+    if (early !== null) microphone(early);
   } catch (error) {
     over();
     tell(error instanceof Problem ? error.message : `The microphone cannot be used: ${error.message}`);

@@ -24,6 +24,7 @@ export async function listen({ model, write, fail, over }) {
   const items = new Map(); // utterance -> its text
   const open = new Set(); // utterances that are not finished
   let state = "on";
+  let updates = 0; // of the session that the server has made
   const mute = () => heard.getTracks().forEach((track) => track.stop());
   const close = () => {
     if (state === "over") return;
@@ -46,12 +47,14 @@ export async function listen({ model, write, fail, over }) {
     if (failed && (state === "on" || event.item_id)) fail(failed);
     const words = [...items.values()].map((text) => text.trim()).filter(Boolean).join(" ");
     if (words) write(words);
-    const last = event.type.endsWith(".completed") || event.type.endsWith(".failed");
-    if (state === "ending" && (event.type === "error" || (last && !open.size))) close();
+    if (event.type === "session.updated") updates += 1;
+    if (state === "ending" && updates > 1 && !open.size) close();
   };
-  const format = { type: "audio/pcm", rate: RATE };
-  const input = { format, transcription: { model }, turn_detection: { type: "server_vad" } };
-  post({ type: "session.update", session: { type: "transcription", audio: { input } } });
+  const update = (turn_detection) => {
+    const input = { format: { type: "audio/pcm", rate: RATE }, transcription: { model }, turn_detection };
+    post({ type: "session.update", session: { type: "transcription", audio: { input } } });
+  };
+  update({ type: "server_vad" });
   recorder.port.onmessage = ({ data }) => {
     const audio = btoa(String.fromCharCode(...new Uint8Array(data.buffer)));
     post({ type: "input_audio_buffer.append", audio });
@@ -62,6 +65,7 @@ export async function listen({ model, write, fail, over }) {
     recorder.port.onmessage = null;
     mute();
     post({ type: "input_audio_buffer.commit" });
+    update(null); // answered once all that has come is written
     setTimeout(close, LAST_WORDS_MS);
   };
 }
