@@ -22,12 +22,13 @@ from edge_gemma.cli.main import cli
 def process(*options: str) -> Iterator[tuple[Any, str]]:
     """`serve` on a free port, and its address."""
     command = [sys.executable, "-m", "edge_gemma", "serve", "--port", "0", *options]
-    lines = 3 + ("--wyoming" in options)
+    lines = 4 + ("--wyoming" in options)
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as running:
         try:
             first = "".join(running.stdout.readline() for _ in range(lines))
             found = re.search(r"http://\S+:\d+", first)
             assert found is not None, (first, running.stderr.read())
+            assert f"Page    {found[0]}/\n" in first
             assert f"OpenAI  base URL {found[0]}/v1" in first
             yield running, first[first.index("Wyoming ") + 8 :].strip() if "--wyoming" in options else found[0]
         finally:
