@@ -8,6 +8,7 @@ import pytest
 
 from edge_gemma.server.app import application
 from edge_gemma.server.guard import Rules
+from edge_gemma.server.live import Live
 from edge_gemma.server.moderation import Moderation
 from tests import ROOT
 from tests.server.serving import Served
@@ -43,7 +44,7 @@ def test_its_rules(tmp_path: Path) -> None:
 
 
 def test_every_path_that_it_names_is_there(served: Served) -> None:
-    there = {route.path for route in application(served.desk, Rules()).routes}  # type: ignore[attr-defined]
+    there = {route.path for route in application(served.desk, Rules(), Live(served.desk)).routes}  # type: ignore[attr-defined]
     named = {path.partition("?")[0] for path in re.findall(r"`(/(?:v1|api|health|metrics|openapi)[^`]*)`", TEXT)}
     assert named - there == set()
     assert tomllib.loads(blocks("toml")[0])["rule"]

@@ -10,7 +10,7 @@ import { listen } from "./speech.js";
 
 const MOST_FILE = 20 << 20; // bytes of a file that is sent
 const WIDEST = 1568; // pixels of a picture
-const DRAW_MS = 60; // between two drawings of an answer that is being written
+const DRAW_MS = 60; // at least between two drawings of an answer that is being written
 const SOUNDS = ["wav", "mp3", "flac", "ogg", "opus", "m4a", "aac", "webm"];
 
 const $ = (id) => document.getElementById(id);
@@ -242,7 +242,7 @@ async function read(asked, message, body, signal) {
   const since = performance.now();
   const headers = { "Content-Type": "application/json" };
   const options = { method: "POST", headers, body: JSON.stringify(body), signal };
-  let [first, timer] = [0, 0];
+  let [first, timer, pause] = [0, 0, DRAW_MS];
   for await (const data of events(await api("/v1/chat/completions", askKey, options))) {
     if (data === "[DONE]") return;
     const { error, choices = [], timings } = JSON.parse(data);
@@ -251,8 +251,10 @@ async function read(asked, message, body, signal) {
     if (timings) message.speed = speed(first, timings);
     timer ||= setTimeout(() => {
       timer = 0;
+      const start = performance.now();
       if (asked === chat && running.has(asked.id)) followed(() => drawMessage(message));
-    }, DRAW_MS);
+      pause = Math.max(DRAW_MS, 5 * (performance.now() - start)); // long answers leave the browser time too
+    }, pause);
   }
   throw new Problem("The answer broke off: the server hung up.");
 }
