@@ -65,6 +65,7 @@ def test_a_phone(tab: Tab, served: Served, width: int) -> None:
     assert tab.run(FOCUSED) == "shut"
     tab.press("Escape")
     assert tab.run(FOCUSED) == "menu"
+    tab.wait("getComputedStyle(side).visibility === 'hidden'")  # it lies over the button until then
     tab.click("#menu")
     tab.wait("document.querySelector('#side').getBoundingClientRect().x === 0")
     tab.click("#new")
