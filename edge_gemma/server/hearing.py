@@ -8,6 +8,7 @@ that comes faster than it is spoken is a recording, whose pauses end nothing.
 """
 
 import time
+from collections import deque
 from collections.abc import Awaitable, Callable
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -25,7 +26,8 @@ from edge_gemma.server.refusals import Refusal
 
 NOBODY_S = 15.0  # of sound that is spoken now and has no words in it: the turn ends
 LONGEST_S = 120.0  # of sound that is spoken now: the turn ends
-_AHEAD_S = 2.0  # seconds that live sound may have come too early
+_LAST_S = 1.0  # seconds of sound whose arrival says whether it is spoken now
+_FASTEST = 2.0  # seconds of sound in a second, when it is: a network may hold some back for a while
 _PAUSES = {"aggressive": 0.4, "default": 0.6, "relaxed": 1.2}  # vad_sensitivity -> seconds
 
 Send = Callable[..., Awaitable[None]]
@@ -72,7 +74,8 @@ class Hearing:
         self._sound = Sound(form.rate)
         self._rest = b""  # bytes of a sample that is not whole
         self._samples = 0
-        self._since = time.monotonic()
+        self._arrivals = deque([(time.monotonic(), 0.0)])  # (when, seconds of sound so far)
+        self._is_recording = False
         self._stopped = self._speaking = self._begun = False
         self._written = Written()
 
@@ -87,10 +90,10 @@ class Hearing:
         self._rest = payload[whole:]
         if whole:
             samples = from_pcm(payload[:whole], form.width, form.channels)
-            self._samples += len(samples)
+            self._arrived(len(samples))
             await self._sound.put(samples)
         nothing = not self._written.text and not self._speaking and self._seconds > NOBODY_S
-        if self._is_live and (nothing or self._seconds > LONGEST_S):
+        if (nothing or self._seconds > LONGEST_S) and self._is_live():
             self.stop()
 
     def stop(self) -> None:
@@ -103,10 +106,17 @@ class Hearing:
     def _seconds(self) -> float:
         return self._samples / self._form.rate
 
-    @property
+    def _arrived(self, samples: int) -> None:
+        self._samples += samples
+        self._arrivals.append((time.monotonic(), self._seconds))
+        while len(self._arrivals) > 2 and self._arrivals[1][1] < self._seconds - _LAST_S:
+            self._arrivals.popleft()
+
     def _is_live(self) -> bool:
-        """Whether the sound comes as it is spoken."""
-        return self._seconds < time.monotonic() - self._since + _AHEAD_S
+        """Whether the sound comes as it is spoken. What was once taken for a recording stays one."""
+        (began, before), (ended, seconds) = self._arrivals[0], self._arrivals[-1]
+        self._is_recording = self._is_recording or seconds - before > _FASTEST * (ended - began)
+        return not self._is_recording
 
     async def run(self, live: Live, send: Send) -> None:
         """Tell what is heard until the turn is over. Raises as Live.hear."""
@@ -118,7 +128,6 @@ class Hearing:
                     await self._finish(send)
                     self._sound.mark(Mark.CLEAR)
                     self._sound.mark(Mark.END)
-        self._stopped = True
         if not over:
             await self._finish(send)
 
@@ -137,7 +146,7 @@ class Hearing:
             await send("transcript-chunk", text=self._written.piece(event.text))
         elif event.kind == "segment":
             self._written.segment(event.text)
-            return bool(self._written.text) and not event.goes_on and not self._stopped and self._is_live
+            return bool(self._written.text) and not event.goes_on and not self._stopped and self._is_live()
         return False
 
     async def _begin(self, send: Send) -> None:

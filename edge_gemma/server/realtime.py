@@ -103,7 +103,7 @@ class _Connection:
         self._sound: Sound | None = None
         self._listening: asyncio.Task[None] | None = None
         self._sent = 0  # samples since the last commit
-        self._told = False  # whether there was a segment since the last commit
+        self._told = False  # whether a segment was told since the client has committed
 
     async def run(self) -> None:
         """Serve it. Raises WebSocketDisconnect when the client has gone, TimeoutError for one that takes nothing."""
@@ -199,7 +199,7 @@ class _Connection:
         if self._sent < _LEAST_S * self._session.rate:
             told = f"the buffer has {self._sent / self._session.rate:.2f} s of sound, expected {_LEAST_S} or more"
             raise Refusal(400, told, code="input_audio_buffer_commit_empty")
-        self._sent = 0
+        self._sent, self._told = 0, False
         if self._session.vad is None:
             await self._committed(self._items.close())
         if self._sound is not None:
@@ -235,7 +235,6 @@ class _Connection:
             if event.mark is Mark.COMMIT and not self._told:  # nobody has spoken
                 await self._committed(items.close())
                 await self._completed("", event.seconds)
-            self._told = False
         elif event.kind == "speech":
             start = round(event.start * 1000)
             await self._send("input_audio_buffer.speech_started", item_id=items.growing(), audio_start_ms=start)

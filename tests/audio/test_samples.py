@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edge_gemma.audio.samples import Converter, array_blocks, as_samples, checked_rate, live_blocks
+from edge_gemma.audio.samples import Converter, array_blocks, as_samples, checked_rate, from_pcm, live_blocks
 from edge_gemma.errors import AudioError, UsageError
 from tests.audio.test_files import tone
 
@@ -140,3 +140,19 @@ def test_a_resampler_that_is_missing_or_broken(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "soxr", None)
     with pytest.raises(AudioError, match=r"needs soxr: pip install 'edge-gemma\[audio\]'"):
         Converter(8000)
+
+
+@pytest.mark.parametrize(
+    ("data", "width", "expected"),
+    [
+        (b"\x80\xff\x00\x81", 1, np.array([[0, 127], [-128, 1]], np.int8)),
+        (b"\x01\x00\xff\xff\x00\x80\xff\x7f", 2, np.array([[1, -1], [-32768, 32767]], np.int16)),
+        (b"\x01\x00\x00\xff\xff\xff", 3, np.array([[256, -256]], np.int32)),
+        (b"\x01\x00\x00\x00\xfe\xff\xff\xff", 4, np.array([[1, -2]], np.int32)),
+        (b"", 3, np.zeros((0, 2), np.int32)),
+    ],
+)
+def test_bytes_of_wav_files(data: bytes, width: int, expected: np.ndarray):
+    found = from_pcm(data, width, 2)
+    assert found.dtype == expected.dtype
+    np.testing.assert_array_equal(found, expected)

@@ -170,8 +170,19 @@ def test_too_many_files(served: Served, monkeypatch: pytest.MonkeyPatch) -> None
     assert answer.headers["retry-after"]
 
 
-def test_who_hangs_up_ends_the_work(served: Served, long_wav: bytes) -> None:
-    head, body = _request(long_wav * 1)
+def silence(seconds: int) -> bytes:
+    out = io.BytesIO()
+    with wave.open(out, "wb") as file:
+        file.setnchannels(1)
+        file.setsampwidth(1)
+        file.setframerate(8_000)
+        file.writeframes(b"\x80" * 8_000 * seconds)
+    return out.getvalue()
+
+
+@pytest.mark.parametrize("words", [True, False])
+def test_who_hangs_up_ends_the_work(served: Served, long_wav: bytes, words: bool) -> None:
+    head, body = _request(long_wav if words else silence(2400))
     with socket.create_connection(("127.0.0.1", served.port)) as connection:
         connection.sendall(head + body)
         until(lambda: _working())

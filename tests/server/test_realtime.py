@@ -19,6 +19,7 @@ from edge_gemma.audio.files import AudioFile
 from edge_gemma.server import desk as desks
 from edge_gemma.server import live
 from edge_gemma.server.guard import Rules
+from edge_gemma.server.turns import LIVE
 from tests import ROOT
 from tests.server.serving import Served, serving
 from tests.waiting import until
@@ -154,9 +155,32 @@ def test_two_commits_at_once_keep_their_order(served: Served) -> None:
                 await socket.send('{"type": "input_audio_buffer.commit"}')
             return await following(socket, f"{HEARD}.completed") + await following(socket, f"{HEARD}.completed")
 
-    done = [event for event in asyncio.run(talk()) if event["type"] == f"{HEARD}.completed"]
+    events = asyncio.run(talk())
+    done = [event for event in events if event["type"] == f"{HEARD}.completed"]
+    committed = [event["item_id"] for event in events if event["type"] == "input_audio_buffer.committed"]
+    assert [event["item_id"] for event in done] == committed
     assert "time" in done[0]["transcript"].lower()
     assert "radio" in done[1]["transcript"].lower()
+
+
+def test_times_count_from_the_beginning(served: Served) -> None:
+    sound = samples(TIMER, silence_s=1.0)
+
+    async def talk() -> list[dict[str, Any]]:
+        async with connected(served) as socket:
+            events = []
+            for _ in range(2):
+                for event in appended(sound):
+                    await socket.send(json.dumps(event))
+                await socket.send('{"type": "input_audio_buffer.commit"}')
+                events += await following(socket, f"{HEARD}.completed")
+            return events
+
+    events = asyncio.run(talk())
+    first, second = [e["audio_start_ms"] for e in events if e["type"] == "input_audio_buffer.speech_started"]
+    ends = [e["audio_end_ms"] for e in events if e["type"] == "input_audio_buffer.speech_stopped"]
+    assert second - first == pytest.approx(len(sound) / 24, abs=100)
+    assert first < ends[0] < second < ends[1]
 
 
 def test_cleared_sound_is_forgotten(served: Served) -> None:
@@ -180,9 +204,14 @@ def test_cleared_sound_is_forgotten(served: Served) -> None:
     assert "radio" in events[-1]["transcript"].lower()
 
 
-def test_silence_that_is_committed_has_no_text(served: Served) -> None:
+@pytest.mark.parametrize("before", [False, True])
+def test_silence_that_is_committed_has_no_text(served: Served, before: bool) -> None:
     async def talk() -> list[dict[str, Any]]:
         async with connected(served) as socket:
+            if before:
+                for event in appended(samples(TIMER, silence_s=1.0)):
+                    await socket.send(json.dumps(event))
+                assert (await following(socket, f"{HEARD}.completed"))[-1]["transcript"]
             for event in appended(np.zeros(24_000, "<i2")):
                 await socket.send(json.dumps(event))
             await socket.send('{"type": "input_audio_buffer.commit"}')
@@ -304,7 +333,7 @@ def test_who_hangs_up_is_forgotten(served: Served) -> None:
     assert not [thread for thread in threading.enumerate() if thread.name == "edge-gemma-job"]
 
 
-def test_speech_goes_before_what_was_asked(served: Served) -> None:
+def test_speech_goes_before_what_was_asked(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     """A long answer is being written: speech is heard meanwhile."""
     client = openai.OpenAI(base_url=f"{served.url}/v1", api_key="any")
     stream: Any = client.chat.completions.create(
@@ -321,9 +350,18 @@ def test_speech_goes_before_what_was_asked(served: Served) -> None:
                 await socket.send(json.dumps(event))
             return (await following(socket, f"{HEARD}.completed"))[-1]["transcript"]
 
+    ranks = set()
+    turn = served.desk.turns.turn
+
+    def seen(rank: int, stopping: threading.Event) -> Any:
+        ranks.add(rank)
+        return turn(rank, stopping)
+
+    monkeypatch.setattr(served.desk.turns, "turn", seen)
     began = time.monotonic()
     assert "timer" in asyncio.run(talk()).lower()
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - began < 30
+    assert ranks == {LIVE}
     assert served.desk.queue._free == 0, "the answer was over before: the test says nothing"
     stream.close()
     client.close()

@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 
 from edge_gemma.audio.files import AudioFile
-from edge_gemma.server import agent as agents
 from edge_gemma.server import desk as desks
 from edge_gemma.server import hearing, wyoming, wyoming_events
 from edge_gemma.server.agent import Tools
@@ -75,11 +74,11 @@ async def send(client: AsyncTcpClient, *events: Any) -> None:
         await client.write_event(event.event())
 
 
-async def speak(client: AsyncTcpClient, parts: Sequence[AudioChunk]) -> None:
-    """In real time."""
+async def speak(client: AsyncTcpClient, parts: Sequence[AudioChunk], speed: float = 1.0) -> None:
+    """In real time, or faster."""
     due = time.monotonic()
     for part in parts:
-        due += part.seconds
+        due += part.seconds / speed
         await asyncio.sleep(max(0.0, due - time.monotonic()))
         await client.write_event(part.event())
 
@@ -132,13 +131,17 @@ def test_it_lives(served: Served) -> None:
     assert asyncio.run(ask()).data == {"text": "are you there"}
 
 
-def test_a_recording(served: Served) -> None:
+@pytest.mark.parametrize("speed", [4.0, 1e9])
+def test_a_recording(served: Served, speed: float) -> None:
     """Faster than it is spoken: pauses end nothing, all of it is written down."""
 
     async def ask() -> list[Event]:
         async with connected(served) as client:
             parts = chunks(sound(TIMER, SPEECH / "09.flac", SPEECH / "02.flac", silence_s=1.5))
-            return await transcribed(client, parts, language="en", name="demo")
+            await send(client, Transcribe(language="en", name="demo"), AudioStart(16_000, 2, 1))
+            await speak(client, parts, speed)
+            await send(client, AudioStop())
+            return await following(client, TranscriptStop, Error)
 
     events = asyncio.run(ask())
     kinds = [event.type for event in events]
@@ -150,13 +153,19 @@ def test_a_recording(served: Served) -> None:
     assert events[-2].data == {"text": text, "language": "en"}
 
 
-def test_it_ends_the_turn_itself(served: Served) -> None:
-    """In real time, as Home Assistant sends it: up and down side by side, the text before audio-stop."""
+@pytest.mark.parametrize("burst", [0, 12])
+def test_it_ends_the_turn_itself(served: Served, burst: int) -> None:
+    """In real time, as Home Assistant sends it: up and down side by side, the text before audio-stop.
+
+    burst: chunks that have waited for the connection, as after a wake word.
+    """
 
     async def ask() -> tuple[list[Event], bool]:
         async with connected(served) as client:
             await send(client, Transcribe(language="en"), AudioStart(16_000, 2, 1))
-            speaking = asyncio.create_task(speak(client, chunks(sound(TIMER, silence_s=4.0))))
+            parts = chunks(sound(TIMER, silence_s=4.0))
+            await send(client, *parts[:burst])
+            speaking = asyncio.create_task(speak(client, parts[burst:]))
             events = await following(client, Transcript)
             early = not speaking.done()
             speaking.cancel()
@@ -296,38 +305,6 @@ def test_a_conversation(served: Served) -> None:
     pieces = "".join(event.data["text"] for event in second if HandledChunk.is_type(event.type))
     assert pieces == second[-1].data["text"]
     assert second[0].type == "handled-start"
-
-
-def history_is_kept(agent: agents.Agent) -> list[str]:
-    return list(agent._kept)
-
-
-def test_conversations_are_forgotten(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(agents, "MOST", 2)
-    agent = agents.Agent(served.desk, system="Be brief.")
-
-    async def ask(name: str | None) -> None:
-        async for _ in agent.answer("hello", name, "x"):
-            pass
-
-    def run(name: str | None) -> None:
-        asyncio.run_coroutine_threadsafe(ask(name), served.loop).result(60)
-
-    for name in ("a", "b", "a", None, "c"):
-        run(name)
-    assert history_is_kept(agent) == ["a", "c"]
-    assert len(agent._history("a")) == 4
-    monkeypatch.setattr(agents, "FORGET_S", -1.0)
-    assert agent._history("a") == []
-    assert history_is_kept(agent) == []
-
-
-def lamp(state: str) -> str:
-    """Switch the lamp.
-
-    state: on or off
-    """
-    return f"the lamp is {state}"
 
 
 def test_tools_are_run() -> None:
