@@ -32,6 +32,7 @@ from edge_gemma.server.refusals import Refusal, refusal_of
 log = logging.getLogger("edge_gemma.server")
 
 CONNECTIONS = 64
+_SETTLE_S = 0.5
 _MADE_BY = {"name": "edge_gemma", "url": "https://ai.google.dev/gemma"}
 _NOT_HERE = ("synthesize", "synthesize-start", "detect", "recognize", "run-pipeline", "run-satellite")
 
@@ -150,16 +151,16 @@ class _Connection:
             elif kind == "ping":
                 await self._send("pong", **({"text": text} if (text := data.text("text")) is not None else {}))
             elif kind == "transcribe":
-                self._idle()
+                await self._idle()
                 self._asked = data
             elif kind == "audio-start":
-                self._listen(data)
+                await self._listen(data)
             elif kind == "audio-chunk":
                 await self._hear(data, payload)
             elif kind == "audio-stop":
                 self._stop()
             elif kind == "transcript":
-                self._handle(data)
+                await self._handle(data)
             elif kind in _NOT_HERE:
                 raise Refusal(
                     400, f"{kind} is not served here: take speech to text, or a conversation", code="unsupported"
@@ -168,8 +169,10 @@ class _Connection:
             refusal = refusal_of(error)
             await self._send("error", text=refusal.message, code=refusal.code or refusal.kind)
 
-    def _idle(self) -> None:
-        """Raises Refusal while something is done for this client."""
+    async def _idle(self) -> None:
+        """Raises Refusal while something is done for this client. What has told its answer may settle first."""
+        if self._job is not None and not self._job.done():
+            await asyncio.wait({self._job}, timeout=_SETTLE_S)
         if self._job is not None and not self._job.done():
             raise Refusal(400, "one request at a time: wait for the answer, or open another connection", code="busy")
 
@@ -197,8 +200,8 @@ class _Connection:
         finally:
             log.info("%s wyoming %s %s %.3fs from %s", index, what, how, time.perf_counter() - since, self._client)
 
-    def _listen(self, data: Fields) -> None:
-        self._idle()
+    async def _listen(self, data: Fields) -> None:
+        await self._idle()
         wanted, language = read_transcribe(self._server.desk, self._asked)
         self._asked = Fields({})
         self._hearing = hearing = Hearing(read_start(data), wanted, language)
@@ -215,8 +218,8 @@ class _Connection:
         self._hearing.stop()
         self._hearing = None
 
-    def _handle(self, data: Fields) -> None:
-        self._idle()
+    async def _handle(self, data: Fields) -> None:
+        await self._idle()
         text, context = data.text("text"), data.object("context") or Fields({})
         if text is None:
             raise data.wrong("text", None, "a text")

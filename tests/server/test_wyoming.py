@@ -307,6 +307,21 @@ def test_a_conversation(served: Served) -> None:
     assert second[0].type == "handled-start"
 
 
+def test_one_question_after_another(served: Served) -> None:
+    """As soon as an answer is there, as Home Assistant reads it."""
+
+    async def ask() -> None:
+        async with connected(served) as client:
+            for _ in range(10):
+                await send(client, Transcript("hello"))
+                assert (await following(client, Handled, Error))[-1].type == "handled"
+            for _ in range(3):
+                await send(client, Transcribe(), AudioStart(16_000, 2, 1), *chunks(sound(TIMER)), AudioStop())
+                assert (await following(client, Transcript, Error))[-1].type == "transcript"
+
+    asyncio.run(ask())
+
+
 def test_tools_are_run() -> None:
     from edge_gemma.tools.builtin import builtin_tools
 
