@@ -29,7 +29,8 @@ from edge_gemma.server.turns import LIVE, Stopped, Turns
 log = logging.getLogger("edge_gemma.server")
 
 IDLE_S = 30.0  # without sound, after which a stream is no longer listened to
-WAITING_S = 300.0  # seconds of sound that wait at most: who sends more has to wait himself
+WAITING_BYTES = 16 << 20  # of sound that wait at most, minutes of it: who sends more has to wait himself
+_ITEM_BYTES = 256  # that an item takes beside its samples
 _BLOCK_S = 0.5  # seconds of sound that are taken at a time
 _READY = 4  # listeners that are kept for the next stream
 _LOOK_S = 0.25
@@ -67,36 +68,45 @@ class Sound:
         """rate: samples a second."""
         self.rate = rate
         self._items: deque[np.ndarray | Mark] = deque()
-        self._waiting = 0  # samples
+        self._waiting = 0  # bytes
         self._changed = threading.Condition()
         self._room, self._loop = asyncio.Event(), asyncio.get_running_loop()
         self._closed = False
 
     async def put(self, samples: np.ndarray) -> None:
-        """Append samples, as `samples.as_samples` takes them. Waits while there is no room."""
-        while self._waiting > WAITING_S * self.rate and not self._closed:
+        """Append samples, as `samples.as_samples` takes them, always of one kind. Waits while there is no room."""
+        while self._waiting > WAITING_BYTES and not self._closed:
             self._room.clear()
             await self._room.wait()
         if self._closed:
             return
         with self._changed:
-            self._items.append(samples)
-            self._waiting += len(samples)
+            self._append(samples)
             self._changed.notify()
 
     def mark(self, mark: Mark) -> None:
         """Say something about the sound so far. CLEAR also forgets what waits."""
         with self._changed:
             while mark is Mark.CLEAR and self._items and isinstance(last := self._items[-1], np.ndarray):
-                self._waiting -= len(last)
+                self._waiting -= _size(last)
                 self._items.pop()
-            self._items.append(mark)
+            self._append(mark)
             self._changed.notify()
+
+    def _append(self, item: np.ndarray | Mark) -> None:
+        self._items.append(item)
+        self._waiting += _size(item)
 
     def close(self) -> None:
         """Nobody listens any more: what comes is forgotten."""
         self._closed = True
         self._room.set()
+
+    @property
+    def marks(self) -> list[Mark]:
+        """Those that wait."""
+        with self._changed:
+            return [item for item in self._items if isinstance(item, Mark)]
 
     def take(self, stopping: threading.Event) -> np.ndarray | Mark:
         """The next samples, or the next mark. END if nothing comes for a while. Raises Stopped."""
@@ -109,19 +119,22 @@ class Sound:
                 if time.monotonic() > end:
                     return Mark.END
             item = self._items.popleft()
+            self._waiting -= _size(item)
             if isinstance(item, Mark):
                 return item
-            parts, size = [item], len(item)
-            while self._items and size < _BLOCK_S * self.rate and _alike(self._items[0], item):
-                parts.append(self._items.popleft())  # type: ignore[arg-type]
-                size += len(parts[-1])
-            self._waiting -= size
+            parts, samples = [item], len(item)
+            while self._items and samples < _BLOCK_S * self.rate and isinstance(more := self._items[0], np.ndarray):
+                self._items.popleft()
+                self._waiting -= _size(more)
+                parts.append(more)
+                samples += len(more)
         self._loop.call_soon_threadsafe(self._room.set)
         return np.concatenate(parts)
 
 
-def _alike(one: np.ndarray | Mark, other: np.ndarray) -> bool:
-    return isinstance(one, np.ndarray) and one.shape[1:] == other.shape[1:]
+def _size(item: np.ndarray | Mark) -> int:
+    """Bytes that an item takes."""
+    return _ITEM_BYTES + (item.nbytes if isinstance(item, np.ndarray) else 0)
 
 
 class Written:

@@ -9,6 +9,7 @@ import base64
 import binascii
 import secrets
 from collections import deque
+from collections.abc import Awaitable, Callable
 from contextlib import aclosing, suppress
 from typing import Any
 
@@ -103,7 +104,7 @@ class _Connection:
         self._sound: Sound | None = None
         self._listening: asyncio.Task[None] | None = None
         self._sent = 0  # samples since the last commit
-        self._told = False  # whether a segment was told since the client has committed
+        self._commits: deque[bool] = deque()  # for each whose turn has not come: whether a segment was told since
 
     async def run(self) -> None:
         """Serve it. Raises WebSocketDisconnect when the client has gone, TimeoutError for one that takes nothing."""
@@ -144,9 +145,12 @@ class _Connection:
 
     async def _over(self) -> None:
         """Listening has ended. Raises its error."""
-        listening, self._listening, self._sound = self._listening, None, None
+        listening, self._listening = self._listening, None
+        sound, self._sound = self._sound, None
         if listening is not None:
             await listening
+        for mark in sound.marks if sound is not None else ():  # they came too late
+            await self._mark(mark, 0.0)
 
     async def _take(self, message: Any) -> None:
         """A message of the client. What is wrong with it is told, and the session goes on."""
@@ -174,8 +178,7 @@ class _Connection:
         elif kind == "input_audio_buffer.commit":
             await self._commit()
         elif kind == "input_audio_buffer.clear":
-            self._clear()
-            await self._send("input_audio_buffer.cleared")
+            await self._clear()
         elif kind == "session.update":
             session = self._session.updated(event.object("session") or Fields({}))
             session.wanted(speech_model(self._desk, session.model))
@@ -199,20 +202,30 @@ class _Connection:
         if self._sent < _LEAST_S * self._session.rate:
             told = f"the buffer has {self._sent / self._session.rate:.2f} s of sound, expected {_LEAST_S} or more"
             raise Refusal(400, told, code="input_audio_buffer_commit_empty")
-        self._sent, self._told = 0, False
+        seconds = self._sent / self._session.rate
+        self._sent = 0
+        self._commits.append(False)
         if self._session.vad is None:
             await self._committed(self._items.close())
-        if self._sound is not None:
-            self._sound.mark(Mark.COMMIT)
+        await self._mark(Mark.COMMIT, seconds)
 
-    def _clear(self) -> None:
-        self._sent = 0
-        if self._session.vad is None:
-            self._items.close()
+    async def _clear(self) -> None:
+        if self._sent:
+            self._sent = 0
+            if self._session.vad is None:
+                self._items.close()
+            await self._mark(Mark.CLEAR, 0.0)
+        await self._send("input_audio_buffer.cleared")
+
+    async def _mark(self, mark: Mark, seconds: float) -> None:
+        """Say something about the sound so far. Its turn has come if all of it was heard."""
         if self._sound is not None:
-            self._sound.mark(Mark.CLEAR)
-        elif self._session.vad is None:
-            self._items.done()
+            self._sound.mark(mark)
+        elif mark is not Mark.END:
+            await self._tell(self._session)(Marked(mark, seconds))
+
+    def _tell(self, session: Session) -> Callable[[Event | Marked], Awaitable[None]]:
+        return self._tell_item if session.vad is None else self._tell_turn
 
     async def _finish(self) -> None:
         """Listen to what has come, with the settings that it came under, before they change."""
@@ -220,10 +233,11 @@ class _Connection:
             self._sound.mark(Mark.END)
             await self._over()
         self._sent, self._items = 0, _Items()
+        self._commits.clear()
 
     async def _listen(self, sound: Sound, session: Session) -> None:
         wanted = session.wanted(speech_model(self._desk, session.model))
-        tell = self._tell_item if session.vad is None else self._tell_turn
+        tell = self._tell(session)
         async with aclosing(self._live.hear(sound, wanted)) as events:
             async for event in events:
                 await tell(event)
@@ -232,7 +246,7 @@ class _Connection:
         """What is heard where pauses end an utterance."""
         items = self._items
         if isinstance(event, Marked):
-            if event.mark is Mark.COMMIT and not self._told:  # nobody has spoken
+            if event.mark is Mark.COMMIT and not self._commits.popleft():  # nobody has spoken
                 await self._committed(items.close())
                 await self._completed("", event.seconds)
         elif event.kind == "speech":
@@ -245,7 +259,8 @@ class _Connection:
         elif event.kind == "text":
             await self._delta(event.text)
         elif event.kind == "segment":
-            self._told = True
+            if self._commits:
+                self._commits[0] = True
             await self._completed(event.text, event.end - event.start)
 
     async def _tell_item(self, event: Event | Marked) -> None:
@@ -253,6 +268,7 @@ class _Connection:
         items = self._items
         if isinstance(event, Marked):
             if event.mark is Mark.COMMIT:
+                self._commits.popleft()
                 await self._completed(items.written.text, event.seconds)
             else:
                 items.done()

@@ -88,7 +88,7 @@ def test_sound_keeps_its_order_and_its_marks() -> None:
 
 
 def test_who_sends_more_than_can_wait_has_to_wait(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(live, "WAITING_S", 1.0)
+    monkeypatch.setattr(live, "WAITING_BYTES", 2 * (50 * 2 + 256))
 
     async def put() -> None:
         sound = Sound(100)

@@ -163,7 +163,7 @@ def test_it_ends_the_turn_itself(served: Served, burst: int) -> None:
     async def ask() -> tuple[list[Event], bool]:
         async with connected(served) as client:
             await send(client, Transcribe(language="en"), AudioStart(16_000, 2, 1))
-            parts = chunks(sound(TIMER, silence_s=4.0))
+            parts = chunks(sound(TIMER, silence_s=20.0))
             await send(client, *parts[:burst])
             speaking = asyncio.create_task(speak(client, parts[burst:]))
             events = await following(client, Transcript)
@@ -201,7 +201,7 @@ def test_silence_ends_too(served: Served, monkeypatch: pytest.MonkeyPatch) -> No
     async def ask() -> tuple[str, bool]:
         async with connected(served) as client:
             await send(client, Transcribe(), AudioStart(16_000, 2, 1))
-            speaking = asyncio.create_task(speak(client, chunks(np.zeros(16_000 * 4, np.float32))))
+            speaking = asyncio.create_task(speak(client, chunks(np.zeros(16_000 * 20, np.float32))))
             text = text_of(await following(client, Transcript))
             early = not speaking.done()
             speaking.cancel()
