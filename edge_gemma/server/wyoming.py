@@ -12,7 +12,7 @@ import logging
 import secrets
 import socket
 import time
-from collections.abc import Coroutine
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 from edge_gemma import __version__
@@ -176,16 +176,16 @@ class _Connection:
         if self._job is not None and not self._job.done():
             raise Refusal(400, "one request at a time: wait for the answer, or open another connection", code="busy")
 
-    def _begin(self, what: str, job: Coroutine[Any, Any, None]) -> None:
+    def _begin(self, what: str, job: Callable[[], Awaitable[None]]) -> None:
         self._job = asyncio.create_task(self._told(what, job))
 
-    async def _told(self, what: str, job: Coroutine[Any, Any, None]) -> None:
+    async def _told(self, what: str, job: Callable[[], Awaitable[None]]) -> None:
         """Do a job. Its errors are told to the client, and a line to the log."""
         index, since, how = f"wyo_{secrets.token_hex(8)}", time.perf_counter(), "left"
         current_request.set(index)
         try:
             try:
-                await job
+                await job()
                 how = "ok"
             except Exception as error:
                 if isinstance(error, ConnectionError):
@@ -205,7 +205,7 @@ class _Connection:
         wanted, language = read_transcribe(self._server.desk, self._asked)
         self._asked = Fields({})
         self._hearing = hearing = Hearing(read_start(data), wanted, language)
-        self._begin("transcribe", hearing.run(self._server.live, self._send))
+        self._begin("transcribe", lambda: hearing.run(self._server.live, self._send))
 
     async def _hear(self, data: Fields, payload: bytes) -> None:
         if self._hearing is None:
@@ -223,7 +223,8 @@ class _Connection:
         text, context = data.text("text"), data.object("context") or Fields({})
         if text is None:
             raise data.wrong("text", None, "a text")
-        self._begin("handle", self._answer(text, context.text("conversation_id")))
+        name = context.text("conversation_id")
+        self._begin("handle", lambda: self._answer(text, name))
 
     async def _answer(self, text: str, name: str | None) -> None:
         context = {} if name is None else {"context": {"conversation_id": name}}

@@ -185,7 +185,8 @@ def test_who_hangs_up_ends_the_work(served: Served, long_wav: bytes, words: bool
     head, body = _request(long_wav if words else silence(2400))
     with socket.create_connection(("127.0.0.1", served.port)) as connection:
         connection.sendall(head + body)
-        until(lambda: _working())
+        until(_working)
+        time.sleep(0.7)  # into the recording
         assert _working()
     began = time.monotonic()
     until(lambda: not _working(), 10)
