@@ -23,6 +23,7 @@ PRIVACY = ROOT / "docs" / "PRIVACY.md"
 CACHE = Path(".cache/edge-gemma")  # below the home, where XDG_CACHE_HOME is not set
 PULLED = Path(".local/share/edge-gemma")
 GOES_OUT = {"pull"}  # the one command that may
+SERVES = {"serve", "service"}  # for others to come in
 DEMO = ROOT / "edge_gemma" / "demo"
 
 pytestmark = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
@@ -138,7 +139,32 @@ def test_pull_speaks_to_its_hub_alone(tmp_path: Path, material: dict[str, Path])
 
 
 def test_every_command_is_here() -> None:
-    assert {command.split()[0] for command, _ in COMMANDS} == set(cli.commands) - GOES_OUT
+    assert {command.split()[0] for command, _ in COMMANDS} == set(cli.commands) - GOES_OUT - SERVES
+
+
+ASKED = """
+import json, sys, urllib.request
+from tests.server.serving import serving
+
+with serving() as served:
+    print(served.port)
+    said = json.dumps({"model": "demo", "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 3}).encode()
+    for path, body in {"/": None, "/page/page.js": None, "/v1/models": None, "/metrics": None,
+                       "/v1/chat/completions": said, "/api/chat": said, "/api/pull": said}.items():
+        with urllib.request.urlopen(urllib.request.Request(served.url + path, body)) as answer:
+            answer.read()
+"""
+
+
+def test_a_server_opens_no_connection(home: Home) -> None:
+    run = home.run("-c", ASKED)
+    assert run.status == 0, run.output
+    port = run.output.split()[0]
+    assert run.record.went_out == []
+    ours = {"bind 127.0.0.1 port 0", f"connect 127.0.0.1 port {port}"}  # to listen; of whoever asks
+    assert set(run.record.loopback) == ours
+    assert run.record.written_outside(home.path / CACHE, home.out, home.temporary) == []
+    assert run.left == []
 
 
 @pytest.mark.parametrize(("command", "stdin"), COMMANDS)

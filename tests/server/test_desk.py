@@ -369,7 +369,7 @@ def test_a_long_prompt_is_waited_for_with_pings(
     monkeypatch.setattr(streams, "PING_S", 0.1)
     served, _ = slow
     steps = streams.paced  # the first wait is a default of this function
-    monkeypatch.setattr("edge_gemma.server.openai_http.paced", lambda items: steps(items, 0.1))
+    monkeypatch.setattr("edge_gemma.server.sending.paced", lambda items: steps(items, 0.1))
     with begun(served, stream=True, max_tokens=1) as sock:
         text = b""
         while b"[DONE]" not in text:

@@ -3,6 +3,7 @@
 import re
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -26,7 +27,9 @@ def test_its_clients(
 ) -> None:
     monkeypatch.setenv("OLLAMA_HOST", served.url)
     program = blocks("python")[number].replace("http://127.0.0.1:11434", served.url)
-    exec(compile(program, "docs/SERVE.md", "exec"), {})
+    names: dict[str, Any] = {}
+    exec(compile(program, "docs/SERVE.md", "exec"), names)
+    names["client"].close()
     assert "demonstration model" in capsys.readouterr().out
 
 
