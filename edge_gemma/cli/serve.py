@@ -99,6 +99,7 @@ def serve(model: str | None, host: str, port: int, api_key: str | None, no_key: 
         listening = stack.enter_context(contextlib.closing(place.bound()))
         place = run.Place(host, listening.getsockname()[1])
         logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(message)s")
+        logging.getLogger("uvicorn").setLevel(logging.WARNING)  # what else it says is printed here
         services, lines = _wyoming(desk, given, stack)
 
         def ready() -> None:
