@@ -69,7 +69,7 @@ def server(model: str, *options: str) -> Iterator[Server]:
             found = re.search(r"http://\S+?:\d+", process.stdout.readline())
             if found is None:
                 raise SystemExit(f"the server did not start: {' '.join(command)}")
-            lines = 3 if "--wyoming" in options else 0
+            lines = 4 if "--wyoming" in options else 3
             told = "".join(process.stdout.readline() for _ in range(lines))
             running = Server(found[0], process.pid, told)
             hello = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 4}
