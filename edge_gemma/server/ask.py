@@ -11,12 +11,15 @@ from typing import Any
 from edge_gemma.chat import Chat, open_conversation
 from edge_gemma.conversation import Conversation, Think
 from edge_gemma.engine import Engine
-from edge_gemma.errors import UsageError
+from edge_gemma.errors import ContextFullError, UsageError
 from edge_gemma.generation.constraint import Constraint
 from edge_gemma.generation.generate import Result, TokenChance
 from edge_gemma.generation.sampler import Sampling, Settings
 from edge_gemma.text.prompt import THINKING, ChatFormat
 from edge_gemma.text.reply import Piece
+
+MOST_CHARACTERS = 1 << 20  # of a question, or so many a token of the context: reading more stops nobody, for minutes
+_A_TOKEN, _AN_ENTRY = 16, 32  # characters
 
 
 @dataclass(frozen=True)
@@ -100,6 +103,7 @@ def _token(engine: Engine, chance: TokenChance) -> Token:
 
 
 def _conversation(engine: Engine, ask: Ask) -> Conversation:
+    _check_length(ask, max(MOST_CHARACTERS, _A_TOKEN * engine.context))
     settings = ask.settings if ask.chances is None else {**ask.settings, "num_beams": 1}
     sampling = Sampling.from_generation_config(engine.generation_config, **settings)
     common: dict[str, Any] = {"sampling": sampling, "max_tokens": ask.max_tokens, "stop": ask.stop}
@@ -109,6 +113,22 @@ def _conversation(engine: Engine, ask: Ask) -> Conversation:
         conversation = _chat(engine, ask, common)
     conversation.chances = ask.chances
     return conversation
+
+
+def _check_length(ask: Ask, most: int) -> None:
+    """Raises ContextFullError for a question whose reading alone would keep others waiting. Sound does not count."""
+    size = _characters([ask.prompt, ask.messages, ask.tools])
+    if size > most:
+        raise ContextFullError(f"the question has about {size} characters, expected {most} at most: shorten it")
+
+
+def _characters(value: Any) -> int:
+    """Of all texts in a value. Each entry counts for some, too."""
+    if isinstance(value, str):
+        return len(value)
+    if isinstance(value, Mapping):
+        return sum(_AN_ENTRY + _characters(entry) for name, entry in value.items() if name != "input_audio")
+    return sum(_AN_ENTRY + _characters(entry) for entry in value) if isinstance(value, list | tuple) else 0
 
 
 def _chat(engine: Engine, ask: Ask, common: dict[str, Any]) -> Chat:

@@ -9,11 +9,12 @@ from typing import Any
 
 from starlette.requests import Request
 
-from edge_gemma.arguments import is_number, shown
+from edge_gemma.arguments import is_integer, is_number, shown
 from edge_gemma.server.refusals import Refusal
 
 JSON_BYTES = 32 << 20  # of a body: minutes of sound in base64
 _DEPTH = 100  # objects and lists in one another
+_ENTRIES = 500_000  # of all lists and objects: more would stop the event loop for seconds, in many times the memory
 
 
 class Fields:
@@ -52,7 +53,7 @@ class Fields:
         if value is None:
             return None
         top = "or more" if most is None else f"to {most}"
-        whole = is_number(value) and (isinstance(value, int) or float(value).is_integer())
+        whole = is_integer(value) or (is_number(value) and float(value).is_integer())
         if not whole or not least <= value or (most is not None and value > most):
             raise self.wrong(name, value, f"a whole number of {least} {top}")
         return int(value)
@@ -102,21 +103,23 @@ async def json_body(request: Request) -> Fields:
     length = request.headers.get("content-length", "")
     if length.isdecimal() and int(length) > JSON_BYTES:
         raise too_large(JSON_BYTES)
-    parts, size = [], 0
+    data = bytearray()
     async for part in request.stream():
-        size += len(part)
-        if size > JSON_BYTES:
+        data += part
+        if len(data) > JSON_BYTES:
             raise too_large(JSON_BYTES)
-        parts.append(part)
-    return json_fields(b"".join(parts))
+    return json_fields(data)
 
 
-def json_fields(data: bytes | str) -> Fields:
+def json_fields(data: bytes | bytearray | str) -> Fields:
     """An object in JSON. Raises Refusal for anything else, and for a text that is no Unicode."""
     try:
-        value = json.loads(data, parse_constant=_no_constant)
+        text = data if isinstance(data, str) else data.decode("utf-8-sig")
+        _check_entries(text)
+        value = json.loads(text, parse_constant=_no_constant)
         _check_depth(value)
-        json.dumps(value, ensure_ascii=False).encode()  # half of a character
+        if "\\u" in text:
+            json.dumps(value, ensure_ascii=False).encode()  # half of a character
     except UnicodeError:
         raise Refusal(400, "the body is not UTF-8, or has half of a character", code="invalid_json") from None
     except (ValueError, RecursionError) as error:
@@ -133,6 +136,12 @@ def too_large(most: int) -> Refusal:
 
 def _no_constant(name: str) -> None:
     raise ValueError(f"{name} is no number of JSON")
+
+
+def _check_entries(text: str) -> None:
+    """Raises ValueError for a text with more commas and brackets than a request needs, before it is read."""
+    if sum(map(text.count, ",[{")) > _ENTRIES:
+        raise ValueError(f"it has more than {_ENTRIES} commas and brackets")
 
 
 def _check_depth(value: Any) -> None:

@@ -10,6 +10,7 @@ import logging
 import secrets
 import time
 from collections.abc import Callable, Collection
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
@@ -61,6 +62,8 @@ class Guard:
             await self._app(scope, _in_time(receive) if scope["type"] == "http" else receive, request.send)
         except ClientGoneError:
             request.status = request.status or 499  # nginx's word for it
+        except asyncio.CancelledError:  # by the server, which ends
+            await request.refuse(Refusal(503, "the server is being stopped", "server_error", "stopping"), receive)
         except Exception as error:
             await request.refuse(refusal_of(error), receive)
         finally:
@@ -70,8 +73,8 @@ class Guard:
 
     def _check(self, scope: Scope) -> None:
         headers, path = Headers(scope=scope), scope["path"]
-        host, origin = headers.get("host", ""), headers.get("origin")
-        if "*" not in self._rules.hosts and _name(host) not in (*_LOCAL, *self._rules.hosts):
+        host, origin = headers.get("host", "").lower(), headers.get("origin")
+        if "*" not in self._rules.hosts and _name(host) not in (*_LOCAL, *map(str.lower, self._rules.hosts)):
             told = f"the Host {host!r:.80} is none of this server: start it with --allow-host, or use its address"
             raise Refusal(403, told, "permission_error", "wrong_host")
         if origin is not None and not self._is_known(origin, host):
@@ -85,7 +88,11 @@ class Guard:
             raise Refusal(401, told, "authentication_error", "invalid_api_key", headers=headers_back)
 
     def _is_known(self, origin: str, host: str) -> bool:
-        return "*" in self._rules.origins or origin in self._rules.origins or urlsplit(origin).netloc == host
+        if "*" in self._rules.origins or origin in self._rules.origins:
+            return True
+        with suppress(ValueError):  # no address
+            return urlsplit(origin).netloc.lower() == host
+        return False
 
 
 class _Request:

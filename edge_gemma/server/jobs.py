@@ -50,14 +50,21 @@ async def computed(
             with suppress(RuntimeError):
                 loop.call_soon_threadsafe(over)
 
-    threading.Thread(target=compute, name="edge-gemma-job", daemon=True).start()
+    try:
+        threading.Thread(target=compute, name="edge-gemma-job", daemon=True).start()
+    except RuntimeError:  # the system has no thread left
+        over()
+        raise
     try:
         while True:
             kind, value = await results.get()
             if kind == "result":
                 yield value
             elif kind == "error":
-                raise value
+                try:
+                    raise value
+                finally:
+                    del value  # this frame is in its traceback: what failed would be kept until a collection
             else:
                 return
     finally:

@@ -112,9 +112,13 @@ class OpenAIAudio:
             transcriber, between = Transcriber(engine, wanted.task), self._desk.turns.between
             yield (yield from transcriber.stream(form.file, progress=lambda done, of: between()))
 
-        async with aclosing(self._desk.run(work, wanted.model, client)) as parts:
-            async for part in parts:
-                yield part
+        try:
+            async with aclosing(self._desk.run(work, wanted.model, client)) as parts:
+                async for part in parts:
+                    yield part
+        except Exception:
+            form.close()  # its traceback holds the form
+            raise
 
 
 async def _whole(parts: AsyncGenerator[Segment | Transcription, None]) -> Transcription:

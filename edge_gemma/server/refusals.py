@@ -18,7 +18,7 @@ from edge_gemma.server.models import UnknownModelError
 from edge_gemma.server.queue import RETRY_S, QueueFull
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)  # not frozen: contextlib sets __traceback__
 class Refusal(Exception):
     """status: of HTTP. kind, code: OpenAI's words for it. param: the field that is wrong."""
 

@@ -7,7 +7,7 @@ A file goes to disk while it arrives. Its size counts then, whatever the client 
 
 import math
 import weakref
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from typing import IO
 
 from starlette.formparsers import MultiPartException, MultiPartParser
@@ -28,6 +28,7 @@ class Form:
 
     def __init__(self, file: IO[bytes], fields: list[tuple[str, str]]) -> None:
         self.file = file
+        self.close: Callable[[], object] = file.close  # called at once where nobody reads it any more
         self._fields: dict[str, list[str]] = {}
         for name, value in fields:
             self._fields.setdefault(name.removesuffix("[]"), []).append(value)
@@ -99,7 +100,7 @@ class Uploads:
         except BaseException:
             self._give()
             raise
-        weakref.finalize(form, self._over, form.file)  # when nobody reads it any more
+        form.close = weakref.finalize(form, self._over, form.file)  # at the latest when nobody has it any more
         return form
 
     def _give(self) -> None:
