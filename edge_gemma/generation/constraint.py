@@ -7,16 +7,18 @@ where in a reply the answer stands (bounds.py).
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import Any, cast
 
-from edge_gemma.arguments import require, shown
+from edge_gemma.arguments import is_number, require, shown
 from edge_gemma.errors import UsageError
-from edge_gemma.generation.schema import plainer
+from edge_gemma.generation.schema import objects_in, plainer
 from edge_gemma.generation.schema_ends import is_endless, levels
 from edge_gemma.text.grammar_check import problem_of
 from edge_gemma.text.tool_grammar import pattern_of
 
 _LONGEST = 1_000_000  # characters of a description
+_MOST_MULTIPLE = 100_000  # digits of `multipleOf` as a number: time and memory grow with it
 _LEVELS = 500  # schemas in one another: llguidance overflows the stack, and ends the process, somewhere above 1,200
 # JSON as Python's json.dumps writes it. With free white space nothing would be certain, and it need not end.
 _JSON: dict[str, Any] = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
@@ -53,6 +55,8 @@ class Constraint:
         if isinstance(schema, dict):
             if levels(schema, _LEVELS + 1) > _LEVELS:
                 raise UsageError(f"the JSON schema leads more than {_LEVELS} schemas deep: make it flatter")
+            for node in objects_in(schema):
+                _check_multiple(node.get("multipleOf"))
             if is_endless(schema):
                 raise UsageError("the JSON schema has no end: a $ref or a required property leads back to itself")
         try:
@@ -115,3 +119,8 @@ def _check_length(what: str, text: str) -> None:
 def _whole(text: str) -> bool:
     """Whether a text has no half of a character (a lone surrogate)."""
     return not any(0xD800 <= ord(character) < 0xE000 for character in text)
+
+
+def _check_multiple(value: Any) -> None:
+    if is_number(value) and int("".join(map(str, Decimal(str(value)).normalize().as_tuple().digits))) > _MOST_MULTIPLE:
+        raise UsageError(f"the JSON schema cannot be kept: multipleOf is {shown(value)}, which has too many digits")

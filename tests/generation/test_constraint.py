@@ -193,6 +193,7 @@ def test_a_schema_that_leads_too_deep_is_refused(wrapped):
         {"type": "object", "properties": {f"p{j}": {"oneOf": [{"const": i} for i in range(150)]} for j in range(150)}},
         {"oneOf": [{"const": i} for i in range(20_000)]},
         chain(lambda part: {"anyOf": [part, part]}, 60), {"const": 10**400},
+        {"type": "integer", "multipleOf": 999983}, {"type": "integer", "maximum": 10**400, "multipleOf": 10**400},
     ],
 )  # fmt: skip
 def test_a_schema_bomb_takes_little(bomb):
