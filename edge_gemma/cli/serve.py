@@ -93,7 +93,7 @@ def serve(model: str | None, host: str, port: int, api_key: str | None, no_key: 
     if click.get_current_context().meta.get(CHECKING):
         return
     desk = _desk(model, given)
-    hosts = [*given["allow_host"], *([] if place.is_loopback else [host, *run.own_names()])]
+    hosts = [*given["allow_host"], host, *([] if place.is_loopback else run.own_names())]
     rules = Rules(api_key, hosts, given["cors"])
     with contextlib.ExitStack() as stack:
         listening = stack.enter_context(contextlib.closing(place.bound()))

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any, cast
 
-from edge_gemma.arguments import is_number, require, shown
+from edge_gemma.arguments import is_integer, is_number, require, shown
 from edge_gemma.errors import UsageError
 from edge_gemma.generation.schema import objects_in, plainer
 from edge_gemma.generation.schema_ends import is_endless, levels
@@ -18,7 +18,6 @@ from edge_gemma.text.grammar_check import problem_of
 from edge_gemma.text.tool_grammar import pattern_of
 
 _LONGEST = 1_000_000  # characters of a description
-_MOST_MULTIPLE = 100_000  # digits of `multipleOf` as a number: time and memory grow with it
 _LEVELS = 500  # schemas in one another: llguidance overflows the stack, and ends the process, somewhere above 1,200
 # JSON as Python's json.dumps writes it. With free white space nothing would be certain, and it need not end.
 _JSON: dict[str, Any] = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
@@ -122,5 +121,6 @@ def _whole(text: str) -> bool:
 
 
 def _check_multiple(value: Any) -> None:
-    if is_number(value) and int("".join(map(str, Decimal(str(value)).normalize().as_tuple().digits))) > _MOST_MULTIPLE:
+    """Raises UsageError for a `multipleOf` of many digits: time and memory grow with their number (999983: minutes)."""
+    if is_number(value) and len(Decimal(value if is_integer(value) else str(value)).normalize().as_tuple().digits) > 5:
         raise UsageError(f"the JSON schema cannot be kept: multipleOf is {shown(value)}, which has too many digits")

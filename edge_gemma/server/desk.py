@@ -113,7 +113,7 @@ class Desk:
         """Yields what `work` yields, which is called with the model in a thread once there is a seat for it."""
 
         def leased(stopping: threading.Event) -> "Iterator[_T]":
-            with self.models.lease(model, keep_s) as engine:
+            with self.models.lease(model, keep_s, stopping) as engine:
                 yield from work(engine, stopping)
 
         if not self.ready.is_set():
@@ -139,7 +139,7 @@ class Desk:
         self.live += 1
 
         def leased(stopping: threading.Event) -> "Iterator[_T]":
-            with self.models.lease(model) as engine:
+            with self.models.lease(model, stopping=stopping) as engine:
                 yield from work(engine, stopping)
 
         def over() -> None:

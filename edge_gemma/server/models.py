@@ -6,7 +6,7 @@ Owns: names, leases, how long a model stays. Does not know: requests, protocols.
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,15 @@ from edge_gemma.errors import EdgeGemmaError
 from edge_gemma.folder import find
 from edge_gemma.folder.file_names import MANIFEST
 from edge_gemma.folder.folder import ModelFolder
+from edge_gemma.server.turns import Stopped
 
 FOR_EVER = -1.0
+WAIT_S = 120.0  # for another model to be used by nobody: a request that waits keeps its seat
 _WAIT_S = 0.05  # between two looks whether another model may be closed
+
+
+class BusyModelError(EdgeGemmaError):
+    """Another model is used, which has to be closed first."""
 
 
 class UnknownModelError(EdgeGemmaError):
@@ -74,13 +80,16 @@ class Models:
 
     def offers(self) -> list[Offer]:
         """All models, the default first."""
-        others = [_offer(entry.name, entry.path) for entry in find.named() if entry.name != self.default.name]
-        return [self.default, *others]
+        found = [self.default]
+        for entry in find.named():
+            with suppress(OSError):  # it is being removed
+                found += [_offer(entry.name, entry.path)] if entry.name != self.default.name else []
+        return found
 
     def find(self, name: str | None) -> Offer:
         """The model called `name`, also with ":latest" behind it. Raises UnknownModelError."""
-        if not name:
-            return self.default
+        if not name or name in (self.default.name, f"{self.default.name}:latest"):
+            return self.default  # without a look at the disk
         offers = {offer.name: offer for offer in self.offers()}
         found = offers.get(name) or offers.get(name.removesuffix(":latest"))
         if found is None:
@@ -88,13 +97,16 @@ class Models:
         return found
 
     @contextmanager
-    def lease(self, name: str | None, keep_s: float | None = None) -> Iterator[Engine]:
+    def lease(
+        self, name: str | None, keep_s: float | None = None, stopping: threading.Event | None = None
+    ) -> Iterator[Engine]:
         """The model called `name`, opened if need be, for as long as the context lasts.
 
-        keep_s: seconds that it stays open afterwards, None for the server's own. Raises UnknownModelError, and as
-        Engine.load.
+        keep_s: seconds that it stays open afterwards, None for the server's own. stopping: once it is set, nobody waits
+        for the model any more. Raises UnknownModelError, BusyModelError while another one is used for long, Stopped,
+        and as Engine.load.
         """
-        loaded = self._taken(self.find(name))
+        loaded = self._taken(self.find(name), stopping or threading.Event())
         try:
             yield loaded.engine
         finally:
@@ -105,8 +117,11 @@ class Models:
                 loaded.until = FOR_EVER if seconds < 0 else time.time() + seconds
                 self._changed.notify_all()
 
-    def _taken(self, offer: Offer) -> Loaded:
+    def _taken(self, offer: Offer, stopping: threading.Event) -> Loaded:
+        end = time.monotonic() + WAIT_S
         while True:
+            if stopping.is_set():
+                raise Stopped
             with self._changed:
                 if self.loaded is not None and self.loaded.name == offer.name:
                     self.loaded.leases += 1
@@ -118,6 +133,11 @@ class Models:
                 else:
                     self._close()
                     self.loading = offer.name
+            if busy and time.monotonic() > end:
+                used = self.loaded.name if self.loaded is not None else self.loading
+                raise BusyModelError(
+                    f"the model {used} is in use, and one is open at a time: ask again later, or take it"
+                )
             if busy:
                 self._between()  # whoever uses the other model has to compute on
             else:

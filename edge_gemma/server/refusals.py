@@ -14,7 +14,7 @@ from edge_gemma.errors import (
     UsageError,
 )
 from edge_gemma.server.desk import NotReadyError, TooManyLiveError
-from edge_gemma.server.models import UnknownModelError
+from edge_gemma.server.models import BusyModelError, UnknownModelError
 from edge_gemma.server.queue import RETRY_S, QueueFull
 
 
@@ -49,6 +49,8 @@ def refusal_of(error: Exception) -> Refusal:
     if isinstance(error, TooManyLiveError):
         told = "as many live streams are heard as can be: try again later"
         return Refusal(429, told, "rate_limit_error", "too_many_live", headers={"Retry-After": str(RETRY_S)})
+    if isinstance(error, BusyModelError):
+        return Refusal(503, message, "server_error", "model_busy", headers={"Retry-After": str(RETRY_S)})
     if isinstance(error, ContextFullError):
         return Refusal(400, message, code="context_length_exceeded", param="messages")
     if isinstance(error, UsageError | AudioError | TemplateError):

@@ -5,6 +5,7 @@ Owns: the order of starting and stopping. Does not know: protocols.
 
 import asyncio
 import contextlib
+import ipaddress
 import logging
 import signal
 import socket
@@ -48,7 +49,9 @@ class Place:
     @property
     def is_loopback(self) -> bool:
         """Whether only programs of this machine reach it."""
-        return self.host in ("localhost", "127.0.0.1", "::1") or self.host.startswith("127.")
+        with contextlib.suppress(ValueError):
+            return ipaddress.ip_address(self.host).is_loopback
+        return self.host == "localhost"
 
     def bound(self, option: str = "--port") -> socket.socket:
         """A listening socket. option: where the port was given. Raises UsageError if the place cannot be had."""
@@ -94,19 +97,42 @@ def own_address(target: str = "192.0.2.1") -> str:
 
 
 class _Protocol(H11Protocol):
-    """A connection that does not send its request's head in time is closed."""
+    """A connection is closed that does not send the whole head of a request in time, or the rest of an answered one."""
+
+    _late: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
-        self._late = asyncio.get_running_loop().call_later(HEAD_S, self._close_late)
+        self._time()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._late.cancel()
+        if self._late is not None:
+            self._late.cancel()
         super().connection_lost(exc)
 
-    def _close_late(self) -> None:
-        if self.conn.their_state is h11.IDLE and self.cycle is None:
-            self.transport.close()
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        self._time()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        self._time()
+
+    def _time(self) -> None:
+        """Begin or end the time in which something has to come."""
+        if not self._is_due():
+            if self._late is not None:
+                self._late.cancel()
+            self._late = None
+        elif self._late is None:
+            self._late = asyncio.get_running_loop().call_later(HEAD_S, self.transport.close)
+
+    def _is_due(self) -> bool:
+        if self.transport.get_protocol() is not self:  # a websocket's now
+            return False
+        if self.conn.their_state is h11.IDLE:
+            return self.cycle is None or bool(self.conn.trailing_data[0])
+        return self.conn.their_state is h11.SEND_BODY and self.cycle is not None and self.cycle.response_complete
 
 
 class _Server(uvicorn.Server):

@@ -4,19 +4,24 @@ import asyncio
 import contextlib
 import gc
 import json
+import shutil
+import socket
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import aclosing
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from edge_gemma.folder import find
+from edge_gemma.server import models, run
 from edge_gemma.server.bodies import json_fields
 from edge_gemma.server.jobs import computed
-from edge_gemma.server.refusals import Refusal
-from edge_gemma.server.turns import ASKED, Turns
-from tests.server.serving import Served
+from edge_gemma.server.refusals import Refusal, refusal_of
+from edge_gemma.server.turns import ASKED, Stopped, Turns
+from tests.server.serving import Served, serving
 from tests.server.test_guard import CHAT, HELLO, status
 
 
@@ -92,3 +97,64 @@ def test_a_system_without_threads_takes_no_seat(monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(RuntimeError, match="thread"):
         asyncio.run(ask())
     assert given == [1]
+
+
+@pytest.mark.parametrize("sent", [
+    b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\nGET /hea",
+    b"POST /v1/chat/completions HTTP/1.1\r\nHost: evil\r\nContent-Length: 1000000\r\n\r\n{",
+])  # fmt: skip
+def test_after_an_answer_nobody_may_take_their_time_either(monkeypatch: pytest.MonkeyPatch, sent: bytes) -> None:
+    monkeypatch.setattr(run, "HEAD_S", 0.3)
+    with serving() as served, socket.create_connection(("127.0.0.1", served.port)) as sock:
+        sock.sendall(sent)
+        sock.settimeout(10)
+        while sock.recv(1000):
+            pass
+
+
+def test_a_connection_is_kept_between_two_requests(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "HEAD_S", 0.2)
+    with serving() as served, socket.create_connection(("127.0.0.1", served.port)) as sock:
+        for _ in range(2):
+            sock.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            answer = b""
+            while not answer.endswith(b"}"):
+                answer += sock.recv(1000)
+                assert answer.startswith(b"HTTP/1.1 200")
+            time.sleep(0.5)
+
+
+@pytest.mark.parametrize(("host", "loopback"), [
+    ("127.0.0.2", True), ("::1", True), ("localhost", True), ("127.evil.example", False), ("0.0.0.0", False),
+])  # fmt: skip
+def test_only_addresses_of_loopback_need_no_key(host: str, loopback: bool) -> None:
+    assert run.Place(host).is_loopback is loopback
+
+
+def test_who_has_left_waits_for_no_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
+    monkeypatch.setattr(models, "WAIT_S", 0.3)
+    shutil.copytree(find.EMBEDDED, (find.pulled_folder() or tmp_path) / "other")
+    held, left = models.Models(find.EMBEDDED, between=lambda: None, cache_size=0), threading.Event()
+    left.set()
+    with held.lease(None):
+        with pytest.raises(Stopped), held.lease("other", stopping=left):
+            pass
+        with pytest.raises(models.BusyModelError, match="demo is in use"), held.lease("other"):
+            pass
+        assert refusal_of(models.BusyModelError("x")).status == 503
+    with held.lease("other") as engine:
+        assert engine.path.name == "other"
+
+
+def test_a_model_that_is_being_removed_hides_no_other(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
+    place = find.pulled_folder() or tmp_path
+    for name in ("gone", "other"):
+        shutil.copytree(find.EMBEDDED, place / name)
+    entries = find.named()
+    shutil.rmtree(place / "gone")
+    monkeypatch.setattr(find, "named", lambda: entries)
+    held = models.Models(find.EMBEDDED, between=lambda: None)
+    assert {"demo", "other"} <= {offer.name for offer in held.offers()}
+    assert held.find("demo:latest") is held.default
