@@ -3,7 +3,6 @@
 Owns: paths. Does not know: the fields of a request (openai_chat.py), how answers are sent (sending.py).
 """
 
-import functools
 from asyncio import to_thread  # requests are read in threads: a schema may take a second
 
 from starlette.requests import Request
@@ -11,6 +10,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from edge_gemma.errors import EdgeGemmaError
+from edge_gemma.server.about import about
 from edge_gemma.server.bodies import json_body
 from edge_gemma.server.desk import Desk
 from edge_gemma.server.models import Offer
@@ -74,17 +74,17 @@ class OpenAI:
 
 
 def _entry(offer: Offer) -> dict[str, object]:
-    architecture = {"input_modalities": list(_read_by(offer)), "output_modalities": ["text"]}
-    return {
-        "id": offer.name, "object": "model", "created": offer.created, "owned_by": "edge-gemma",
-        "architecture": architecture,
-    }  # fmt: skip
+    return {"id": offer.name, "object": "model", "created": offer.created, "owned_by": "edge-gemma"} | _able(offer)
 
 
-@functools.lru_cache(maxsize=256)
-def _read_by(offer: Offer) -> tuple[str, ...]:
-    """What a model reads, in llama.cpp's words. A folder that cannot be opened is told of when it is used."""
+def _able(offer: Offer) -> dict[str, object]:
+    """What a model reads, in llama.cpp's words, and what it can do, in Ollama's. A broken folder tells when used."""
     try:
-        return ("text",) if offer.folder().audio is None else ("text", "audio")
-    except EdgeGemmaError:
-        return ("text",)
+        model = about(offer)
+    except (EdgeGemmaError, OSError):
+        return {}
+    able = {"tools": model.calls_tools, "thinking": model.thinks, "audio": model.hears}
+    return {
+        "architecture": {"input_modalities": ["text", *["audio"] * model.hears], "output_modalities": ["text"]},
+        "capabilities": ["completion", *(name for name, can in able.items() if can)],
+    }

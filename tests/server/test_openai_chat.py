@@ -29,7 +29,11 @@ def client(served: Served) -> Iterator[openai.OpenAI]:
 
 def test_models(client: openai.OpenAI) -> None:
     assert client.models.list().data[0].id == "demo"
-    assert client.models.retrieve("demo").id == "demo"
+    model = client.models.retrieve("demo")
+    assert model.id == "demo"
+    assert model.model_extra is not None
+    assert model.model_extra["architecture"]["input_modalities"] == ["text", "audio"]
+    assert {"tools", "thinking", "audio"} <= set(model.model_extra["capabilities"])
 
 
 def test_a_stream_is_the_whole_answer(client: openai.OpenAI) -> None:

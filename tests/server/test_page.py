@@ -227,6 +227,7 @@ def test_a_picture_is_sent_smaller_where_the_model_reads_it(tab: Tab, served: Se
     tab.answer("/chat/completions", lambda body: asked.append(json.loads(body)) or streamed({"content": "A square."}))
     tab.open(f"{served.url}/")
     assert tab.run("[camera.hidden, microphone.hidden, attach.hidden]") == [False, True, False]
+    assert tab.run("think.hidden"), "it does not say that it can think"
     drop(tab, "square.png", "image/png", base64.b64decode(tab.run(PICTURE.replace("WIDE", str(wide)))))
     tab.wait("document.querySelector('#files').textContent.includes('square.png')")
     say(tab, "What is it?")

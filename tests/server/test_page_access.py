@@ -167,5 +167,7 @@ def test_axe_finds_no_grave_fault(tab: Tab, served: Served, axe: str, scheme: st
         assert faults(tab, axe) == []
         tab.press("Escape")
     tab.click("article.user button")
+    assert faults(tab, axe) == []
+    tab.press("Escape")
     tab.click("#settings")
     assert faults(tab, axe) == []

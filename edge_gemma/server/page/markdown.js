@@ -15,7 +15,6 @@ const ALLOWED = {
 };
 
 marked.use({
-  gfm: true,
   breaks: true,
   renderer: {
     html: ({ text }) => escaped(text), // HTML is shown as it was written
@@ -23,15 +22,12 @@ marked.use({
     image: ({ href, text }) => `<a href="${escaped(href)}">${escaped(text || href)}</a>`, // nothing is loaded
   },
 });
-DOMPurify.addHook("afterSanitizeAttributes", (node) => {
-  if (!node.hasAttribute?.("href")) return;
-  node.setAttribute("target", "_blank");
-  node.setAttribute("rel", "noopener noreferrer");
-});
 
 /* Markdown as a document fragment. */
 export function markdown(text) {
   const fragment = DOMPurify.sanitize(marked.parse(text), ALLOWED);
+  const away = { target: "_blank", rel: "noopener noreferrer" };
+  for (const link of fragment.querySelectorAll("a")) Object.assign(link, away);
   for (const block of fragment.querySelectorAll("pre, table")) block.tabIndex = 0; // wide ones are scrolled with keys
   return fragment;
 }

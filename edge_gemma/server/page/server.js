@@ -1,25 +1,29 @@
 /* The server that the page came from.
 
-Owns: its key, its errors as lines for a person, streams of events, the form of messages. Does not know: the screen. */
+Owns: its key, its errors as lines for a person, streams of events, the form of messages and files. Does not know: the
+screen. */
 
 import { remember, remembered } from "./kept.js";
 
+const MOST_FILE = 20 << 20; // bytes
+const WIDEST = 1568; // pixels of a picture
+const SOUNDS = ["wav", "mp3", "flac", "ogg", "opus", "m4a", "aac", "webm"];
+const CALLED = { image: "pictures", audio: "sound files", "": "such files" };
+
 export class Problem extends Error {}
 
-/* Fetches from the server. askKey: called with the key that was wrong, gives another, or "". Throws Problem. */
+/* Fetches from the server. askKey: called with the key that was wrong, gives another, or none. Throws Problem. */
 export async function api(path, askKey, options = {}) {
   for (;;) {
     const key = remembered("key");
     const headers = { ...options.headers, ...(key && { Authorization: `Bearer ${key}` }) };
     const response = await fetch(path, { ...options, headers }).catch((error) => {
-      if (error.name === "AbortError") throw error;
-      throw new Problem("The server cannot be reached.");
+      throw error.name === "AbortError" ? error : new Problem("The server cannot be reached.");
     });
     if (response.ok) return response;
     if (response.status !== 401) throw await problem(response);
-    const given = await askKey(key);
-    remember("key", given);
-    if (!given) throw new Problem("The server needs its key.");
+    remember("key", (await askKey(key)) ?? "");
+    if (!remembered("key")) throw new Problem("The server needs its key.");
   }
 }
 
@@ -45,10 +49,34 @@ export async function* events(response) {
 
 /* A message as the server reads it. */
 export function sent({ role, content, files = [] }) {
-  const parts = files.filter(({ data }) => data).map(({ kind, type, data, format }) =>
+  const parts = files.filter(({ url }) => url).map(({ kind, url, format }) =>
     kind === "image"
-      ? { type: "image_url", image_url: { url: `data:${type};base64,${data}` } }
-      : { type: "input_audio", input_audio: { data, format } });
+      ? { type: "image_url", image_url: { url } }
+      : { type: "input_audio", input_audio: { data: url.split(",")[1], format } });
   if (!parts.length) return { role, content };
   return { role, content: content ? [{ type: "text", text: content }, ...parts] : parts };
+}
+
+/* A file as it is kept and sent. able: whether the model reads "image" or "audio". Throws Problem. */
+export async function readFile(file, able) {
+  const format = file.name.split(".").pop().toLowerCase();
+  const isSound = file.type.startsWith("audio/") || SOUNDS.includes(format);
+  const kind = file.type.startsWith("image/") ? "image" : isSound ? "audio" : "";
+  if (!able(kind)) throw new Problem(`this model does not read ${CALLED[kind]}.`);
+  if (file.size > MOST_FILE) throw new Problem(`it is too large, ${MOST_FILE >> 20} MB at most.`);
+  const reader = new FileReader();
+  reader.readAsDataURL(kind === "image" ? await smaller(file) : file);
+  await new Promise((onload, onerror) => Object.assign(reader, { onload, onerror }));
+  return { kind, name: file.name, format, url: reader.result };
+}
+
+/* A picture as the model can use it: no wider or higher than WIDEST, and without what cameras write into files. */
+async function smaller(file) {
+  const picture = await createImageBitmap(file).catch(() => {
+    throw new Problem("this browser cannot open the picture.");
+  });
+  const scale = Math.min(1, WIDEST / Math.max(picture.width, picture.height));
+  const canvas = new OffscreenCanvas(Math.ceil(picture.width * scale), Math.ceil(picture.height * scale));
+  canvas.getContext("2d").drawImage(picture, 0, 0, canvas.width, canvas.height);
+  return canvas.convertToBlob({ type: "image/jpeg", quality: 0.9 });
 }

@@ -8,21 +8,22 @@ import { Problem } from "./server.js";
 const RATE = 16000; // samples a second
 const LAST_WORDS_MS = 15_000; // waited for once the microphone is off
 
-/* Hears the microphone, and tells what is spoken while it is spoken. Throws Problem.
+/* Hears the microphone, and tells what is spoken while it is spoken.
 
 write: called with all words so far. fail: with a line for the person. over: when it has ended. Returns what ends it:
 called once it waits for the last words, called again, or with true, it does not. */
-export async function listen({ model, write, fail, over }) {
-  if (!navigator.mediaDevices) {
-    throw new Problem("The browser gives the microphone only to pages of this machine (localhost) or of https.");
-  }
-  const heard = await navigator.mediaDevices.getUserMedia({ audio: { channelCount: 1 } }).catch(() => {
-    throw new Problem("The browser does not give the microphone: allow it for this page.");
+export function listen(calls) {
+  return open(calls).catch(({ message }) => {
+    calls.fail(message);
+    calls.over();
+    return calls.over;
   });
-  const { context, recorder } = await record(heard);
+}
+
+async function open({ model, write, fail, over }) {
+  const { heard, context, recorder } = await record();
   const socket = openSocket();
   const items = new Map(); // utterance -> its text
-  const open = new Set(); // utterances that are not finished
   let state = "on";
   let updates = 0; // of the session that the server has made
   const mute = () => heard.getTracks().forEach((track) => track.stop());
@@ -39,20 +40,21 @@ export async function listen({ model, write, fail, over }) {
     close();
     throw new Problem("The server does not take live speech, or too many speak: try again later.");
   }
-  const post = (event) => socket.readyState === WebSocket.OPEN && socket.send(JSON.stringify(event));
-  socket.onclose = close;
-  socket.onmessage = ({ data }) => {
-    const event = JSON.parse(data);
-    const failed = take(event, items, open);
-    if (failed && (state === "on" || event.item_id)) fail(failed);
-    const words = [...items.values()].map((text) => text.trim()).filter(Boolean).join(" ");
-    if (words) write(words);
-    if (event.type === "session.updated") updates += 1;
-    if (state === "ending" && updates > 1 && !open.size) close();
-  };
+  const post = (event) => socket.send(JSON.stringify(event));
   const update = (turn_detection) => {
     const input = { format: { type: "audio/pcm", rate: RATE }, transcription: { model }, turn_detection };
     post({ type: "session.update", session: { type: "transcription", audio: { input } } });
+  };
+  socket.onclose = close;
+  socket.onmessage = ({ data }) => {
+    const { type, item_id: item, delta, transcript, error } = JSON.parse(data);
+    if (type.endsWith(".delta")) items.set(item, (items.get(item) ?? "") + delta);
+    if (type.endsWith(".completed")) items.set(item, transcript);
+    const words = [...items.values()].map((text) => text.trim()).filter(Boolean).join(" ");
+    if (words) write(words);
+    if (error && (state === "on" || item)) fail(error.message);
+    if (type === "session.updated") updates += 1;
+    if (state === "ending" && updates > 1) close();
   };
   update({ type: "server_vad" });
   recorder.port.onmessage = ({ data }) => {
@@ -70,17 +72,11 @@ export async function listen({ model, write, fail, over }) {
   };
 }
 
-/* Takes an event of live speech. Returns what went wrong, in a line, or "". */
-function take({ type, item_id: item, delta, transcript, error }, items, open) {
-  const kind = type.split(".").pop();
-  if (kind === "speech_started" || kind === "committed") open.add(item);
-  if (kind === "delta") items.set(item, (items.get(item) ?? "") + delta);
-  if (kind === "completed") items.set(item, transcript);
-  if (kind === "completed" || kind === "failed") open.delete(item);
-  return kind === "failed" || type === "error" ? (error?.message ?? "The speech was not understood.") : "";
-}
-
-async function record(heard) {
+async function record() {
+  if (!navigator.mediaDevices) throw new Problem("Browsers give the microphone to pages of localhost or https only.");
+  const heard = await navigator.mediaDevices.getUserMedia({ audio: { channelCount: 1 } }).catch(() => {
+    throw new Problem("The browser does not give the microphone: allow it for this page.");
+  });
   let context = new AudioContext({ sampleRate: RATE });
   let source = null;
   try {
@@ -92,7 +88,7 @@ async function record(heard) {
   await context.audioWorklet.addModule("/page/recorder.js");
   const recorder = new AudioWorkletNode(context, "recorder");
   source.connect(recorder).connect(context.destination); // it is silent; what is not connected is not run
-  return { context, recorder };
+  return { heard, context, recorder };
 }
 
 function openSocket() {
