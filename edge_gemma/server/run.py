@@ -30,6 +30,7 @@ log = logging.getLogger("edge_gemma.server")
 
 Service = Callable[[Live], AbstractAsyncContextManager[object]]  # served as long as the context lasts
 HEAD_S = 15.0  # in which a connection has to send a request's head
+STALLED_S = 120.0  # in which a client has to take something of what is sent
 STOP_S = 5.0  # that answers may take to end when the server stops
 CONNECTIONS = 512
 STACK_BYTES = 16 << 20  # of each thread: llguidance follows schemas by recursion, and some systems give threads 2 MB
@@ -97,12 +98,19 @@ def own_address(target: str = "192.0.2.1") -> str:
 
 
 class _Protocol(H11Protocol):
-    """A connection is closed that does not send the whole head of a request in time, or the rest of an answered one."""
+    """A connection is closed that does not send the whole head of a request in time, or the rest of an answered one.
+
+    So is one that takes nothing of its answer.
+    """
 
     _late: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
+        if hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux
+            with contextlib.suppress(OSError):
+                sock = transport.get_extra_info("socket")
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, round(STALLED_S * 1000))
         self._time()
 
     def connection_lost(self, exc: Exception | None) -> None:

@@ -23,6 +23,7 @@ from edge_gemma.server.refusals import Refusal, refusal_of
 from edge_gemma.server.turns import ASKED, Stopped, Turns
 from tests.server.serving import Served, serving
 from tests.server.test_guard import CHAT, HELLO, status
+from tests.waiting import until
 
 
 @pytest.mark.parametrize("origin", ["http://[", "http://[::1", "http://[x]y/"])
@@ -158,3 +159,18 @@ def test_a_model_that_is_being_removed_hides_no_other(monkeypatch: pytest.Monkey
     held = models.Models(find.EMBEDDED, between=lambda: None)
     assert {"demo", "other"} <= {offer.name for offer in held.offers()}
     assert held.find("demo:latest") is held.default
+
+
+@pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="Linux closes connections that take nothing")
+def test_a_client_that_takes_nothing_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "STALLED_S", 1.0)
+    body = json.dumps(HELLO | {"max_tokens": 900, "stream": True, "logprobs": True, "top_logprobs": 20}).encode()
+    with serving() as served, socket.socket() as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        sock.connect(("127.0.0.1", served.port))
+        request = f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body
+        sock.sendall(request * 50)  # more than the buffers between the two hold
+        until(lambda: served.desk.watch.conversations)
+        port = sock.getsockname()[1]
+        until(lambda: not [each for each in gc.get_objects() if isinstance(each, run._Protocol)
+                           and each.client == ("127.0.0.1", port) and not each.transport.is_closing()], 20)  # fmt: skip
