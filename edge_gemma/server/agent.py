@@ -18,6 +18,7 @@ from edge_gemma.generation.generate import Result
 from edge_gemma.generation.sampler import Sampling
 from edge_gemma.server.ask import Ask, Step, answer
 from edge_gemma.server.desk import Desk
+from edge_gemma.server.moderation import RefusedResult
 from edge_gemma.server.refusals import Refusal
 from edge_gemma.server.turns import Turns
 from edge_gemma.text.reply import Piece
@@ -75,7 +76,7 @@ class Agent:
                     if part.piece.kind == "answer" and part.piece.text:
                         yield part.piece.text
                     continue
-                if name is not None and part.text:
+                if name is not None and part.text and not isinstance(part, RefusedResult):
                     self._keep(name, [asked, {"role": "assistant", "content": part.text}])
                 yield part
 

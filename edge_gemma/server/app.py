@@ -43,9 +43,9 @@ def application(desk: Desk, rules: Rules, live: Live) -> Starlette:
     for door in (Pages(), Ollama(desk), OpenAI(desk), OpenAIAudio(desk), Realtime(desk, live)):
         routes += door.routes()
     middleware = [Middleware(Guard, rules=rules, count=desk.watch.requested)]
-    if rules.origins:
-        middleware.append(
-            Middleware(CORSMiddleware, allow_origins=list(rules.origins), allow_methods=["*"], allow_headers=["*"])
+    if rules.origins:  # around the guard: a page may read refusals, too
+        middleware.insert(
+            0, Middleware(CORSMiddleware, allow_origins=list(rules.origins), allow_methods=["*"], allow_headers=["*"])
         )
     return Starlette(routes=routes, middleware=middleware, exception_handlers={HTTPException: _http_error})
 

@@ -89,7 +89,11 @@ class Moderation:
                     for kind, held in filters.items():
                         yield from _steps(kind, held.finish())
                     yield replace_texts(part, filters["answer"].text, filters["reasoning"].text)
-                elif part.piece.kind in filters:
+                    continue
+                for kind, held in filters.items():
+                    if kind != part.piece.kind:  # what is held back came before
+                        yield from _steps(kind, held.finish())
+                if part.piece.kind in filters:
                     yield from _steps(part.piece.kind, filters[part.piece.kind].push(part.piece.text))
                 else:
                     yield part

@@ -8,6 +8,8 @@ import shutil
 import socket
 import threading
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 from contextlib import aclosing
 from pathlib import Path
@@ -16,11 +18,17 @@ from typing import Any
 import pytest
 
 from edge_gemma.folder import find
+from edge_gemma.generation.generate import Result
 from edge_gemma.server import models, run
+from edge_gemma.server.agent import Agent
+from edge_gemma.server.ask import Ask, Step
 from edge_gemma.server.bodies import json_fields
+from edge_gemma.server.guard import Rules
 from edge_gemma.server.jobs import computed
+from edge_gemma.server.moderation import Moderation, Refused
 from edge_gemma.server.refusals import Refusal, refusal_of
 from edge_gemma.server.turns import ASKED, Stopped, Turns
+from edge_gemma.text.reply import Piece
 from tests.server.serving import Served, serving
 from tests.server.test_guard import CHAT, HELLO, status
 from tests.waiting import until
@@ -174,3 +182,48 @@ def test_a_client_that_takes_nothing_is_left(monkeypatch: pytest.MonkeyPatch) ->
         port = sock.getsockname()[1]
         until(lambda: not [each for each in gc.get_objects() if isinstance(each, run._Protocol)
                            and each.client == ("127.0.0.1", port) and not each.transport.is_closing()], 20)  # fmt: skip
+
+
+def test_a_page_that_may_ask_reads_refusals() -> None:
+    origin = "https://chat.example"
+    with serving(rules=Rules("s3cret", [], [origin])) as served:
+        for key, code in (("wrong", 401), ("s3cret", 404)):
+            headers = {"Origin": origin, "Authorization": f"Bearer {key}"}
+            request = urllib.request.Request(f"{served.url}/v1/models/none", headers=headers)
+            with pytest.raises(urllib.error.HTTPError) as refused:
+                urllib.request.urlopen(request)
+            with refused.value as answer:
+                assert (answer.code, answer.headers["Access-Control-Allow-Origin"]) == (code, origin)
+
+
+def test_what_was_held_back_for_the_rules_comes_in_its_place() -> None:
+    def answer(ask: Ask) -> Iterator[Step | Result]:
+        yield Step(Piece("reasoning", "One. Two"))
+        yield Step(Piece("answer", "Three. Four"))
+        yield Step(Piece("tool_call", ""))
+        yield Result("stop", text="Three. Four", reasoning="One. Two")
+
+    parts = list(Moderation(lambda text, where: text).answered(Ask(), answer))
+    pieces = [(part.piece.kind, part.piece.text) for part in parts if isinstance(part, Step)]
+    assert pieces == [("reasoning", "One. "), ("reasoning", "Two"), ("answer", "Three. "), ("answer", "Four"),
+                      ("tool_call", "")]  # fmt: skip
+    assert isinstance(parts[-1], Result)
+    assert (parts[-1].text, parts[-1].reasoning) == ("Three. Four", "One. Two")
+
+
+def test_a_refused_question_does_not_spoil_its_conversation() -> None:
+    def check(text: str, where: str) -> str:
+        if "bomb" in text:
+            raise Refused("no")
+        return text
+
+    async def said(agent: Agent, text: str) -> str:
+        async with aclosing(agent.answer(text, "home", "-")) as parts:
+            return "".join([part async for part in parts if isinstance(part, str)])
+
+    with serving(moderation=Moderation(check)) as served:
+        agent = Agent(served.desk)
+        asked = [asyncio.run_coroutine_threadsafe(said(agent, text), served.loop).result(60)
+                 for text in ("a bomb", "Hello")]  # fmt: skip
+    assert asked[0] == "no"
+    assert asked[1] not in ("", "no")
