@@ -154,7 +154,7 @@ class FakeEngine:
         self.chat_template = chat_template
         self.generation_config = {"eos_token_id": [1, 15], "temperature": 1.0, "top_k": 64, "top_p": 0.95}
         self.manifest = {"source": {"name": "fake"}}
-        self.path, self.name = Path("fake"), "fake"
+        self.path, self.name, self.context = Path("fake"), "fake", context
         scripts = [reply(r) if isinstance(r, str) else list(r) for r in replies or ("ok",)]
         self.timeline = FakeSession(scripts, context)
 

@@ -10,6 +10,7 @@ import tomllib
 import click
 import pytest
 
+from edge_gemma.cli.main import cli
 from edge_gemma.cli.serve import CHECKING, KEY_VARIABLE, serve
 from edge_gemma.host import places
 from tests import ROOT
@@ -82,7 +83,7 @@ def test_the_command_serves_with_a_key_only(key: str | None, monkeypatch: pytest
     assert json.loads(last("ENTRYPOINT")) == ["edge-gemma"]
     name, *options = json.loads(last("CMD"))
     assert name == "serve"
-    with serve.make_context("serve", options) as ctx:
+    with serve.make_context("serve", options, **cli.context_settings) as ctx:
         ctx.meta[CHECKING] = True
         assert (ctx.params["host"], ctx.params["port"]) == ("0.0.0.0", int(last("EXPOSE")))
         if key is None:

@@ -6,8 +6,6 @@ Owns: their options and what they print. Does not know: systemd (server/unit.py)
 import os
 import sys
 import time
-import urllib.error
-import urllib.request
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -149,6 +147,9 @@ def _awaited(url: str) -> str:
 
 def _answer(url: str) -> str:
     """What the server says about itself: "yes", "loading", or why there is no answer."""
+    import urllib.error
+    import urllib.request
+
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
         with opener.open(url, timeout=_ASK_S):

@@ -164,7 +164,7 @@ def chromium(folder: Path, *flags: str) -> Iterator[Browser]:
                 assert process.poll() is None, "Chromium ended at once"
                 assert time.monotonic() < end, "Chromium does not start"
                 time.sleep(0.05)
-            with connect(f"ws://127.0.0.1:{lines[0]}{lines[1]}", max_size=None) as socket:
+            with connect(f"ws://127.0.0.1:{lines[0]}{lines[1]}", max_size=None, ping_interval=None) as socket:
                 yield Browser(socket)
         finally:
             process.terminate()

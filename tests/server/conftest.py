@@ -7,14 +7,14 @@ from tests.server.browser import CHROMIUM, Browser, Tab, chromium
 from tests.server.serving import Served, serving
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def served() -> Iterator[Served]:
     """The demonstration model, served without a key."""
     with serving() as server:
         yield server
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
     """Chromium, whose microphone hears examples/timer.wav once each time it is opened."""
     if not CHROMIUM.exists():
