@@ -42,6 +42,12 @@ class About:
     thinks: bool
     hears: bool
 
+    @property
+    def capabilities(self) -> list[str]:
+        """What it can do, in Ollama's words."""
+        able = {"tools": self.calls_tools, "thinking": self.thinks, "audio": self.hears}
+        return ["completion", *(name for name, can in able.items() if can)]
+
 
 def about(offer: Offer) -> About:
     """The description of a model. Raises ModelFolderError if its folder cannot be read."""

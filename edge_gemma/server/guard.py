@@ -29,7 +29,7 @@ IDLE_S = 15.0  # between two parts of a body
 BODY_S = 600.0  # for a whole body
 _OPEN = ("/", "/health", "/page/")  # paths without a key: the page's files hold no secret
 _LOCAL = ("localhost", "127.0.0.1", "::1")
-_KEY_PROTOCOL = "openai-insecure-api-key."  # browsers cannot send headers with a websocket
+KEY_PROTOCOL = "openai-insecure-api-key."  # browsers cannot send headers with a websocket
 
 
 @dataclass(frozen=True)
@@ -182,7 +182,7 @@ def _key(headers: Headers) -> str:
     if scheme.lower() == "bearer":
         return key.strip()
     offered = (word.strip() for word in headers.get("sec-websocket-protocol", "").split(","))
-    given = (word.removeprefix(_KEY_PROTOCOL) for word in offered if word.startswith(_KEY_PROTOCOL))
+    given = (word.removeprefix(KEY_PROTOCOL) for word in offered if word.startswith(KEY_PROTOCOL))
     return next(given, headers.get("x-api-key", ""))
 
 

@@ -15,7 +15,6 @@ from edge_gemma.engine import Engine
 from edge_gemma.errors import EdgeGemmaError
 from edge_gemma.folder import find
 from edge_gemma.folder.file_names import MANIFEST
-from edge_gemma.folder.folder import ModelFolder
 from edge_gemma.server.turns import Stopped
 
 FOR_EVER = -1.0
@@ -39,10 +38,6 @@ class Offer:
     path: Path
     created: int
     bytes: int
-
-    def folder(self) -> ModelFolder:
-        """Opens it, which reads its manifest and configuration only. Raises ModelFolderError."""
-        return ModelFolder.open(self.path)
 
 
 @dataclass

@@ -36,7 +36,6 @@ def tags(offers: Iterable[Offer]) -> dict[str, Any]:
 def show(offer: Offer) -> dict[str, Any]:
     """A model in full. Raises ModelFolderError."""
     model = about(offer)
-    able = {"tools": model.calls_tools, "thinking": model.thinks, "audio": model.hears}
     return {
         "modelfile": f"# served by edge-gemma\nFROM {offer.name}\n",
         "parameters": "\n".join(f"{name:<24} {json.dumps(value)}" for name, value in model.settings.items()),
@@ -53,7 +52,7 @@ def show(offer: Offer) -> dict[str, Any]:
             f"{model.family}.attention.head_count": model.heads,
             f"{model.family}.vocab_size": model.vocabulary,
         },
-        "capabilities": ["completion", *(name for name, can in able.items() if can)],
+        "capabilities": model.capabilities,
         "modified_at": _modified(offer),
     }
 

@@ -3,7 +3,9 @@
 Owns: paths. Does not know: the fields of a request (openai_chat.py), how answers are sent (sending.py).
 """
 
-from asyncio import to_thread  # requests are read in threads: a schema may take a second
+from asyncio import (
+    to_thread,  # requests are read in threads, for a schema may take a second, and so are models' folders
+)
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -41,11 +43,14 @@ class OpenAI:
 
     async def models(self, request: Request) -> Response:
         """All models."""
-        return JSONResponse({"object": "list", "data": [_entry(offer) for offer in self._desk.models.offers()]})
+        return JSONResponse(await to_thread(self._list))
+
+    def _list(self) -> dict[str, object]:
+        return {"object": "list", "data": [_entry(offer) for offer in self._desk.models.offers()]}
 
     async def model(self, request: Request) -> Response:
         """One model."""
-        return JSONResponse(_entry(self._desk.models.find(request.path_params["name"])))
+        return JSONResponse(await to_thread(lambda: _entry(self._desk.models.find(request.path_params["name"]))))
 
     async def chat(self, request: Request) -> Response:
         """Chat completions."""
@@ -83,8 +88,7 @@ def _able(offer: Offer) -> dict[str, object]:
         model = about(offer)
     except (EdgeGemmaError, OSError):
         return {}
-    able = {"tools": model.calls_tools, "thinking": model.thinks, "audio": model.hears}
     return {
         "architecture": {"input_modalities": ["text", *["audio"] * model.hears], "output_modalities": ["text"]},
-        "capabilities": ["completion", *(name for name, can in able.items() if can)],
+        "capabilities": model.capabilities,
     }

@@ -20,7 +20,7 @@ from starlette.websockets import WebSocket, WebSocketDisconnect
 from edge_gemma.audio.events import Event
 from edge_gemma.server.bodies import Fields, json_fields
 from edge_gemma.server.desk import Desk
-from edge_gemma.server.guard import openai_error
+from edge_gemma.server.guard import KEY_PROTOCOL, openai_error
 from edge_gemma.server.live import Live, Mark, Marked, Sound, Written
 from edge_gemma.server.openai_audio import speech_model, usage
 from edge_gemma.server.realtime_session import Session, refused_event
@@ -30,7 +30,6 @@ from edge_gemma.server.streams import compact
 IDLE_S = 600.0  # without a message from the client, after which the socket is closed
 _SEND_S = 20.0  # in which a client has to take an event
 _LEAST_S = 0.1  # seconds of sound that can be committed
-_KEY_PROTOCOL = "openai-insecure-api-key."
 _GONE, _WRONG, _LATER = 1000, 1008, 1013
 
 
@@ -54,7 +53,7 @@ class Realtime:
 
 def _protocol(offered: list[str]) -> str | None:
     """The one that is spoken. A browser that has offered some hangs up if none of them is taken."""
-    return "realtime" if "realtime" in offered else next((p for p in offered if p.startswith(_KEY_PROTOCOL)), None)
+    return "realtime" if "realtime" in offered else next((p for p in offered if p.startswith(KEY_PROTOCOL)), None)
 
 
 class _Items:

@@ -34,8 +34,8 @@ STALLED_S = 120.0  # in which a client has to take something of what is sent
 STOP_S = 5.0  # that answers may take to end when the server stops
 CONNECTIONS = 512
 STACK_BYTES = 16 << 20  # of each thread: llguidance follows schemas by recursion, and some systems give threads 2 MB
-# How long the thread that computes may keep the interpreter from the event loop. With Python's own 5 ms a first token
-# leaves up to 100 ms late, for the loop has to ask for the interpreter several times.
+# How long the thread that computes may keep the interpreter from the event loop, which asks for it several times before
+# a token has left; Python's own is 5 ms (docs/LOG.md#server).
 SWITCH_S = 0.0005
 SOCKET_MESSAGE_BYTES = 4 << 20  # of a websocket
 

@@ -18,9 +18,9 @@ from typing import Any
 from edge_gemma import __version__
 from edge_gemma.audio.prompts import LANGUAGES
 from edge_gemma.errors import EdgeGemmaError
-from edge_gemma.folder.folder import TEMPLATE
 from edge_gemma.generation.generate import Result
 from edge_gemma.server import wyoming_events as events
+from edge_gemma.server.about import about
 from edge_gemma.server.agent import Agent
 from edge_gemma.server.bodies import Fields
 from edge_gemma.server.desk import Desk, current_request
@@ -45,7 +45,6 @@ class Wyoming:
         self.desk, self.live, self.agent = desk, live, agent
         self._listening = listening
         self._connections: set[asyncio.Task[None]] = set()
-        self._known: dict[Offer, tuple[bool, bool]] = {}
         desk.watch.gauge("wyoming_connections", "Connections of Wyoming's clients", lambda: len(self._connections))
 
     async def __aenter__(self) -> "Wyoming":
@@ -72,9 +71,9 @@ class Wyoming:
     def info(self) -> dict[str, Any]:
         """What it can do: as the models are, that are there now."""
         offers = self.desk.models.offers()
-        self._known = {offer: self._known.get(offer) or _abilities(offer) for offer in offers}
-        hear = [_about(offer.name, languages=list(LANGUAGES)) for offer, (hears, _) in self._known.items() if hears]
-        talk = [_about(offer.name, languages=list(LANGUAGES)) for offer, (_, talks) in self._known.items() if talks][:1]
+        able = {offer.name: _abilities(offer) for offer in offers}
+        hear = [_about(name, languages=list(LANGUAGES)) for name, (hears, _) in able.items() if hears]
+        talk = [_about(name, languages=list(LANGUAGES)) for name, (_, talks) in able.items() if talks][:1]
         asr = _about(
             "edge-gemma", models=hear, supports_transcript_streaming=True, requires_external_vad=False,
             prefers_auto_gain_enabled=False, prefers_noise_reduction_enabled=False,
@@ -87,8 +86,8 @@ class Wyoming:
 def _abilities(offer: Offer) -> tuple[bool, bool]:
     """Whether a model hears, and whether it can be talked to."""
     try:
-        folder = offer.folder()
-        return folder.audio is not None, folder.read_text(TEMPLATE) is not None
+        model = about(offer)
+        return model.hears, model.template is not None
     except (EdgeGemmaError, OSError):
         return False, False
 
