@@ -180,7 +180,7 @@ def test_a_client_that_takes_nothing_is_left(monkeypatch: pytest.MonkeyPatch) ->
         sock.sendall(request * 50)  # more than the buffers between the two hold
         until(lambda: served.desk.watch.conversations)
         port = sock.getsockname()[1]
-        until(lambda: not [each for each in gc.get_objects() if isinstance(each, run._Protocol)
+        until(lambda: not [each for each in gc.get_objects() if type(each) is run._Protocol
                            and each.client == ("127.0.0.1", port) and not each.transport.is_closing()], 20)  # fmt: skip
 
 
