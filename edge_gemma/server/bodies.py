@@ -1,18 +1,22 @@
 """Reads what clients send: JSON bodies, field by field.
 
-Owns: the limits of a JSON body, `Fields`. Does not know: which fields a protocol has.
+Owns: the limits of a JSON body, `Fields`, how much all bodies may take together. Does not know: which fields a protocol
+has.
 """
 
 import json
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
 from starlette.requests import Request
 
 from edge_gemma.arguments import is_integer, is_number, shown
+from edge_gemma.server.queue import RETRY_S
 from edge_gemma.server.refusals import Refusal
 
 JSON_BYTES = 32 << 20  # of a body: minutes of sound in base64
+_TEXTS = 256  # of a list: what an answer may stop at is looked for after each token
 _DEPTH = 100  # objects and lists in one another
 _ENTRIES = 500_000  # of all lists and objects: more would stop the event loop for seconds, in many times the memory
 
@@ -79,6 +83,8 @@ class Fields:
         several = [value] if isinstance(value, str) else value
         if not isinstance(several, list) or not all(isinstance(each, str) for each in several):
             raise self.wrong(name, value, "a text or a list of texts")
+        if len(several) > _TEXTS:
+            raise self.wrong(name, f"a list of {len(several)} texts", f"{_TEXTS} texts at most")
         return tuple(several)
 
     def refuse(self, name: str, *harmless: Any) -> None:
@@ -127,6 +133,44 @@ def json_fields(data: bytes | bytearray | str) -> Fields:
     if not isinstance(value, dict):
         raise Refusal(400, f"the body is {shown(value)}, expected a JSON object", code="invalid_json")
     return Fields(value)
+
+
+class Room:
+    """Bytes that the bodies of all requests take together. One client has half of them at most."""
+
+    def __init__(self, most: int) -> None:
+        self.most, self.taken = most, 0
+        self.of_client: Counter[str] = Counter()
+
+    def part(self, client: str) -> "RoomPart":
+        """The part of one request, nothing yet."""
+        return RoomPart(self, client)
+
+
+class RoomPart:
+    """What one request has taken of a room."""
+
+    def __init__(self, room: Room, client: str) -> None:
+        self._room, self._client, self._size = room, client, 0
+
+    def take(self, size: int) -> None:
+        """So many bytes more. Raises Refusal where they are too many."""
+        room = self._room
+        if room.taken + size > room.most or room.of_client[self._client] + size > room.most // 2:
+            told = "too many large requests are being read: send it again in a few seconds"
+            raise Refusal(429, told, "rate_limit_error", "queue_full", headers={"Retry-After": str(RETRY_S)})
+        self._count(size)
+
+    def give(self) -> None:
+        """The request is over."""
+        self._count(-self._size)
+
+    def _count(self, size: int) -> None:
+        self._size += size
+        self._room.taken += size
+        self._room.of_client[self._client] += size
+        if not self._room.of_client[self._client]:
+            del self._room.of_client[self._client]
 
 
 def too_large(most: int) -> Refusal:

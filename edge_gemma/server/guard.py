@@ -16,9 +16,11 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
+from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from edge_gemma.server.bodies import Room, RoomPart
 from edge_gemma.server.desk import current_request
 from edge_gemma.server.refusals import Refusal, refusal_of
 from edge_gemma.server.streams import ClientGoneError
@@ -27,6 +29,8 @@ log = logging.getLogger("edge_gemma.server")
 
 IDLE_S = 15.0  # between two parts of a body
 BODY_S = 600.0  # for a whole body
+HELD_BYTES = 128 << 20  # of all bodies that are in memory
+_FORMS = "/v1/audio/"  # their bodies go to disk, and have room of their own (uploads.py)
 _OPEN = ("/", "/health", "/page/")  # paths without a key: the page's files hold no secret
 _LOCAL = ("localhost", "127.0.0.1", "::1")
 KEY_PROTOCOL = "openai-insecure-api-key."  # browsers cannot send headers with a websocket
@@ -49,7 +53,7 @@ class Guard:
 
     def __init__(self, app: ASGIApp, rules: Rules, count: Callable[[str, int, float], None]) -> None:
         """count: told the path, the status and the seconds of each request."""
-        self._app, self._rules, self._count = app, rules, count
+        self._app, self._rules, self._count, self._room = app, rules, count, Room(HELD_BYTES)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Passes on what may pass."""
@@ -57,19 +61,26 @@ class Guard:
             await self._app(scope, receive, send)
             return
         request = _Request(scope, send)
+        body = self._room.part(request.client)
         try:
             self._check(scope)
-            await self._app(scope, _in_time(receive) if scope["type"] == "http" else receive, request.send)
-        except ClientGoneError:
+            await self._app(scope, self._reader(scope, receive, body), request.send)
+        except (ClientGoneError, ClientDisconnect):
             request.status = request.status or 499  # nginx's word for it
         except asyncio.CancelledError:  # by the server, which ends
             await request.refuse(Refusal(503, "the server is being stopped", "server_error", "stopping"), receive)
         except Exception as error:
             await request.refuse(refusal_of(error), receive)
         finally:
+            body.give()
             route = scope.get("route")
             self._count(getattr(route, "path", "other"), request.status, request.seconds)
             request.tell()
+
+    def _reader(self, scope: Scope, receive: Receive, body: RoomPart) -> Receive:
+        if scope["type"] == "websocket":
+            return receive
+        return _in_time(receive, body.take if not scope["path"].startswith(_FORMS) else lambda size: None)
 
     def _check(self, scope: Scope) -> None:
         headers, path = Headers(scope=scope), scope["path"]
@@ -104,6 +115,10 @@ class _Request:
         current_request.set(self.index)
 
     @property
+    def client(self) -> str:
+        return str((self.scope.get("client") or ("-",))[0])
+
+    @property
     def seconds(self) -> float:
         return time.perf_counter() - self._since
 
@@ -129,11 +144,10 @@ class _Request:
 
     def tell(self) -> None:
         """A line of the log."""
-        client = (self.scope.get("client") or ("-",))[0]
         method = self.scope.get("method", "WS")
         log.info(
             "%s %s %s %s %.3fs from %s", self.index, method, _shown(self.scope["path"]), self.status, self.seconds,
-            client,
+            self.client,
         )  # fmt: skip
 
 
@@ -151,8 +165,8 @@ def openai_error(refusal: Refusal) -> dict[str, Any]:
     return {"message": refusal.message, "type": refusal.kind, "param": refusal.param, "code": refusal.code}
 
 
-def _in_time(receive: Receive) -> Receive:
-    """As `receive`, but a body that comes too slowly is refused."""
+def _in_time(receive: Receive, take: Callable[[int], None]) -> Receive:
+    """As `receive`, but a body that comes too slowly is refused. take: told the bytes of each part."""
     end = time.monotonic() + BODY_S
     reading = True
 
@@ -165,6 +179,7 @@ def _in_time(receive: Receive) -> Receive:
         except TimeoutError:
             raise Refusal(408, "the body comes too slowly: send it again", code="too_slow") from None
         reading = bool(message.get("more_body"))
+        take(len(message.get("body", b"")))
         return message
 
     return timed

@@ -47,12 +47,17 @@ class Loaded:
     unwanted: it is closed as soon as nobody uses it.
     """
 
-    name: str
+    offer: Offer
     engine: Engine
     load_s: float
     leases: int = 0
     until: float = FOR_EVER
     unwanted: bool = False
+
+    @property
+    def name(self) -> str:
+        """The model's name."""
+        return self.offer.name
 
 
 class Models:
@@ -83,8 +88,10 @@ class Models:
 
     def find(self, name: str | None) -> Offer:
         """The model called `name`, also with ":latest" behind it. Raises UnknownModelError."""
-        if not name or name in (self.default.name, f"{self.default.name}:latest"):
-            return self.default  # without a look at the disk
+        name, loaded = name or self.default.name, self.loaded
+        for offer in (self.default, *([loaded.offer] if loaded else [])):  # without a look at the disk
+            if name in (offer.name, f"{offer.name}:latest"):
+                return offer
         offers = {offer.name: offer for offer in self.offers()}
         found = offers.get(name) or offers.get(name.removesuffix(":latest"))
         if found is None:
@@ -144,7 +151,7 @@ class Models:
             since = time.perf_counter()
             engine = Engine.load(offer.path, **self._options)
             engine.between = self._between
-            opened = Loaded(offer.name, engine, time.perf_counter() - since)
+            opened = Loaded(offer, engine, time.perf_counter() - since)
         finally:
             with self._changed:
                 self.loading, self.loaded = None, opened

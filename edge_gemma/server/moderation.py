@@ -112,13 +112,16 @@ class Moderation:
         if isinstance(content, str):
             return {**message, "content": self._seen(content, "question")}
         if isinstance(content, list):
-            return {**message, "content": [self._part(part) for part in content]}
+            return {**message, "content": self._parts(content)}
         return dict(message)
 
-    def _part(self, part: Any) -> Any:
-        if not isinstance(part, Mapping) or not isinstance(part.get("text"), str):
-            return part
-        return {**part, "text": self._seen(part["text"], "question")}
+    def _parts(self, parts: list[Any]) -> list[Any]:
+        """The parts with their texts as one, for the model reads them as lines of one."""
+        texts = [part for part in parts if isinstance(part, Mapping) and isinstance(part.get("text"), str)]
+        if not texts:
+            return parts
+        joined = {**texts[0], "text": self._seen("\n".join(part["text"] for part in texts), "question")}
+        return [joined if part is texts[0] else part for part in parts if part is texts[0] or part not in texts]
 
     def _passed(self, text: str) -> str:
         return self._seen(text, "answer")

@@ -13,12 +13,13 @@ from typing import IO
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import Request
 
-from edge_gemma.server.bodies import too_large
-from edge_gemma.server.queue import RETRY_S
+from edge_gemma.server.bodies import Room, RoomPart, too_large
 from edge_gemma.server.refusals import Refusal
+from edge_gemma.server.sending import client_of
 
 UPLOAD_BYTES = 256 << 20  # of a form: four hours of speech as it is usually packed
-MOST_UPLOADS = 16  # files that are kept at a time
+KEPT_BYTES = 1 << 30  # of all files that are kept at a time; some systems have them in memory
+_LEAST_BYTES = 16 << 20  # that a form counts as: fields, and the beginning of a file, are in memory
 _FIELDS, _FIELD_BYTES = 100, 64 << 10
 _TRUE, _FALSE = ("true", "1"), ("false", "0", "")
 
@@ -82,38 +83,34 @@ class Uploads:
     """Reads forms, as many at a time as the disk should hold."""
 
     def __init__(self) -> None:
-        self._kept = 0
+        self._room = Room(KEPT_BYTES)
 
     async def form(self, request: Request, name: str) -> Form:
         """The form that a request brings. name: of the field that has the file. Raises Refusal."""
-        if self._kept >= MOST_UPLOADS:
-            told = "too many files are being read: send it again in a few seconds"
-            raise Refusal(429, told, "rate_limit_error", "queue_full", headers={"Retry-After": str(RETRY_S)})
         length = request.headers.get("content-length", "")
         if length.isdecimal() and int(length[:20]) > UPLOAD_BYTES:
             raise too_large(UPLOAD_BYTES)
         if "multipart/form-data" not in request.headers.get("content-type", ""):
             raise Refusal(400, f"the body is no multipart/form-data, expected one with {name}", code="invalid_form")
-        self._kept += 1
+        part = self._room.part(client_of(request))
+        part.take(_LEAST_BYTES)
         try:
-            form = await _parsed(request, name)
+            form = await _parsed(request, name, part)
         except BaseException:
-            self._give()
+            part.give()
             raise
-        form.close = weakref.finalize(form, self._over, form.file)  # at the latest when nobody has it any more
+        form.close = weakref.finalize(form, _over, form.file, part)  # at the latest when nobody has it any more
         return form
 
-    def _give(self) -> None:
-        self._kept -= 1
 
-    def _over(self, file: IO[bytes]) -> None:
-        file.close()
-        self._give()
+def _over(file: IO[bytes], part: RoomPart) -> None:
+    file.close()
+    part.give()
 
 
-async def _parsed(request: Request, name: str) -> Form:
+async def _parsed(request: Request, name: str, room: RoomPart) -> Form:
     parser = MultiPartParser(
-        request.headers, _counted(request), max_files=1, max_fields=_FIELDS, max_part_size=_FIELD_BYTES
+        request.headers, _counted(request, room), max_files=1, max_fields=_FIELDS, max_part_size=_FIELD_BYTES
     )
     try:
         data = await parser.parse()
@@ -130,11 +127,12 @@ async def _parsed(request: Request, name: str) -> Form:
     return Form(upload.file, fields)
 
 
-async def _counted(request: Request) -> AsyncGenerator[bytes, None]:
+async def _counted(request: Request, room: RoomPart) -> AsyncGenerator[bytes, None]:
     """The body's parts. Raises Refusal for one that is too large, as soon as it is."""
     size = 0
     async for part in request.stream():
-        size += len(part)
+        before, size = size, size + len(part)
         if size > UPLOAD_BYTES:
             raise too_large(UPLOAD_BYTES)
+        room.take(max(0, size - max(before, _LEAST_BYTES)))
         yield part

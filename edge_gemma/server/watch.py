@@ -66,7 +66,8 @@ class Watch:
         self._tokens.labels("prompt").inc(timings.prefill_tokens)
         self._tokens.labels("cached").inc(timings.reused_tokens)
         self._tokens.labels("answer").inc(len(result.tokens))
-        self._first.observe(timings.ttft_s)
+        if timings.ttft_s:  # a refused question has no first token
+            self._first.observe(timings.ttft_s)
         if timings.decode_s:
             self._speed.observe(timings.decode_tokens / timings.decode_s)
 

@@ -164,10 +164,18 @@ def test_a_size_counts_while_it_arrives(served: Served, monkeypatch: pytest.Monk
 
 
 def test_too_many_files(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(uploads, "MOST_UPLOADS", 0)
-    answer = httpx.post(f"{served.url}/v1/audio/transcriptions", data=FORM, files=SOUND)
+    url, sent = f"{served.url}/v1/audio/transcriptions", {"data": FORM, "files": SOUND}
+    with monkeypatch.context() as small:
+        small.setattr(uploads, "_LEAST_BYTES", uploads.KEPT_BYTES // 2 + 1)
+        answer = httpx.post(url, **sent)
     assert answer.status_code == 429
     assert answer.headers["retry-after"]
+    monkeypatch.setattr(uploads, "_LEAST_BYTES", 512 << 20)
+    assert [httpx.post(url, **sent, timeout=60).status_code for _ in range(2)] == [200, 200], "the first has given back"
+    monkeypatch.setattr(uploads, "UPLOAD_BYTES", 2 << 30)
+    monkeypatch.setattr(uploads, "_LEAST_BYTES", (512 << 20) - (1 << 20))
+    head = {"Content-Type": "multipart/form-data; boundary=x"}
+    assert httpx.post(url, content=endless(uploads._LEAST_BYTES >> 16), headers=head, timeout=60).status_code == 400
 
 
 def silence(seconds: int) -> bytes:
