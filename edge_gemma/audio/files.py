@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from edge_gemma.audio.indexes import check_index, is_mp4
 from edge_gemma.audio.lengths import is_cut
 from edge_gemma.audio.samples import CHANNELS, Converter, Note, silent
 from edge_gemma.audio.sources import Source, opened
@@ -24,7 +25,7 @@ from edge_gemma.host.extras import imported
 BLOCK_S = 0.5  # seconds of sound in a block, about
 _FORMATS = (
     "wav,w64,aiff,au,caf,flac,ogg,mp3,mp2,aac,ac3,eac3,amr,amrnb,amrwb,g722,gsm,wv,ape,tta,asf,avi,flv,"
-    "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,mpeg,mpegts"
+    "matroska,webm,mpeg,mpegts"
 )
 _BY_SUFFIX = {".g722": "g722", ".gsm": "gsm"}  # formats without a header
 _MP4 = "mov,mp4,m4a,3gp,3g2,mj2"
@@ -111,15 +112,23 @@ class AudioFile:
         self.duration_s = duration / 1e6 if duration and duration > 0 else None
 
     def _open(self) -> Any:
-        self._opened.file.seek(0)
+        file = self._opened.file
+        file.seek(0)
+        formats = _FORMATS
         try:
+            if is_mp4(file.read(8)):
+                check_index(file, self._opened.size)
+                formats += "," + _MP4
+            file.seek(0)
             return self._av.open(
-                self._opened.file,
+                file,
                 mode="r",  # a file that can be written too is only read
                 format=_BY_SUFFIX.get(Path(self.name).suffix.lower()),
-                options={"format_whitelist": _FORMATS},
+                options={"format_whitelist": formats},
                 metadata_errors="replace",
             )
+        except AudioError as error:
+            raise AudioError(f"{self.name} is not read: {error}") from None
         except (self._av.FFmpegError, ValueError, OSError) as error:
             reason = getattr(error, "strerror", None) or str(error)
             raise AudioError(f"{self.name} is not a sound file that can be read: {reason}") from None

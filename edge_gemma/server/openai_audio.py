@@ -31,6 +31,7 @@ _FORMATS = ("json", "text", "srt", "verbose_json", "vtt")
 _STREAMED = ("json", "text")
 _THEIRS = ("whisper-", "gpt-")  # names of OpenAI's own models, which many programs send whatever a server has
 _TARGET = "English"  # of a translation
+LONGEST_S = 12 * 3600.0  # of a recording: silence packs so well that a file could keep its seat for days
 
 
 @dataclass(frozen=True)
@@ -109,8 +110,8 @@ class OpenAIAudio:
         """Segments as they are final, and the whole in the end."""
 
         def work(engine: Engine, stopping: threading.Event) -> Generator[Segment | Transcription, None, None]:
-            transcriber, between = Transcriber(engine, wanted.task), self._desk.turns.between
-            yield (yield from transcriber.stream(form.file, progress=lambda done, of: between()))
+            transcriber = Transcriber(engine, wanted.task)
+            yield (yield from transcriber.stream(form.file, progress=lambda done, of: self._between(done)))
 
         try:
             async with aclosing(self._desk.run(work, wanted.model, client)) as parts:
@@ -119,6 +120,13 @@ class OpenAIAudio:
         except Exception:
             form.close()  # its traceback holds the form
             raise
+
+    def _between(self, done_s: float) -> None:
+        """Called between two blocks of a recording. Raises Refusal for one that is too long."""
+        if done_s > LONGEST_S:
+            told = f"the recording is longer than {LONGEST_S / 3600:g} hours: send it in parts"
+            raise Refusal(413, told, code="too_long", param="file")
+        self._desk.turns.between()
 
 
 async def _whole(parts: AsyncGenerator[Segment | Transcription, None]) -> Transcription:
