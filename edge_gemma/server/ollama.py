@@ -25,9 +25,11 @@ from edge_gemma.server.sending import json_lines
 from edge_gemma.server.telling import call_id, ending, logprob_entries, prompt_tokens
 
 _UNITS = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}  # of Go's durations
-_DURATION = re.compile(r"[+-]?(?:\d+(?:\.\d*)?(?:ns|us|µs|ms|s|m|h))+")
-_DURATION_PART = re.compile(r"(\d+(?:\.\d*)?)(ns|us|µs|ms|s|m|h)")
+_DURATION_PART = re.compile(r"(\d+(?:\.\d*)?|\.\d+)(ns|us|µs|ms|s|m|h)")
+_DURATION = re.compile(rf"[+-]?(?:{_DURATION_PART.pattern})+")
+_DURATION_LENGTH = 100  # characters
 _LONGEST_S = 10 * 365 * 86400.0  # that is kept count of; longer is for ever
+IMAGES = "a list of texts in base64"
 _NAMES = {"repetition_penalty": "repeat_penalty"}
 _MESSAGE_KEYS = ("role", "content", "tool_calls", "tool_call_id", "images")
 
@@ -47,7 +49,7 @@ def read_generate(body: Fields, *, has_chat: bool) -> Ask:
     for name in ("suffix", "template"):
         body.refuse(name, "")
     prompt, system = body.text("prompt", ""), body.text("system", "")
-    images = body.take("images", list, "a list of texts in base64", [])
+    images = body.take("images", list, IMAGES, [])
     if not body.flag("raw") and has_chat:
         said = _message({"role": "user", "content": prompt, "images": images}, body, "")
         return Ask(messages=[*([{"role": "system", "content": system}] if system else []), said], **_common(body))
@@ -85,7 +87,9 @@ def read_keep_alive(body: Fields) -> float | None:
 
 
 def _seconds(text: str) -> float | None:
-    """A duration as Go writes it, or a number of seconds."""
+    """A duration as Go writes it, or a number of seconds; None for anything else."""
+    if len(text) > _DURATION_LENGTH:  # millions of digits would stop the event loop
+        return None
     if not _DURATION.fullmatch(text):
         return float(text) if re.fullmatch(r"[+-]?\d{1,12}(\.\d{1,12})?", text) else None
     size = sum(float(number) * _UNITS[unit] for number, unit in _DURATION_PART.findall(text))
@@ -143,7 +147,7 @@ def _message(entry: Mapping[str, Any], body: Fields, where: str) -> dict[str, An
 
 def _with_sounds(content: Any, images: Any, body: Fields, where: str) -> list[Any]:
     if not isinstance(images, list) or not all(isinstance(each, str) for each in images):
-        raise body.wrong(where, images, "a list of texts in base64")
+        raise body.wrong(where, images, IMAGES)
     parts = content if isinstance(content, list) else [{"type": "text", "text": content}] if content else []
     return [*parts, *(_sound(each, f"{where}[{number}]") for number, each in enumerate(images))]
 

@@ -20,7 +20,7 @@ from edge_gemma.server.about import about
 from edge_gemma.server.bodies import Fields, json_body
 from edge_gemma.server.desk import Desk
 from edge_gemma.server.models import Offer, UnknownModelError
-from edge_gemma.server.ollama import OllamaWriter, read_chat, read_generate, read_keep_alive
+from edge_gemma.server.ollama import IMAGES, OllamaWriter, read_chat, read_generate, read_keep_alive
 from edge_gemma.server.ollama_models import running, show, tagged, tags
 from edge_gemma.server.refusals import Refusal
 from edge_gemma.server.sending import client_of, json_line, respond
@@ -85,7 +85,7 @@ class Ollama:
         body = await json_body(request)
         offer = self._desk.models.find(body.text("model"))
         writer = self._writer(body, offer, chat=True)
-        if not body.values.get("messages"):
+        if not body.objects("messages"):
             return await self._nothing(request, body, offer, writer)
         ask = await to_thread(read_chat, body)
         return await respond(request, self._desk, ask, writer, stream=_streams(body))
@@ -95,7 +95,7 @@ class Ollama:
         body = await json_body(request)
         offer = self._desk.models.find(body.text("model"))
         writer = self._writer(body, offer, chat=False)
-        if not body.values.get("prompt") and not body.values.get("images"):
+        if not body.text("prompt") and not body.take("images", list, IMAGES):
             return await self._nothing(request, body, offer, writer)
         has_chat = (await to_thread(about, offer)).template is not None
         ask = await to_thread(lambda: read_generate(body, has_chat=has_chat))

@@ -188,6 +188,8 @@ def test_a_model_is_opened_and_closed_on_request() -> None:
         assert 290 < left <= 300
         client.chat("demo", HELLO, keep_alive=-1, options={"num_predict": 1})
         assert client.ps().models[0].expires_at.year > time.gmtime().tm_year + 50
+        client.chat("demo", [], keep_alive="1h.5m")
+        assert 3600 < client.ps().models[0].expires_at.timestamp() - time.time() <= 3630
         client.chat("demo", HELLO, keep_alive="0s", options={"num_predict": 1})
         until(lambda: models.loaded is None)
         again = client.chat("demo", HELLO, keep_alive=1.5, options={"num_predict": 1})
@@ -256,7 +258,11 @@ PNG = base64.b64encode(b"\x89PNG\r\n\x1a\n" + bytes(40)).decode()
         ("generate", {"prompt": "x", "suffix": "y"}, "suffix"),
         ("generate", {"prompt": "x", "template": "y"}, "template"),
         ("generate", {"prompt": "x", "raw": True, "system": "y"}, "system"),
+        ("chat", {"messages": 0}, "messages is 0"), ("chat", {"messages": {}}, "messages is {}"),
+        ("generate", {"prompt": 0}, "prompt is 0"), ("generate", {"prompt": [], "images": [""]}, "prompt is []"),
+        ("generate", {"images": ""}, "images is ''"),
         ("chat", {"messages": HELLO, "keep_alive": "soon"}, "keep_alive"),
+        ("chat", {"keep_alive": "1h" * 1000}, "keep_alive"), ("chat", {"keep_alive": "nan"}, "keep_alive"),
         ("chat", {"messages": HELLO, "format": "xml"}, "format"),
         ("chat", {"messages": HELLO, "format": {"type": "nothing"}}, "schema"),
         ("chat", {"messages": HELLO, "think": "hard"}, "think"),
