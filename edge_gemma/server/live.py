@@ -103,10 +103,10 @@ class Sound:
         self._room.set()
 
     @property
-    def marks(self) -> list[Mark]:
-        """Those that wait."""
+    def left(self) -> list[np.ndarray | Mark]:
+        """What waits: once nobody listens any more, what came too late for it."""
         with self._changed:
-            return [item for item in self._items if isinstance(item, Mark)]
+            return list(self._items)
 
     def take(self, stopping: threading.Event) -> np.ndarray | Mark:
         """The next samples, or the next mark. END if nothing comes for a while. Raises Stopped."""

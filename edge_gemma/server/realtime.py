@@ -143,13 +143,16 @@ class _Connection:
                 reading.cancel()
 
     async def _over(self) -> None:
-        """Listening has ended. Raises its error."""
+        """Listening has ended. What came too late for it is listened to anew. Raises its error."""
         listening, self._listening = self._listening, None
         sound, self._sound = self._sound, None
         if listening is not None:
             await listening
-        for mark in sound.marks if sound is not None else ():  # they came too late
-            await self._mark(mark, 0.0)
+        for item in sound.left if sound is not None else ():
+            if isinstance(item, Mark):
+                await self._mark(item, 0.0)
+            else:
+                await self._heard().put(item)
 
     async def _take(self, message: Any) -> None:
         """A message of the client. What is wrong with it is told, and the session goes on."""
@@ -190,12 +193,17 @@ class _Connection:
 
     async def _append(self, event: Fields) -> None:
         samples = _samples(event)
+        sound = self._heard()
+        self._sent += len(samples)
+        if len(samples):
+            await sound.put(samples)
+
+    def _heard(self) -> Sound:
+        """Where sound goes that is listened to, from now on if nothing was."""
         if self._sound is None:
             self._sound = Sound(self._session.rate)
             self._listening = asyncio.create_task(self._listen(self._sound, self._session))
-        self._sent += len(samples)
-        if len(samples):
-            await self._sound.put(samples)
+        return self._sound
 
     async def _commit(self) -> None:
         if self._sent < _LEAST_S * self._session.rate:
@@ -228,7 +236,7 @@ class _Connection:
 
     async def _finish(self) -> None:
         """Listen to what has come, with the settings that it came under, before they change."""
-        if self._sound is not None:
+        while self._sound is not None:
             self._sound.mark(Mark.END)
             await self._over()
         self._sent, self._items = 0, _Items()

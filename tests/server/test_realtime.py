@@ -340,6 +340,41 @@ def test_a_commit_long_after_the_last_sound(served: Served, monkeypatch: pytest.
     assert all("timer" in text.lower() for text in asyncio.run(talk()))
 
 
+@pytest.mark.parametrize("turns", [True, False])
+def test_sound_that_comes_while_last_words_are_written(
+    served: Served, monkeypatch: pytest.MonkeyPatch, turns: bool
+) -> None:
+    """Nothing has come for a while, so listening ends: who speaks on meanwhile is heard, too."""
+    monkeypatch.setattr(live, "IDLE_S", 0.3)
+    take, ending = live.Sound.take, threading.Event()
+
+    def slow(self: live.Sound, stopping: threading.Event) -> Any:
+        item = take(self, stopping)
+        if item is live.Mark.END and not ending.is_set():
+            ending.set()
+            time.sleep(1.0)
+        return item
+
+    monkeypatch.setattr(live.Sound, "take", slow)
+
+    async def talk() -> str:
+        async with connected(served) as socket:
+            if not turns:
+                await update(socket, turn_detection=None)
+            for said in range(2):
+                for event in appended(samples(TIMER)):
+                    await socket.send(json.dumps(event))
+                if not said:
+                    await asyncio.to_thread(ending.wait, 60)
+            heard = ""
+            if turns:
+                heard = (await following(socket, f"{HEARD}.completed"))[-1]["transcript"]
+            await socket.send('{"type": "input_audio_buffer.commit"}')
+            return heard + (await following(socket, f"{HEARD}.completed"))[-1]["transcript"]
+
+    assert asyncio.run(talk()).lower().count("timer") == 2
+
+
 def test_who_hangs_up_is_forgotten(served: Served) -> None:
     async def talk() -> None:
         for _ in range(12):  # more than there are places
