@@ -19,6 +19,7 @@ from typing import Any
 import h11
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 
 from edge_gemma.errors import EdgeGemmaError, UsageError
 from edge_gemma.server.app import application
@@ -38,6 +39,7 @@ STACK_BYTES = 16 << 20  # of each thread: llguidance follows schemas by recursio
 # a token has left; Python's own is 5 ms (docs/LOG.md#server).
 SWITCH_S = 0.0005
 SOCKET_MESSAGE_BYTES = 4 << 20  # of a websocket
+PING_S = 20.0  # between two pings on a websocket
 
 
 @dataclass(frozen=True)
@@ -143,6 +145,20 @@ class _Protocol(H11Protocol):
         return self.conn.their_state is h11.SEND_BODY and self.cycle is not None and self.cycle.response_complete
 
 
+class _SocketProtocol(WebSocketsSansIOProtocol):
+    """A websocket. What a client sends without end, and never as a message, does not pile up."""
+
+    def handle_ping(self) -> None:
+        if self.writable.is_set():
+            super().handle_ping()
+        else:  # the client takes nothing: pongs would fill the memory
+            self.conn.data_to_send()
+
+    def handle_cont(self, event: Any) -> None:
+        if event.data or event.fin:
+            super().handle_cont(event)
+
+
 class _Server(uvicorn.Server):
     """Leaves signals to `serve`."""
 
@@ -172,9 +188,12 @@ async def serve(
     threading.stack_size(STACK_BYTES)
     live = Live(desk)
     config = uvicorn.Config(
-        application(desk, rules, live), http=_Protocol, ws="websockets-sansio", loop="asyncio", lifespan="off",
+        application(desk, rules, live), http=_Protocol, ws=_SocketProtocol, loop="asyncio", lifespan="off",
         log_config=None, access_log=False, server_header=False, proxy_headers=False, limit_concurrency=CONNECTIONS,
         timeout_keep_alive=30, timeout_graceful_shutdown=int(STOP_S), ws_max_size=SOCKET_MESSAGE_BYTES,
+        ws_per_message_deflate=False,  # 4 KB of it are a message of 4 MB
+        ws_ping_interval=PING_S,
+        ws_ping_timeout=None,  # a pong comes behind the sound that waits: the kernel notices who is gone
     )  # fmt: skip
     server = _Server(config)
     opening = asyncio.ensure_future(_open_first(desk, ready))
