@@ -33,6 +33,7 @@ _MESSAGES = 40  # of a conversation; older ones are forgotten
 _CHARACTERS = 4000  # of a question
 _NAME = 200  # characters
 _TOKENS = 512  # of an answer
+_Name = tuple[str, str]  # of a conversation: the client, and what it calls it
 
 
 @dataclass(frozen=True)
@@ -55,11 +56,12 @@ class Agent:
     def __init__(self, desk: Desk, *, system: str | None = None, tools: Tools | None = None) -> None:
         """system: instructions for all conversations. tools: those with effects are refused, nobody can be asked."""
         self._desk, self._system, self._tools = desk, system, tools
-        self._kept: OrderedDict[str, _Kept] = OrderedDict()  # by name, the longest unused first
+        self._kept: OrderedDict[_Name, _Kept] = OrderedDict()  # the longest unused first
 
     async def answer(self, text: str, name: str | None, client: str) -> AsyncGenerator[str | Result, None]:
-        """The answer in pieces, and its result. name: of the conversation; without one nothing is remembered.
+        """The answer in pieces, and its result.
 
+        name: of the conversation, which is this client's own; without one nothing is remembered.
         Raises as Desk.answer, and Refusal for a question that is too long.
         """
         if not text.strip() or len(text) > _CHARACTERS:
@@ -68,7 +70,7 @@ class Agent:
             raise Refusal(400, f"conversation_id has {len(name)} characters, expected at most {_NAME}")
         asked = {"role": "user", "content": text}
         system = [{"role": "system", "content": self._system}] if self._system else []
-        ask = Ask(messages=[*system, *self._history(name), asked], max_tokens=_TOKENS)
+        ask = Ask(messages=[*system, *self._history(client, name), asked], max_tokens=_TOKENS)
         how = self._acts if self._tools is not None else answer
         async with aclosing(self._desk.answer(ask, client, how)) as parts:
             async for part in parts:
@@ -77,17 +79,17 @@ class Agent:
                         yield part.piece.text
                     continue
                 if name is not None and part.text and not isinstance(part, RefusedResult):
-                    self._keep(name, [asked, {"role": "assistant", "content": part.text}])
+                    self._keep((client, name), [asked, {"role": "assistant", "content": part.text}])
                 yield part
 
-    def _history(self, name: str | None) -> list[dict[str, Any]]:
+    def _history(self, client: str, name: str | None) -> list[dict[str, Any]]:
         old = time.monotonic() - FORGET_S
         while self._kept and next(iter(self._kept.values())).at < old:
             self._kept.popitem(last=False)
-        kept = self._kept.get(name) if name is not None else None
+        kept = self._kept.get((client, name)) if name is not None else None
         return list(kept.messages) if kept else []
 
-    def _keep(self, name: str, messages: list[dict[str, Any]]) -> None:
+    def _keep(self, name: _Name, messages: list[dict[str, Any]]) -> None:
         kept = self._kept.setdefault(name, _Kept())
         kept.messages = [*kept.messages, *messages][-_MESSAGES:]
         kept.at = time.monotonic()

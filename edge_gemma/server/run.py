@@ -22,6 +22,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 
 from edge_gemma.errors import EdgeGemmaError, UsageError
+from edge_gemma.server import stalled
 from edge_gemma.server.app import application
 from edge_gemma.server.desk import Desk
 from edge_gemma.server.guard import Rules
@@ -31,7 +32,6 @@ log = logging.getLogger("edge_gemma.server")
 
 Service = Callable[[Live], AbstractAsyncContextManager[object]]  # served as long as the context lasts
 HEAD_S = 15.0  # in which a connection has to send a request's head
-STALLED_S = 120.0  # in which a client has to take something of what is sent
 STOP_S = 5.0  # that answers may take to end when the server stops
 CONNECTIONS = 512
 STACK_BYTES = 16 << 20  # of each thread: llguidance follows schemas by recursion, and some systems give threads 2 MB
@@ -109,10 +109,7 @@ class _Protocol(H11Protocol):
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
-        if hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux
-            with contextlib.suppress(OSError):
-                sock = transport.get_extra_info("socket")
-                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, round(STALLED_S * 1000))
+        stalled.limit(transport)
         self._time()
 
     def connection_lost(self, exc: Exception | None) -> None:

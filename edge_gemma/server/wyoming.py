@@ -19,6 +19,7 @@ from edge_gemma import __version__
 from edge_gemma.audio.prompts import LANGUAGES
 from edge_gemma.errors import EdgeGemmaError
 from edge_gemma.generation.generate import Result
+from edge_gemma.server import stalled
 from edge_gemma.server import wyoming_events as events
 from edge_gemma.server.about import about
 from edge_gemma.server.agent import Agent
@@ -58,6 +59,7 @@ class Wyoming:
         await asyncio.gather(*self._connections, return_exceptions=True)
 
     async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        stalled.limit(writer.transport)
         connection = _Connection(self, reader, writer)
         if len(self._connections) >= CONNECTIONS:
             task = asyncio.ensure_future(connection.refuse("too many connections: try again later", "too_many"))

@@ -65,9 +65,10 @@ def _size(head: Fields, name: str, most: int) -> int:
 
 
 async def write(writer: asyncio.StreamWriter, kind: str, data: Mapping[str, Any]) -> None:
-    """Send an event. Raises ConnectionError, also for a client that takes nothing."""
+    """Send an event. Raises ConnectionError, also for a client that takes nothing, whose connection is broken off."""
     try:
         async with asyncio.timeout(EVENT_S):
             await async_write_event(Event(kind, dict(data)), writer)
     except TimeoutError:
+        writer.transport.abort()
         raise ConnectionError("the client takes nothing") from None

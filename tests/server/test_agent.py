@@ -35,9 +35,9 @@ def desk() -> Desk:
     return Desk()
 
 
-def ask(agent: Agent, text: str, name: str | None) -> list[Any]:
+def ask(agent: Agent, text: str, name: str | None, client: str = "x") -> list[Any]:
     async def read() -> list[Any]:
-        return [part async for part in agent.answer(text, name, "x")]
+        return [part async for part in agent.answer(text, name, client)]
 
     return asyncio.run(read())
 
@@ -55,6 +55,13 @@ def test_a_conversation_goes_on(desk: Desk) -> None:
     assert desk.asked == [
         ["Be brief.", "one"], ["Be brief.", "two"], ["Be brief.", "one", "answer 1", "three"],
     ]  # fmt: skip
+
+
+def test_a_conversation_is_the_client_s_own(desk: Desk) -> None:
+    agent = of(desk)
+    for client in ("a", "b", "a"):
+        ask(agent, client, "kitchen", client)
+    assert desk.asked == [["a"], ["b"], ["a", "answer 1", "a"]]
 
 
 def test_without_a_name_nothing_is_remembered(desk: Desk) -> None:

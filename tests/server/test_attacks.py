@@ -19,7 +19,7 @@ import pytest
 
 from edge_gemma.folder import find
 from edge_gemma.generation.generate import Result
-from edge_gemma.server import models, run
+from edge_gemma.server import models, run, stalled
 from edge_gemma.server.agent import Agent
 from edge_gemma.server.ask import Ask, Step
 from edge_gemma.server.bodies import json_fields
@@ -171,7 +171,7 @@ def test_a_model_that_is_being_removed_hides_no_other(monkeypatch: pytest.Monkey
 
 @pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="Linux closes connections that take nothing")
 def test_a_client_that_takes_nothing_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run, "STALLED_S", 1.0)
+    monkeypatch.setattr(stalled, "STALLED_S", 1.0)
     body = json.dumps(HELLO | {"max_tokens": 900, "stream": True, "logprobs": True, "top_logprobs": 20}).encode()
     with serving() as served, socket.socket() as sock:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import gc
 import json
 import socket
 import threading
@@ -15,7 +16,7 @@ import pytest
 
 from edge_gemma.audio.files import AudioFile
 from edge_gemma.server import desk as desks
-from edge_gemma.server import hearing, wyoming, wyoming_events
+from edge_gemma.server import hearing, stalled, wyoming, wyoming_events
 from edge_gemma.server.agent import Tools
 from edge_gemma.server.moderation import Moderation
 from edge_gemma.tools.function import RunnableTool
@@ -430,6 +431,29 @@ def test_many_connections(served: Served, monkeypatch: pytest.MonkeyPatch) -> No
             return (await transcribed(client, chunks(sound(TIMER))))[-1]
 
     assert asyncio.run(ask()).data["code"] == "too_many_live"
+
+
+def connections(served: Served, own: socket.socket) -> list[Any]:
+    """The server's ends of a client's connection, closed or not."""
+    client = own.getsockname()
+    return [each for each in gc.get_objects() if type(each) is asyncio.selector_events._SelectorSocketTransport
+            and each._loop is served.loop and each._sock is not None and each.get_extra_info("peername") == client]  # fmt: skip
+
+
+@pytest.mark.parametrize("sent", [b'{"type": "describe"}\n' * 20_000, b'{"type": "describe"}\n' * 150 + b"x\n"])
+@pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="Linux closes connections that take nothing")
+def test_who_takes_nothing_is_left(monkeypatch: pytest.MonkeyPatch, sent: bytes) -> None:
+    """Also when what is left for it is no more than the buffers hold."""
+    monkeypatch.setattr(wyoming_events, "EVENT_S", 1.0)
+    monkeypatch.setattr(stalled, "STALLED_S", 1.0)
+    with serving() as served, socket.socket() as own:
+        own.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        own.connect(("127.0.0.1", served.wyoming))
+        own.setblocking(False)
+        with contextlib.suppress(BlockingIOError):
+            own.send(sent)
+        until(lambda: connections(served, own))
+        until(lambda: not connections(served, own), 20)
 
 
 def test_who_hangs_up_is_forgotten(served: Served) -> None:
