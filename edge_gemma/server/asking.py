@@ -1,12 +1,14 @@
 """The parts of a request that several protocols have.
 
-Owns: reading tools, the choice among them, sampling, how much thought is wanted. Does not know: which protocol asks.
+Owns: reading tools, the choice among them, a format, sampling, how much thought is wanted. Does not know: which
+protocol asks.
 """
 
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
+from edge_gemma.generation.constraint import Constraint
 from edge_gemma.server.bodies import Fields
 
 MOST_CHANCES = 20  # likeliest tokens beside each token
@@ -49,6 +51,22 @@ def read_tool_choice(body: Fields, tools: list[dict[str, Any]]) -> tuple[bool, s
     if not names or (isinstance(choice, dict) and name not in names):
         raise body.wrong("tool_choice", choice, f"one of the tools, which are {', '.join(map(str, names)) or 'none'}")
     return True, name, tools
+
+
+def read_format(form: Fields | None, inside: str | None = None) -> Constraint | None:
+    """What an answer has to be, in OpenAI's words. inside: the object in `form` that has the schema; None: `form`."""
+    kind = form.text("type") if form is not None else None
+    if form is None or kind == "text":
+        return None
+    if kind == "json_object":
+        return Constraint.json({"type": "object"})
+    if kind != "json_schema":
+        raise form.wrong("type", kind, "text, json_object or json_schema")
+    holder = form if inside is None else form.object(inside) or Fields({}, form.path(inside))
+    schema = holder.take("schema", dict, "a JSON Schema")
+    if schema is None:
+        raise holder.wrong("schema", None, "a JSON Schema")
+    return Constraint.json(schema)
 
 
 def read_sampling(body: Fields, names: Mapping[str, str] = MappingProxyType({})) -> Any:

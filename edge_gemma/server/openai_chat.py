@@ -12,10 +12,9 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from edge_gemma.generation.constraint import Constraint
 from edge_gemma.generation.generate import Result
 from edge_gemma.server.ask import Ask, Step, Token
-from edge_gemma.server.asking import read_chances, read_sampling, read_tool_choice, read_tools, with_effort
+from edge_gemma.server.asking import read_chances, read_format, read_sampling, read_tool_choice, read_tools, with_effort
 from edge_gemma.server.bodies import Fields
 from edge_gemma.server.guard import openai_error
 from edge_gemma.server.refusals import Refusal
@@ -51,7 +50,7 @@ def read_chat(body: Fields) -> Ask:
         must_call=must_call,
         only=only,
         one_call=body.take("parallel_tool_calls", bool, "true or false", True) is False,
-        constraint=read_format(body),
+        constraint=read_format(body.object("response_format"), "json_schema"),
         max_tokens=next((limit for limit in wanted if limit is not None), None),
         stop=body.texts("stop"),
         settings=read_sampling(body),
@@ -71,23 +70,6 @@ def read_message(entry: Mapping[str, Any]) -> dict[str, Any]:
     if entry.get("role") != "tool":
         message.pop("name", None)  # of a person: the template has no place for it
     return message
-
-
-def read_format(body: Fields) -> Constraint | None:
-    """What `response_format` says that the answer has to be."""
-    form = body.object("response_format")
-    kind = form.text("type") if form is not None else None
-    if form is None or kind == "text":
-        return None
-    if kind == "json_object":
-        return Constraint.json({"type": "object"})
-    if kind != "json_schema":
-        raise body.wrong("response_format.type", kind, "text, json_object or json_schema")
-    given = form.object("json_schema")
-    schema = given.take("schema", dict, "a JSON Schema") if given is not None else None
-    if schema is None:
-        raise form.wrong("json_schema", None, 'an object with "schema"')
-    return Constraint.json(schema)
 
 
 def read_thinking(body: Fields) -> dict[str, Any]:

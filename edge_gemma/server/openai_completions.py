@@ -14,10 +14,10 @@ from typing import Any
 
 from edge_gemma.generation.generate import Result
 from edge_gemma.server.ask import Ask, Step, Token
-from edge_gemma.server.asking import MOST_CHANCES, read_sampling
+from edge_gemma.server.asking import MOST_CHANCES, read_format, read_sampling
 from edge_gemma.server.bodies import Fields
 from edge_gemma.server.guard import openai_error
-from edge_gemma.server.openai_chat import read_format, usage
+from edge_gemma.server.openai_chat import usage
 from edge_gemma.server.refusals import Refusal
 from edge_gemma.server.sending import EVENTS
 from edge_gemma.server.telling import ending, logprob_of, text_of
@@ -33,7 +33,7 @@ def read_completion(body: Fields) -> Ask:
     return Ask(
         model=body.text("model"),
         prompt=_prompt(body),
-        constraint=read_format(body),
+        constraint=read_format(body.object("response_format"), "json_schema"),
         max_tokens=body.whole("max_tokens", 1),
         stop=body.texts("stop"),
         settings=read_sampling(body),

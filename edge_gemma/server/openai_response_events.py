@@ -22,9 +22,12 @@ from edge_gemma.text.tool_call import ToolCall
 _REPEATED: dict[str, Any] = {
     "instructions": None, "max_output_tokens": None, "metadata": {}, "parallel_tool_calls": True, "temperature": None,
     "text": {"format": {"type": "text"}}, "tool_choice": "auto", "tools": [], "top_logprobs": 0, "top_p": None,
-    "reasoning": {"effort": None, "summary": None}, "truncation": "auto", "user": None,
+    "reasoning": {"effort": None, "summary": None}, "user": None,
 }  # fmt: skip
-_SAME = {"background": False, "error": None, "incomplete_details": None, "previous_response_id": None, "store": False}
+_SAME = {
+    "background": False, "error": None, "incomplete_details": None, "previous_response_id": None, "store": False,
+    "truncation": "disabled",
+}  # fmt: skip
 
 _INCOMPLETE = {"length": "max_output_tokens", "content_filter": "content_filter"}
 

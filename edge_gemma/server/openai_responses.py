@@ -10,9 +10,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from edge_gemma.arguments import shown
-from edge_gemma.generation.constraint import Constraint
 from edge_gemma.server.ask import Ask
-from edge_gemma.server.asking import MOST_CHANCES, declared, read_sampling, read_tool_choice, with_effort
+from edge_gemma.server.asking import MOST_CHANCES, declared, read_format, read_sampling, read_tool_choice, with_effort
 from edge_gemma.server.bodies import Fields
 from edge_gemma.server.refusals import Refusal
 
@@ -40,7 +39,7 @@ def read_response(body: Fields) -> Ask:
         must_call=must_call,
         only=only,
         one_call=body.take("parallel_tool_calls", bool, "true or false", True) is False,
-        constraint=_read_format(body),
+        constraint=read_format((body.object("text") or Fields({})).object("format")),
         max_tokens=body.whole("max_output_tokens", 1),
         settings=read_sampling(body),
         chances=(body.whole("top_logprobs", 0, MOST_CHANCES) or 0) if _LOGPROBS in body.texts("include") else None,
@@ -61,22 +60,6 @@ def _read_tools(body: Fields) -> tuple[bool, str | None, list[dict[str, Any]]]:
         tools = [tool for tool in tools if tool["function"].get("name") in names]
         return read_tool_choice(Fields({"tool_choice": allowed.text("mode")}), tools)
     return read_tool_choice(body, tools)
-
-
-def _read_format(body: Fields) -> Constraint | None:
-    text = body.object("text")
-    form = text.object("format") if text is not None else None
-    kind = form.text("type") if form is not None else None
-    if form is None or kind in (None, "text"):
-        return None
-    if kind == "json_object":
-        return Constraint.json({"type": "object"})
-    if kind != "json_schema":
-        raise form.wrong("type", kind, "text, json_object or json_schema")
-    schema = form.take("schema", dict, "a JSON Schema")
-    if schema is None:
-        raise form.wrong("schema", None, "a JSON Schema")
-    return Constraint.json(schema)
 
 
 def _read_messages(body: Fields) -> list[Message]:

@@ -39,7 +39,8 @@ def test_a_response(client: openai.OpenAI) -> None:
     assert answer.status == "completed"
     assert answer.usage.output_tokens == chat.usage.completion_tokens
     assert answer.usage.input_tokens == chat.usage.prompt_tokens
-    told = client.responses.create(input="Hello", instructions="You are a pirate.", **PLAIN)
+    told = client.responses.create(input="Hello", instructions="You are a pirate.", truncation="auto", **PLAIN)
+    assert answer.truncation == told.truncation == "disabled", "too long an input is refused"
     assert told.usage.input_tokens > answer.usage.input_tokens
     assert told.instructions == "You are a pirate."
 

@@ -436,8 +436,9 @@ def test_many_connections(served: Served, monkeypatch: pytest.MonkeyPatch) -> No
 def connections(served: Served, own: socket.socket) -> list[Any]:
     """The server's ends of a client's connection, closed or not."""
     client = own.getsockname()
-    return [each for each in gc.get_objects() if type(each) is asyncio.selector_events._SelectorSocketTransport
-            and each._loop is served.loop and each._sock is not None and each.get_extra_info("peername") == client]  # fmt: skip
+    kind = asyncio.selector_events._SelectorSocketTransport
+    found = [each for each in gc.get_objects() if type(each) is kind and each._loop is served.loop]
+    return [each for each in found if each._sock is not None and each.get_extra_info("peername") == client]
 
 
 @pytest.mark.parametrize("sent", [b'{"type": "describe"}\n' * 20_000, b'{"type": "describe"}\n' * 150 + b"x\n"])
