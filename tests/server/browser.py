@@ -32,8 +32,8 @@ document.addEventListener("securitypolicyviolation", e => violations.push(`${e.v
 class Tab:
     """A page in a profile of its own. requests: addresses that it asked for. faults: errors in its scripts."""
 
-    def __init__(self, socket: ClientConnection, session: str) -> None:
-        self._socket, self._session, self._ids = socket, session, itertools.count(1)
+    def __init__(self, socket: ClientConnection, session: str, profile: str) -> None:
+        self._socket, self._session, self.profile, self._ids = socket, session, profile, itertools.count(1)
         self.requests: list[str] = []
         self.faults: list[str] = []
         self.answers: dict[str, Callable[[str], tuple[int, dict[str, str], str]]] = {}  # end of an address -> answer
@@ -148,9 +148,14 @@ class Browser:
     def tab(self) -> Iterator[Tab]:
         """A tab of its own, with nothing stored."""
         profile = self._send("Target.createBrowserContext")["browserContextId"]
-        target = self._send("Target.createTarget", url="about:blank", browserContextId=profile)["targetId"]
-        yield Tab(self._socket, self._send("Target.attachToTarget", targetId=target, flatten=True)["sessionId"])
+        yield self.beside(profile)
         self._send("Target.disposeBrowserContext", browserContextId=profile)
+
+    def beside(self, profile: str) -> Tab:
+        """Another tab in a profile. It goes with the profile."""
+        target = self._send("Target.createTarget", url="about:blank", browserContextId=profile)["targetId"]
+        session = self._send("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        return Tab(self._socket, session, profile)
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ from tests.server.browser import Tab
 from tests.server.serving import Served
 
 DONE = "!document.querySelector('#send').hidden && document.querySelector('article.assistant footer')"
-SAID = "[...document.querySelectorAll('article .prose, article .bubble')].map(e => e.textContent.trim())"
+SAID = "[...document.querySelectorAll('article :is(.prose, .bubble):not([hidden])')].map(e => e.textContent.trim())"
 
 
 @pytest.fixture
@@ -123,7 +123,7 @@ def test_a_message_is_edited_and_an_answer_made_anew(page: Tab) -> None:
     page.wait("document.activeElement.value === 'one'")
     page.type(" and a half")
     page.press("Enter")
-    page.wait(DONE)
+    page.wait(DONE + f" && {SAID}[1] === 'answer 4'")
     assert page.run(SAID) == ["one and a half", "answer 4"]
     assert asked == [["one"], ["one", "answer 1", "two"], ["one"], ["one and a half"]]
 

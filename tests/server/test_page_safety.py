@@ -98,7 +98,7 @@ def test_the_key_is_asked_for_once(tab: Tab) -> None:
         tab.wait("door.open")
         tab.press("Escape")
         tab.wait(DONE)
-        assert tab.run("document.querySelector('.error').textContent") == "The server needs its key."
+        assert tab.run("document.querySelector('.error:not([hidden])').textContent") == "The server needs its key."
 
 
 def get(served: Served, path: str, **headers: str) -> http.client.HTTPResponse:

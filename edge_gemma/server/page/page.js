@@ -3,7 +3,7 @@
 Owns: what is said, what is drawn, what buttons and keys do. Does not know: the server's protocol, what is kept. A
 model's text becomes elements in markdown.js alone; everything else is set as text. */
 
-import { dropChat, keepChat, loadChats, newChat, remember, remembered } from "./kept.js";
+import { dropChat, follow, keepChat, loadChat, loadChats, newChat, remember, remembered } from "./kept.js";
 import { markdown } from "./markdown.js";
 import { Problem, api, events, readFile, sent } from "./server.js";
 import { listen } from "./speech.js";
@@ -12,23 +12,18 @@ const DRAW_MS = 100; // between two drawings of an answer that is being written
 
 const $ = (id) => document.getElementById(id);
 const running = new Map(); // id of a chat -> what stops the answer that it waits for: an AbortController
-const drawn = new WeakMap(); // message -> its element
-let chats = []; // the newest first
-let chat = null; // the one on the screen
+const drawn = new WeakMap(); // conversation, message, call or file -> the element that shows it
+let chats = loadChats(); // the newest first
+let chat = chats.find(({ id }) => id === remembered("chat")) ?? newChat(); // the one on the screen
 let models = [];
 let files = []; // to be sent with the next message
 let microphone = null; // a promise of what ends it, while it is on
 
-/* ---- Conversations ---- */
-
-/* Keeps a conversation over a reload. The oldest of the others make room. */
+/* Keeps a conversation over a reload, if it was not deleted. The oldest of the others make room. */
 function keep(kept) {
   if (!chats.includes(kept)) return;
   const others = chats.filter((each) => each !== kept);
-  while (!keepChat(kept, others)) {
-    if (!others.length) return tell("This conversation is too long to be kept over a reload.");
-    dropChat(others.pop().id);
-  }
+  if (!keepChat(kept, others)) tell("There is no room in this browser to keep this conversation over a reload.");
   chats = chats.filter((each) => each === kept || others.includes(each));
 }
 
@@ -52,30 +47,43 @@ function forget(gone) {
   });
 }
 
-/* ---- Drawing ---- */
+/* Takes over what another tab kept or deleted. What is being answered in this one stays. */
+function takeOver(id) {
+  if (running.has(id)) return;
+  const kept = loadChat(id);
+  chats = [...kept, ...chats.filter((each) => each.id !== id)];
+  if (chat.id === id) show(kept[0] ?? newChat());
+  else drawChats();
+}
 
-/* A copy of a template. parts: class of a place in it -> what is put there, or what a click there does. A place for
-which there is nothing is taken out. */
-function fill(id, parts) {
-  const element = $(id).content.firstElementChild.cloneNode(true);
+/* The element that shows a thing: of a template, the same one each time. parts: class of a place in it -> text or
+elements to be there, or what a click there does. A place for which there is nothing is hidden. */
+function fill(id, thing, parts) {
+  const element = drawn.get(thing) ?? $(id).content.firstElementChild.cloneNode(true);
+  drawn.set(thing, element);
   for (const [name, part] of Object.entries(parts)) {
     const place = element.querySelector(`.${name}`);
-    if (!part) place.remove();
-    else if (part instanceof Function) place.onclick = part;
-    else place.append(...[part].flat());
+    place.hidden = !part;
+    if (part instanceof Function) place.onclick = part;
+    else if (Array.isArray(part) && part.length === place.children.length) continue; // they keep the focus
+    else if (part) place.replaceChildren(...[part].flat());
   }
   return element;
 }
 
 function draw() {
-  $("chats").replaceChildren(...chats.map(drawEntry));
-  $("messages").replaceChildren(...chat.messages.map(drawMessage));
+  drawChats();
+  const shown = new Set(chat.messages.map((each) => drawn.get(each) ?? drawMessage(each)));
+  for (const element of [...$("messages").children]) if (!shown.has(element)) element.remove();
+  $("messages").append(...[...shown].filter((element) => !element.isConnected)); // what stands is not laid out again
   drawState();
-  scrollDown();
+  $("talk").scrollTo({ top: $("talk").scrollHeight });
 }
 
+const drawChats = () => $("chats").replaceChildren(...chats.map(drawEntry));
+
 function drawEntry(each) {
-  const entry = fill("entry", { title: each.title, open: () => show(each), close: () => forget(each) });
+  const entry = fill("entry", each, { title: each.title, open: () => show(each), close: () => forget(each) });
   entry.querySelector(".open").ariaCurrent = String(each === chat);
   entry.querySelector(".close").ariaLabel = `Delete: ${each.title}`;
   return entry;
@@ -100,39 +108,24 @@ function drawState() {
 }
 
 function drawMessage(message) {
-  const element = message.role === "user" ? drawQuestion(message) : drawAnswer(message);
-  drawn.get(message)?.replaceWith(element);
-  drawn.set(message, element);
-  return element;
-}
-
-function drawQuestion(message) {
-  const { content, files: shown = [] } = message;
-  return fill("question", { shown: shown.map(drawFile), text: content, change: () => edit(message) });
-}
-
-function drawAnswer(message) {
-  const { content, reasoning, calls, error, speed } = message;
-  const element = fill("answer", {
+  const { role, content, reasoning, calls, error, speed } = message;
+  if (role === "user") {
+    const shown = message.files.map(drawFile);
+    return fill("question", message, { shown, text: content, change: () => edit(message) });
+  }
+  return fill("answer", message, {
     text: reasoning.trim(),
-    steps: calls.map((call) => fill("step", { name: call.name, given: call.arguments })),
+    steps: calls.map((call) => fill("step", call, { name: call.name, given: call.arguments })),
     prose: content && markdown(content),
     error,
-    copy: navigator.clipboard && content && (({ target }) => copy(target, content)),
+    copy: navigator.clipboard && content && (() => navigator.clipboard.writeText(content).then(() => tell("Copied."))),
     again: () => answer(before(message)),
     speed,
   });
-  element.querySelector(".thoughts").open = drawn.get(message)?.querySelector(".thoughts").open;
-  return element;
-}
-
-async function copy(button, text) {
-  await navigator.clipboard.writeText(text);
-  button.textContent = "Copied";
 }
 
 function drawFile({ kind, name, url }) {
-  if (!url) return fill("unkept", { name });
+  if (!url) return fill("unkept", {}, { name });
   if (kind === "image") return Object.assign(new Image(), { src: url, alt: name });
   return Object.assign(new Audio(url), { controls: true, ariaLabel: name });
 }
@@ -140,13 +133,12 @@ function drawFile({ kind, name, url }) {
 /* The box takes the focus of what is gone. */
 const refocus = () => document.activeElement === document.body && $("box").focus();
 
-const scrollDown = () => $("talk").scrollTo({ top: $("talk").scrollHeight });
-
-/* Draws a message anew, and stays at the end if the end was seen. */
+/* Draws what came to an answer, and stays at the end if the end was seen. */
 function redraw(message) {
-  const isDown = $("talk").scrollHeight - $("talk").scrollTop - $("talk").clientHeight < 80;
+  const talk = $("talk");
+  const isDown = talk.scrollHeight - talk.scrollTop - talk.clientHeight < 80;
   drawMessage(message);
-  if (isDown) scrollDown();
+  if (isDown) talk.scrollTo({ top: talk.scrollHeight });
 }
 
 /* A line for the person, with something to do about it. */
@@ -157,7 +149,8 @@ function tell(text, action = "", act = () => {}) {
 }
 
 /* Asks the person in a dialog. Returns the text of its field, null if the person does not want to. */
-async function askIn(dialog, field, text = "") {
+async function askIn(dialog, text = "") {
+  const field = dialog.querySelector("textarea, input");
   field.value = text;
   dialog.returnValue = "";
   dialog.showModal();
@@ -168,7 +161,7 @@ async function askIn(dialog, field, text = "") {
 /* The key as the person gives it, null for none. wrong: the one that was tried. */
 function askKey(wrong) {
   $("door-title").textContent = wrong ? "That is not the server's key" : "This server needs its key";
-  return askIn($("door"), $("key"));
+  return askIn($("door"));
 }
 
 async function loadModels() {
@@ -187,8 +180,6 @@ function able(what) {
   const { architecture, capabilities = [] } = models.find(({ id }) => id === $("model").value) ?? {};
   return [...(architecture?.input_modalities ?? []), ...capabilities].includes(what);
 }
-
-/* ---- Asking and answering ---- */
 
 const before = (message) => chat.messages.slice(0, chat.messages.indexOf(message));
 
@@ -213,12 +204,12 @@ async function answer(messages) {
   }
   running.delete(asked.id);
   keep(asked);
-  if (asked !== chat) return;
   redraw(message);
   drawState();
-  const text = drawn.get(message).querySelector(".prose")?.textContent ?? "";
-  $("said").textContent = message.error ?? `The model says: ${text}`;
+  if (asked === chat) $("said").textContent = message.error ?? `The model says: ${proseOf(message)}`;
 }
+
+const proseOf = (message) => drawn.get(message).querySelector(".prose").textContent;
 
 async function read(asked, message, signal) {
   const since = performance.now();
@@ -274,27 +265,40 @@ function send(event) {
 
 /* Lets the person write a message anew; what came after it is answered anew. */
 async function edit(message) {
-  const content = await askIn($("edit"), $("edited"), message.content);
-  if (content) answer([...before(message), { ...message, content }]);
+  const earlier = before(message); // another tab may change the conversation meanwhile
+  const content = await askIn($("edit"), message.content);
+  if (content) answer([...earlier, { ...message, content }]);
 }
 
-/* ---- What the person does ---- */
+async function instruct() {
+  const text = await askIn($("instructions"), chat.system);
+  if (text === null) return;
+  chat.system = text;
+  remember("system", text);
+  keep(chat);
+}
 
 /* Sets the files that the next message takes along. */
 function setFiles(next) {
   files = next;
   const remove = (file) => setFiles(files.filter((each) => each !== file));
-  $("files").replaceChildren(...files.map((file) => fill("file", { name: file.name, away: () => remove(file) })));
+  $("files").replaceChildren(...files.map((file) => fill("file", file, { name: file.name, away: () => remove(file) })));
   refocus();
 }
 
 /* Takes files that were picked, dropped or pasted; text goes where it would. */
-function addFiles(event, list) {
+function addFiles(event) {
+  const list = (event.dataTransfer ?? event.clipboardData ?? event.target).files ?? [];
   if (list.length) event.preventDefault();
   for (const file of list) {
     const failed = (error) => tell(`${file.name}: ${error.message}`);
     readFile(file, able).then((read) => setFiles([...files, read]), failed);
   }
+}
+
+function pick(input) {
+  input.value = ""; // the same file may be picked again
+  input.click();
 }
 
 function switchTheme() {
@@ -312,43 +316,31 @@ async function speak() {
   drawState();
 }
 
-async function instruct() {
-  const text = await askIn($("instructions"), $("system"), chat.system);
-  if (text === null) return;
-  chat.system = text;
-  remember("system", text);
-  keep(chat);
-}
+const stop = () => running.get(chat.id)?.abort();
 
 function press(event) {
   const { key, shiftKey, isComposing, target } = event;
-  if (key === "Escape" && !document.querySelector("dialog[open], :popover-open")) running.get(chat.id)?.abort();
+  if (key === "Escape" && !document.querySelector("dialog[open], :popover-open")) stop();
   if (key !== "Enter" || shiftKey || isComposing || target.enterKeyHint !== "send") return;
   event.preventDefault();
   target.form.requestSubmit(target.form.querySelector("[type=submit]"));
 }
 
-const on = (target, name, act) => target.addEventListener(name, act);
 const CLICKS = {
-  new: () => (show(newChat()), $("box").focus()), theme: switchTheme, settings: instruct,
-  attach: () => $("pick").click(), camera: () => $("shoot").click(), microphone: speak,
+  attach: () => pick($("pick")), camera: () => pick($("shoot")), dismiss: () => tell(""), microphone: speak,
+  new: () => (show(newChat()), $("box").focus()), settings: instruct, stop, theme: switchTheme,
   think: () => set("think", remembered("think") ? "" : "on"),
-  stop: () => running.get(chat.id)?.abort(), dismiss: () => tell(""),
 };
-for (const [id, act] of Object.entries(CLICKS)) on($(id), "click", act);
-for (const pick of [$("pick"), $("shoot")]) {
-  on(pick, "change", (event) => (addFiles(event, pick.files), (pick.value = "")));
-}
-on($("model"), "change", () => set("model", $("model").value));
-on($("composer"), "submit", send);
-on(document, "keydown", press);
-on(document, "dragover", (event) => event.dataTransfer.types.includes("Files") && event.preventDefault());
-on(document, "drop", (event) => addFiles(event, event.dataTransfer.files));
-on(document, "paste", (event) => addFiles(event, event.clipboardData.files));
-on(window, "pagehide", () => keep(chat));
-on(window, "unhandledrejection", (event) => tell(`Something went wrong in this page: ${event.reason}`));
+for (const [id, act] of Object.entries(CLICKS)) $(id).onclick = act;
+for (const name of ["change", "drop", "paste"]) document.addEventListener(name, addFiles);
+document.ondragover = (event) => event.dataTransfer.types.includes("Files") && event.preventDefault();
+document.onkeydown = press;
+$("composer").onsubmit = send;
+$("model").onchange = () => set("model", $("model").value);
+window.onpagehide = () => chats.filter(({ id }) => running.has(id)).forEach(keep);
+window.onunhandledrejection = ({ reason }) => tell(`Something went wrong in this page: ${reason}`);
+follow(takeOver);
 
-chats = loadChats();
-show(chats.find(({ id }) => id === remembered("chat")) ?? newChat());
+show(chat);
 await loadModels();
 if (matchMedia("(hover: hover)").matches && !document.querySelector("dialog[open]")) $("box").focus();
