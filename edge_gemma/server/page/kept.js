@@ -7,6 +7,10 @@ const MOST_KEPT = 4_000_000; // characters of all conversations; browsers have r
 const KEPT_FILE = 300_000; // characters of a file in base64; longer ones are not kept
 const CHAT = "edge_gemma.chat.";
 const unkept = {}; // settings that there was no room for
+const names = Object.keys(localStorage).filter((name) => name.startsWith(CHAT));
+
+/* All conversations, the newest first. */
+export let chats = names.flatMap((name) => loadChat(name.slice(CHAT.length))).sort((a, b) => b.when - a.when);
 
 /* What is kept under a name; "" if nothing is. */
 export const remembered = (name) => unkept[name] ?? localStorage.getItem(`edge_gemma.${name}`) ?? "";
@@ -30,42 +34,48 @@ export function newChat() {
   return { id, when: Date.now(), title: "", system: remembered("system"), messages: [] };
 }
 
-/* All conversations, the newest first. */
-export function loadChats() {
-  const names = Object.keys(localStorage).filter((name) => name.startsWith(CHAT));
-  return names.flatMap((name) => loadChat(name.slice(CHAT.length))).sort((one, other) => other.when - one.when);
-}
-
 /* A list of one conversation. What cannot be read is removed, and the list is empty. */
-export function loadChat(id) {
+function loadChat(id) {
   try {
     const chat = { ...JSON.parse(localStorage.getItem(CHAT + id)), id };
-    const messages = chat.messages.map((each) => ({ content: "", reasoning: "", calls: [], files: [], ...each }));
-    if (messages.every(isWhole)) return [{ ...chat, messages }];
+    chat.messages = chat.messages.map((each) => ({ content: "", reasoning: "", calls: [], files: [], ...each }));
+    if (chat.messages.every(isWhole)) return [chat];
   } catch {} // whoever wrote it
-  dropChat(id);
+  localStorage.removeItem(CHAT + id);
   return [];
 }
 
-const isWhole = ({ content, reasoning, calls, files }) =>
-  [content, reasoning].every((text) => typeof text === "string") && [...calls, ...files].every(Boolean);
-
-export const dropChat = (id) => localStorage.removeItem(CHAT + id);
-
-/* Keeps a conversation. The last of the others are dropped until there is room. Returns whether there was. */
-export function keepChat(chat, others) {
-  const text = JSON.stringify(chat, (name, value) => (name === "url" && value.length > KEPT_FILE ? "" : value));
-  if (text.length > MOST_KEPT) return false;
-  const size = (sum, { id }) => sum + (localStorage.getItem(CHAT + id) ?? "").length;
-  const fits = () => others.length < MOST_CHATS && others.reduce(size, text.length) <= MOST_KEPT;
-  while (!fits() || !store(CHAT + chat.id, text)) {
-    if (!others.length) return false;
-    dropChat(others.pop().id);
-  }
-  return true;
+function isWhole({ content, reasoning, calls, files }) {
+  return [content, reasoning].every((text) => typeof text === "string") && [...calls, ...files].every(Boolean);
 }
 
-/* Calls with the id of each conversation that another tab keeps or drops. */
-export function follow(call) {
-  addEventListener("storage", ({ key }) => key?.startsWith(CHAT) && call(key.slice(CHAT.length)));
+/* Keeps a conversation as the newest; the oldest make room. Returns whether there was. */
+export function keepChat(chat) {
+  chat.when = Date.now();
+  chats = [chat, ...chats.filter((each) => each !== chat)];
+  const text = JSON.stringify(chat, (name, value) => (name === "url" && value.length > KEPT_FILE ? "" : value));
+  const size = (sum, { id }) => sum + (localStorage.getItem(CHAT + id) ?? "").length;
+  const fits = () => chats.length <= MOST_CHATS && chats.slice(1).reduce(size, text.length) <= MOST_KEPT;
+  while (text.length <= MOST_KEPT) {
+    if (fits() && store(CHAT + chat.id, text)) return true;
+    if (chats.length === 1) break;
+    dropChat(chats.at(-1));
+  }
+  return false;
+}
+
+export function dropChat(chat) {
+  chats = chats.filter((each) => each !== chat);
+  localStorage.removeItem(CHAT + chat.id);
+}
+
+/* Takes over what other tabs keep and drop, but for what isOurs; calls with each that was taken over. */
+export function follow(isOurs, call) {
+  addEventListener("storage", ({ key }) => {
+    const id = key?.startsWith(CHAT) && key.slice(CHAT.length);
+    if (!id || isOurs(id)) return;
+    const kept = loadChat(id);
+    chats = [...kept, ...chats.filter((each) => each.id !== id)];
+    call(id, kept[0]);
+  });
 }

@@ -3,7 +3,7 @@
 Owns: what is said, what is drawn, what buttons and keys do. Does not know: the server's protocol, what is kept. A
 model's text becomes elements in markdown.js alone; everything else is set as text. */
 
-import { dropChat, follow, keepChat, loadChat, loadChats, newChat, remember, remembered } from "./kept.js";
+import { chats, dropChat, follow, keepChat, newChat, remember, remembered } from "./kept.js";
 import { markdown } from "./markdown.js";
 import { Problem, api, events, readFile, sent } from "./server.js";
 import { listen } from "./speech.js";
@@ -13,18 +13,14 @@ const DRAW_MS = 100; // between two drawings of an answer that is being written
 const $ = (id) => document.getElementById(id);
 const running = new Map(); // id of a chat -> what stops the answer that it waits for: an AbortController
 const drawn = new WeakMap(); // conversation, message, call or file -> the element that shows it
-let chats = loadChats(); // the newest first
 let chat = chats.find(({ id }) => id === remembered("chat")) ?? newChat(); // the one on the screen
 let models = [];
 let files = []; // to be sent with the next message
 let microphone = null; // a promise of what ends it, while it is on
 
-/* Keeps a conversation over a reload, if it was not deleted. The oldest of the others make room. */
+/* Keeps a conversation over a reload. */
 function keep(kept) {
-  if (!chats.includes(kept)) return;
-  const others = chats.filter((each) => each !== kept);
-  if (!keepChat(kept, others)) tell("There is no room in this browser to keep this conversation over a reload.");
-  chats = chats.filter((each) => each === kept || others.includes(each));
+  if (!keepChat(kept)) tell("There is no room in this browser to keep this conversation over a reload.");
 }
 
 function show(next) {
@@ -36,24 +32,13 @@ function show(next) {
 
 function forget(gone) {
   running.get(gone.id)?.abort();
-  chats = chats.filter((each) => each !== gone);
-  dropChat(gone.id);
+  dropChat(gone);
   show(gone === chat ? (chats[0] ?? newChat()) : chat);
   $("new").focus();
   tell(`Deleted: ${gone.title}`, "Undo", () => {
-    chats = [gone, ...chats];
     keep(gone);
     show(gone);
   });
-}
-
-/* Takes over what another tab kept or deleted. What is being answered in this one stays. */
-function takeOver(id) {
-  if (running.has(id)) return;
-  const kept = loadChat(id);
-  chats = [...kept, ...chats.filter((each) => each.id !== id)];
-  if (chat.id === id) show(kept[0] ?? newChat());
-  else drawChats();
 }
 
 /* The element that shows a thing: of a template, the same one each time. parts: class of a place in it -> text or
@@ -190,8 +175,6 @@ async function answer(messages) {
   const control = new AbortController();
   running.set(asked.id, control);
   asked.messages = [...messages, message];
-  asked.when = Date.now();
-  chats = [asked, ...chats.filter((each) => each !== asked)];
   keep(asked);
   draw();
   refocus();
@@ -203,13 +186,12 @@ async function answer(messages) {
     else message.error = error instanceof Problem ? error.message : `The answer broke off: ${error.message}`;
   }
   running.delete(asked.id);
-  keep(asked);
+  if (chats.includes(asked)) keep(asked); // it was not deleted
   redraw(message);
   drawState();
-  if (asked === chat) $("said").textContent = message.error ?? `The model says: ${proseOf(message)}`;
+  const text = drawn.get(message).querySelector(".prose").textContent;
+  if (asked === chat) $("said").textContent = message.error ?? `The model says: ${text}`;
 }
-
-const proseOf = (message) => drawn.get(message).querySelector(".prose").textContent;
 
 async function read(asked, message, signal) {
   const since = performance.now();
@@ -275,7 +257,7 @@ async function instruct() {
   if (text === null) return;
   chat.system = text;
   remember("system", text);
-  keep(chat);
+  if (chats.includes(chat)) keep(chat);
 }
 
 /* Sets the files that the next message takes along. */
@@ -294,11 +276,7 @@ function addFiles(event) {
     const failed = (error) => tell(`${file.name}: ${error.message}`);
     readFile(file, able).then((read) => setFiles([...files, read]), failed);
   }
-}
-
-function pick(input) {
-  input.value = ""; // the same file may be picked again
-  input.click();
+  if (event.target.type === "file") event.target.value = ""; // the same one may be picked again
 }
 
 function switchTheme() {
@@ -327,7 +305,7 @@ function press(event) {
 }
 
 const CLICKS = {
-  attach: () => pick($("pick")), camera: () => pick($("shoot")), dismiss: () => tell(""), microphone: speak,
+  attach: () => $("pick").click(), camera: () => $("shoot").click(), dismiss: () => tell(""), microphone: speak,
   new: () => (show(newChat()), $("box").focus()), settings: instruct, stop, theme: switchTheme,
   think: () => set("think", remembered("think") ? "" : "on"),
 };
@@ -339,7 +317,7 @@ $("composer").onsubmit = send;
 $("model").onchange = () => set("model", $("model").value);
 window.onpagehide = () => chats.filter(({ id }) => running.has(id)).forEach(keep);
 window.onunhandledrejection = ({ reason }) => tell(`Something went wrong in this page: ${reason}`);
-follow(takeOver);
+follow((id) => running.has(id), (id, kept) => (id === chat.id ? show(kept ?? newChat()) : drawChats()));
 
 show(chat);
 await loadModels();

@@ -21,16 +21,14 @@ export async function listen({ model, write, fail, over }) {
     return transcribe({ recorder, mute, socket, model, write, fail, close });
   } catch ({ message }) {
     close();
-    fail(message);
+    fail(`The microphone cannot be used: ${message}`);
     return close;
   }
 }
 
 async function record(ends) {
   if (!navigator.mediaDevices) throw new Problem("Browsers give the microphone to pages of localhost or https only.");
-  const heard = await navigator.mediaDevices.getUserMedia({ audio: { channelCount: 1 } }).catch(() => {
-    throw new Problem("The browser does not give the microphone: allow it for this page.");
-  });
+  const heard = await navigator.mediaDevices.getUserMedia({ audio: { channelCount: 1 } });
   const mute = () => heard.getTracks().forEach((track) => track.stop());
   ends.push(mute);
   const source = soundOf(heard);
