@@ -34,7 +34,12 @@ def say(tab: Tab, text: str) -> None:
 def streamed(*deltas: dict[str, Any]) -> tuple[int, dict[str, str], str]:
     """An answer in a server's place."""
     chunks: list[Any] = [{"choices": [{"index": 0, "delta": delta}]} for delta in deltas]
-    chunks += [{"choices": [{"index": 0, "delta": {}}], "timings": {"predicted_n": 9, "predicted_per_second": 8.25}}]
+    chunks += [
+        {
+            "choices": [{"index": 0, "delta": {}}],
+            "timings": {"ttft_ms": 250, "predicted_n": 9, "predicted_per_second": 8.25},
+        }
+    ]
     body = "".join(f"data: {json.dumps(chunk)}\n\n" for chunk in chunks) + "data: [DONE]\n\n"
     return 200, {"content-type": "text/event-stream"}, body
 
@@ -198,9 +203,9 @@ def test_instructions_and_thinking_are_sent(page: Tab) -> None:
 
 def test_a_sound_file_is_heard(page: Tab, served: Served) -> None:
     drop(page, "note.txt", "text/plain", b"x")
-    page.wait("document.querySelector('#told').textContent.includes('does not read such files')")
+    page.wait("document.querySelector('#told').textContent.includes('does not read text files')")
     drop(page, "tree.png", "image/png", b"x")
-    page.wait("document.querySelector('#told').textContent.includes('does not read pictures')")
+    page.wait("document.querySelector('#told').textContent.includes('does not read image files')")
     drop(page, "timer.wav", "audio/wav", (ROOT / "examples" / "timer.wav").read_bytes())
     page.wait("document.querySelector('#files').textContent.includes('timer.wav')")
     page.click("#send")

@@ -8,8 +8,6 @@ import { markdown } from "./markdown.js";
 import { Problem, api, events, readFile, sent } from "./server.js";
 import { listen } from "./speech.js";
 
-const DRAW_MS = 100; // between two drawings of an answer that is being written
-
 const $ = (id) => document.getElementById(id);
 const running = new Map(); // id of a chat -> what stops the answer that it waits for: an AbortController
 const drawn = new WeakMap(); // conversation, message, call or file -> the element that shows it
@@ -26,7 +24,6 @@ function keep(kept) {
 function show(next) {
   chat = next;
   remember("chat", chat.id);
-  $("side").hidePopover();
   draw();
 }
 
@@ -155,8 +152,7 @@ async function loadModels() {
   } catch (error) {
     return tell(error.message, "Try again", loadModels);
   }
-  const chosen = remembered("model");
-  $("model").replaceChildren(...models.map(({ id }) => new Option(id, id, false, id === chosen)));
+  $("model").replaceChildren(...models.map(({ id }) => new Option(id, id, false, id === remembered("model"))));
   drawState();
 }
 
@@ -194,28 +190,26 @@ async function answer(messages) {
 }
 
 async function read(asked, message, signal) {
-  const since = performance.now();
   const system = { role: "system", content: asked.system };
   const messages = [system, ...asked.messages].map(sent).filter(({ content }) => content);
   const chat_template_kwargs = { enable_thinking: able("thinking") && remembered("think") === "on" };
   const body = JSON.stringify({ model: $("model").value, messages, stream: true, chat_template_kwargs });
-  const options = { method: "POST", headers: { "Content-Type": "application/json" }, body, signal };
-  let [first, timer] = [0, 0];
-  for await (const data of events(await api("/v1/chat/completions", askKey, options))) {
+  let timer = 0;
+  for await (const data of events(await api("/v1/chat/completions", askKey, { method: "POST", body, signal }))) {
     if (data === "[DONE]") return;
     const { error, choices = [], timings } = JSON.parse(data);
     if (error) throw new Problem(error.message);
-    if (add(message, choices[0]?.delta ?? {})) first ||= performance.now() - since;
-    if (timings) message.speed = speed(first, timings);
+    add(message, choices[0]?.delta ?? {});
+    if (timings) message.speed = speed(timings);
     timer ||= setTimeout(() => {
       timer = 0;
       if (asked === chat) redraw(message);
-    }, DRAW_MS);
+    }, 100); // milliseconds between two drawings
   }
   throw new Problem("The answer broke off: the server hung up.");
 }
 
-/* Adds what came to a message. Returns whether it was anything. */
+/* Adds what came to a message. */
 function add(message, { content = "", reasoning_content: thought = "", tool_calls: calls = [] }) {
   message.content += content;
   message.reasoning += thought;
@@ -224,10 +218,9 @@ function add(message, { content = "", reasoning_content: thought = "", tool_call
     call.name += name;
     call.arguments += given;
   }
-  return content || thought || calls.length;
 }
 
-function speed(first, { predicted_n: tokens, predicted_per_second: rate }) {
+function speed({ ttft_ms: first, predicted_n: tokens, predicted_per_second: rate }) {
   const rated = rate ? `${rate.toFixed(1)} tokens/s, ` : "";
   return `first word after ${(first / 1000).toFixed(2)} s, ${rated}${tokens} tokens`;
 }

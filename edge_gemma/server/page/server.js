@@ -7,8 +7,6 @@ import { remember, remembered } from "./kept.js";
 
 const MOST_FILE = 20 << 20; // bytes
 const WIDEST = 1568; // pixels of a picture
-const SOUNDS = ["wav", "mp3", "flac", "ogg", "opus", "m4a", "aac", "webm"];
-const CALLED = { image: "pictures", audio: "sound files", "": "such files" };
 
 export class Problem extends Error {}
 
@@ -16,7 +14,7 @@ export class Problem extends Error {}
 export async function api(path, askKey, options = {}) {
   for (;;) {
     const key = remembered("key");
-    const headers = { ...options.headers, ...(key && { Authorization: `Bearer ${key}` }) };
+    const headers = { "Content-Type": "application/json", ...(key && { Authorization: `Bearer ${key}` }) };
     const response = await fetch(path, { ...options, headers }).catch((error) => {
       throw error.name === "AbortError" ? error : new Problem("The server cannot be reached.");
     });
@@ -59,15 +57,13 @@ export function sent({ role, content, files = [] }) {
 
 /* A file as it is kept and sent. able: whether the model reads "image" or "audio". Throws Problem. */
 export async function readFile(file, able) {
-  const format = file.name.split(".").pop().toLowerCase();
-  const isSound = file.type.startsWith("audio/") || SOUNDS.includes(format);
-  const kind = file.type.startsWith("image/") ? "image" : isSound ? "audio" : "";
-  if (!able(kind)) throw new Problem(`this model does not read ${CALLED[kind]}.`);
+  const kind = file.type.split("/")[0].replace("video", "audio"); // browsers call recordings of sound so
+  if (kind === "text" || !able(kind)) throw new Problem(`this model does not read ${kind || "such"} files.`);
   if (file.size > MOST_FILE) throw new Problem(`it is too large, ${MOST_FILE >> 20} MB at most.`);
   const reader = new FileReader();
   reader.readAsDataURL(kind === "image" ? await smaller(file) : file);
   await new Promise((onload, onerror) => Object.assign(reader, { onload, onerror }));
-  return { kind, name: file.name, format, url: reader.result };
+  return { kind, name: file.name, format: file.name.split(".").pop().toLowerCase(), url: reader.result };
 }
 
 /* A picture as the model can use it: no wider or higher than WIDEST, and without what cameras write into files. */
