@@ -231,11 +231,13 @@ def test_a_picture_is_sent_smaller_where_the_model_reads_it(tab: Tab, served: Se
     asked: list[Any] = []
     tab.answer("/chat/completions", lambda body: asked.append(json.loads(body)) or streamed({"content": "A square."}))
     tab.open(f"{served.url}/")
+    tab.run("localStorage['edge_gemma.think'] = 'on'")
     assert tab.run("[camera.hidden, microphone.hidden, attach.hidden]") == [False, True, False]
     assert tab.run("think.hidden"), "it does not say that it can think"
     drop(tab, "square.png", "image/png", base64.b64decode(tab.run(PICTURE.replace("WIDE", str(wide)))))
     tab.wait("document.querySelector('#files').textContent.includes('square.png')")
     say(tab, "What is it?")
+    assert asked[0]["chat_template_kwargs"] == {"enable_thinking": False}, "another model was asked to think"
     text, picture = asked[0]["messages"][0]["content"]
     assert text == {"type": "text", "text": "What is it?"}
     assert picture["image_url"]["url"].startswith("data:image/jpeg;base64,")

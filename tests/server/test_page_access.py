@@ -69,6 +69,7 @@ def test_a_phone(tab: Tab, served: Served, width: int) -> None:
     tab.click("#menu")
     tab.wait("document.querySelector('#side').getBoundingClientRect().x === 0")
     tab.click("#new")
+    tab.wait("getComputedStyle(side).visibility === 'hidden'")
     assert tab.run("[document.body.className, document.querySelectorAll('article').length]") == ["", 0]
 
 

@@ -33,8 +33,8 @@ HELD = """(() => {
 FIRST = "document.querySelector('.thoughts .text:not([hidden]), .step')"
 NESTED = "\n".join(" " * 2 * depth + "- a" for depth in range(300))
 BOMBS = {
-    "brackets": "[" * 100_000, "stars": "*" * 100_000, "bold": "**a" * 33_000, "quotes": ">" * 3000,
-    "lists": NESTED, "line": "word " * 200_000, "breaks": "a\n" * 50_000,
+    "signs": "[" * 50_000 + "*" * 50_000, "bold": "**a" * 33_000, "quotes": ">" * 3000, "lists": NESTED,
+    "line": "word " * 200_000,
 }  # fmt: skip
 
 
@@ -114,6 +114,16 @@ def test_a_browser_without_room(tab: Tab) -> None:
         say(tab, "Hello")
         assert len(tab.run(SAID)) == 2
         assert "no room" in tab.run("told.textContent")
+
+
+def test_a_conversation_too_large_to_be_kept_drives_out_no_other(page: Tab, served: Served) -> None:
+    say(page, "Hello")
+    page.click("#new")
+    page.answer("/chat/completions", lambda _: streamed({"content": "word " * 900_000}))
+    say(page, "Write a book")
+    assert "no room" in page.run("told.textContent")
+    page.open(f"{served.url}/")
+    assert page.run("chats.textContent.includes('Hello')")
 
 
 STRANGE = [
@@ -258,6 +268,8 @@ def test_names_are_text(tab: Tab, served: Served) -> None:
     tab.open(f"{served.url}/")
     drop(tab, f"{name}.wav", "audio/wav", b"RIFF")
     tab.wait(f"files.textContent.includes({json.dumps(name)})")
+    drop(tab, "recorded.webm", "video/webm", b"x")
+    tab.wait("files.textContent.includes('recorded.webm')")
     drop(tab, f"{name}.txt", "text/plain", b"x")
     tab.wait(f"told.textContent.includes({json.dumps(name)})")
     say(tab, "")
