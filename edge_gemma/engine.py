@@ -34,8 +34,8 @@ if TYPE_CHECKING:
     from edge_gemma.audio.events import Event
     from edge_gemma.audio.gates import WakeWord
     from edge_gemma.audio.samples import Samples
-    from edge_gemma.audio.sources import Source
     from edge_gemma.audio.transcribe import Progress, Segment, Transcription
+    from edge_gemma.host.sources import Source
     from edge_gemma.tools.assistant import Assistant
     from edge_gemma.voice.speaker import Speaker
 

@@ -12,8 +12,8 @@ from edge_gemma.audio.features import MAX_SAMPLES, SAMPLE_RATE, SAMPLES_PER_TOKE
 from edge_gemma.audio.files import AudioFile
 from edge_gemma.audio.levels import levelled, quietest_moment
 from edge_gemma.audio.samples import SAMPLE_TYPES, Note, Samples, array_blocks, silent
-from edge_gemma.audio.sources import Source
 from edge_gemma.errors import ContextFullError, UsageError
+from edge_gemma.host.sources import Source
 
 _SEARCHED = 5 * SAMPLE_RATE  # samples at a clip's end: the cut is at the quietest moment in them
 _MOMENT = SAMPLE_RATE // 50  # samples: 20 ms

@@ -18,10 +18,11 @@ import numpy as np
 from edge_gemma.audio.indexes import check_index, is_mp4
 from edge_gemma.audio.lengths import is_cut
 from edge_gemma.audio.samples import CHANNELS, Converter, Note, silent
-from edge_gemma.audio.sources import Source, opened
 from edge_gemma.errors import AudioError, UsageError
 from edge_gemma.host.extras import imported
+from edge_gemma.host.sources import Medium, Source, opened
 
+_SOUND = Medium("the sound", "samples", AudioError)
 BLOCK_S = 0.5  # seconds of sound in a block, about
 _FORMATS = (
     "wav,w64,aiff,au,caf,flac,ogg,mp3,mp2,aac,ac3,eac3,amr,amrnb,amrwb,g722,gsm,wv,ape,tta,asf,avi,flv,"
@@ -91,7 +92,7 @@ class AudioFile:
         """
         self._av = imported("av", "reading sound files", "audio", AudioError)
         self._note = note
-        self._opened = opened(source)
+        self._opened = opened(source, _SOUND)
         self.name = self._opened.name
         self._container: Any = None
         try:

@@ -35,13 +35,13 @@ from edge_gemma.audio.recogniser import (
     check_context,
 )
 from edge_gemma.audio.samples import Note, Samples, checked_rate, live_blocks, silent
-from edge_gemma.audio.sources import Source
 from edge_gemma.audio.spoken import SpokenTurn, WrittenTurn
 from edge_gemma.audio.talk import Talk
 from edge_gemma.audio.vad import Detector, open_detector
 from edge_gemma.chat import Chat
 from edge_gemma.errors import UsageError
 from edge_gemma.generation.sampler import Sampling
+from edge_gemma.host.sources import Source
 from edge_gemma.tools.assistant import Assistant
 
 _CLOSING = 32  # tokens from the end of a sound to the reply, at most

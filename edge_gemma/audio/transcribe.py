@@ -28,9 +28,9 @@ from edge_gemma.audio.samples import (
 )
 from edge_gemma.audio.seams import glue, glued, seam
 from edge_gemma.audio.segments import FILE_RULES, Heard, Opened, Rules, Segmenter, Span
-from edge_gemma.audio.sources import Source
 from edge_gemma.audio.vad import WINDOW, Detector, open_detector
 from edge_gemma.errors import UsageError
+from edge_gemma.host.sources import Source
 
 _SPLIT_FROM_S = 8.0  # seconds: a longer segment that fails is tried again in halves
 _LEAST_CHARACTERS = 1.0  # for a second of speech; English has about 14, Chinese 4

@@ -12,10 +12,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from edge_gemma.audio import sources
 from edge_gemma.audio.features import SAMPLE_RATE
 from edge_gemma.audio.files import AudioFile
 from edge_gemma.errors import AudioError, UsageError
+from edge_gemma.host import sources
 from edge_gemma.measure.memory import resident
 
 av = pytest.importorskip("av", reason="the audio extra is not installed")
