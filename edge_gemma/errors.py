@@ -41,5 +41,9 @@ class AudioError(EdgeGemmaError):
     """Sound that cannot be read, or a microphone that cannot be used."""
 
 
+class PictureError(EdgeGemmaError):
+    """A picture that cannot be read."""
+
+
 class HubError(EdgeGemmaError):
     """A model hub that cannot be reached, does not know the name, or does not let it be read."""

@@ -1,0 +1,1 @@
+"""Pictures: files and arrays to pixels, pixels to the patches that the encoder reads."""
