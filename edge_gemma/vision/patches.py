@@ -51,10 +51,10 @@ def size_for(height: int, width: int, budget: int = DEFAULT_BUDGET) -> tuple[int
     rows, columns = math.floor(factor * height / _CELL), math.floor(factor * width / _CELL)
     if not rows and not columns:
         raise PictureError(f"the picture has {width}x{height} pixels: nothing is left of it at {budget} soft tokens")
-    if not rows:
-        rows, columns = 1, min(math.floor(width / height), budget)
+    if not rows:  # flatter than one row of the budget's cells: the reference keeps to that row
+        rows, columns = 1, budget
     elif not columns:
-        rows, columns = min(math.floor(height / width), budget), 1
+        rows, columns = budget, 1
     return rows * _CELL, columns * _CELL
 
 

@@ -1,5 +1,7 @@
 """Patches: transformers' own, recorded; sizes derived a second time; budgets."""
 
+import random
+
 import numpy as np
 import pytest
 from hypothesis import example, given, settings
@@ -68,6 +70,22 @@ def test_patches_are_what_transformers_makes_now(budget: int) -> None:
         assert patches.tokens * 9 == len(values)
 
 
+@pytest.mark.oracle
+@pytest.mark.filterwarnings("default")
+def test_sizes_are_what_transformers_computes() -> None:
+    """All small sizes, all of one height, and random ones."""
+    pytest.importorskip("torch")
+    official = pytest.importorskip("transformers.models.gemma4.image_processing_pil_gemma4")
+    rng = random.Random(5)
+    drawn = [(round(65_535 ** rng.random()), round(65_535 ** rng.random())) for _ in range(20_000)]
+    drawn += [(height, width) for height in range(1, 200) for width in range(1, 200)]
+    drawn += [(13, width) for width in range(1, 15_000)]  # to 1120 times as wide and beyond
+    for budget in BUDGETS:
+        for height, width in drawn:
+            expected = official.get_aspect_ratio_preserving_size(height, width, 16, 9 * budget, 3)
+            assert size_for(height, width, budget) == expected, (height, width, budget)
+
+
 @pytest.mark.parametrize(
     ("height", "width", "budget", "expected"),
     [
@@ -80,6 +98,7 @@ def test_patches_are_what_transformers_makes_now(budget: int) -> None:
         (30, 12_000, 280, (48, 13_440)),
         (10, 2005, 280, (48, 11_328)),
         (1, 1, 70, (384, 384)),
+        (205, 287, 560, (912, 1344)),  # 20 x 28 cells, but for the rounding of floats
     ],
 )
 def test_sizes_that_are_known(height: int, width: int, budget: int, expected: tuple[int, int]) -> None:
@@ -103,7 +122,7 @@ def test_sizes_fit_the_budget_and_keep_the_shape(height: int, width: int, budget
         assert abs(rows * width - columns * height) <= max(height, width)  # a cell off the picture's shape, at most
     else:
         assert min(rows, columns) == 1
-        assert max(rows, columns) == min(max(height, width) // min(height, width), budget)
+        assert max(rows, columns) == min(max(height, width) // min(height, width), budget) == budget
 
 
 def is_root(cells: float, number: int, divisor: int) -> bool:

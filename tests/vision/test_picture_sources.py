@@ -63,6 +63,16 @@ def test_files_that_are_too_long_are_not_read(monkeypatch) -> None:
     assert np.array_equal(read_picture(FILE), SMALL)
 
 
+@pytest.mark.parametrize("kind", ["WEBP", "JPEG2000"])
+def test_formats_whose_decoders_take_more_memory(kind: str, monkeypatch) -> None:
+    """Half as many pixels are read of them."""
+    assert picture._COSTLY[kind] * 2 == picture.MAX_PIXELS
+    monkeypatch.setitem(picture._COSTLY, kind, SMALL.size // 3 - 1)
+    assert "has 28x20 pixels, expected at most" in told(saved(SMALL, kind))
+    monkeypatch.setitem(picture._COSTLY, kind, SMALL.size // 3)
+    assert read_picture(saved(SMALL, kind)).shape == SMALL.shape
+
+
 def test_files_that_cannot_be_read() -> None:
     class Broken(io.BytesIO):
         def read(self, size: int = -1) -> bytes:
