@@ -69,9 +69,8 @@ WITH_ALPHAS = over_white(np.concatenate([COLOURS, np.frombuffer(ALPHAS, np.uint8
 ONE_CLEAR = np.where((INDICES == 3)[..., None], 255, COLOURS[INDICES])
 FIRST = GREY[0, 0]
 FIRST_CLEAR = np.where(GREYS == FIRST, 255, GREYS)
-TRANSPARENT_16 = chunk(b"tRNS", b"\xc8\xc8" * 3)  # 16-bit PNG: grey 200 is transparent
 BLUE_CLEAR = np.where((SMALL == (0, 0, 200)).all(axis=2, keepdims=True), 255, SMALL)
-TRANSPARENT_BLUE = chunk(b"tRNS", b"\0\0\0\0\xc8\xc8")
+TRANSPARENT_BLUE = chunk(b"tRNS", b"\0\x3f\0\x3f\xc8\x3f")
 
 EXACT = {
     "png": (saved(SMALL, "PNG"), SMALL),
@@ -86,7 +85,7 @@ EXACT = {
         FIRST_CLEAR,
     ),
     "png, 16 bits, one transparent": (
-        png(WIDTH, HEIGHT, 16, 2, rows_of(SMALL.astype(np.uint16) * 257), extra=TRANSPARENT_BLUE),
+        png(WIDTH, HEIGHT, 16, 2, rows_of(SMALL.astype(np.uint16) * 256 + 0x3F), extra=TRANSPARENT_BLUE),
         BLUE_CLEAR,
     ),
     "png, alpha": (saved(RGBA, "PNG"), over_white(RGBA)),
