@@ -69,8 +69,8 @@ WITH_ALPHAS = over_white(np.concatenate([COLOURS, np.frombuffer(ALPHAS, np.uint8
 ONE_CLEAR = np.where((INDICES == 3)[..., None], 255, COLOURS[INDICES])
 FIRST = GREY[0, 0]
 FIRST_CLEAR = np.where(GREYS == FIRST, 255, GREYS)
-BLUE_CLEAR = np.where((SMALL == (0, 0, 200)).all(axis=2, keepdims=True), 255, SMALL)
-TRANSPARENT_BLUE = chunk(b"tRNS", b"\0\x3f\0\x3f\xc8\x3f")
+CYAN_CLEAR = np.where((SMALL == (0, 240, 200)).all(axis=2, keepdims=True), 255, SMALL)
+TRANSPARENT_CYAN = chunk(b"tRNS", b"\0\x3f\xf0\x3f\xc8\x3f")
 
 EXACT = {
     "png": (saved(SMALL, "PNG"), SMALL),
@@ -85,13 +85,13 @@ EXACT = {
         FIRST_CLEAR,
     ),
     "png, 16 bits, one transparent": (
-        png(WIDTH, HEIGHT, 16, 2, rows_of(SMALL.astype(np.uint16) * 256 + 0x3F), extra=TRANSPARENT_BLUE),
-        BLUE_CLEAR,
+        png(WIDTH, HEIGHT, 16, 2, rows_of(SMALL.astype(np.uint16) * 256 + 0x3F), extra=TRANSPARENT_CYAN),
+        CYAN_CLEAR,
     ),
     "png, alpha": (saved(RGBA, "PNG"), over_white(RGBA)),
     "png, grey, alpha": (saved(GREY_ALPHA, "PNG"), over_white(GREY_ALPHA[..., [0, 0, 0, 1]])),
     "png, grey, one transparent": (saved(GREY, "PNG", transparency=int(FIRST)), FIRST_CLEAR),
-    "png, one transparent": (saved(SMALL, "PNG", transparency=(0, 0, 200)), BLUE_CLEAR),
+    "png, one transparent": (saved(SMALL, "PNG", transparency=(0, 240, 200)), CYAN_CLEAR),
     "png, palette": (saved(PALETTE, "PNG"), COLOURS[INDICES]),
     "png, palette with alphas": (saved(PALETTE, "PNG", transparency=ALPHAS), WITH_ALPHAS),
     "png, palette, one transparent": (saved(PALETTE, "PNG", transparency=3), ONE_CLEAR),
@@ -197,7 +197,9 @@ def test_of_several_pictures_the_first_is_read_and_it_is_told(kind: str) -> None
 
 def test_damage_after_the_first_picture_does_not_matter() -> None:
     file = saved(PALETTE, "GIF", save_all=True, append_images=[Image.fromarray(REVERSED).quantize(16)])
-    assert np.array_equal(read_picture(file[:-150]), COLOURS[INDICES])
+    first = file.index(b"\0\x21\xf9", len(saved(PALETTE, "GIF")) - 20)  # its end
+    for end in range(first + 1, len(file)):
+        assert np.array_equal(read_picture(file[:end]), COLOURS[INDICES]), end
 
 
 # Where row 0 and column 0 of the file are when the picture is seen: the EXIF standard, tag 274.
@@ -325,6 +327,11 @@ def test_what_is_refused(name: str, tmp_path, capfd) -> None:
     assert not caught
     assert not open_below(tmp_path)
     assert capfd.readouterr() == ("", "")
+
+
+def test_what_is_made_transparent_is_in_the_pictures() -> None:
+    for clear, whole in ((CYAN_CLEAR, SMALL), (FIRST_CLEAR, GREYS), (ONE_CLEAR, COLOURS[INDICES])):
+        assert (clear != whole).any()
 
 
 def test_at_least_sixty_odd_and_hostile_files() -> None:

@@ -1,7 +1,9 @@
 """What can be given as a picture: paths, bytes, open files, PIL images, arrays; what each refuses."""
 
 import io
+import logging
 import os
+import struct
 import sys
 import threading
 import warnings
@@ -17,7 +19,7 @@ from tests.open_files import open_below
 
 Image = pytest.importorskip("PIL.Image", reason="the vision extra is not installed")
 
-from tests.vision.picture_files import GREY, SMALL, png, saved  # noqa: E402  (after the skip without Pillow)
+from tests.vision.picture_files import GREY, SMALL, png, saved, tiff  # noqa: E402  (after the skip without Pillow)
 
 FILE = saved(SMALL, "PNG")
 
@@ -132,6 +134,18 @@ def test_arrays(kind, channels: int) -> None:
     assert np.array_equal(given, before)
 
 
+def test_floats_are_rounded() -> None:
+    assert read_picture(np.array([[0, 0.0019, 0.002, 0.499, 0.997, 0.999, 1]]))[0, :, 0].tolist() == [
+        0,
+        0,
+        1,
+        127,
+        254,
+        255,
+        255,
+    ]
+
+
 def test_arrays_in_any_order_of_memory() -> None:
     assert np.array_equal(read_picture(SMALL[::-1, ::2]), SMALL[::-1, ::2])
     assert np.array_equal(read_picture(np.asfortranarray(SMALL)), SMALL)
@@ -207,6 +221,15 @@ def test_pillow_s_own_limit_and_warnings(monkeypatch) -> None:
     assert "is too large for Pillow: Image size (560 pixels)" in told(FILE)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
     assert "20000x20000 pixels" in told(png(20_000, 20_000, 8, 2, b""))
+
+
+def test_pillow_s_log_does_not_come_on_the_terminal(monkeypatch, capsys) -> None:
+    """As in a program that has not set up logging."""
+    monkeypatch.setattr(logging.getLogger(), "handlers", [])
+    monkeypatch.setattr(logging.getLogger("PIL"), "handlers", [])
+    file = tiff(2, 1, b"ab").replace(struct.pack("<HHI", 277, 4, 1) + b"\1", struct.pack("<HHI", 277, 4, 1) + b"\x99")
+    assert "no picture" in told(file)
+    assert capsys.readouterr().err == ""
 
 
 def test_pillow_without_memory(monkeypatch) -> None:
