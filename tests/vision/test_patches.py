@@ -12,8 +12,11 @@ from edge_gemma.vision.patches import BUDGETS, DETAIL, auto_budget, cut, size_fo
 from tests.make_vision_goldens import BUDGETS as RECORDED_BUDGETS
 from tests.make_vision_goldens import CHOSEN, GOLDEN, digest, official_patches, pixels, sizes
 
-pillow = pytest.importorskip("PIL.Image", reason="the vision extra is not installed")
+PIL = pytest.importorskip("PIL", reason="the vision extra is not installed")
 
+PILLOW = tuple(map(int, PIL.__version__.split(".")[:2]))
+# Pillow 12.2 changed how it resizes some pictures, one in forty here, by up to 26 of 255: the reference's patches too.
+as_recorded = pytest.mark.skipif(PILLOW < (12, 2), reason="Pillow 12.2 or later resizes as recorded")
 SIDES = st.integers(1, 65_535) | st.integers(1, 300)
 
 
@@ -44,12 +47,14 @@ def test_what_is_recorded() -> None:
     assert len(sizes()) == 200
 
 
+@as_recorded
 def test_patches_are_the_reference_s() -> None:
     """The chosen sizes and some others, at the smallest budget; a few at the usual one."""
     assert not differing((*size, 70) for size in [*CHOSEN, *sizes()[::5]])
     assert not differing((*size, 280) for size in sizes()[::20])
 
 
+@as_recorded
 @pytest.mark.slow
 def test_patches_are_the_reference_s_at_every_budget() -> None:
     assert not differing(recorded())
