@@ -19,7 +19,7 @@ from edge_gemma.engine import Engine
 from edge_gemma.export import onnx_weights
 from edge_gemma.export.onnx_folder import export_onnx
 from edge_gemma.model.linear import DenseMatrix
-from edge_gemma.model.weights import _Binder
+from edge_gemma.model.weights import FolderBinder
 from edge_gemma.quant.score import log_probabilities
 
 OURS, HALF, FLOAT = "ours", "ours, float16 cache", "ours, float32 products"
@@ -66,13 +66,13 @@ class Agreement:
 def engines(model: Path, scratch: Path) -> dict[str, Engine]:
     """The five ways. Those with float32 products dequantise the weights and do not round activations."""
 
-    def multiplied_out(self: _Binder, name: str) -> DenseMatrix:
+    def multiplied_out(self: FolderBinder, name: str) -> DenseMatrix:
         matrix = packed(self, name)
         return DenseMatrix(matrix.gather(np.arange(matrix.rows)))
 
-    packed = _Binder.matrix
+    packed = FolderBinder.matrix
     found = {OURS: Engine.load(model, kv_dtype="float32"), HALF: Engine.load(model)}
-    with patch.object(_Binder, "matrix", multiplied_out):
+    with patch.object(FolderBinder, "matrix", multiplied_out):
         found[FLOAT] = Engine.load(model, kv_dtype="float32")
     found[ONNX] = Engine.load(export_onnx(model, scratch / "int8"), backend="onnx")
     with patch.object(onnx_weights, "ACCURACY_LEVEL", onnx_weights.FLOAT_PRODUCTS):

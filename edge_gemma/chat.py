@@ -56,6 +56,7 @@ class Chat(Conversation):
         sampling: Sampling | None = None,
         max_tokens: int | None = None,
         stop: Sequence[str] = (),
+        image_tokens: Any = "auto",
         progress: Progress | None = None,
     ) -> None:
         """tools: OpenAI's function declarations, or Python functions (text/tool_declaration.py), which are declared
@@ -64,8 +65,9 @@ class Chat(Conversation):
         them, and for a budget without think, or one that leaves no token of max_tokens for an answer.
         """
         super().__init__(
-            engine, history=history, sampling=sampling, max_tokens=max_tokens, stop=stop, progress=progress
-        )
+            engine, history=history, sampling=sampling, max_tokens=max_tokens, stop=stop, image_tokens=image_tokens,
+            progress=progress,
+        )  # fmt: skip
         if engine.chat_template is None:
             raise UsageError("this is a base model without a chat template: use Engine.generate, or Continuation")
         require("system", system, isinstance(system, str | None), "a text")
@@ -145,7 +147,7 @@ class Chat(Conversation):
                 asked.append(Message("user", text := entry))
             elif isinstance(entry, Message | Mapping):
                 earlier = (*self.messages, *asked)
-                asked, text = [*asked, *as_messages([entry], hear=hear, earlier=earlier)], None
+                asked, text = [*asked, *as_messages([entry], hear=hear, see=self._see, earlier=earlier)], None
             else:
                 sound, rate = sound_and_rate(entry)
                 heard = Message("user", text or "", media=("audio",), clips=hear(sound, rate=rate))
@@ -185,7 +187,7 @@ class Chat(Conversation):
         if len(asked) > self.session.context:
             return None
         return needed(
-            self.session, asked.ids, asked.sounds, self._held, tokenizer=self.tokenizer, tools=bool(self.tools),
+            self.session, asked.ids, asked.encoded, self._held, tokenizer=self.tokenizer, tools=bool(self.tools),
             result=result, stopping=stopping, progress=self._progress,
         )  # fmt: skip
 
@@ -200,7 +202,7 @@ class Chat(Conversation):
 
     def _fitted(self, asked: list[Message]) -> tuple[Prompt, str]:
         """The prompt for `asked`, and a notice for the user if more turns are left out of it, else ""."""
-        self.messages = as_messages(self.messages, hear=self._engine.hear)
+        self.messages = as_messages(self.messages, hear=self._engine.hear, see=self._see)
         first, prompt = self._fit([*self.messages, *asked])
         left_out = sum(m.role == "user" for m in self.messages[self._first : first])
         self._first = first
@@ -218,16 +220,16 @@ class Chat(Conversation):
         with self._alone():
             dummy = Message("user", "", media=("audio",), clips=(np.empty((room, 0), np.float32),))
             prompt, notice = self._fitted([dummy])
-            *sounds, (at, _) = prompt.sounds
+            *encoded, (at, _) = prompt.encoded
             ids = prompt.ids[:at]
-            keep = shared(self.session, ids, sounds, self._held)
+            keep = shared(self.session, ids, encoded, self._held)
             self.session.rewind(keep)
-            self._held[:] = sounds
-            for _, part in parts(ids, sounds, keep):
+            self._held[:] = encoded
+            for start, part in parts(ids, encoded, keep):
                 if isinstance(part, list):
                     self.session.prefill(part)
                 else:
-                    self.session.prefill_soft(part, logits=False)
+                    self.session.prefill_soft(part, placeholder=ids[start], logits=False)
             self.session.mark()
             self._sound_at = at
             self.sounds_begun += 1

@@ -9,6 +9,7 @@ import threading
 import weakref
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol
 
@@ -19,10 +20,10 @@ from edge_gemma.errors import EdgeGemmaError, UsageError
 from edge_gemma.generation.bounds import Bounds
 from edge_gemma.generation.constraint import Constraint
 from edge_gemma.generation.generate import (
+    Encoded,
     Generation,
     Progress,
     Result,
-    Sound,
     StreamTokenizer,
     stop_ids_of,
 )
@@ -54,6 +55,7 @@ class ChatEngine(Protocol):
     def hear(  # noqa: D102
         self, source: Any, *, rate: int | None = None, note: Callable[[str], None] = ...
     ) -> tuple[np.ndarray, ...]: ...
+    def see(self, source: Any, tokens: Any = ..., *, note: Callable[[str], None] = ...) -> np.ndarray: ...  # noqa: D102
     def session(self, context: int | None = None, *, shared: bool = False) -> Timeline: ...  # noqa: D102
 
 
@@ -73,38 +75,42 @@ class Conversation:
         sampling: Sampling | None = None,
         max_tokens: int | None = None,
         stop: Sequence[str] = (),
+        image_tokens: Any = "auto",
         progress: Progress | None = None,
     ) -> None:
-        """history: the messages of an earlier conversation of this kind, without its system message.
+        """history: the messages of an earlier conversation of this kind, without its system message. image_tokens: as
+        in Engine.see.
 
         Raises UsageError for arguments of other kinds.
         """
         if sampling is None:
             sampling = Sampling.from_generation_config(engine.generation_config)
         require("sampling", sampling, isinstance(sampling, Sampling), "a Sampling")
+        self._engine, self._name = engine, engine.name
+        self.image_tokens = image_tokens
         self.session = engine.session(shared=True)
         self.tokenizer = engine.tokenizer
-        self.messages: list[Message] = as_messages(history, "history", hear=engine.hear)
+        self.messages: list[Message] = as_messages(history, "history", hear=engine.hear, see=self._see)
         self.max_tokens = None if max_tokens is None else integer("max_tokens", max_tokens, 1)
         self.last: Result | None = None
         self.chances: int | None = None  # as in Generation
         self.must_call, self.only = False, ""  # whether a reply has to begin with a call, and of which tool
-        self._engine, self._name = engine, engine.name
         self._sampler = Sampler(sampling)
         self._stop_ids = stop_ids_of(engine.generation_config, engine.tokenizer)
         self._stop_strings, self._progress = texts("stop", stop), progress
         self._replying, self._sending = threading.Lock(), threading.Lock()
         self._unread: Reply | None = None
         self._latest: weakref.ref[Reply] | None = None
-        self._held: list[Sound] = []  # the soft tokens that the session holds
+        self._held: list[Encoded] = []  # the soft tokens that the session holds
 
-    def send(self, *said: Said, constraint: Bound = None) -> Reply:
+    def send(self, *said: Said, images: Sequence[Any] = (), constraint: Bound = None) -> Reply:
         """Send messages. Returns the reply, which is written while it is read.
 
         said: a text is a message of the user. So is a sound: samples of 16 kHz, (samples, rate), a Path, a file's
         bytes, or an open file. A sound is encoded at once and belongs to a text right before it. A Message, or a dict
         in OpenAI's form, may have any role; the results of several tools are sent together. Without an argument the
         model replies to the transcript. If nobody has begun to read the reply before, it is read to its end first.
+        images: pictures for the last of the user's messages, each as in Engine.see. They are encoded at once.
         constraint: what the answer must be. A thought before it is free, and tools may be called instead.
 
         The transcript is whole however a reply ends. It keeps the text that was written; if there is none, it does not
@@ -114,7 +120,7 @@ class Conversation:
         """
         notes: list[str] = []
         require("constraint", constraint, isinstance(constraint, Constraint | None), "a Constraint")
-        asked = self._asked(said, notes.append)
+        asked = self._with_pictures(self._asked(said, notes.append), images, notes.append)
         if not asked and not self.messages:
             raise UsageError("there is nothing to reply to, expected a message")
         if not self._sending.acquire(blocking=False):  # two threads would each forget the other's reply
@@ -181,6 +187,21 @@ class Conversation:
         except EdgeGemmaError as error:
             raise type(error)(f"the reply before this, which nobody had read, failed: {error}") from None
 
+    def _with_pictures(self, asked: list[Message], images: Sequence[Any], note: Callable[[str], None]) -> list[Message]:
+        require("images", images, isinstance(images, list | tuple), "a list of pictures")
+        if not images:
+            return asked
+        asked = asked or [Message("user", "")]
+        last = asked[-1]
+        require("images", f"beside a message of role {last.role}", last.role == "user", "them beside one of role user")
+        pictures = tuple(self._engine.see(image, self.image_tokens, note=note) for image in images)
+        media = ("image",) * len(pictures) + last.media
+        return [*asked[:-1], replace(last, media=media, pictures=pictures + last.pictures)]
+
+    def _see(self, file: bytes, detail: str) -> np.ndarray:
+        """The soft tokens of a picture in OpenAI's form."""
+        return self._engine.see(file, self.image_tokens if detail == "auto" else detail)
+
     def _asked(self, said: Sequence[Said], note: Callable[[str], None]) -> list[Message]:
         """The messages that `said` stands for. note: called with what is wrong with a sound. Raises as `send`."""
         raise NotImplementedError
@@ -234,7 +255,7 @@ class Conversation:
             mark=True,
             result=result,
             stopping=stopping,
-            sounds=prompt.sounds,
+            encoded=prompt.encoded,
             held=self._held,
             bounds=bounds,
             chances=self.chances,

@@ -37,6 +37,8 @@ if TYPE_CHECKING:
     from edge_gemma.audio.transcribe import Progress, Segment, Transcription
     from edge_gemma.host.sources import Source
     from edge_gemma.tools.assistant import Assistant
+    from edge_gemma.vision.encoder import VisionEncoder
+    from edge_gemma.vision.eyes import Budget, Eyes
     from edge_gemma.voice.speaker import Speaker
 
 DEFAULT_CONTEXT = 4096  # tokens
@@ -74,6 +76,8 @@ class Engine:
         self.path = folder.path
         self._folder = folder
         self._audio: AudioEncoder | None = None
+        self._vision: VisionEncoder | None = None
+        self._eyes: Eyes | None = None
         self.tokenizer = Tokenizer.load(folder.path / TOKENIZER)
         if self.tokenizer.vocab_size > self.config.vocab_size:
             raise ModelFolderError(
@@ -134,6 +138,8 @@ class Engine:
         self,
         prompt: Said,
         *,
+        images: Sequence[Any] = (),
+        image_tokens: "Budget" = "auto",
         system: str | None = None,
         max_tokens: int | None = None,
         stop: Sequence[str] = (),
@@ -142,14 +148,17 @@ class Engine:
     ) -> Reply:
         """Reply to one prompt. The reply is written while it is read. A base model continues the text.
 
-        prompt: a text, a sound or a message, as in `Chat.send`. max_tokens: None for as many as the model writes (a
+        prompt: a text, a sound or a message, as in `Chat.send`; images: pictures beside it, as in `see`, with at most
+        image_tokens soft tokens each. max_tokens: None for as many as the model writes (a
         base model: 128). stop: texts that end the reply and are no part of it. constraint: what the answer must be.
         sampling: the fields of `Sampling`, in place of the checkpoint's own settings. Raises UsageError for arguments
         that cannot be served. Reading the reply raises ContextFullError if the prompt does not fit.
         """
         chosen = Sampling.from_generation_config(self.generation_config, **sampling)
-        conversation = talk.open_conversation(self, system=system, sampling=chosen, max_tokens=max_tokens, stop=stop)
-        return conversation.send(prompt, constraint=constraint)
+        conversation = talk.open_conversation(
+            self, system=system, sampling=chosen, max_tokens=max_tokens, stop=stop, image_tokens=image_tokens
+        )
+        return conversation.send(prompt, images=images, constraint=constraint)
 
     def chat(
         self,
@@ -161,6 +170,7 @@ class Engine:
         think_budget: int | None = None,
         max_tokens: int | None = None,
         stop: Sequence[str] = (),
+        image_tokens: "Budget" = "auto",
         **sampling: Unpack[Settings],
     ) -> "talk.Chat":
         """A new conversation. Any number may be open.
@@ -175,7 +185,7 @@ class Engine:
         chosen = Sampling.from_generation_config(self.generation_config, **sampling)
         return talk.Chat(
             self, system=system, tools=tools, history=history, think=think, think_budget=think_budget,
-            sampling=chosen, max_tokens=max_tokens, stop=stop,
+            sampling=chosen, max_tokens=max_tokens, stop=stop, image_tokens=image_tokens,
         )  # fmt: skip
 
     @property
@@ -208,6 +218,40 @@ class Engine:
             model = self._model
             self._audio.between = lambda: model.between()
         return self._audio
+
+    @property
+    def vision(self) -> "VisionEncoder":
+        """The vision encoder, loaded on first use. Raises UsageError if the model has none."""
+        if self._vision is None:
+            from edge_gemma.vision.encoder import VisionEncoder
+
+            self._vision = VisionEncoder(self._folder)
+            model = self._model
+            self._vision.between = lambda: model.between()
+        return self._vision
+
+    def see(
+        self, source: Any, tokens: "Budget" = "auto", *, note: Callable[[str], None] = lambda text: None
+    ) -> np.ndarray:
+        """Encode a picture. Returns its soft tokens: float32 [n, hidden_size], read-only.
+
+        source: a picture file (its path, its bytes, or a file opened in binary mode), a Pillow image, or an array
+        [height, width, 3]. tokens: how many it gets at most, 70, 140, 280, 560 or 1120: more show more detail and take
+        longer; "auto": as many as it has pixels for, 280 at most; "low" and "high": 70 and 1120. The same picture is
+        encoded once. note: called with what the user should know. Raises UsageError for a model without vision tower,
+        PictureError for a picture that cannot be read.
+        """
+        from edge_gemma.vision.eyes import Eyes
+
+        if self._eyes is None:
+            self._eyes = Eyes(lambda: self.vision)
+        return self._eyes.see(source, tokens, note)
+
+    def release_vision(self) -> None:
+        """Free the vision encoder's memory. The next use loads it again."""
+        if self._vision is not None:
+            self._vision.close()
+            self._vision = None
 
     def hear(
         self, source: "Source | Samples", *, rate: int | None = None, note: Callable[[str], None] = lambda text: None
@@ -330,6 +374,7 @@ class Engine:
     def close(self) -> None:
         """Close the files that are read on demand. Mapped weights are freed with the last session."""
         self.release_audio()
+        self.release_vision()
         self._model.close()
 
     def __enter__(self) -> "Engine":

@@ -15,7 +15,7 @@ import secrets
 import threading
 from collections.abc import AsyncGenerator, Callable, Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import click
 import llm
@@ -23,7 +23,7 @@ from llm.parts import AttachmentPart, ReasoningPart, StreamEvent, TextPart, Tool
 
 from edge_gemma.errors import EdgeGemmaError, UsageError
 from edge_gemma.folder import find
-from edge_gemma.folder.file_names import AUDIO_BATCH, TEMPLATE
+from edge_gemma.folder.file_names import AUDIO_BATCH, TEMPLATE, VISION
 
 if TYPE_CHECKING:
     from edge_gemma.engine import Engine
@@ -40,6 +40,7 @@ _KINDS = (
     "x-m4a", "x-vorbis+ogg", "x-wav",
 )  # fmt: skip
 SOUNDS = frozenset(f"audio/{kind}" for kind in _KINDS)
+PICTURES = frozenset(f"image/{kind}" for kind in ("avif", "bmp", "gif", "jpeg", "png", "tiff", "webp"))
 _SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed")
 _LATELY_HEARD = 8  # sounds whose soft tokens are kept: a conversation sends them again with every message
 
@@ -95,8 +96,11 @@ class _Model:
         template = _template(Path(source))
         self.supports_conversation = template is not None
         self.supports_tools = "tools" in (template or "")
-        hears = not Path(source).is_dir() or (Path(source) / AUDIO_BATCH).is_file()
-        self.attachment_types: set[str] | frozenset[str] = SOUNDS if hears else frozenset()
+        folder, unknown = Path(source), not Path(source).is_dir()
+        hears = unknown or (folder / AUDIO_BATCH).is_file()
+        sees = unknown or (folder / VISION).is_file()
+        attachment_types = [*(SOUNDS if hears else ()), *(PICTURES if sees else ())]
+        self.attachment_types: set[str] | frozenset[str] = frozenset(attachment_types)
 
     def __str__(self) -> str:
         return f"Edge Gemma: {self.model_id}"
@@ -107,8 +111,8 @@ class _Model:
             from edge_gemma.generation.generate import Result
             from edge_gemma.server.ask import answer
 
-            engine, hear = _opened(self.source, _given(prompt).context)
-            ask = _ask(prompt, hear, chat=engine.chat_template is not None)
+            engine, senses = _opened(self.source, _given(prompt).context)
+            ask = _ask(prompt, senses, chat=engine.chat_template is not None)
             for step in answer(engine, ask, stopping):
                 if isinstance(step, Result):
                     _tell(step, response)
@@ -177,24 +181,30 @@ def _turns() -> "Turns":
 
 
 _opening = threading.Lock()
-Hear = Callable[[bytes], tuple[Any, ...]]
 
 
-def _opened(source: Path | str, context: int | None) -> "tuple[Engine, Hear]":
-    """The engine, and its hearing. Both are kept until the process ends. Raises as Engine.load."""
+class Senses(NamedTuple):
+    """A sound file's bytes to its soft tokens, a picture file's to its own: what was met lately is known."""
+
+    hear: Callable[[bytes], tuple[Any, ...]]
+    see: Callable[[bytes], Any]
+
+
+def _opened(source: Path | str, context: int | None) -> "tuple[Engine, Senses]":
+    """The engine, and its senses. Both are kept until the process ends. Raises as Engine.load."""
     with _opening:  # two threads would each open it
         return _open(source, context)
 
 
 @functools.cache
-def _open(source: Path | str, context: int | None) -> "tuple[Engine, Hear]":
+def _open(source: Path | str, context: int | None) -> "tuple[Engine, Senses]":
     from edge_gemma import kernels
     from edge_gemma.engine import Engine
 
     kernels.announce_compiling(_tell_compiling)
     engine = Engine.load(source, context=context)
     engine.between = _turns().between
-    return engine, functools.lru_cache(_LATELY_HEARD)(engine.hear)
+    return engine, Senses(functools.lru_cache(_LATELY_HEARD)(engine.hear), engine.see)
 
 
 @functools.cache
@@ -202,7 +212,7 @@ def _tell_compiling() -> None:
     log.warning("compiling the kernels for this machine: 10 to 60 seconds, once")
 
 
-def _ask(prompt: llm.Prompt, hear: Hear, *, chat: bool) -> "Ask":
+def _ask(prompt: llm.Prompt, senses: Senses, *, chat: bool) -> "Ask":
     """What a prompt asks for. chat: whether the model has a chat template. Raises UsageError."""
     from edge_gemma.generation.constraint import Constraint
     from edge_gemma.server.ask import Ask
@@ -214,7 +224,7 @@ def _ask(prompt: llm.Prompt, hear: Hear, *, chat: bool) -> "Ask":
     schema: Any = prompt.schema  # llm makes a dict of it
     stop = [given.stop] if isinstance(given.stop, str) else given.stop or ()
     return Ask(
-        messages=_messages(prompt.messages, hear) if chat else (),
+        messages=_messages(prompt.messages, senses) if chat else (),
         prompt=None if chat else prompt.prompt,
         tools=[_declaration(tool) for tool in prompt.tools],
         think=given.think or False,
@@ -240,19 +250,25 @@ def _declaration(tool: Any) -> dict[str, Any]:
 _NOTHING = {"type": "object", "properties": {}}
 
 
-def _messages(messages: Iterable[llm.Message], hear: Hear) -> list[Any]:
-    """Messages in OpenAI's form; those with sound as Messages, with their soft tokens. Raises as Engine.hear."""
+def _messages(messages: Iterable[llm.Message], senses: Senses) -> list[Any]:
+    """Messages in OpenAI's form; those with sound or pictures as Messages, with their soft tokens. Raises as
+    Engine.hear and Engine.see.
+    """
     from edge_gemma.text.message import Message
 
     made: list[Any] = []
     for message in messages:
         text = "".join(part.text for part in message.parts if isinstance(part, TextPart))
-        sounds = [part.attachment for part in message.parts if isinstance(part, AttachmentPart) and part.attachment]
+        files = [part.attachment for part in message.parts if isinstance(part, AttachmentPart) and part.attachment]
         calls = [_call(part) for part in message.parts if isinstance(part, ToolCallPart)]
         thoughts = "".join(part.text for part in message.parts if isinstance(part, ReasoningPart))
-        if sounds:
-            clips = tuple(clip for sound in sounds for clip in hear(_sound(sound)))
-            made.append(Message(message.role, text, media=("audio",), clips=clips))
+        if files:
+            kinds = [_kind(file) for file in files]
+            contents = [(kind, file.content_bytes()) for kind, file in zip(kinds, files, strict=True)]
+            clips = tuple(clip for kind, data in contents if kind == "audio" for clip in senses.hear(data))
+            pictures = tuple(senses.see(data) for kind, data in contents if kind == "image")
+            media = ("image",) * len(pictures) + (("audio",) if clips else ())
+            made.append(Message(message.role, text, media=media, clips=clips, pictures=pictures))
         elif text or calls:
             entry = {"role": message.role, "content": text, "reasoning": thoughts or None, "tool_calls": calls}
             made.append(entry)
@@ -260,11 +276,12 @@ def _messages(messages: Iterable[llm.Message], hear: Hear) -> list[Any]:
     return made
 
 
-def _sound(attachment: llm.Attachment) -> bytes:
+def _kind(attachment: llm.Attachment) -> str:
+    """ "audio" or "image". Raises UsageError for anything else."""
     kind = attachment.resolve_type()
-    if kind not in SOUNDS:
-        raise UsageError(f"an attachment is {kind}, expected sound such as audio/wav: leave it out")
-    return attachment.content_bytes()
+    if kind not in SOUNDS | PICTURES:
+        raise UsageError(f"an attachment is {kind}, expected sound such as audio/wav or a picture: leave it out")
+    return kind.partition("/")[0]
 
 
 def _call(part: ToolCallPart) -> dict[str, Any]:

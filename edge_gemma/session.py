@@ -37,16 +37,18 @@ class Session:
         context: int,
         kv_dtype: str,
         identity: str,
-        audio_token_id: int | None = None,
+        soft_ids: Sequence[int] = (),
         threads: int | None = None,
         prefixes: PrefixCache | None = None,
         between: Callable[[], None] = lambda: None,
     ) -> None:
-        """prefixes: what sessions of this model have computed, None: nothing is shared. between: Engine.between."""
+        """soft_ids: placeholders of soft tokens. prefixes: what sessions of this model have computed, None: nothing is
+        shared. between: Engine.between.
+        """
         self.context = context
         self._decoder = decoder
         self._identity = identity
-        self._audio_token_id = audio_token_id
+        self._soft_ids = tuple(soft_ids)
         self._pace = Pace(threads, kernels.threads())
         self._soft: SoftTokens = {}  # kept for rewinding and saving: about as many bytes a token as the KV cache
         self._cache = KVCache(decoder.config, context, CHUNK, kv_dtype)
@@ -87,15 +89,18 @@ class Session:
         with kernels.use_threads(self._pace.limit):
             return self._decoder.logits(self._run(ids, keep=1))[0]
 
-    def prefill_soft(self, embeddings: np.ndarray, *, logits: bool = True) -> np.ndarray | None:
-        """Append soft tokens, as the audio encoder makes them. Returns the logits after the last: float32 [vocab_size].
+    def prefill_soft(
+        self, embeddings: np.ndarray, *, placeholder: int | None = None, logits: bool = True
+    ) -> np.ndarray | None:
+        """Append soft tokens, as the encoders make them. Returns the logits after the last: float32 [vocab_size].
 
         logits: False leaves them out (None), and with them the layers that only they need. embeddings: float32
-        [n, hidden_size], not scaled. In `ids` they are the placeholder `audio_token_id`; their
-        per-layer embedding is the pad token's. Raises ContextFullError if they do not fit, UsageError if there are
-        none, they are not finite or of another width, or the model does not listen; the session is then as it was.
+        [n, hidden_size], not scaled. placeholder: their id in `ids`, one of the model's; None for its first, that of
+        sound in models that listen. Their per-layer embedding is the pad token's. Raises ContextFullError if they do
+        not fit, UsageError if there are none, they are not finite or of another width, or the model has no such
+        placeholder; the session is then as it was.
         """
-        embeddings, ids = soft_tokens(embeddings, self._decoder.config.hidden_size, self._audio_token_id)
+        embeddings, ids = soft_tokens(embeddings, self._decoder.config.hidden_size, self._soft_ids, placeholder)
         self._check(ids)
         soft = {self.position + i: row for i, row in enumerate(embeddings.copy())}
         with kernels.use_threads(self._pace.limit):
@@ -229,14 +234,14 @@ class Session:
             self._share()
         return np.concatenate(rows) if len(rows) > 2 else rows[-1]
 
-    def recall(self, ids: Sequence[int], sounds: Sequence[tuple[int, np.ndarray]] = ()) -> int:
+    def recall(self, ids: Sequence[int], encoded: Sequence[tuple[int, np.ndarray]] = ()) -> int:
         """Append the first of `ids`, as far as they were computed before: by a shared session, or kept on disk.
 
-        sounds: a position and the soft tokens from there on, float32 [n, hidden_size], whose ids are placeholders.
+        encoded: a position and the soft tokens from there on, float32 [n, hidden_size], whose ids are placeholders.
         Returns how many ids were appended; the others, and the logits, are left to `prefill`.
         """
         ids = list(ids[: self.context - self.position])
-        soft = {at + i: row for at, clip in sounds for i, row in enumerate(clip)}
+        soft = {at + i: row for at, rows in encoded for i, row in enumerate(rows)}
         self._settle()
         return self._restore(ids, len(ids), {at: row for at, row in soft.items() if at >= self.position})
 
@@ -323,10 +328,15 @@ class Session:
             yield part, here, rows
 
 
-def soft_tokens(embeddings: np.ndarray, width: int, audio_token_id: int | None) -> tuple[np.ndarray, list[int]]:
+def soft_tokens(
+    embeddings: np.ndarray, width: int, soft_ids: Sequence[int], placeholder: int | None
+) -> tuple[np.ndarray, list[int]]:
     """Soft tokens as float32 [n, width], and the ids that stand for them. Raises UsageError as `prefill_soft` says."""
-    if audio_token_id is None:
-        raise UsageError("this model has no audio tower: export one that has, without --no-audio")
+    if not soft_ids:
+        raise UsageError("this model has no audio tower and no vision tower: export one that has")
+    if placeholder is not None and placeholder not in soft_ids:
+        known = ", ".join(map(str, soft_ids))
+        raise UsageError(f"the placeholder of soft tokens is {shown(placeholder)}, this model has {known}")
     try:
         embeddings = np.asarray(embeddings, np.float32)
     except (TypeError, ValueError):
@@ -334,8 +344,8 @@ def soft_tokens(embeddings: np.ndarray, width: int, audio_token_id: int | None) 
     if embeddings.ndim != 2 or embeddings.shape[1] != width or not len(embeddings):
         raise UsageError(f"soft tokens have shape {list(embeddings.shape)}, expected one or more rows of {width}")
     if not np.isfinite(embeddings).all():
-        raise UsageError("a soft token is not finite: the audio it was made from is damaged")
-    return embeddings, [audio_token_id] * len(embeddings)
+        raise UsageError("a soft token is not finite: the sound or picture it was made from is damaged")
+    return embeddings, [soft_ids[0] if placeholder is None else placeholder] * len(embeddings)
 
 
 def check_ids(ids: Sequence[int], vocab_size: int, position: int, context: int) -> list[int]:
@@ -372,7 +382,9 @@ class Timeline(Protocol):
         """Append one token. Returns the logits after it: float32 [vocab_size]."""
         ...
 
-    def prefill_soft(self, embeddings: np.ndarray, *, logits: bool = True) -> np.ndarray | None:
+    def prefill_soft(
+        self, embeddings: np.ndarray, *, placeholder: int | None = None, logits: bool = True
+    ) -> np.ndarray | None:
         """Append soft tokens, as `Session.prefill_soft` does."""
         ...
 
@@ -384,7 +396,7 @@ class Timeline(Protocol):
         """Keep this position, so that `rewind` to it costs nothing."""
         ...
 
-    def recall(self, ids: Sequence[int], sounds: Sequence[tuple[int, np.ndarray]]) -> int:
+    def recall(self, ids: Sequence[int], encoded: Sequence[tuple[int, np.ndarray]]) -> int:
         """Append the first of `ids`, as far as another session has computed them, as `Session.recall` does."""
         ...
 

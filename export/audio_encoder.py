@@ -32,7 +32,7 @@ def write_audio_encoder(
         linear = int8_linear(tower) if bits else float_linear(tower)
         for name, streaming in ((AUDIO_BATCH, False), (AUDIO_STREAM, True)):
             writer.add_file(name, AudioGraph(tower, data, linear, band, streaming=streaming).build())
-    return {"audio_config": dict(tower.audio_config), "band": band, "bits": bits, **tower.token_ids}
+    return {"audio_config": dict(tower.words), "band": band, "bits": bits, **tower.token_ids}
 
 
 def _reporting(tower: AudioTower, progress: Progress) -> AudioTower:

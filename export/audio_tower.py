@@ -1,4 +1,4 @@
-"""The audio tower as its checkpoint describes it: configuration, names and shapes of its tensors, clip bounds.
+"""The audio tower as its checkpoint describes it: configuration, names and shapes of its tensors.
 
 Owns: reading `audio_config` in the checkpoint's own words (which keys count: config_keys.py); which tensors the tower
 has. Does not know: how tensors are stored (the readers), how graphs are built (audio_graph.py).
@@ -6,18 +6,14 @@ has. Does not know: how tensors are stored (the readers), how graphs are built (
 Source: transformers 5.23 `configuration_gemma4.py` (Gemma4AudioConfig) and `modeling_gemma4.py` (Gemma4AudioModel).
 """
 
-import math
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from edge_gemma.config_keys import known_keys, with_defaults
-from edge_gemma.errors import CheckpointError, ConfigError
-from edge_gemma.export.gemma_quant import GemmaQuantization, packed_matrices
-from edge_gemma.export.packed import Integers, PackedMatrix, Scales
-from edge_gemma.export.source_file import StoredTensor, bind_tensors, read_rows
+from edge_gemma.errors import ConfigError
+from edge_gemma.export.tower import Tower, TowerSource
+from edge_gemma.vision_config import CLIPS
 
 MEL_BINS = 128
 # The keys that are read, and what the reference assumes without them.
@@ -36,7 +32,6 @@ _SIZES = {
 }  # fmt: skip
 _NUMBERS = ("residual_weight", "attention_logit_cap", "rms_norm_eps", "gradient_clipping")
 _FIXED = ("model_type", "hidden_act", "attention_context_right")  # only the default is supported
-CLIPS = ("input_min", "input_max", "output_min", "output_max")
 
 
 @dataclass(frozen=True)
@@ -149,106 +144,16 @@ TOKEN_IDS = {
 }
 
 
-@dataclass(frozen=True)
-class AudioTower:
-    """A tower ready to be exported. `read(name)` gives a tensor of `config.tensor_shapes` as float32."""
-
-    config: AudioConfig
-    audio_config: Mapping[str, Any]  # the checkpoint's own words
-    text_hidden_size: int
-    token_ids: Mapping[str, int]  # audio_token_id, boa_token_id, eoa_token_id
-    read: Callable[[str], np.ndarray]
-    dtype: str = "F32"  # the float type that linear weights are stored in
-    packed: Mapping[str, PackedMatrix] = field(default_factory=dict)  # integers already; not in `read`
-    stored: tuple[StoredTensor, ...] = ()  # where its values lie
-
-    @property
-    def weights(self) -> int:
-        """How many the tower and its projection have."""
-        return sum(math.prod(shape) for shape in self.config.tensor_shapes(self.text_hidden_size).values())
-
-    def tensor(self, name: str) -> np.ndarray:
-        """A tensor as float32, finite. Raises CheckpointError."""
-        packed = self.packed.get(name)
-        values = packed.rows(0, packed.shape[0]) if packed else self.read(name)
-        if not np.isfinite(values).all():
-            raise CheckpointError(f"{name}: a weight is not finite: the checkpoint is damaged")
-        return values
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return self.config.tensor_shapes(self.text_hidden_size)[name]
-
-    def integers(self, linears: list[str]) -> tuple[Integers, Scales] | None:
-        """Integers and scales [rows, 1] of linear layers, one under the other; None where the source has floats."""
-        packed = [self.packed.get(f"{name}.weight") for name in linears]
-        read = [matrix.read(0, matrix.shape[0]) for matrix in packed if matrix]
-        if len(read) < len(linears):
-            return None
-        values, scales = zip(*read, strict=True)
-        return np.concatenate(values), np.concatenate(scales)
-
-    def steps(self, linear: str) -> tuple[float, float]:
-        """The trained activation scales of a linear layer's input and output; 0: not rounded."""
-        packed = self.packed.get(f"{linear}.weight")
-        return (packed.input_scale, packed.output_scale) if packed else (0.0, 0.0)
-
-    def clip(self, linear: str) -> tuple[float, float, float, float]:
-        """A clippable linear's bounds (input_min, input_max, output_min, output_max); infinite where it has none."""
-        if not self.config.use_clipped_linears:
-            return -math.inf, math.inf, -math.inf, math.inf
-        low, high, out_low, out_high = (float(self.read(f"{linear}.{clip}").reshape(())) for clip in CLIPS)
-        if not all(a <= b and a < math.inf and b > -math.inf for a, b in ((low, high), (out_low, out_high))):
-            raise CheckpointError(f"{linear}: clip bounds {low}, {high}, {out_low}, {out_high} are no ranges")
-        return low, high, out_low, out_high
+AudioTower = Tower[AudioConfig]
 
 
-def bind_audio_tower(
-    source: str,
-    top: Mapping[str, Any],
-    hidden_size: int,
-    vocab_size: int,
-    stored: Mapping[str, StoredTensor],
-    *,
-    original: Callable[[str], str] = str,
-    quantization: GemmaQuantization | None = None,
-    ignored: Collection[str] = (),
-) -> AudioTower | None:
-    """The tower of a multimodal checkpoint, None where its config.json has none.
-
-    top: config.json; stored: the towers' tensors, names as in `AudioConfig.tensor_shapes`; original: spells such a name
-    as the file does; quantization: of a QAT checkpoint, whose packed matrices stay integers; ignored: unknown keys to
-    pass over. Raises ConfigError, CheckpointError.
-    """
-    words = top.get("audio_config")
-    if words is None:
+def bind_audio_tower(source: TowerSource) -> AudioTower | None:
+    """The audio tower of a multimodal checkpoint, None where it has none. Raises ConfigError, CheckpointError."""
+    if (words := source.words("audio_config")) is None:
         return None
-    if not isinstance(words, Mapping):
-        raise ConfigError(f"{source}: audio_config is {type(words).__name__}, expected an object")
-    config = AudioConfig.from_audio_config(words, ignored)
-    ids = {name: default if top.get(key) is None else top[key] for name, (key, default) in TOKEN_IDS.items()}
-    if wrong := {name: i for name, i in ids.items() if type(i) is not int or not 0 <= i < vocab_size}:
-        raise ConfigError(f"{source}: {min(wrong)} is {wrong[min(wrong)]!r}, expected a token of the vocabulary")
-    present = {name: t for name, t in stored.items() if name.startswith(("audio_tower.", "embed_audio."))}
-    shapes = config.tensor_shapes(hidden_size)
-    packed: Mapping[str, PackedMatrix] = {}
-    try:
-        if quantization is not None:
-            packed = packed_matrices(quantization, shapes, present, original)
-        floats = {name: shape for name, shape in shapes.items() if name not in packed}
-        bound = bind_tensors(source, floats, present, lambda name: False, original)
-    except CheckpointError as error:
-        raise CheckpointError(f"{error}; --no-audio leaves the audio tower out") from None
-
-    def read(name: str) -> np.ndarray:
-        tensor = bound[name]
-        if tensor.shape:
-            return read_rows(tensor, 0, tensor.shape[0])
-        return read_rows(replace(tensor, shape=(1,)), 0, 1).reshape(())
-
-    dtypes = {tensor.dtype for name, tensor in bound.items() if name.endswith(".linear.weight")}
-    dtype = dtypes.pop() if len(dtypes) == 1 else "F32"
-    parts = (*bound.values(), *(part for matrix in packed.values() for part in matrix.stored))
-    return AudioTower(config, words, hidden_size, ids, read, dtype, packed, parts)
+    config = AudioConfig.from_audio_config(words, source.ignored)
+    without = "--no-audio leaves the audio tower out"
+    return source.bind(config, words, TOKEN_IDS, ("audio_tower.", "embed_audio."), without)
 
 
 def _size(key: str, value: Any, most: int) -> int:

@@ -10,11 +10,11 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_gemma.export.audio_tower import AudioTower
 from edge_gemma.export.gguf_reader import GgufCheckpoint
 from edge_gemma.export.packed import PackedMatrix
 from edge_gemma.export.safetensors_reader import SafetensorsCheckpoint
 from edge_gemma.export.source_file import SourceFolder, StoredTensor, TensorInfo
+from edge_gemma.export.towers import Towers
 
 __all__ = ["Checkpoint", "TensorInfo", "open_checkpoint"]
 
@@ -51,8 +51,8 @@ class Checkpoint(Protocol):
         """The tokenizer as a serialised SentencePiece ModelProto."""
         ...
 
-    def audio_tower(self) -> AudioTower | None:
-        """The audio tower, None where the source has none."""
+    def towers(self, *, audio: bool = True, vision: bool = True) -> Towers:
+        """The towers that the source has, of those that are asked for."""
         ...
 
     def digest(self) -> str:

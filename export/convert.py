@@ -18,7 +18,6 @@ import numpy as np
 
 from edge_gemma.config import GemmaConfig
 from edge_gemma.errors import CheckpointError, TokenizerError, UsageError
-from edge_gemma.export.audio_tower import AudioTower
 from edge_gemma.export.checkpoint import Checkpoint, open_checkpoint
 from edge_gemma.export.folder_writer import FolderWriter
 from edge_gemma.export.on_grid import grid_matrix
@@ -26,6 +25,7 @@ from edge_gemma.export.packed import PackedMatrix
 from edge_gemma.export.resume import Journal, export_key
 from edge_gemma.export.source_file import same_bytes
 from edge_gemma.export.stream import TensorStream
+from edge_gemma.export.towers import Towers
 from edge_gemma.folder.atomic import new_folder
 from edge_gemma.folder.folder import GENERATION, REPLACEABLE, TEMPLATE, TOKENIZER, Progress, Tensor, plan_tensor
 from edge_gemma.generation.generate import stop_ids_of
@@ -44,6 +44,7 @@ def export_checkpoint(
     *,
     calibration: str | None = None,
     audio: bool = True,
+    vision: bool = True,
     ignore_keys: Collection[str] = (),
     force: bool = False,
     progress: Progress | None = None,
@@ -53,32 +54,32 @@ def export_checkpoint(
 
     recipe: None for the one that the checkpoint was trained for, or q4 if it was trained for none. Matrices that the
     source has packed already are carried over bit for bit, unless the recipe makes them smaller. calibration: a text
-    that shows how weights of 2 and 4 bits are used; None: scales are searched without one. audio: with the audio tower,
-    if there is one. ignore_keys: names of unknown configuration keys to pass over. note: is told, one line each, what
-    was taken otherwise than the source says.
+    that shows how weights of 2 and 4 bits are used; None: scales are searched without one. audio, vision: with the
+    tower of sound, of pictures, if there is one. ignore_keys: names of unknown configuration keys to pass over. note:
+    is told, one line each, what was taken otherwise than the source says.
 
     The folder appears whole or not at all. The next run removes what an interrupted run left; a calibrated run of the
     same source, recipe and text resumes it. Raises CheckpointError, ConfigError, UsageError: one line each.
     """
     checkpoint = open_checkpoint(source, ignore_keys)
     try:
+        conversion = Conversion.plan_of(checkpoint, recipe, audio=audio, vision=vision)
         for line in checkpoint.notes:
             note(line)
-        conversion = Conversion.plan_of(checkpoint, recipe, audio=audio)
         if not conversion.calibrates:
             refuse_unused(calibration, f"recipe {conversion.recipe}")
             calibration = None
         key = None
         if calibration is not None:
-            key = export_key(checkpoint.digest(), conversion.recipe, calibration, audio)
+            key = export_key(checkpoint.digest(), conversion.recipe, calibration, audio, vision)
         with (
             new_folder(dest, force=force, having=REPLACEABLE, key=key) as folder,
-            FolderWriter(folder, conversion.plan, beside=encoder_bytes(conversion.tower, conversion.recipe)) as writer,
+            conversion.writer(folder) as writer,
         ):
-            section = write_tower(writer, conversion.tower, conversion.recipe, progress)
+            sections = conversion.towers.write(writer, conversion.recipe, progress)
             conversion.write_side_files(writer)
             content = _write_tensors(conversion, writer, calibration, progress)
-            conversion.finish(writer, {"name": source.name}, content, section)
+            conversion.finish(writer, {"name": source.name}, content, sections)
     finally:
         checkpoint.close()
     return dest
@@ -95,7 +96,7 @@ class Conversion:
     plan: dict[str, Tensor]
     tokenizer: bytes
     generation: dict[str, Any]  # what generation_config.json will hold
-    tower: AudioTower | None
+    towers: Towers
 
     @classmethod
     def plan_of(
@@ -104,11 +105,12 @@ class Conversion:
         recipe: str | None,
         *,
         audio: bool = True,
+        vision: bool = True,
         glance: bool = False,
         mistaken: Collection[str] = (),
     ) -> "Conversion":
-        """recipe, audio: as for `export_checkpoint`. glance: a few bytes of each matrix decide, and writing may raise
-        GlanceError; mistaken: matrices of which a glance has promised too much.
+        """recipe, audio, vision: as for `export_checkpoint`. glance: a few bytes of each matrix decide, and writing may
+        raise GlanceError; mistaken: matrices of which a glance has promised too much.
 
         Raises CheckpointError, ConfigError, UsageError: one line each.
         """
@@ -120,13 +122,18 @@ class Conversion:
             plan[_EMBEDDINGS] = _stored_once(plan)
         model = checkpoint.tokenizer_model()
         generation = generation_config(checkpoint, _tokenizer(model, config))
-        tower = checkpoint.audio_tower() if audio else None
-        return cls(checkpoint, config, recipe, carried, plan, model, generation, tower)
+        towers = checkpoint.towers(audio=audio, vision=vision)
+        return cls(checkpoint, config, recipe, carried, plan, model, generation, towers)
 
     @property
     def calibrates(self) -> bool:
         """Whether a text would change how weights are rounded."""
         return any(tensor.bits in CALIBRATED_BITS for name, tensor in self.plan.items() if name not in self.carried)
+
+    def writer(self, folder: Path, beside: int = 0) -> FolderWriter:
+        """A writer of all tensors. beside: bytes that the disk needs besides. Raises UsageError without room."""
+        plan = self.plan | self.towers.plan(self.recipe)
+        return FolderWriter(folder, plan, beside=beside + self.towers.graph_bytes(self.recipe))
 
     def write_side_files(self, writer: FolderWriter) -> None:
         """Tokenizer, chat template, generation configuration."""
@@ -136,12 +143,12 @@ class Conversion:
         writer.add_file(GENERATION, json.dumps(self.generation, indent=1).encode())
 
     def finish(
-        self, writer: FolderWriter, source: dict[str, Any], content: str, section: dict[str, Any] | None
+        self, writer: FolderWriter, source: dict[str, Any], content: str, sections: dict[str, dict[str, Any]]
     ) -> None:
         """The manifest. source: where the checkpoint is from, in words; content: the digest of all values read."""
         digests = {"digest": self.checkpoint.digest(), "content_sha256": content, "license": self.checkpoint.license}
         ignored = {"ignored_keys": sorted(set(self.checkpoint.ignored))} if self.checkpoint.ignored else {}
-        writer.finish(dict(self.config.text_config), self.recipe, source | digests | ignored, section)
+        writer.finish(dict(self.config.text_config), self.recipe, source | digests | ignored, sections)
 
 
 def _tokenizer(model: bytes, config: GemmaConfig) -> Tokenizer:
@@ -244,25 +251,6 @@ def _stored_once(plan: dict[str, Tensor]) -> Tensor:
     """The token embeddings, read out of the head's panels."""
     embeddings, head = plan[_EMBEDDINGS], plan[_HEAD]
     return replace(embeddings, layout=head.layout, parts=head.parts, same_as=_HEAD)
-
-
-def encoder_bytes(tower: AudioTower | None, recipe: str) -> int:
-    """An estimate of the bytes of the audio encoder's weights in a recipe."""
-    return tower.weights * (4 if recipe == "float" else 1) if tower else 0
-
-
-def write_tower(
-    writer: FolderWriter, tower: AudioTower | None, recipe: str, progress: Progress | None = None
-) -> dict[str, Any] | None:
-    """Write the audio encoder in the recipe's form. Returns the manifest's section, None without a tower.
-
-    Raises UsageError without the onnx package.
-    """
-    if tower is None:
-        return None
-    from edge_gemma.export.audio_encoder import write_audio_encoder
-
-    return write_audio_encoder(writer, tower, bits=0 if recipe == "float" else 8, progress=progress)
 
 
 def _write_tensors(

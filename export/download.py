@@ -22,7 +22,7 @@ Fetch = Callable[[HubFile, int, int], Iterator[bytes]]
 
 @dataclass(frozen=True)
 class Unit:
-    """What is converted at once: a tensor of the decoder, or the audio tower. stored: where its values lie."""
+    """What is converted at once: a tensor of the decoder, or the towers. stored: where its values lie."""
 
     name: str
     stored: tuple[StoredTensor, ...]

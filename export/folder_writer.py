@@ -25,6 +25,7 @@ from edge_gemma.folder.folder import (
     ALIGNMENT,
     FORMAT,
     MANIFEST,
+    VISION,
     Part,
     Tensor,
     manifest_digest,
@@ -190,13 +191,18 @@ class FolderWriter:
         self._files[name] = {"bytes": file.bytes, "sha256": file.digest.hexdigest()}
 
     def finish(
-        self, text_config: dict[str, Any], recipe: str, source: dict[str, Any], audio: dict[str, Any] | None = None
+        self,
+        text_config: dict[str, Any],
+        recipe: str,
+        source: dict[str, Any],
+        sections: dict[str, dict[str, Any]] | None = None,
     ) -> None:
         """Write the manifest, once all else is on the disk: where it lies, the folder is whole.
 
-        Every part must be complete. audio: its section, where an encoder was written.
+        Every part must be complete. sections: of the encoders that were written; that of pictures gets its tensors.
         """
-        tensors = {}
+        tensors: dict[str, dict[str, Any]] = {}
+        seen: dict[str, dict[str, Any]] = {}
         for name, tensor in self._plan.items():
             parts = {}
             for key in tensor.parts:
@@ -204,7 +210,8 @@ class FolderWriter:
                 if growing.written != growing.part.nbytes:
                     raise AssertionError(f"{name}.{key}: {growing.written} of {growing.part.nbytes} bytes were written")
                 parts[key] = replace(growing.part, sha256=growing.part.sha256 or growing.digest.hexdigest())
-            tensors[name] = tensor_entry(replace(tensor, parts=parts))
+            table = seen if any(part.file == VISION for part in parts.values()) else tensors
+            table[name] = tensor_entry(replace(tensor, parts=parts))
         manifest: dict[str, Any] = {
             "format": FORMAT,
             "version": version_of(self._plan.values()),
@@ -215,8 +222,9 @@ class FolderWriter:
             "files": self._files,
             "tensors": tensors,
         }
-        if audio is not None:
-            manifest["audio"] = audio
+        manifest |= sections or {}
+        if seen:
+            manifest["vision"] |= {"tensors": seen}
         manifest["digest"] = manifest_digest(manifest)
         sync_tree(self.folder)
         write_file(self.folder / MANIFEST, json.dumps(manifest, indent=1).encode())

@@ -32,6 +32,7 @@ from edge_gemma.export.source_file import (
     same_bytes,
     show,
 )
+from edge_gemma.export.towers import Towers
 from edge_gemma.generation.sampler import usable_settings
 
 _GLOBAL_NAMES = {
@@ -435,8 +436,9 @@ class GgufCheckpoint:
 
         return from_gguf_metadata(self.metadata)
 
-    def audio_tower(self) -> None:
+    def towers(self, *, audio: bool = True, vision: bool = True) -> Towers:
         """None: towers in GGUF, in a file of their own or in Ollama's single file, are not read."""
+        return Towers()
 
     def digest(self) -> str:
         """sha256 over the file's size and everything before the tensor data."""

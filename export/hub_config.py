@@ -11,14 +11,16 @@ from edge_gemma.config import DEFAULTS, KNOWN
 from edge_gemma.config_keys import REFERENCE_DEFAULTS, check_ignored, known_keys, with_defaults
 from edge_gemma.errors import CheckpointError, ConfigError
 from edge_gemma.export.audio_tower import KNOWN as AUDIO_KNOWN
-from edge_gemma.export.audio_tower import TOKEN_IDS
+from edge_gemma.export.audio_tower import TOKEN_IDS as AUDIO_IDS
 from edge_gemma.export.source_file import show
+from edge_gemma.export.vision_tower import TOKEN_IDS as VISION_IDS
+from edge_gemma.vision_config import KNOWN as VISION_KNOWN
 
 DECODERS = {"gemma3": "gemma3_text", "gemma4": "gemma4_text"}  # multimodal model_type -> that of its text_config
 _QUANTISED = {"quantization", "quantization_config"}
 TOP_KNOWN = {
     *("model_type", "text_config", "audio_config", "vision_config", "tie_word_embeddings"),
-    *(key for key, _ in TOKEN_IDS.values()),
+    *(key for key, _ in (AUDIO_IDS | VISION_IDS).values()),
     *_QUANTISED,
 }
 
@@ -45,8 +47,9 @@ def text_config(top: Mapping[str, Any], ignored: Collection[str] = ()) -> dict[s
         said = with_defaults(text, DEFAULTS[decoder])
         known_keys(top, TOP_KNOWN, model_type, defaults=REFERENCE_DEFAULTS | said, ignored=ignored)
         parts = [(top, TOP_KNOWN), (text, KNOWN[decoder])]
-        if isinstance(audio := top.get("audio_config"), dict):
-            parts.append((audio, AUDIO_KNOWN))
+        for key, known in (("audio_config", AUDIO_KNOWN), ("vision_config", VISION_KNOWN)):
+            if isinstance(tower := top.get(key), dict):
+                parts.append((tower, known))
     check_ignored(ignored, parts)
     tied = {bool(c["tie_word_embeddings"]) for c in (top, text) if c.get("tie_word_embeddings") is not None}
     if len(tied) > 1:

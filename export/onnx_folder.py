@@ -69,6 +69,7 @@ def export_onnx(
             recipe,
             calibration=calibration,
             audio=audio,
+            vision=False,
             ignore_keys=ignore_keys,
             progress=progress,
             note=note,

@@ -64,6 +64,13 @@ def decode_packed(tensor: Tensor, parts: dict[str, np.ndarray], rows: int) -> Pa
     return values, *layouts.unpack_words(parts["scales"], factors, tensor.group, rows)
 
 
+def encode_dense(tensor: Tensor, weights: NDArray[np.float32]) -> dict[str, np.ndarray]:
+    """Values in the tensor's own type; exact in bfloat16, which only values that were it already are stored in."""
+    if tensor.parts["values"].dtype == "F32":
+        return {"values": weights}
+    return {"values": (weights.view(np.uint32) >> 16).astype(np.uint16)}
+
+
 def encode_packed(tensor: Tensor, values: np.ndarray, *scales: np.ndarray) -> dict[str, np.ndarray]:
     """A block of whole rows, integers and scales as `Packed` has them, as the bytes of each part."""
     if tensor.layout == "rows":

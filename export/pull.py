@@ -23,7 +23,7 @@ from edge_gemma import __version__
 from edge_gemma.engine import DEFAULT_CONTEXT
 from edge_gemma.errors import CheckpointError
 from edge_gemma.export.checkpoint import Checkpoint
-from edge_gemma.export.convert import Conversion, encoder_bytes, write_tower
+from edge_gemma.export.convert import Conversion
 from edge_gemma.export.download import Download, Unit, in_order, room_needed
 from edge_gemma.export.folder_writer import FolderWriter
 from edge_gemma.export.gguf_reader import GgufCheckpoint
@@ -42,7 +42,7 @@ from edge_gemma.measure.memory import footprint
 
 _FETCHED, _STATE, _ENCODER = "fetched", "state.pull", "encoder.pull"  # names that no file of a checkpoint has
 _SYNC_BYTES = 16 << 20  # of ranges that have been used: then the containers are flushed, and the ranges go
-_ENCODER_UNIT = "audio encoder"
+_ENCODER_UNIT = "encoders"
 _SAMPLE, _SAMPLE_S = 64 << 20, 3.0  # bytes and seconds that the speed of the link is measured for
 
 
@@ -126,6 +126,7 @@ class Puller:
     name: HubName
     recipe: str | None = None
     audio: bool = True
+    vision: bool = True
     ignore_keys: Sequence[str] = ()
     note: Callable[[str], None] = lambda text: None
     progress: Progress | None = None
@@ -237,13 +238,12 @@ class Puller:
             if at.conversion.calibrates:
                 self.note(f"rounded to {at.conversion.recipe} without calibration: pull --keep and export do it better")
             waits = max(0, room_needed(units, files) - at.spool.held)
-            beside = encoder_bytes(at.conversion.tower, at.conversion.recipe) + waits
             try:
-                with FolderWriter(aside, at.conversion.plan, beside=beside) as writer:
-                    section, content, digests = _Run(at, writer, self.progress).convert(units)
+                with at.conversion.writer(aside, waits) as writer:
+                    sections, content, digests = _Run(at, writer, self.progress).convert(units)
                     verified = _verified([file for _, file in at.folder.opened], digests)
                     at.conversion.write_side_files(writer)
-                    at.conversion.finish(writer, _source(at.state.repository), content, section)
+                    at.conversion.finish(writer, _source(at.state.repository), content, sections)
             except GlanceError as error:
                 at.state.mistaken.append(error.matrix)
                 at.state.save(aside / _STATE)
@@ -263,7 +263,12 @@ class Puller:
             try:
                 with closing(self._checkpoint(folder, state.repository)) as checkpoint:
                     conversion = Conversion.plan_of(
-                        checkpoint, self.recipe, audio=self.audio, glance=True, mistaken=state.mistaken
+                        checkpoint,
+                        self.recipe,
+                        audio=self.audio,
+                        vision=self.vision,
+                        glance=True,
+                        mistaken=state.mistaken,
                     )
                     yield _Opened(hub, state, spool, folder, conversion)
             finally:
@@ -285,7 +290,7 @@ class Puller:
         return SafetensorsCheckpoint(folder, self.ignore_keys)
 
     def _key(self, what: str) -> str:
-        told = [__version__, what, asdict(self.name), self.recipe, self.audio, list(self.ignore_keys)]
+        told = [__version__, what, asdict(self.name), self.recipe, self.audio, self.vision, list(self.ignore_keys)]
         return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
 
 
@@ -308,10 +313,10 @@ class _Run:
         self._journal = Journal(writer, at.conversion.plan, floats=True)
         self._used: list[Unit] = []
 
-    def convert(self, units: Sequence[Unit]) -> tuple[dict[str, Any] | None, str, dict[str, str]]:
-        """Returns the manifest's audio section, the digest of all values, and the digests of files read whole."""
-        section, content = self._finished_encoder(), self._journal.finished
-        done = {*content, *([_ENCODER_UNIT] if section else [])}
+    def convert(self, units: Sequence[Unit]) -> tuple[dict[str, dict[str, Any]], str, dict[str, str]]:
+        """Returns the manifest's sections of encoders, the digest of all values, those of files read whole."""
+        sections, content = self._finished_encoders(), self._journal.finished
+        done = {*content, *([_ENCODER_UNIT] if sections else [])}
         left = [unit for unit in units if unit.name not in done]
         for unit in units:
             if unit.name in done:
@@ -327,14 +332,14 @@ class _Run:
             with self._download(left) as download:
                 for unit in left:
                     if unit.name == _ENCODER_UNIT:
-                        section = self._write_encoder()
+                        sections = self._write_encoders()
                     else:
                         stream.put_one(unit.name)
                     self._flush(unit)
                 self._flush()
                 download.join()
                 self._at.spool.check()
-        return section, stream.content(), download.digests
+        return sections, stream.content(), download.digests
 
     def _download(self, left: Sequence[Unit]) -> Download:
         total, got = sum(file.size for _, file in self._at.folder.opened), 0
@@ -375,20 +380,29 @@ class _Run:
             assert isinstance(tensor.file, SpooledFile)
             tensor.file.drop(tensor.offset)
 
-    def _write_encoder(self) -> dict[str, Any] | None:
-        before = self._writer.files
-        section = write_tower(self._writer, self._conversion.tower, self._conversion.recipe)
+    def _write_encoders(self) -> dict[str, dict[str, Any]]:
+        conversion, before = self._conversion, self._writer.files
+        sections = conversion.towers.write(self._writer, conversion.recipe)
         files = {name: entry for name, entry in self._writer.files.items() if name not in before}
-        write_file(self._writer.folder / _ENCODER, json.dumps({"section": section, "files": files}).encode())
-        return section
+        tensors = {name: self._writer.digests(name) for name in conversion.towers.plan(conversion.recipe)}
+        self._writer.sync()
+        kept = {"sections": sections, "files": files, "tensors": tensors}
+        write_file(self._writer.folder / _ENCODER, json.dumps(kept).encode())
+        return sections
 
-    def _finished_encoder(self) -> dict[str, Any] | None:
-        """The section of an encoder that an earlier run has written, if it still lies there."""
+    def _finished_encoders(self) -> dict[str, dict[str, Any]]:
+        """The sections of encoders that an earlier run has written, if they still lie there."""
         path = self._writer.folder / _ENCODER
         if not path.exists():
-            return None
+            return {}
         kept = json.loads(path.read_bytes())
-        return kept["section"] if all(self._writer.adopt_file(*item) for item in kept["files"].items()) else None
+        whole = all(self._writer.stored_digests(name) == digests for name, digests in kept["tensors"].items())
+        if not whole or not all(self._writer.adopt_file(*item) for item in kept["files"].items()):
+            return {}
+        for name, digests in kept["tensors"].items():
+            self._writer.adopt(name, digests)
+        sections: dict[str, dict[str, Any]] = kept["sections"]
+        return sections
 
 
 def _finished(dest: Path, aside: Path) -> Pulled | None:
@@ -409,14 +423,16 @@ def _clear(aside: Path) -> None:
 
 def _units(conversion: Conversion) -> list[Unit]:
     units = [Unit(name, conversion.checkpoint.stored(name)) for name in conversion.plan]
-    return [*units, Unit(_ENCODER_UNIT, conversion.tower.stored)] if conversion.tower else units
+    return [*units, Unit(_ENCODER_UNIT, conversion.towers.stored)] if conversion.towers.stored else units
 
 
 def _folder_bytes(conversion: Conversion) -> int:
     """An estimate of the bytes of the model folder."""
+    towers = conversion.towers
     stored = [tensor for tensor in conversion.plan.values() if not tensor.same_as]
+    stored += towers.plan(conversion.recipe).values()
     parts = sum(part.nbytes for tensor in stored for part in tensor.parts.values())
-    return parts + encoder_bytes(conversion.tower, conversion.recipe) + len(conversion.tokenizer)
+    return parts + towers.graph_bytes(conversion.recipe) + len(conversion.tokenizer)
 
 
 def _memory_bytes(conversion: Conversion, dest: Path) -> int:

@@ -20,9 +20,11 @@ from edge_gemma.folder.folder import Tensor
 JOURNAL = "unfinished.jsonl"
 
 
-def export_key(source: str, recipe: str, calibration: str, audio: bool) -> str:
+def export_key(source: str, recipe: str, calibration: str, audio: bool, vision: bool) -> str:
     """Names the unfinished folder: 16 hexadecimal digits. source: the checkpoint's digest."""
-    return hashlib.sha256(json.dumps([__version__, source, recipe, calibration, audio]).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps([__version__, source, recipe, calibration, audio, vision]).encode()).hexdigest()[
+        :16
+    ]
 
 
 @dataclass(frozen=True)

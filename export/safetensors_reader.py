@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from edge_gemma.errors import CheckpointError
 from edge_gemma.export import gemma_quant, hub_config
-from edge_gemma.export.audio_tower import AudioTower, bind_audio_tower
+from edge_gemma.export.audio_tower import bind_audio_tower
 from edge_gemma.export.element_types import FLOATS
 from edge_gemma.export.packed import PackedMatrix
 from edge_gemma.export.source_file import (
@@ -35,6 +35,9 @@ from edge_gemma.export.source_file import (
     show,
 )
 from edge_gemma.export.tensor_names import TensorNames, is_tower
+from edge_gemma.export.tower import TowerSource
+from edge_gemma.export.towers import Towers
+from edge_gemma.export.vision_tower import bind_vision_tower
 from edge_gemma.generation.sampler import usable_settings
 
 _ITEM_BYTES = {
@@ -264,9 +267,9 @@ class SafetensorsCheckpoint:
         data = self._folder.read("tokenizer.json", _MAX_TOKENIZER)
         return from_tokenizer_json(data, self._config.vocab_size)
 
-    def audio_tower(self) -> AudioTower | None:
-        """The audio tower, None in models that do not listen."""
-        return bind_audio_tower(
+    def towers(self, *, audio: bool = True, vision: bool = True) -> Towers:
+        """The towers that there are, of those that are asked for."""
+        source = TowerSource(
             self._name,
             self._top if self._top["model_type"] == "gemma4" else {},
             self._config.hidden_size,
@@ -276,6 +279,11 @@ class SafetensorsCheckpoint:
             quantization=self._quantization,
             ignored=self.ignored,
         )
+        both_ways = self.text_config.get("use_bidirectional_attention") == "vision"
+        if vision and both_ways and source.words("vision_config") is not None:
+            self.notes.append("this model attends to pictures in both directions, which is not supported: without them")
+            vision = False
+        return Towers(bind_audio_tower(source) if audio else None, bind_vision_tower(source) if vision else None)
 
     def digest(self) -> str:
         """sha256 over config.json, and every file's size and header."""

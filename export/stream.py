@@ -15,7 +15,7 @@ from edge_gemma.errors import CheckpointError
 from edge_gemma.export.checkpoint import Checkpoint
 from edge_gemma.export.folder_writer import FolderWriter
 from edge_gemma.export.on_grid import GlanceError
-from edge_gemma.export.packed import PackedMatrix, encode_packed
+from edge_gemma.export.packed import PackedMatrix, encode_dense, encode_packed
 from edge_gemma.export.resume import Journal
 from edge_gemma.folder.folder import Progress, Tensor
 from edge_gemma.quant.calibrate import Rounder
@@ -35,9 +35,7 @@ def encode_block(tensor: Tensor, weights: np.ndarray, rounder: Rounder, first: i
     if not np.isfinite(weights).all():
         raise CheckpointError("a weight is not finite: the checkpoint is damaged")
     if tensor.layout == "dense":
-        if tensor.parts["values"].dtype == "F32":
-            return {"values": weights}
-        return {"values": (weights.view(np.uint32) >> 16).astype(np.uint16)}  # exact: the source was bfloat16
+        return encode_dense(tensor, weights)
     return encode_packed(tensor, *rounder(weights, first))
 
 

@@ -24,13 +24,17 @@ import numpy as np
 from edge_gemma.config import FULL, SLIDING, GemmaConfig
 from edge_gemma.errors import UsageError
 from edge_gemma.export.audio_tower import AudioConfig, AudioTower
-from edge_gemma.export.convert import encoder_bytes, write_tower
 from edge_gemma.export.folder_writer import FolderWriter
 from edge_gemma.export.sentencepiece_model import BYTE, BYTE_PIECES, CONTROL, NORMAL, SPACE, UNKNOWN, from_gguf_metadata
+from edge_gemma.export.tower import Tower
+from edge_gemma.export.towers import Towers
+from edge_gemma.export.vision_tower import TOKEN_IDS as VISION_IDS
+from edge_gemma.export.vision_tower import VisionTower
 from edge_gemma.folder import layouts
 from edge_gemma.folder.atomic import new_folder
 from edge_gemma.folder.folder import GENERATION, TEMPLATE, TOKENIZER, Part, Progress, Tensor, plan_tensor
 from edge_gemma.quant.recipes import TRAINED_RECIPES, planned_format
+from edge_gemma.vision_config import VisionConfig
 
 _COMMON: dict[str, Any] = {
     "model_type": "gemma4_text", "vocab_size": 262144, "vocab_size_per_layer_input": 262144, "num_attention_heads": 8,
@@ -62,14 +66,25 @@ _SPECIAL_TOKENS = {
     100: "<|channel>", 101: "<channel|>", 105: "<|turn>", 106: "<turn|>", 255999: "<|image>", 256000: "<|audio>",
     258880: "<|image|>", 258881: "<|audio|>", 258882: "<image|>", 258883: "<audio|>", 258884: "<|video|>",
 }  # fmt: skip
-# In vocabularies too small for those: the tokens that audio needs.
-_SMALL_SPECIAL_TOKENS = {53: "<|audio>", 54: "<|audio|>", 55: "<audio|>"}
+# In vocabularies too small for those: the tokens that sound and pictures need.
+_SMALL_SPECIAL_TOKENS = {
+    53: "<|audio>", 54: "<|audio|>", 55: "<audio|>", 56: "<|image>", 57: "<|image|>", 58: "<image|>", 59: "<|video|>",
+}  # fmt: skip
 AUDIO_CONFIGS: dict[str, dict[str, Any]] = {
     "e2b": {"model_type": "gemma4_audio"},  # the reference's defaults are the release's sizes
     "e4b": {"model_type": "gemma4_audio"},
     "tiny": {
         "model_type": "gemma4_audio", "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
         "subsampling_conv_channels": [128, 8], "output_proj_dims": 96,
+    },
+}  # fmt: skip
+VISION_CONFIGS: dict[str, dict[str, Any]] = {
+    "e2b": {"model_type": "gemma4_vision", "use_clipped_linears": True},  # sizes: the reference's defaults, as above
+    "e4b": {"model_type": "gemma4_vision", "use_clipped_linears": True},
+    "tiny": {
+        "model_type": "gemma4_vision", "hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 3,
+        "num_key_value_heads": 3, "head_dim": 16, "intermediate_size": 96, "position_embedding_size": 4096,
+        "use_clipped_linears": True,
     },
 }  # fmt: skip
 _FIRST_BYTE = 238
@@ -87,6 +102,7 @@ _POOL_WORDS = 1 << 22  # random 64-bit words drawn once; blocks are cut out of t
 _BLOCK_BYTES = 1 << 22
 _LAYER_SCALAR = 0.9  # holds the residual stream near 3.5 times what a branch adds
 _STEP = 0.0625  # of static activation scales: 8 times the deviation at the ends
+_SEEN_K_NORM = 0.25  # the same for pictures
 _K_NORM = 0.12  # attention scores of deviation 2 to 3: neither flat nor a single key
 
 
@@ -96,30 +112,35 @@ def synthesize(
     recipe: str = "q4",
     *,
     audio: bool = False,
+    vision: bool = False,
     seed: int = 0,
     force: bool = False,
     progress: Progress | None = None,
 ) -> Path:
     """Write a model folder of random weights. Returns `dest`.
 
-    size: a key of TEXT_CONFIGS; recipe: any of quant.recipes, trained ones included; audio: with an audio tower.
+    size: a key of TEXT_CONFIGS; recipe: any of quant.recipes, trained ones included; audio, vision: with a tower
+    of sound, of pictures.
     Raises UsageError for another size or recipe, a `dest` that is taken, or a disk without room.
     """
     if size not in TEXT_CONFIGS:
         raise UsageError(f"unknown size {size!r}: choose one of {', '.join(TEXT_CONFIGS)}")
     config = GemmaConfig.from_text_config(TEXT_CONFIGS[size])
     plan = plan_model(config, recipe)
-    tower = random_tower(size, config, seed, trained=recipe in TRAINED_RECIPES) if audio else None
-    beside = encoder_bytes(tower, recipe)
-    with new_folder(dest, force=force) as folder, FolderWriter(folder, plan, beside=beside) as writer:
-        section = write_tower(writer, tower, recipe, progress)
+    towers = Towers(
+        random_tower(size, config, seed, trained=recipe in TRAINED_RECIPES) if audio else None,
+        random_vision_tower(size, config, seed) if vision else None,
+    )
+    everything, beside = plan | towers.plan(recipe), towers.graph_bytes(recipe)
+    with new_folder(dest, force=force) as folder, FolderWriter(folder, everything, beside=beside) as writer:
+        sections = towers.write(writer, recipe, progress)
         writer.add_file(TOKENIZER, tokenizer_model(config.vocab_size))
         writer.add_file(TEMPLATE, _CHAT_TEMPLATE.encode())
         writer.add_file(GENERATION, json.dumps(_GENERATION, indent=1).encode())
         _write_tensors(plan, config, seed, writer, progress)
         name = f"random {size}, seed {seed}"
         digest = hashlib.sha256(f"{name}, {recipe}".encode()).hexdigest()
-        writer.finish(dict(config.text_config), recipe, {"name": name, "digest": digest, "license": None}, section)
+        writer.finish(dict(config.text_config), recipe, {"name": name, "digest": digest, "license": None}, sections)
     return dest
 
 
@@ -269,6 +290,36 @@ def random_tower(
     names = {"audio_token_id": "<|audio|>", "boa_token_id": "<|audio>", "eoa_token_id": "<audio|>"}
     tokens = {name: ids[piece] for name, piece in names.items()}
     return AudioTower(audio_config, words, config.hidden_size, tokens, read)
+
+
+def random_vision_tower(size: str, config: GemmaConfig, seed: int, *, bound: float = 8.0) -> VisionTower:
+    """A vision tower of random weights whose activations stay of the order of one.
+
+    Layers lie on a grid of 8 bits, as in the releases. bound: where inputs are clamped, eight deviations unless told;
+    outputs are at twice that.
+    """
+    words = VISION_CONFIGS[size]
+    vision_config = VisionConfig.from_vision_config(words)
+    shapes = vision_config.tensor_shapes(config.hidden_size)
+
+    def read(name: str) -> np.ndarray:
+        shape, last = shapes[name], name.rpartition(".")[2]
+        if not shape:
+            side = -bound * 128 / 127 if last.endswith("min") else bound
+            return np.array(side * (2 if last.startswith("output") else 1), np.float32)
+        if len(shape) == 1:
+            return np.full(shape, _SEEN_K_NORM if name.endswith("k_norm.weight") else 1.0, np.float32)
+        draws = np.random.SFC64([seed, zlib.crc32(name.encode())]).random_raw(-(-math.prod(shape) // 8))
+        values = draws.view(np.uint8)[: math.prod(shape)].reshape(shape)
+        if len(shape) == 3:
+            return values / np.float32(128) - 1  # places
+        return _few_bits(values, 8)
+
+    ids = {piece: index for index, piece in _special_tokens(config.vocab_size).items()}
+    names = ("<|image|>", "<|image>", "<image|>", "<|video|>")
+    tokens = {name: ids[piece] for name, piece in zip(VISION_IDS, names, strict=True)}
+    places = frozenset(name for name, shape in shapes.items() if len(shape) == 3)
+    return Tower(vision_config, words, config.hidden_size, tokens, read, bfloat16=places)
 
 
 def _few_bits(draws: np.ndarray, bits: int) -> np.ndarray:

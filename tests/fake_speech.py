@@ -104,7 +104,9 @@ class HearingSession(FakeSession):
         self.soft: dict[int, float] = {}
         self.prompts: list[list[int]] = []
 
-    def prefill_soft(self, embeddings: np.ndarray, *, logits: bool = True) -> np.ndarray | None:
+    def prefill_soft(
+        self, embeddings: np.ndarray, *, placeholder: int | None = None, logits: bool = True
+    ) -> np.ndarray | None:
         assert embeddings.shape[1:] == (2,)
         start = self.position
         self._take("soft", [PLACEHOLDER] * len(embeddings))

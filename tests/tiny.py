@@ -13,6 +13,8 @@ import numpy as np
 
 from tests.tiny_audio import TOKEN_IDS, tiny_audio_config, tiny_audio_tensors
 from tests.tiny_tokenizer import write_tokenizer_json
+from tests.tiny_vision import TOKEN_IDS as VISION_IDS
+from tests.tiny_vision import tiny_vision_config, tiny_vision_tensors
 
 KINDS = ("e2b", "e4b", "dense", "gemma3")
 VOCAB = 640
@@ -270,16 +272,9 @@ def _write_weights(folder: Path, tensors: dict[str, np.ndarray], dtype: str, sha
 
 
 def _tower_tensors(kind: str, seed: int) -> dict[str, np.ndarray]:
-    """A few tensors of the vision tower and a whole audio tower, in the release's names and in tiny shapes."""
-    d, rng = _SIZES[kind][3], np.random.default_rng([seed, 1 << 20])
-    shapes: dict[str, tuple[int, ...]] = {
-        "embed_vision.embedding_projection.weight": (d, 24),
-        "vision_tower.patch_embedder.input_proj.weight": (24, 48),
-        "vision_tower.patch_embedder.position_embedding_table": (2, 16, 24),
-        "vision_tower.encoder.layers.0.self_attn.q_proj.linear.weight": (24, 24),
-        "vision_tower.encoder.layers.0.self_attn.q_proj.input_min": (),
-    }
-    tensors = {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+    """A vision tower and an audio tower, in the release's names and in tiny shapes."""
+    d = _SIZES[kind][3]
+    tensors = tiny_vision_tensors(d, seed=seed)
     if kind != "dense":
         tensors |= tiny_audio_tensors(d, seed=seed)
     return {f"model.{name}": value for name, value in tensors.items()}
@@ -291,26 +286,25 @@ def _top_level(kind: str, text_config: dict[str, Any], dtype: str, multimodal: b
     if not multimodal:
         architecture = "Gemma3ForCausalLM" if kind == "gemma3" else "Gemma4ForCausalLM"
         return {"architectures": [architecture]} | text_config | common
-    vision = {"model_type": "gemma4_vision", "hidden_size": 24, "num_hidden_layers": 1, "dtype": dtype}
     audio = tiny_audio_config() | {"dtype": dtype}
-    return {
-        "architectures": ["Gemma4ForConditionalGeneration"],
-        "audio_config": None if kind == "dense" else audio,
-        "audio_token_id": TOKEN_IDS["audio_token_id"],
-        "boa_token_id": TOKEN_IDS["boa_token_id"],
-        "boi_token_id": 255999,
-        "eoa_token_index": TOKEN_IDS["eoa_token_id"],
-        "eoi_token_id": 258882,
-        "eos_token_id": [1, 106],
-        "image_token_id": 258880,
-        "initializer_range": 0.02,
-        "model_type": "gemma4",
-        "text_config": text_config | {"dtype": dtype},
-        "tie_word_embeddings": True,
-        "video_token_id": 258884,
-        "vision_config": vision,
-        "vision_soft_tokens_per_image": 280,
-    } | common
+    return (
+        {
+            "architectures": ["Gemma4ForConditionalGeneration"],
+            "audio_config": None if kind == "dense" else audio,
+            "audio_token_id": TOKEN_IDS["audio_token_id"],
+            "boa_token_id": TOKEN_IDS["boa_token_id"],
+            "eoa_token_index": TOKEN_IDS["eoa_token_id"],
+            "eos_token_id": [1, 106],
+            "initializer_range": 0.02,
+            "model_type": "gemma4",
+            "text_config": text_config | {"dtype": dtype},
+            "tie_word_embeddings": True,
+            "vision_config": tiny_vision_config(dtype=dtype),
+            "vision_soft_tokens_per_image": 280,
+        }
+        | VISION_IDS
+        | common
+    )
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:

@@ -13,6 +13,7 @@ import numpy as np
 from edge_gemma.config import GemmaConfig
 from tests import tiny
 from tests.tiny_audio import tiny_audio_tensors
+from tests.tiny_vision import tiny_vision_tensors
 
 PLE = 256  # hidden_size_per_layer_input: one scale a layer's slice, as released
 QUANTIZATION: dict[str, Any] = {  # the released words, with the tiny model's layer numbers
@@ -153,6 +154,27 @@ def dequantised_audio(stored: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return tensors
 
 
+def qat_vision_tensors(text_hidden_size: int, *, seed: int = 0) -> dict[str, np.ndarray]:
+    """As `qat_audio_tensors`, of the vision tower: linear layers in 8 bits."""
+    tensors: dict[str, np.ndarray] = {}
+    for position, (name, value) in enumerate(tiny_vision_tensors(text_hidden_size, seed=seed, clipped=False).items()):
+        if name.endswith(".linear.weight"):
+            rng = np.random.default_rng([seed, 98, position])
+            tensors |= _packed(name.removesuffix(".weight"), value.shape, 8, rng, calibrated="layers.1.mlp" not in name)
+        else:
+            tensors[name] = value
+    return tensors
+
+
+def dequantised_vision(stored: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The same with float weights under their names; activation scales stay."""
+    tensors = {name: value for name, value in stored.items() if not name.endswith("weight_scale")}
+    for name in stored:
+        if name.endswith(".linear.weight"):
+            tensors[name] = stored[name] * stored[f"{name}_scale"]
+    return tensors
+
+
 def unpack(stored: np.ndarray, bits: int) -> np.ndarray:
     """The inverse of `pack` for 2 and 4 bits, by way of single bits: int8."""
     single = np.unpackbits(stored, axis=1, bitorder="little").reshape(len(stored), -1, bits)
@@ -160,11 +182,12 @@ def unpack(stored: np.ndarray, bits: int) -> np.ndarray:
 
 
 def write_qat_checkpoint(
-    folder: Path, *, seed: int = 0, shards: int = 1, kind: str = "e2b", packed_audio: bool = False, **options: bool
-) -> Path:
+    folder: Path, *, seed: int = 0, shards: int = 1, kind: str = "e2b", packed_audio: bool = False,
+    packed_vision: bool = False, **options: bool,
+) -> Path:  # fmt: skip
     """The released layout: `Gemma4ForConditionalGeneration`'s names with tower tensors. Returns `folder`.
 
-    packed_audio: the audio tower's linear layers are packed too, else they are floats.
+    packed_audio, packed_vision: a tower's linear layers are packed too, else they are floats.
     """
     tiny.write_checkpoint(folder, "e2b", multimodal=True)
     (folder / "model.safetensors").unlink()
@@ -181,6 +204,17 @@ def write_qat_checkpoint(
         config["audio_config"] |= {"use_clipped_linears": False}
         skipped = [name for name in QUANTIZATION["modules_to_not_convert"] if name != "model.audio_tower"]
         words = QUANTIZATION | {"modules_to_not_convert": skipped + AUDIO_FLOATS}
+    if packed_vision:
+        towers = {name: value for name, value in towers.items() if "vision" not in name}
+        vision = qat_vision_tensors(text_config(kind)["hidden_size"], seed=seed)
+        towers |= {f"model.{name}": value for name, value in vision.items()}
+        config["vision_config"] |= {"use_clipped_linears": False}
+        skipped = [name for name in words["modules_to_not_convert"] if name != "model.vision_tower"]
+        patterns = words["module_quant_configs"] | {"vision_tower": {"num_bits": 8}}
+        words = words | {
+            "modules_to_not_convert": [*skipped, "model.vision_tower.patch_embedder"],
+            "module_quant_configs": patterns,
+        }
     tiny._write_weights(folder, prefixed | towers, "float32", shards)
     config["text_config"] |= text_config(kind)
     config |= {"tie_word_embeddings": False, "quantization_config": words}

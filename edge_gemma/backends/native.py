@@ -39,7 +39,7 @@ class NativeModel:
         self._kv_dtype = kv_dtype or KV_DTYPES[0]
         self._threads = threads
         self._identity = str(folder.manifest["digest"])
-        self._audio_token_id = folder.audio.audio_token_id if folder.audio else None
+        self._soft_ids = folder.soft_ids
         self._weights = bind(folder)
         self.decoder = Decoder(folder.config, self._weights)
         megabytes = DEFAULT_CACHE_MB if cache_size is None else cache_size
@@ -58,7 +58,7 @@ class NativeModel:
         """A new, empty timeline of at most `context` tokens. shared: with the model's prefix cache."""
         prefixes = self._prefixes if shared else None
         return Session(
-            self.decoder, context, self._kv_dtype, self._identity, self._audio_token_id, self._threads, prefixes,
+            self.decoder, context, self._kv_dtype, self._identity, self._soft_ids, self._threads, prefixes,
             between=lambda: self.between(),
         )  # fmt: skip
 

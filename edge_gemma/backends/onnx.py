@@ -67,7 +67,7 @@ class OnnxModel:
         self.check(kv_dtype, cache_size)
         self._config = folder.config
         self._identity = folder.manifest["digest"]
-        self._audio_token_id = folder.audio.audio_token_id if folder.audio else None
+        self._soft_ids = folder.soft_ids
         self.between: Callable[[], None] = lambda: None  # Engine.between, between two chunks here
         used = threads or kernels.threads()
         self._graphs = {graph: open_graph(folder.path / FOLDER / f"{graph}.onnx", used) for graph in (EMBED, DECODER)}
@@ -83,7 +83,7 @@ class OnnxModel:
     def session(self, context: int, shared: bool) -> "OnnxSession":
         """A new, empty timeline of at most `context` tokens. Nothing is shared."""
         return OnnxSession(
-            self._graphs, self._config, context, self._identity, self._audio_token_id, between=lambda: self.between()
+            self._graphs, self._config, context, self._identity, self._soft_ids, between=lambda: self.between()
         )
 
     def close(self) -> None:
@@ -97,13 +97,13 @@ class OnnxSession:
     """
 
     def __init__(
-        self, graphs: dict[str, Any], config: GemmaConfig, context: int, identity: str, audio_token_id: int | None,
+        self, graphs: dict[str, Any], config: GemmaConfig, context: int, identity: str, soft_ids: Sequence[int],
         between: Callable[[], None] = lambda: None,
     ) -> None:  # fmt: skip
         self.context, self._between = context, between
         self._identity = identity
         self.ids: list[int] = []
-        self._config, self._audio_token_id = config, audio_token_id
+        self._config, self._soft_ids = config, soft_ids
         self._embed, self._decoder = graphs[EMBED], graphs[DECODER]
         self._outputs = [output.name for output in self._decoder.get_outputs()]
         self._past: dict[str, Any] = {}  # past_key_values.N.{key, value} -> OrtValue float32 [1, KV, position, hd]
@@ -121,9 +121,11 @@ class OnnxSession:
             logits = self._run(ids[start : start + CHUNK], keep=1)
         return logits[0]
 
-    def prefill_soft(self, embeddings: np.ndarray, *, logits: bool = True) -> np.ndarray | None:
+    def prefill_soft(
+        self, embeddings: np.ndarray, *, placeholder: int | None = None, logits: bool = True
+    ) -> np.ndarray | None:
         """Append soft tokens. Takes, returns and raises what `edge_gemma.session.Session.prefill_soft` does."""
-        embeddings, ids = soft_tokens(embeddings, self._config.hidden_size, self._audio_token_id)
+        embeddings, ids = soft_tokens(embeddings, self._config.hidden_size, self._soft_ids, placeholder)
         self._check(ids)
         for start in range(0, len(ids), CHUNK):
             found = self._run(ids[start : start + CHUNK], keep=1, soft=embeddings[start : start + CHUNK])
@@ -149,7 +151,7 @@ class OnnxSession:
         """float32 [n, vocab_size] from what `hidden` returned: the same array."""
         return hidden
 
-    def recall(self, ids: Sequence[int], sounds: Sequence[tuple[int, np.ndarray]] = ()) -> int:
+    def recall(self, ids: Sequence[int], encoded: Sequence[tuple[int, np.ndarray]] = ()) -> int:
         """Nothing was computed before."""
         return 0
 

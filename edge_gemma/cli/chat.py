@@ -5,6 +5,7 @@ Owns: the keyboard. Does not know: models, tokens, options of the command line.
 
 import contextlib
 import os
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -28,11 +29,13 @@ HELP = """\
 /think show|hide  show its thoughts, or not
 /system [TEXT]    show the system prompt, or set it ("/system off" removes it)
 /save FILE        write the conversation to a file that --session reads
+/image FILE       show it a picture beside the next message (or drop the file here)
 /tools            list the tools that the model may use
 /stats            speed of the last answer, room left in the context
 /quit             leave (so does Ctrl-D)
 Ctrl-C stops an answer. \\ at a line's end, or lines between \"\"\" and \"\"\", make longer messages; // sends a /."""
 
+_PICTURES = (".jpg", ".jpeg", ".png", ".gif", ".webp", ".bmp", ".tif", ".tiff", ".avif")
 _THINK: dict[str, Think] = {"on": True, "off": False, "auto": "auto"}
 
 
@@ -53,6 +56,7 @@ class ChatLoop:
         self._assistant, self._left_out = assistant, left_out
         self._conversation, self._screen = conversation, screen
         self._model, self._session_file = model, session_file
+        self._pictures: list[Path] = []  # for the next message
         self._saved = {} if session_file is None else {session_file.path.resolve(): session_file}
         self._interactive = sys.stdin.isatty() and sys.stdout.isatty()
         if self._interactive:
@@ -66,6 +70,8 @@ class ChatLoop:
             if text.startswith("/") and not text.startswith("//"):
                 if not self._command(text):
                     break
+            elif (dropped := _dropped(text)) is not None:
+                self._image(str(dropped))
             elif text.strip() or not isinstance(self._conversation, Chat):
                 self._answer(text.removeprefix("/"))
 
@@ -79,13 +85,13 @@ class ChatLoop:
             self._screen.note(f"going on with a conversation of {turns} turns")
 
     def _answer(self, text: str) -> None:
-        self._conversation.last = None
+        self._conversation.last, pictures, self._pictures = None, self._pictures, []
         self._screen.status("reading the conversation")  # of thousands of turns that takes seconds
         try:
             if self._assistant is not None:
-                show_turn(self._assistant.send(text), self._screen)
+                show_turn(self._assistant.send(text, images=pictures), self._screen)
             else:
-                show_reply(self._conversation.send(text), self._screen)
+                show_reply(self._conversation.send(text, images=pictures), self._screen)
         except KeyboardInterrupt:
             self._screen.end()
             self._screen.note("stopped")
@@ -153,6 +159,7 @@ class ChatLoop:
             "save": self._save_as,
             "stats": self._stats,
             "tools": self._tools,
+            "image": self._image,
         }
         if name in ("quit", "exit"):
             return False
@@ -165,6 +172,14 @@ class ChatLoop:
     def _tools(self, _: str) -> None:
         tools = list(self._assistant.toolbox) if self._assistant else []
         print(listed(tools, self._left_out), file=sys.stderr)
+
+    def _image(self, argument: str) -> None:
+        path = Path(os.path.expanduser(argument))
+        if not argument or not path.is_file():
+            self._screen.note(f"there is no file {argument}" if argument else "/image needs a file name")
+            return
+        self._pictures.append(path)
+        self._screen.note(f"{path.name} goes with the next message")
 
     def _reset(self, _: str) -> None:
         self._conversation.reset()
@@ -231,3 +246,13 @@ class ChatLoop:
         if result is not None:
             self._screen.note(describe(result))
         self._screen.note(f"context: {session.position} of {session.context} tokens used")
+
+
+def _dropped(text: str) -> Path | None:
+    """The picture file that a line names and nothing else, as terminals write one that was dropped into them."""
+    with contextlib.suppress(ValueError, OSError):
+        words = shlex.split(text)
+        path = Path(words[0]) if len(words) == 1 else Path()
+        if path.suffix.lower() in _PICTURES and path.is_file():
+            return path
+    return None

@@ -29,20 +29,21 @@ def _tell(text: str) -> None:
 @click.command(
     epilog="\b\nShort names:\n" + _SHORT_HELP,
 )
-@options.refuse("recipe no_audio ignore_keys", beside="keep")
+@options.refuse("recipe no_audio no_vision ignore_keys", beside="keep")
 @options.refuse("force keep", beside="dry_run")
 @click.argument("name", metavar="NAME")
 @click.argument("dest", type=click.Path(path_type=Path), required=False)
 @options.recipe
 @click.option("--no-audio", is_flag=True, help="Leave the audio encoder out.")
+@click.option("--no-vision", is_flag=True, help="Leave the vision encoder out.")
 @options.ignore_keys
 @click.option("--keep", is_flag=True, help="Store the checkpoint itself, to be exported later [default DEST: ./REPO].")
 @click.option("--dry-run", is_flag=True, help="Say what it would take: bytes, disk, memory and time.")
 @options.force
 @options.as_json
 def pull(
-    name: str, dest: Path | None, recipe: str | None, no_audio: bool, ignore_keys: tuple[str, ...], keep: bool,
-    dry_run: bool, force: bool, as_json: bool,
+    name: str, dest: Path | None, recipe: str | None, no_audio: bool, no_vision: bool, ignore_keys: tuple[str, ...],
+    keep: bool, dry_run: bool, force: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Fetch the model NAME from a model hub; it becomes a model folder while it arrives.
 
@@ -64,7 +65,7 @@ def pull(
     options.check_recipe(recipe)
     kept = Path(asked.repo_id.partition("/")[2])
     where = dest or (kept if keep else _place(asked.called + (f"-{recipe}" if recipe else "")))
-    puller = Puller(asked, recipe, audio=not no_audio, ignore_keys=ignore_keys, note=_tell)
+    puller = Puller(asked, recipe, audio=not no_audio, vision=not no_vision, ignore_keys=ignore_keys, note=_tell)
     if dry_run:
         _print_forecast(puller.forecast(where), as_json)
         return

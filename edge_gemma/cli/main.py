@@ -5,7 +5,6 @@ does is one call into the library, imported when the command runs, so that `--he
 anything works.
 """
 
-import json
 import os
 import sys
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from edge_gemma import __version__
-from edge_gemma.cli import hub, options, serve, service, speech, tools
+from edge_gemma.cli import convert, hub, options, serve, service, speech, tools
 from edge_gemma.errors import EdgeGemmaError, UsageError
 from edge_gemma.text.files import decode_text, read_text
 
@@ -79,6 +78,7 @@ def _sampling_of(engine: "Engine", given: dict[str, Any]) -> "Sampling":
 @options.thinking
 @click.option("--session", "session_file", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE",
               help="Go on with the conversation in FILE, and keep it there.")  # fmt: skip
+@options.image_budget
 @options.sampling
 @options.context
 @options.memory_limit
@@ -116,6 +116,7 @@ def chat(model: str | None, session_file: Path | None, **given: Any) -> None:
         sampling=_sampling_of(engine, given),
         max_tokens=given["max_tokens"],
         stop=given["stop"],
+        image_tokens=options.image_tokens(given),
         progress=screen.prefilled,
     )
     chosen = tools.Chosen(given)
@@ -127,11 +128,12 @@ def chat(model: str | None, session_file: Path | None, **given: Any) -> None:
 
 
 @cli.command(cls=tools.RunCommand)
-@options.refuse(f"system think think_budget show_thinking {tools.NAMES}", beside="raw")
+@options.refuse(f"system think think_budget show_thinking images image_tokens {tools.NAMES}", beside="raw")
 @options.refuse("memory_limit cache_size", beside="backend")  # what onnxruntime will need is not known before
 @options.model
 @click.argument("prompt", metavar="PROMPT|-")
 @click.option("--raw", is_flag=True, help="Continue PROMPT as it is, without the chat template.")
+@options.images
 @options.thinking
 @options.sampling
 @options.bound
@@ -153,11 +155,12 @@ def run(model: str | None, prompt: str, raw: bool, as_json: bool, **given: Any) 
     edge-gemma run - < letter.txt --json-schema '{"type": "object", "required": ["from"],
         "properties": {"from": {"type": "string"}, "year": {"type": "integer"}}}'
     edge-gemma run "What time is it?" --tools
+    edge-gemma run "What is this?" --image photo.jpg
     """
     from edge_gemma.chat import Chat, open_conversation
     from edge_gemma.cli.screen import Screen, show_reply, show_turn
 
-    constraint, thinking = options.constraint(given), options.think(given)
+    constraint, thinking, seen = options.constraint(given), options.think(given), options.pictures(given)
     text = _piped_text() if prompt == "-" else prompt
     engine = options.load(model, given)
     screen = Screen(show_answer=not as_json, show_thinking=given["show_thinking"])
@@ -169,6 +172,7 @@ def run(model: str | None, prompt: str, raw: bool, as_json: bool, **given: Any) 
         sampling=_sampling_of(engine, given),
         max_tokens=given["max_tokens"],
         stop=given["stop"],
+        image_tokens=options.image_tokens(given),
         progress=screen.prefilled,
     )
     if not raw and not isinstance(conversation, Chat):
@@ -179,9 +183,9 @@ def run(model: str | None, prompt: str, raw: bool, as_json: bool, **given: Any) 
     with chosen.assistant(conversation, screen) as assistant:
         try:
             if assistant is not None:
-                show_turn(assistant.send(text, constraint=constraint), screen)
+                show_turn(assistant.send(text, images=seen, constraint=constraint), screen)
             else:
-                show_reply(conversation.send(text, constraint=constraint), screen)
+                show_reply(conversation.send(text, images=seen, constraint=constraint), screen)
         except KeyboardInterrupt:
             interrupted = True
     result = conversation.last
@@ -200,95 +204,6 @@ def _result_json(result: Any) -> dict[str, Any]:
     order = ("text", "tokens", "finish_reason", "timings")
     extra = {name: fields[name] for name in ("reasoning", "tool_calls", "need") if fields[name]}
     return {name: fields[name] for name in order} | extra
-
-
-@cli.command()
-@options.refuse("calibration", beside="no_calibration")
-@click.argument("source", type=click.Path(path_type=Path))
-@click.argument("dest", type=click.Path(path_type=Path))
-@options.recipe
-@click.option("--calibration", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE",
-              help="A text to round 2 and 4 bits for [default: a short one that comes along].")  # fmt: skip
-@click.option("--no-calibration", is_flag=True, help="Round without a text: quick, and much worse.")
-@click.option("--onnx", "as_onnx", is_flag=True,
-              help="Write ONNX graphs for onnxruntime. SOURCE may be a model folder too, which keeps its weights; "
-              "--recipe may be float16 too.")  # fmt: skip
-@click.option("--no-audio", is_flag=True, help="Leave the audio tower out.")
-@options.ignore_keys
-@options.force
-def export(
-    source: Path,
-    dest: Path,
-    recipe: str | None,
-    calibration: Path | None,
-    no_calibration: bool,
-    as_onnx: bool,
-    no_audio: bool,
-    ignore_keys: tuple[str, ...],
-    force: bool,
-) -> None:
-    """Convert SOURCE, a checkpoint folder or a GGUF file, to the model folder DEST.
-
-    \b
-    edge-gemma export ~/gemma-4-E2B-it ./gemma-4-e2b
-    edge-gemma export model.gguf ./model --recipe q8
-    edge-gemma export ~/gemma-4-E2B-it ./mine --recipe q3mix --calibration letters.txt
-    edge-gemma export ./model ./model-onnx --onnx
-    """
-    from edge_gemma.cli.screen import progress_bar
-    from edge_gemma.export.convert import export_checkpoint
-    from edge_gemma.export.onnx_folder import FLOAT16, export_onnx
-    from edge_gemma.folder.atomic import left_aside
-    from edge_gemma.quant.calibrate import bundled_text
-
-    options.check_recipe(recipe, *([FLOAT16] if as_onnx else []))
-    if not source.exists():
-        raise UsageError(f"{source} does not exist: expected a checkpoint folder or a GGUF file")
-    text = None if no_calibration else read_text(calibration) if calibration else bundled_text()
-    write, notes = export_onnx if as_onnx else export_checkpoint, list[str]()
-    try:
-        with progress_bar("exporting") as progress:
-            folder = write(
-                source,
-                dest,
-                recipe,
-                calibration=text,
-                audio=not no_audio,
-                ignore_keys=ignore_keys,
-                force=force,
-                progress=progress,
-                note=notes.append,
-            )
-    except KeyboardInterrupt:
-        for left in left_aside(dest):
-            click.echo(f"the same command goes on from here: {left} holds what is done", err=True)
-        raise
-    for line in notes:
-        click.echo(f"note: {line}", err=True)
-    _say_written(folder)
-
-
-@cli.command()
-@click.argument("size", type=click.Choice(["e2b", "e4b", "tiny"]))
-@click.argument("dest", type=click.Path(path_type=Path))
-@click.option("--recipe", type=click.Choice(["q4", "q8", "q5mix", "q3mix", "q2mix", "mobile", "float"]),
-              default="q4", show_default=True,
-              help="How weights are stored; mobile has the bit widths of the official QAT checkpoints.")  # fmt: skip
-@click.option("--seed", type=click.IntRange(0), default=0, metavar="S", help="The same seed gives the same folder.")
-@click.option("--audio", is_flag=True, help="With a random audio tower, at full size except in tiny.")
-@options.force
-def synth(size: str, dest: Path, recipe: str, seed: int, audio: bool, force: bool) -> None:
-    """Write a model of random weights to the folder DEST, to measure this machine before a download.
-
-    \b
-    edge-gemma synth e2b ./random-e2b && edge-gemma bench -m ./random-e2b
-    """
-    from edge_gemma.cli.screen import progress_bar
-    from edge_gemma.export.synth import synthesize
-
-    with progress_bar("writing") as progress:
-        folder = synthesize(size, dest, recipe, audio=audio, seed=seed, force=force, progress=progress)
-    _say_written(folder)
 
 
 @cli.command()
@@ -461,12 +376,6 @@ def _piped_text() -> str:
     return decode_text(sys.stdin.buffer.read(), "standard input").removesuffix("\n")
 
 
-def _say_written(folder: Path) -> None:
-    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    recipe = json.loads((folder / "manifest.json").read_bytes())["recipe"]
-    click.echo(f"wrote {folder}: {size / 1e6:.1f} MB, recipe {recipe}", err=True)
-
-
 def _source(manifest: dict[str, Any]) -> dict[str, Any]:
     source = manifest.get("source")
     return source if isinstance(source, dict) else {}
@@ -482,7 +391,7 @@ def _print_facts(facts: dict[str, Any], as_json: bool) -> None:
         click.echo(f"{name.replace('_', ' '):<{width}}  {shown}")
 
 
-for _command in (*speech.COMMANDS, *hub.COMMANDS, *serve.COMMANDS, *service.COMMANDS):
+for _command in (*speech.COMMANDS, *convert.COMMANDS, *hub.COMMANDS, *serve.COMMANDS, *service.COMMANDS):
     cli.add_command(_command)
 
 

@@ -186,6 +186,41 @@ def constraint(given: Mapping[str, Any]) -> "Constraint | None":
     return Constraint.choice(choice) if choice else None
 
 
+_image_tokens = click.option(
+    "--image-tokens", metavar="N|auto",
+    help="Tokens of a picture at most: 70, 140, 280, 560 or 1120; more show more and take longer [default: as many as "
+    "it has pixels for, up to 280].",
+)  # fmt: skip
+images = options(
+    click.option("--image", "images", multiple=True, type=click.Path(path_type=Path, dir_okay=False), metavar="FILE",
+                 help="A picture that the prompt is about. Repeatable."),
+    _image_tokens,
+)  # fmt: skip
+image_budget = options(_image_tokens)
+
+
+def pictures(given: Mapping[str, Any]) -> list[Path]:
+    """The files of --image. Raises click.UsageError for --image-tokens without one."""
+    if given["image_tokens"] is not None and not given["images"]:
+        raise click.UsageError("--image-tokens means nothing without --image: leave it out.")
+    return list(given["images"])
+
+
+def image_tokens(given: Mapping[str, Any]) -> "int | str":
+    """What --image-tokens says, as Engine.see takes it."""
+    word = given["image_tokens"] or "auto"
+    return int(word) if word.isdecimal() and len(word) < 6 else word
+
+
+def largest_picture(given: Mapping[str, Any]) -> int:
+    """The most soft tokens of a picture."""
+    from edge_gemma.vision.eyes import checked_budget
+    from edge_gemma.vision.patches import DEFAULT_BUDGET
+
+    budget = checked_budget(image_tokens(given))
+    return budget if isinstance(budget, int) else DEFAULT_BUDGET
+
+
 def load_engine(model: str | None, **options: Any) -> "Engine":
     """The model that -m means, converted first where it has to be. options: as in Engine.load."""
     from edge_gemma.engine import Engine
@@ -199,23 +234,27 @@ def load(model: str | None, options: dict[str, Any]) -> "Engine":
     from edge_gemma.backends.native import DEFAULT_CACHE_MB
 
     size = options["cache_size"] if options["cache_size"] is not None else DEFAULT_CACHE_MB
-    check_memory(model, options["context"], options["memory_limit"], cache_size=size)
+    vision = largest_picture(options) if options.get("images") else 0
+    check_memory(model, options["context"], options["memory_limit"], vision=vision, cache_size=size)
     names = ("context", "threads", "backend", "cache_size")
     return load_engine(model, **{name: options[name] for name in names if name in options})
 
 
 def check_memory(
-    model: str | None, context: int | None, memory_limit: int | None, *, audio: bool = False, cache_size: int = 0
-) -> None:
+    model: str | None, context: int | None, memory_limit: int | None, *, audio: bool = False, vision: int = 0,
+    cache_size: int = 0,
+) -> None:  # fmt: skip
     """Check the memory limit before anything is loaded. memory_limit: in MB, None for no limit. audio: for a command
-    that hears. cache_size: as in Engine.load, for a command that talks.
+    that hears. vision: as in `footprint`. cache_size: as in Engine.load, for a command that talks.
     """
     if memory_limit is not None:
         from edge_gemma.backends.native import MEMORY_SHARE
         from edge_gemma.measure.memory import check_limit
 
         prefixes = cache_size * 1_000_000 // MEMORY_SHARE
-        check_limit(open_folder(model), context, memory_limit * 1_000_000, audio=audio, prefixes=prefixes)
+        check_limit(
+            open_folder(model), context, memory_limit * 1_000_000, audio=audio, vision=vision, prefixes=prefixes
+        )
 
 
 def announce_compiling() -> None:

@@ -8,3 +8,4 @@ REPLACEABLE = (MANIFEST, WEIGHTS, "model.safetensors", "model.safetensors.index.
 TOKENIZER, TEMPLATE, GENERATION = "tokenizer.model", "chat_template.jinja", "generation_config.json"
 AUDIO_BATCH, AUDIO_STREAM = "audio_encoder.onnx", "audio_encoder_stream.onnx"
 AUDIO_DATA = "audio_encoder.onnx_data"  # the weights of both
+VISION = "vision_encoder.safetensors"

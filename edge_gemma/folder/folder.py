@@ -13,6 +13,7 @@ A folder holds
     chat_template.jinja       optional
     generation_config.json
     audio_encoder.onnx, audio_encoder_stream.onnx, audio_encoder.onnx_data    in models that listen
+    vision_encoder.safetensors   in models that see, tensors as above; the manifest's section `vision` has their table
 
 Layouts of a tensor's parts (layouts.py draws them):
     dense   values: F32 or BF16, row-major
@@ -53,9 +54,11 @@ from edge_gemma.folder.file_names import (  # noqa: F401 (those that only others
     REPLACEABLE,
     TEMPLATE,
     TOKENIZER,
+    VISION,
     WEIGHTS,
 )
 from edge_gemma.host import system
+from edge_gemma.vision_config import VisionConfig
 
 FORMAT, VERSION = "edge_gemma model folder", 2  # the newest; older ones are read too
 ONNX_FORMAT, ONNX_VERSION = "edge_gemma ONNX folder", 1  # backends/onnx.py
@@ -129,6 +132,7 @@ def plan_tensor(
 ) -> Tensor:
     """The parts of a tensor with this shape and layout. Their offsets are not set yet."""
     file = PER_LAYER if layout == "rows" or name.startswith("embed_tokens_per_layer.") else WEIGHTS
+    file = VISION if name.startswith(("vision_tower.", "embed_vision.")) else file
     if layout == "dense":
         parts = {"values": Part(file, dtype, shape)}
     elif layout == "panels":
@@ -165,6 +169,18 @@ class AudioSection:
 
 
 @dataclass(frozen=True)
+class VisionSection:
+    """What the manifest says of the vision encoder, and its tensors (VisionConfig.stored_shapes)."""
+
+    config: VisionConfig
+    tensors: dict[str, Tensor]
+    image_token_id: int  # the placeholder `<|image|>`
+    boi_token_id: int  # `<|image>`, before the soft tokens
+    eoi_token_id: int  # `<image|>`, after them
+    video_token_id: int  # `<|video|>`, the placeholder in frames of a video
+
+
+@dataclass(frozen=True)
 class ModelFolder:
     """An opened model folder: checked sizes, nothing read yet but the manifest."""
 
@@ -173,6 +189,7 @@ class ModelFolder:
     tensors: dict[str, Tensor]
     manifest: dict[str, Any]
     audio: AudioSection | None = None  # None: the model does not listen
+    vision: VisionSection | None = None  # None: the model does not see
     graphs_in: ClassVar[str] = ""  # where below `path` the encoders' graphs lie
 
     @classmethod
@@ -180,24 +197,10 @@ class ModelFolder:
         """Check version, configuration, tensor table and file sizes. Raises ModelFolderError, one line."""
         path = Path(path)
         manifest, config = read_manifest(path, FORMAT, VERSION)
-        tensors = {
-            name: _read_tensor(name, entry) for name, entry in _field(manifest, "tensors", dict).items()
-        }  # fmt: skip
-        folder = cls(path, config, tensors, manifest, read_audio(manifest, config))
-        folder._check_tensor_set()
+        tensors = _read_tensors(manifest, config.tensor_shapes(), path)
+        folder = cls(path, config, tensors, manifest, read_audio(manifest, config), read_vision(manifest, config, path))
         folder._check_files()
         return folder
-
-    def _check_tensor_set(self) -> None:
-        expected = self.config.tensor_shapes()
-        for what, names in (("lacks", expected.keys() - self.tensors), ("has unknown", self.tensors.keys() - expected)):
-            if names:
-                raise ModelFolderError(f"{self.path}: the manifest {what} {len(names)} tensors, first {min(names)}")
-        for name, shape in expected.items():
-            if self.tensors[name].shape != shape:
-                raise ModelFolderError(
-                    f"{self.path}: {name} has shape {list(self.tensors[name].shape)}, expected {list(shape)}"
-                )
 
     def _check_files(self) -> None:
         sizes = _field(self.manifest, "files", dict)
@@ -223,8 +226,15 @@ class ModelFolder:
     def _may_hold(self, name: str) -> bool:
         return name == os.path.basename(name)
 
+    @property
+    def soft_ids(self) -> tuple[int, ...]:
+        """The placeholders of soft tokens: of sound, of pictures, of a video's frames."""
+        sound = (self.audio.audio_token_id,) if self.audio else ()
+        return sound + ((self.vision.image_token_id, self.vision.video_token_id) if self.vision else ())
+
     def parts(self) -> Iterator[tuple[str, Part]]:
-        for name, tensor in self.tensors.items():
+        """All parts, those of the encoder too."""
+        for name, tensor in [*self.tensors.items(), *(self.vision.tensors.items() if self.vision else ())]:
             for key, part in tensor.parts.items():
                 yield f"{name}.{key}", part
 
@@ -273,8 +283,9 @@ class ModelFolder:
 class MappedFiles:
     """The containers of a folder, mapped read-only; arrays are views, nothing is copied."""
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    def __init__(self, path: Path, *, at_once: bool = True) -> None:
+        """at_once: a file is read into memory as a whole when the first of its arrays is asked for."""
+        self._path, self._at_once = path, at_once
         self._maps: dict[str, mmap.mmap] = {}
 
     def array(self, part: Part) -> np.ndarray:
@@ -286,10 +297,16 @@ class MappedFiles:
                 raise ModelFolderError(
                     f"{self._path / part.file} cannot be mapped ({error.strerror}): copy the model to another disk"
                 ) from None
-            system.read_in_order(mapped)
+            if self._at_once:
+                system.read_in_order(mapped)
             self._maps[part.file] = mapped
         flat = np.frombuffer(self._maps[part.file], part.numpy_dtype, count=math.prod(part.shape), offset=part.offset)
         return flat.reshape(part.shape)
+
+    def drop_pages(self) -> None:
+        """Let go of the memory of all files. Arrays stay as they are: what is read again is mapped again."""
+        for mapped in self._maps.values():
+            system.drop_pages(mapped)
 
 
 def manifest_digest(manifest: dict[str, Any]) -> str:
@@ -352,6 +369,18 @@ def _shape(name: str, entry: dict[str, Any]) -> tuple[int, ...]:
     return tuple(shape)
 
 
+def _read_tensors(holder: dict[str, Any], expected: dict[str, tuple[int, ...]], path: Path) -> dict[str, Tensor]:
+    """The table of tensors in a part of the manifest, which has to hold those expected."""
+    tensors = {name: _read_tensor(name, entry) for name, entry in _field(holder, "tensors", dict).items()}
+    for what, names in (("lacks", expected.keys() - tensors), ("has unknown", tensors.keys() - expected)):
+        if names:
+            raise ModelFolderError(f"{path}: the manifest {what} {len(names)} tensors, first {min(names)}")
+    for name, shape in expected.items():
+        if tensors[name].shape != shape:
+            raise ModelFolderError(f"{path}: {name} has shape {list(tensors[name].shape)}, expected {list(shape)}")
+    return tensors
+
+
 def _read_tensor(name: str, entry: Any) -> Tensor:
     if not isinstance(entry, dict):
         raise ModelFolderError(f"tensor {name}: the manifest's entry is not an object")
@@ -402,12 +431,32 @@ def read_audio(manifest: dict[str, Any], config: GemmaConfig, graphs_in: str = "
     kinds = {field.name: dict if field.name == "audio_config" else int for field in fields(AudioSection)}
     section = AudioSection(**{name: _field(entry, name, kind, of) for name, kind in kinds.items()})
     for name in ("audio_token_id", "boa_token_id", "eoa_token_id"):
-        if not 0 <= getattr(section, name) < config.vocab_size:
-            raise ModelFolderError(f"{of}: {name} is {getattr(section, name)}, outside the vocabulary")
+        _token(entry, name, of, config)
     graphs = {os.path.join(graphs_in, name) for name in (AUDIO_BATCH, AUDIO_STREAM, AUDIO_DATA)}
     if missing := graphs - _field(manifest, "files", dict).keys():
         raise ModelFolderError(f"the manifest has an audio section and lacks {min(missing)}: export the model again")
     return section
+
+
+def read_vision(manifest: dict[str, Any], config: GemmaConfig, path: Path) -> VisionSection | None:
+    """What a manifest says of the vision encoder, None if nothing. Raises ModelFolderError."""
+    if "vision" not in manifest:
+        return None
+    of, entry = "the manifest's vision section", _field(manifest, "vision", dict)
+    try:
+        vision = VisionConfig.from_vision_config(_field(entry, "vision_config", dict, of))
+    except ConfigError as error:
+        raise ModelFolderError(f"{of}: {error}") from None
+    tensors = _read_tensors(entry, vision.stored_shapes(config.hidden_size), path)
+    ids = {field.name: _token(entry, field.name, of, config) for field in fields(VisionSection)[2:]}
+    return VisionSection(vision, tensors, **ids)
+
+
+def _token(entry: dict[str, Any], name: str, of: str, config: GemmaConfig) -> int:
+    index: int = _field(entry, name, int, of)
+    if not 0 <= index < config.vocab_size:
+        raise ModelFolderError(f"{of}: {name} is {index}, outside the vocabulary")
+    return index
 
 
 def _read_part(name: str, key: str, entry: Any, planned: Part) -> Part:

@@ -26,7 +26,7 @@ _END_PIECES = ("<eos>", "<turn|>", "<end_of_turn>", "<|tool_response>")  # end a
 
 Need = Literal["reasoning", "tool", "answer"]  # what a message needs first
 FinishReason = Literal["stop", "length", "context", "interrupted"]
-Sound = tuple[int, np.ndarray]  # position in the prompt, soft tokens: float32 [n, hidden_size]
+Encoded = tuple[int, np.ndarray]  # position in the prompt, soft tokens: float32 [n, hidden_size]
 Progress = Callable[[int, int], None]  # called with (prompt tokens done, prompt tokens)
 
 
@@ -95,15 +95,15 @@ class Generation:
         mark: bool = False,
         result: Result | None = None,
         stopping: threading.Event | None = None,
-        sounds: Sequence[Sound] = (),
-        held: list[Sound] | None = None,
+        encoded: Sequence[Encoded] = (),
+        held: list[Encoded] | None = None,
         bounds: Bounds | None = None,
         chances: int | None = None,
     ) -> None:
         """max_tokens: None continues until the context is full. stop_strings end the answer and are no part of it.
 
         mark: whether the session marks the prompt's end, so that a later rewind is cheap. result: a new one that is
-        filled. stopping: when it is set, the reply ends at the next token, with finish_reason "interrupted". sounds:
+        filled. stopping: when it is set, the reply ends at the next token, with finish_reason "interrupted". encoded:
         the soft tokens of the prompt, which has placeholders in their place. held: the soft tokens in the session; it
         is updated here, and two are equal if they are the same array. bounds: what the reply must be; None for
         anything. chances: the likeliest tokens told beside each token in `result.chances`; None tells nothing. Raises
@@ -135,7 +135,7 @@ class Generation:
         self._stops = StopStrings(stop_strings)
         self._progress, self._mark = progress, mark
         self._bounds = bounds or Bounds(tokenizer)
-        self._sounds, self._held = list(sounds), [] if held is None else held
+        self._sounds, self._held = list(encoded), [] if held is None else held
         self._pieces = self._run()
 
     def __iter__(self) -> Iterator[Piece]:
@@ -260,23 +260,23 @@ class Generation:
 def prefill(
     session: Timeline,
     ids: Sequence[int],
-    sounds: Sequence[Sound],
-    held: list[Sound],
+    encoded: Sequence[Encoded],
+    held: list[Encoded],
     *,
     stopping: threading.Event,
     progress: Progress | None = None,
 ) -> tuple[int, np.ndarray]:
     """Bring a session to the end of a prompt: it keeps what it shares with the prompt, and runs the rest.
 
-    sounds: the prompt's soft tokens. held: the session's, updated. Returns how many tokens were known, and the last
+    encoded: the prompt's soft tokens. held: the session's, updated. Returns how many tokens were known, and the last
     logits: float32 [vocab_size], none if `stopping` is set before the end.
     """
-    keep = min(shared(session, ids, sounds, held), len(ids) - 1)  # the last is run for its logits
+    keep = min(shared(session, ids, encoded, held), len(ids) - 1)  # the last is run for its logits
     session.rewind(keep)
-    held[:] = sounds
-    keep += session.recall(ids[keep:-1], sounds)
+    held[:] = encoded
+    keep += session.recall(ids[keep:-1], encoded)
     logits = nothing = np.empty(0, np.float32)
-    for start, part in parts(ids, sounds, keep):
+    for start, part in parts(ids, encoded, keep):
         if stopping.is_set():
             return keep, nothing
         if progress:
@@ -284,22 +284,22 @@ def prefill(
         if isinstance(part, list):
             logits = session.prefill(part)
         else:
-            session.prefill_soft(part, logits=False)
+            session.prefill_soft(part, placeholder=ids[start], logits=False)
     if progress:
         progress(len(ids), len(ids))
     return keep, logits
 
 
-def shared(session: Timeline, ids: Sequence[int], sounds: Sequence[Sound], held: Sequence[Sound]) -> int:
+def shared(session: Timeline, ids: Sequence[int], encoded: Sequence[Encoded], held: Sequence[Encoded]) -> int:
     """How many tokens of a prompt the session holds. held: its soft tokens; they are equal if they are one array."""
     heard = {(at, id(clip)) for at, clip in held}
-    return min([common_prefix(session.ids, ids), *(at for at, clip in sounds if (at, id(clip)) not in heard)])
+    return min([common_prefix(session.ids, ids), *(at for at, clip in encoded if (at, id(clip)) not in heard)])
 
 
-def parts(ids: Sequence[int], sounds: Sequence[Sound], keep: int) -> Iterator[tuple[int, list[int] | np.ndarray]]:
+def parts(ids: Sequence[int], encoded: Sequence[Encoded], keep: int) -> Iterator[tuple[int, list[int] | np.ndarray]]:
     """Yields a prompt from `keep` on: a position with ids, or with soft tokens (float32 [n, hidden_size])."""
     at = keep
-    for place, clip in [*sounds, (len(ids), np.empty((0, 0), np.float32))]:
+    for place, clip in [*encoded, (len(ids), np.empty((0, 0), np.float32))]:
         for start in range(at, place, PREFILL_PIECE):
             yield start, list(ids[start : min(start + PREFILL_PIECE, place)])
         at, end = max(at, place), place + len(clip)

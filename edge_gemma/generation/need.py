@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from edge_gemma.generation.generate import Need, Progress, Result, Sound, StreamTokenizer, prefill
+from edge_gemma.generation.generate import Encoded, Need, Progress, Result, StreamTokenizer, prefill
 from edge_gemma.session import Timeline
 
 _WITH_TOOLS: tuple[Need, ...] = ("reasoning", "tool", "answer")
@@ -31,8 +31,8 @@ def question(tools: bool) -> str:
 def needed(
     session: Timeline,
     ids: Sequence[int],
-    sounds: Sequence[Sound],
-    held: list[Sound],
+    encoded: Sequence[Encoded],
+    held: list[Encoded],
     *,
     tokenizer: StreamTokenizer,
     tools: bool,
@@ -42,12 +42,12 @@ def needed(
 ) -> Need | None:
     """Ask what a message needs. Returns the likeliest word by its first token, None if `stopping` is set before.
 
-    ids: a prompt that ends with `question`; sounds: its soft tokens; held: those of the session, updated. The session
+    ids: a prompt that ends with `question`; encoded: its soft tokens; held: those of the session, updated. The session
     is left at its end, so that the prompt without the question runs only what comes after the message. result: told the
     answer, and its cost in the timings.
     """
     start = time.perf_counter()
-    known, logits = prefill(session, ids, sounds, held, stopping=stopping, progress=progress)
+    known, logits = prefill(session, ids, encoded, held, stopping=stopping, progress=progress)
     result.timings.asked_s, result.timings.asked_tokens = time.perf_counter() - start, len(ids) - known
     if len(logits):
         words = _WITH_TOOLS if tools else _WITHOUT

@@ -159,3 +159,9 @@ def read_in_order(mapped: mmap.mmap) -> None:
         if advice is not None:
             with contextlib.suppress(OSError):
                 mapped.madvise(advice)
+
+
+def drop_pages(mapped: mmap.mmap) -> None:
+    """Let go of the memory of a file that was mapped for reading: what is read again comes from the system's cache."""
+    if hasattr(mmap, "MADV_DONTNEED"):
+        mapped.madvise(mmap.MADV_DONTNEED)

@@ -5,7 +5,8 @@ how to measure speed (speed.py). MB are 10^6 bytes.
 
 Resident memory counts against a board's memory: the interpreter with its libraries, the vocabulary, the mapped weights
 that a token touches, the KV cache of the whole context, the snapshots of its rings that a chat rewinds to, the
-activations of the longest chunk, and the audio encoder if speech is used. Rows of the per-layer-embedding table are
+activations of the longest chunk, the audio encoder if speech is used, and what the encoder of pictures needs if there
+are any: its weights are read layer by layer and let go. Rows of the per-layer-embedding table are
 read from disk. They stay in the system's page cache, which gives way to everything else.
 """
 
@@ -43,6 +44,7 @@ class Footprint:
     snapshots: int
     activations: int
     audio: int
+    vision: int
     prefixes: int  # of conversations, computed before (model/prefix_cache.py)
 
     @property
@@ -63,9 +65,11 @@ def resident(key: str = "VmRSS") -> int | None:
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{key}:")), None)
 
 
-def footprint(folder: ModelFolder, context: int | None = None, *, audio: bool = False, prefixes: int = 0) -> Footprint:
-    """The estimate for a session of `context` tokens (None: the default). audio: include the audio encoder. prefixes:
-    bytes of computed prefixes that are held at most.
+def footprint(
+    folder: ModelFolder, context: int | None = None, *, audio: bool = False, vision: int = 0, prefixes: int = 0
+) -> Footprint:
+    """The estimate for a session of `context` tokens (None: the default). audio: include the audio encoder. vision:
+    soft tokens of the largest picture. prefixes: bytes of computed prefixes that are held at most.
 
     The estimate is within 15% of the measured peak (tests/measure/test_speed.py).
     """
@@ -81,19 +85,20 @@ def footprint(folder: ModelFolder, context: int | None = None, *, audio: bool = 
         snapshots=MARKS * _rings(config, context),
         activations=_activations(folder, min(context, CHUNK)),
         audio=_encoder(folder) if audio else 0,
+        vision=_seeing(folder, vision) if vision else 0,
         prefixes=prefixes,
     )
 
 
 def check_limit(
-    folder: ModelFolder, context: int | None, limit: int, *, audio: bool = False, prefixes: int = 0
+    folder: ModelFolder, context: int | None, limit: int, *, audio: bool = False, vision: int = 0, prefixes: int = 0
 ) -> None:
     """Raises UsageError if a session of `context` tokens needs more than `limit` bytes.
 
-    The message says which context or recipe would fit. audio, prefixes: as in `footprint`.
+    The message says which context or recipe would fit. audio, vision, prefixes: as in `footprint`.
     """
     context = context or min(DEFAULT_CONTEXT, folder.config.max_position_embeddings)
-    estimate = functools.partial(footprint, folder, audio=audio, prefixes=prefixes)
+    estimate = functools.partial(footprint, folder, audio=audio, vision=vision, prefixes=prefixes)
     needed = estimate(context)
     if needed.total <= limit:
         return
@@ -153,6 +158,15 @@ def _layer_cache(layer: LayerSpec, context: int) -> int:
 def _encoder(folder: ModelFolder) -> int:
     entry = folder.manifest["files"].get(AUDIO_DATA)
     return 0 if entry is None else _ENCODER + int(_ENCODER_FACTOR * entry["bytes"])
+
+
+def _seeing(folder: ModelFolder, tokens: int) -> int:
+    """Bytes of a layer's weights and of the float32 rows of a picture's patches: thirteen live at a time."""
+    if folder.vision is None:
+        return 0
+    config = folder.vision.config
+    layers = sum(part.nbytes for tensor in folder.vision.tensors.values() for part in tensor.parts.values())
+    return layers // config.num_hidden_layers + 13 * 4 * 9 * tokens * config.hidden_size
 
 
 def _activations(folder: ModelFolder, chunk: int) -> int:

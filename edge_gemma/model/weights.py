@@ -3,12 +3,14 @@
 Owns: which field is which tensor. Does not know: what the decoder does with them.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
-from edge_gemma.folder.folder import MappedFiles, ModelFolder
+from edge_gemma.folder.folder import MappedFiles, ModelFolder, Tensor
 from edge_gemma.model.disk_rows import DiskRows
 from edge_gemma.model.linear import DenseMatrix, Matrix, PanelMatrix, widen
 
@@ -84,20 +86,20 @@ class Binder(Protocol):
     def vector(self, name: str) -> np.ndarray: ...
 
 
-class _Binder:
+class FolderBinder:
     """Looks tensors of a model folder up once."""
 
-    def __init__(self, folder: ModelFolder) -> None:
-        self._tensors = folder.tensors
-        self._files: MappedFiles = folder.map()
-        self._path = folder.path
+    def __init__(self, path: Path, tensors: Mapping[str, Tensor], *, at_once: bool = True) -> None:
+        """path: the folder. tensors: those of its decoder, or of an encoder. at_once: as in MappedFiles."""
+        self._tensors, self._path = tensors, path
+        self.files = MappedFiles(path, at_once=at_once)
 
     def has(self, name: str) -> bool:
         return name in self._tensors
 
     def matrix(self, name: str) -> Matrix:
         tensor = self._tensors[f"{name}.weight"]
-        arrays = {key: self._files.array(part) for key, part in tensor.parts.items()}
+        arrays = {key: self.files.array(part) for key, part in tensor.parts.items()}
         if tensor.layout == "dense":
             return DenseMatrix(arrays["values"])
         factors = arrays.get("factors", np.empty((len(arrays["packed"]), 0, 2, 8), np.uint16))
@@ -107,7 +109,11 @@ class _Binder:
         )  # fmt: skip
 
     def vector(self, name: str) -> np.ndarray:
-        return widen(self._files.array(self._tensors[name].parts["values"])).astype(np.float32)
+        return widen(self.files.array(self._tensors[name].parts["values"])).astype(np.float32)
+
+    def array(self, name: str) -> np.ndarray:
+        """A dense tensor as it lies in the file, not copied."""
+        return self.files.array(self._tensors[name].parts["values"])
 
     def rows(self, name: str) -> Matrix | DiskRows:
         """A matrix that is read row by row: on disk where it lies so."""
@@ -119,7 +125,7 @@ class _Binder:
 
 def bind(folder: ModelFolder) -> Weights:
     """Map the folder and bind every tensor; the folder's table was checked against the configuration when opened."""
-    b = _Binder(folder)
+    b = FolderBinder(folder.path, folder.tensors)
     tied = folder.config.tie_word_embeddings
     lm_head = b.matrix("embed_tokens" if tied else "lm_head")
     per_layer_embeddings = None

@@ -41,11 +41,12 @@ class About:
     calls_tools: bool
     thinks: bool
     hears: bool
+    sees: bool
 
     @property
     def capabilities(self) -> list[str]:
         """What it can do, in Ollama's words."""
-        able = {"tools": self.calls_tools, "thinking": self.thinks, "audio": self.hears}
+        able = {"tools": self.calls_tools, "thinking": self.thinks, "vision": self.sees, "audio": self.hears}
         return ["completion", *(name for name, can in able.items() if can)]
 
 
@@ -76,6 +77,7 @@ def _about(path: Path, changed: int) -> About:
         calls_tools="tools" in variables,
         thinks=THINKING in variables,
         hears=folder.audio is not None,
+        sees=folder.vision is not None,
     )
 
 

@@ -19,6 +19,7 @@ from edge_gemma.text.prompt import THINKING, ChatFormat
 from edge_gemma.text.reply import Piece
 
 MOST_CHARACTERS = 1 << 20  # of a question, or so many a token of the context: reading more stops nobody, for minutes
+_MEDIA = ("input_audio", "image_url")  # parts of messages that are no text
 _A_TOKEN, _AN_ENTRY = 16, 32  # characters
 
 
@@ -116,7 +117,7 @@ def _conversation(engine: Engine, ask: Ask) -> Conversation:
 
 
 def _check_length(ask: Ask, most: int) -> None:
-    """Raises ContextFullError for a question whose reading alone would keep others waiting. Sound does not count."""
+    """Raises ContextFullError for a question whose reading alone would keep others waiting; media do not count."""
     size = _characters([ask.prompt, ask.messages, ask.tools])
     if size > most:
         raise ContextFullError(f"the question has about {size} characters, expected {most} at most: shorten it")
@@ -127,7 +128,7 @@ def _characters(value: Any) -> int:
     if isinstance(value, str):
         return len(value)
     if isinstance(value, Mapping):
-        return sum(_AN_ENTRY + _characters(entry) for name, entry in value.items() if name != "input_audio")
+        return sum(_AN_ENTRY + _characters(entry) for name, entry in value.items() if name not in _MEDIA)
     return sum(_AN_ENTRY + _characters(entry) for entry in value) if isinstance(value, list | tuple) else 0
 
 

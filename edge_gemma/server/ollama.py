@@ -131,7 +131,7 @@ def _thinking(body: Fields, options: Fields) -> dict[str, Any]:
 
 
 def _message(entry: Mapping[str, Any], body: Fields, where: str) -> dict[str, Any]:
-    """A message in OpenAI's form. Sounds among its `images` become parts of it."""
+    """A message in OpenAI's form. Its `images`, pictures and sounds, become parts of it."""
     message = {key: entry[key] for key in _MESSAGE_KEYS if entry.get(key) is not None}
     message.setdefault("content", "")
     if entry.get("thinking") is not None and entry.get("role") == "assistant":
@@ -141,27 +141,27 @@ def _message(entry: Mapping[str, Any], body: Fields, where: str) -> dict[str, An
         message["name"] = name
     images = message.pop("images", None)
     if images:
-        message["content"] = _with_sounds(message["content"], images, body, f"{where}.images".lstrip("."))
+        message["content"] = _with_media(message["content"], images, body, f"{where}.images".lstrip("."))
     return message
 
 
-def _with_sounds(content: Any, images: Any, body: Fields, where: str) -> list[Any]:
+def _with_media(content: Any, images: Any, body: Fields, where: str) -> list[Any]:
     if not isinstance(images, list) or not all(isinstance(each, str) for each in images):
         raise body.wrong(where, images, IMAGES)
     parts = content if isinstance(content, list) else [{"type": "text", "text": content}] if content else []
-    return [*parts, *(_sound(each, f"{where}[{number}]") for number, each in enumerate(images))]
+    return [*parts, *(_medium(each, f"{where}[{number}]") for number, each in enumerate(images))]
 
 
-def _sound(data: str, where: str) -> dict[str, Any]:
+def _medium(data: str, where: str) -> dict[str, Any]:
     try:
         kind = kind_of(base64.b64decode("".join(data[:64].split())[: HEAD // 3 * 4], validate=True))
     except ValueError:
         raise Refusal(400, f"{where} is not base64", code="invalid_value", param=where) from None
     if kind == "picture":
-        told = f"{where} is a picture, which is not read here yet: leave it out, or send sound"
-        raise Refusal(400, told, code="unsupported_parameter", param=where)
+        return {"type": "image_url", "image_url": {"url": f"data:image/any;base64,{data}"}}
     if kind is None:
-        raise Refusal(400, f"{where} is no sound that is known, expected WAV, FLAC, MP3, Ogg or MP4", param=where)
+        told = f"{where} is no picture or sound that is known, expected PNG, JPEG, WebP, WAV, FLAC, MP3, Ogg or MP4"
+        raise Refusal(400, told, param=where)
     return {"type": "input_audio", "input_audio": {"data": data, "format": "wav"}}
 
 

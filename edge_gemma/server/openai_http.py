@@ -89,6 +89,9 @@ def _able(offer: Offer) -> dict[str, object]:
     except (EdgeGemmaError, OSError):
         return {}
     return {
-        "architecture": {"input_modalities": ["text", *["audio"] * model.hears], "output_modalities": ["text"]},
+        "architecture": {
+            "input_modalities": ["text", *["image"] * model.sees, *["audio"] * model.hears],
+            "output_modalities": ["text"],
+        },
         "capabilities": model.capabilities,
     }

@@ -134,27 +134,35 @@ class _Messages:
 
 
 def _content(item: Fields, name: str) -> Any:
-    """A text, or if there is sound a list of parts as chat completions have them."""
+    """A text, or if there are other media a list of parts as chat completions have them."""
     given = item.take(name, (str, list), "a text or a list of parts")
     if given is None or isinstance(given, str):
         return given or ""
     parts: list[Message] = []
     for part in item.objects(name):
         text = _text(part, item)
-        parts.append(part if text is None else {"type": "text", "text": text})
+        parts.append(_medium(part) if text is None else {"type": "text", "text": text})
     if all(part["type"] == "text" for part in parts):
         return "\n".join(part["text"] for part in parts)
     return parts
 
 
+def _medium(part: Mapping[str, Any]) -> Message:
+    """A sound or a picture as chat completions have it."""
+    if part["type"] == "input_audio":
+        return dict(part)
+    return {"type": "image_url", "image_url": {"url": part.get("image_url"), "detail": part.get("detail")}}
+
+
 def _text(part: Mapping[str, Any], item: Fields) -> str | None:
-    """A part's text, None for a sound. Raises Refusal for anything else."""
+    """A part's text, None for a sound or a picture. Raises Refusal for anything else."""
     kind = part.get("type")
-    if kind == "input_audio":
+    if kind in ("input_audio", "input_image"):
         return None
     key = _TEXTS.get(kind) if isinstance(kind, str) else None
     if key is None:
-        told = f"a part of type {shown(kind)} is not read here, expected input_text or input_audio: leave it out"
+        known = "input_text, input_image or input_audio"
+        told = f"a part of type {shown(kind)} is not read here, expected {known}: leave it out"
         raise Refusal(400, told, code="unsupported_parameter", param=item.path("content"))
     text = part.get(key)
     if not isinstance(text, str):

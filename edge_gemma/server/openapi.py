@@ -61,6 +61,13 @@ PARTS = _list(
                 {"type": {"const": "input_audio"}, "input_audio": _object({"data": _text("base64")}, ("data",))},
                 ("type", "input_audio"),
             ),
+            _object(
+                {
+                    "type": {"const": "image_url"},
+                    "image_url": _object({"url": _text(), "detail": _text(enum=["auto", "low", "high"])}, ("url",)),
+                },
+                ("type", "image_url"),
+            ),
         ]
     },
     minItems=1,

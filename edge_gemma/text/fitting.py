@@ -28,7 +28,7 @@ def fitting(
     first = min(first, len(messages))
     starts = [first, *(i for i, m in enumerate(messages) if i > first and m.role == "user")]
     newest = len(starts) - 1
-    sizes = (len(m.content) + _CHARACTERS * sum(map(len, m.clips)) + _TURN_CHARACTERS for m in reversed(messages))
+    sizes = (len(m.content) + _CHARACTERS * m.soft_tokens + _TURN_CHARACTERS for m in reversed(messages))
     characters = [*itertools.accumulate(sizes, initial=0)][::-1]  # from a message to the end
     prompt_of = functools.cache(lambda at: prompt_from(starts[at]))
 

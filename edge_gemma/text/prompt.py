@@ -34,25 +34,38 @@ class ChatTokenizer(Protocol):
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt's ids, with placeholders for soft tokens. sounds: their (position, float32 [n, hidden_size])."""
+    """A prompt's ids, with placeholders for soft tokens. encoded: their (position, float32 [n, hidden_size])."""
 
     ids: list[int]
-    sounds: tuple[tuple[int, Any], ...] = field(default=(), compare=False)
+    encoded: tuple[tuple[int, Any], ...] = field(default=(), compare=False)
 
     def __len__(self) -> int:
         return len(self.ids)
 
 
 NO_SPEECH = "this model was not made for speech: expected Gemma 4 E2B or E4B, exported with its audio"
+_NO_SIGHT = "this model was not made for pictures: expected Gemma 4 E2B or E4B, exported with its vision"
+_MARKS = {
+    "audio": ("<|audio>", "<|audio|>", "<audio|>"),
+    "image": ("<|image>", "<|image|>", "<image|>"),
+    "video": ("<|image>", "<|video|>", "<image|>"),
+}
+Block = list[
+    tuple[list[int], int, Any, int]
+]  # of one placeholder: ids before soft tokens, their own, they, the id after
+
+
+def media_marks(tokenizer: ChatTokenizer, kind: str) -> tuple[int, int, int]:
+    """The ids before soft tokens of a kind of media, in their place, and after. Raises UsageError if there are none."""
+    opening, placeholder, closing = (tokenizer.special_tokens.get(name) for name in _MARKS[kind])
+    if opening is None or placeholder is None or closing is None:
+        raise UsageError(NO_SPEECH if kind == "audio" else _NO_SIGHT)
+    return opening, placeholder, closing
 
 
 def audio_marks(tokenizer: ChatTokenizer) -> tuple[int, int, int]:
-    """The ids before a clip's soft tokens, in their place, and after them. Raises UsageError if there are none."""
-    marks = [tokenizer.special_tokens.get(name) for name in ("<|audio>", "<|audio|>", "<audio|>")]
-    opening, placeholder, closing = marks
-    if opening is None or placeholder is None or closing is None:
-        raise UsageError(NO_SPEECH)
-    return opening, placeholder, closing
+    """As `media_marks` for sound."""
+    return media_marks(tokenizer, "audio")
 
 
 class ChatFormat:
@@ -127,34 +140,54 @@ class ChatFormat:
     def prompt(
         self, messages: Sequence[Message], *, tools: Sequence[Tool] | None = None, think: bool = False
     ) -> Prompt:
-        """As `prompt_ids`, but with a placeholder for each soft token of the messages' clips.
+        """As `prompt_ids`, but with a placeholder for each soft token of the messages' clips and pictures.
 
-        Raises as `render`; also TemplateError if the template has another number of places for sound, and UsageError
-        for a place of an image, or of a sound that is not there.
+        Raises as `render`; also TemplateError if the template has another number of places for them, and UsageError
+        for a place of a picture or a sound that is not there.
         """
-        if any("image" in message.media for message in messages):
-            raise UsageError("a message has a place for an image, expected text and sound: leave the image out")
-        if any("audio" in message.media and not message.clips for message in messages):
-            raise UsageError("a message has a place for sound and no sound: give its soft tokens as `clips`")
+        for message in messages:
+            for kind, there in (("audio", message.clips), ("image", message.pictures), ("video", message.pictures)):
+                if kind in message.media and not there:
+                    what = {"audio": "sound", "image": "an image"}.get(kind, "a video")
+                    raise UsageError(f"a message has a place for {what} and none is there: give its soft tokens")
         ids = self.prompt_ids(messages, tools=tools, think=think)
-        heard = [message.clips for message in messages if message.clips]
-        if not heard:
+        blocks = [block for message in messages if message.media for block in self._blocks(message)]
+        if not blocks:
             return Prompt(ids)
-        opening, placeholder, closing = audio_marks(self._tokenizer)
-        if ids.count(placeholder) != len(heard):
+        places = {block[0][1] for block in blocks}
+        if (found := sum(index in places for index in ids)) != len(blocks):
             raise TemplateError(
-                f"the chat template has {ids.count(placeholder)} places for {len(heard)} sounds: expected Gemma 4's"
+                f"the chat template has {found} places for {len(blocks)} sounds and pictures: expected Gemma 4's"
             )
         expanded: list[int] = []
-        sounds, clips_of = [], iter(heard)
+        encoded: list[tuple[int, Any]] = []
+        following = iter(blocks)
         for index in ids:
-            if index != placeholder:
+            if index not in places:
                 expanded.append(index)
                 continue
-            for clip in next(clips_of):
-                sounds.append((len(expanded) + 1, clip))
-                expanded += [opening, *[placeholder] * len(clip), closing]
-        return Prompt(expanded, tuple(sounds))
+            block = next(following)
+            if block[0][1] != index:
+                raise TemplateError("the chat template writes sounds and pictures in another order: expected Gemma 4's")
+            for before, placeholder, rows, after in block:
+                expanded += before
+                encoded.append((len(expanded), rows))
+                expanded += [*[placeholder] * len(rows), after]
+        return Prompt(expanded, tuple(encoded))
+
+    def _blocks(self, message: Message) -> Iterator[Block]:
+        """What stands in the place of each of a message's media, in the order in which the template writes them."""
+        shown = (kind for kind in message.media if kind != "audio")
+        for kind, picture in zip(shown, message.pictures, strict=True):
+            opening, placeholder, closing = media_marks(self._tokenizer, kind)
+            frames = [("", picture)] if kind == "image" else picture
+            yield [
+                ([*self._tokenizer.encode_prompt(text), opening] if text else [opening], placeholder, rows, closing)
+                for text, rows in frames
+            ]
+        if message.clips:
+            opening, placeholder, closing = audio_marks(self._tokenizer)
+            yield [([opening], placeholder, clip, closing) for clip in message.clips]
 
     def without_thought(self, prompt: Prompt, messages: Sequence[Message], tools: Sequence[Tool] | None) -> Prompt:
         """A prompt that was rendered with think, with the end that the template gives it without.
@@ -180,9 +213,9 @@ class ChatFormat:
         for i, call in enumerate(entry.get("tool_calls", ())):
             call.setdefault("id", f"call_{i}")  # of calls without an id Gemma's template takes the last for all results
         if message.media:
-            before = [{"type": kind} for kind in message.media if kind == "image"]
+            before = [{"type": kind} for kind in message.media if kind != "audio"]
             text = [{"type": "text", "text": message.content}] if message.content else []
-            entry["content"] = [*before, *text, *({"type": kind} for kind in message.media if kind != "image")]
+            entry["content"] = [*before, *text, *({"type": kind} for kind in message.media if kind == "audio")]
         return {"role": message.role, **{k: self._guarded(v) for k, v in entry.items() if k != "role"}}
 
     def _guarded(self, value: Any) -> Any:

@@ -7,7 +7,7 @@ know: how a tool is run (toolbox.py), prompts, screens.
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -88,14 +88,14 @@ class Assistant:
         chat.tools = checked(self.toolbox.declarations) or None
         self._turn: Turn | None = None
 
-    def send(self, *said: Said, constraint: Bound = None) -> "Turn":
+    def send(self, *said: Said, images: Sequence[Any] = (), constraint: Bound = None) -> "Turn":
         """Say something, as `Chat.send`; the turn that answers it, which runs while it is read.
 
         A turn that nobody has begun to read is read to its end first. Raises as `Chat.send`, and UsageError while
         another turn runs.
         """
         self._make_room()
-        reply = self.chat.send(*said, constraint=constraint)
+        reply = self.chat.send(*said, images=images, constraint=constraint)
         self._turn = turn = Turn(self, reply, constraint)
         return turn
 

@@ -351,10 +351,10 @@ def test_two_chats_on_one_session_file_lose_nothing(fake, tmp_path, monkeypatch)
     Transcript((Message("user", "Hi"), Message("assistant", "Hello!")), kind="chat").save(file)
     send = Chat.send
 
-    def meanwhile(chat, text):
+    def meanwhile(chat, text, **given):
         monkeypatch.setattr(Chat, "send", send)
         assert invoke("chat", "--session", file, stdin="from the other\n").exit_code == 0
-        return send(chat, text)
+        return send(chat, text, **given)
 
     monkeypatch.setattr(Chat, "send", meanwhile)
     fake("one", "two", "three")

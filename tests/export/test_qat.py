@@ -277,7 +277,7 @@ def test_tensors_that_are_refused(checkpoint, tmp_path, name, change, message):
     named = {n if n.startswith("lm_head") else f"model.language_model.{n}": value for n, value in tensors.items()}
     write_safetensors(source / "model.safetensors", named, "float32")
     with pytest.raises(CheckpointError, match=message) as error:
-        export_checkpoint(source, tmp_path / "model", audio=False)
+        export_checkpoint(source, tmp_path / "model", audio=False, vision=False)
     assert "\n" not in str(error.value)
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 

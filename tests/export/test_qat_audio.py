@@ -148,7 +148,7 @@ def test_reference_equals_transformers(checkpoint: Path):
 
 def test_what_the_checkpoint_offers(checkpoint: Path):
     opened = open_checkpoint(checkpoint)
-    tower = opened.audio_tower()
+    tower = opened.towers().audio
     assert tower is not None
     assert len(tower.packed) == LAYERS * len(LINEARS)
     assert {matrix.bits for matrix in tower.packed.values()} == {2, 4}

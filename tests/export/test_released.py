@@ -105,7 +105,7 @@ def test_every_release_opens(tmp_path: Path, name: str) -> None:
     assert set(checkpoint.tensors) == set(config.tensor_shapes())
     assert {name: info.shape for name, info in checkpoint.tensors.items()} == config.tensor_shapes()
     assert not checkpoint.notes
-    tower = checkpoint.audio_tower()
+    tower = checkpoint.towers().audio
     assert (tower is None) == name.startswith("gemma-3")
     plain = name.removesuffix("-unsloth").removesuffix("-peft").removesuffix("-outer-towers").removesuffix("-resaved")
     if plain in DECODER:
@@ -145,7 +145,7 @@ def test_ollamas_single_file_opens(tmp_path: Path) -> None:
     assert GemmaConfig.from_text_config(checkpoint.text_config) == expected
     assert set(checkpoint.tensors) == set(expected.tensor_shapes())
     assert checkpoint.generation_config == {"eos_token_id": [1, 106, 50]}
-    assert checkpoint.audio_tower() is None
+    assert checkpoint.towers().audio is None
     assert ["towers" in note for note in checkpoint.notes] == [True]
     checkpoint.close()
 

@@ -95,14 +95,14 @@ def renamed(folder: Path, decoder: str, towers: str) -> Path:
 def test_values_and_tower_are_the_same_under_every_name(tmp_path: Path, decoder: str, towers: str) -> None:
     folder = write_checkpoint(tmp_path / "m", "e2b", multimodal=True)
     before = open_checkpoint(folder)
-    tower = before.audio_tower()
+    tower = before.towers().audio
     assert tower
     audio = {name: tower.read(name) for name in tower.config.tensor_shapes(tower.text_hidden_size)}
     before.close()
     checkpoint = open_checkpoint(renamed(folder, decoder, towers))
     for name, value in tiny_weights("e2b").items():
         np.testing.assert_array_equal(checkpoint.rows(name, 0, len(value)), value)
-    tower = checkpoint.audio_tower()
+    tower = checkpoint.towers().audio
     assert tower
     for name, value in audio.items():
         np.testing.assert_array_equal(tower.read(name), value)
@@ -114,7 +114,7 @@ def test_a_text_only_configuration_passes_towers_over(tmp_path: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config["text_config"] | {"model_type": "gemma4_text"}))
     checkpoint = open_checkpoint(folder)
-    assert checkpoint.audio_tower() is None
+    assert checkpoint.towers().audio is None
     checkpoint.close()
 
 
@@ -145,7 +145,7 @@ def test_the_text_part_of_multimodal_gemma3(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(gemma3_multimodal(tmp_path))
     for name, value in tiny_weights("gemma3").items():
         np.testing.assert_array_equal(checkpoint.rows(name, 0, len(value)), value)
-    assert checkpoint.audio_tower() is None
+    assert checkpoint.towers().audio is None
     checkpoint.close()
 
 

@@ -51,7 +51,7 @@ def test_keys_that_say_nothing_are_passed_over(tmp_path: Path, where: str, value
     folder = edited(write_checkpoint(tmp_path, "e2b", multimodal=True), where, warp_factor=value)
     checkpoint = open_checkpoint(folder)
     assert "warp_factor" not in checkpoint.text_config
-    assert checkpoint.audio_tower()
+    assert checkpoint.towers().audio
     checkpoint.close()
 
 

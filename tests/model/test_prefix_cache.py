@@ -49,7 +49,7 @@ def model(request, tmp_path_factory):
 
 
 def a_session(engine: Engine, dtype: str, prefixes: PrefixCache | None) -> Session:
-    return Session(engine._model.decoder, CONTEXT, dtype, "tiny", PLACEHOLDER, 1, prefixes)
+    return Session(engine._model.decoder, CONTEXT, dtype, "tiny", [PLACEHOLDER], 1, prefixes)
 
 
 def embedding(engine: Engine, sound: int) -> np.ndarray:

@@ -64,7 +64,7 @@ def test_sounds_of_a_message_are_heard():
 @pytest.mark.parametrize(
     ("content", "error", "told"),
     [
-        ([{"type": "image_url", "image_url": {"url": "x"}}], UsageError, "part of type 'image_url', expected text or"),
+        ([{"type": "image_url", "image_url": {"url": "x"}}], UsageError, "a part of type image_url is"),
         ([{"type": "image"}], UsageError, "part of type 'image'"),
         ([{"type": "file", "file": {}}], UsageError, "part of type 'file'"),
         (["a"], UsageError, "part of a message is 'a', expected"),
