@@ -55,6 +55,9 @@ class ChatEngine(Protocol):
     def hear(  # noqa: D102
         self, source: Any, *, rate: int | None = None, note: Callable[[str], None] = ...
     ) -> tuple[np.ndarray, ...]: ...
+    def watch(  # noqa: D102
+        self, source: Any, *, note: Callable[[str], None] = ...
+    ) -> tuple[tuple[str, np.ndarray], ...]: ...
     def see(self, source: Any, tokens: Any = ..., *, note: Callable[[str], None] = ...) -> np.ndarray: ...  # noqa: D102
     def session(self, context: int | None = None, *, shared: bool = False) -> Timeline: ...  # noqa: D102
 
@@ -103,15 +106,18 @@ class Conversation:
         self._latest: weakref.ref[Reply] | None = None
         self._held: list[Encoded] = []  # the soft tokens that the session holds
 
-    def send(self, *said: Said, images: Sequence[Any] = (), constraint: Bound = None) -> Reply:
+    def send(
+        self, *said: Said, images: Sequence[Any] = (), videos: Sequence[Any] = (), constraint: Bound = None
+    ) -> Reply:
         """Send messages. Returns the reply, which is written while it is read.
 
         said: a text is a message of the user. So is a sound: samples of 16 kHz, (samples, rate), a Path, a file's
         bytes, or an open file. A sound is encoded at once and belongs to a text right before it. A Message, or a dict
         in OpenAI's form, may have any role; the results of several tools are sent together. Without an argument the
         model replies to the transcript. If nobody has begun to read the reply before, it is read to its end first.
-        images: pictures for the last of the user's messages, each as in Engine.see. They are encoded at once.
-        constraint: what the answer must be. A thought before it is free, and tools may be called instead.
+        images, videos: shown beside the last of the user's messages, each as in Engine.see and Engine.watch. They are
+        encoded at once. constraint: what the answer must be. A thought before it is free, and tools may be called
+        instead.
 
         The transcript is whole however a reply ends. It keeps the text that was written; if there is none, it does not
         keep the messages either. Raises UsageError while another reply is being written, and for what is no message.
@@ -120,7 +126,7 @@ class Conversation:
         """
         notes: list[str] = []
         require("constraint", constraint, isinstance(constraint, Constraint | None), "a Constraint")
-        asked = self._with_pictures(self._asked(said, notes.append), images, notes.append)
+        asked = self._with_pictures(self._asked(said, notes.append), images, videos, notes.append)
         if not asked and not self.messages:
             raise UsageError("there is nothing to reply to, expected a message")
         if not self._sending.acquire(blocking=False):  # two threads would each forget the other's reply
@@ -187,16 +193,21 @@ class Conversation:
         except EdgeGemmaError as error:
             raise type(error)(f"the reply before this, which nobody had read, failed: {error}") from None
 
-    def _with_pictures(self, asked: list[Message], images: Sequence[Any], note: Callable[[str], None]) -> list[Message]:
-        require("images", images, isinstance(images, list | tuple), "a list of pictures")
-        if not images:
+    def _with_pictures(
+        self, asked: list[Message], images: Sequence[Any], videos: Sequence[Any], note: Callable[[str], None]
+    ) -> list[Message]:
+        for name, given in (("images", images), ("videos", videos)):
+            require(name, given, isinstance(given, list | tuple), "a list")
+        if not images and not videos:
             return asked
         asked = asked or [Message("user", "")]
         last = asked[-1]
-        require("images", f"beside a message of role {last.role}", last.role == "user", "them beside one of role user")
-        pictures = tuple(self._engine.see(image, self.image_tokens, note=note) for image in images)
-        media = ("image",) * len(pictures) + last.media
-        return [*asked[:-1], replace(last, media=media, pictures=pictures + last.pictures)]
+        if last.role != "user":
+            raise UsageError(f"pictures stand beside a message of role {last.role}, expected one of role user")
+        pictures: list[Any] = [self._engine.see(image, self.image_tokens, note=note) for image in images]
+        pictures += [self._engine.watch(video, note=note) for video in videos]
+        media = ("image",) * len(images) + ("video",) * len(videos) + last.media
+        return [*asked[:-1], replace(last, media=media, pictures=(*pictures, *last.pictures))]
 
     def _see(self, file: bytes, detail: str) -> np.ndarray:
         """The soft tokens of a picture in OpenAI's form."""

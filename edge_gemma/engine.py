@@ -139,6 +139,7 @@ class Engine:
         prompt: Said,
         *,
         images: Sequence[Any] = (),
+        videos: Sequence[Any] = (),
         image_tokens: "Budget" = "auto",
         system: str | None = None,
         max_tokens: int | None = None,
@@ -149,7 +150,7 @@ class Engine:
         """Reply to one prompt. The reply is written while it is read. A base model continues the text.
 
         prompt: a text, a sound or a message, as in `Chat.send`; images: pictures beside it, as in `see`, with at most
-        image_tokens soft tokens each. max_tokens: None for as many as the model writes (a
+        image_tokens soft tokens each; videos: as in `watch`. max_tokens: None for as many as the model writes (a
         base model: 128). stop: texts that end the reply and are no part of it. constraint: what the answer must be.
         sampling: the fields of `Sampling`, in place of the checkpoint's own settings. Raises UsageError for arguments
         that cannot be served. Reading the reply raises ContextFullError if the prompt does not fit.
@@ -158,7 +159,7 @@ class Engine:
         conversation = talk.open_conversation(
             self, system=system, sampling=chosen, max_tokens=max_tokens, stop=stop, image_tokens=image_tokens
         )
-        return conversation.send(prompt, images=images, constraint=constraint)
+        return conversation.send(prompt, images=images, videos=videos, constraint=constraint)
 
     def chat(
         self,
@@ -241,11 +242,27 @@ class Engine:
         encoded once. note: called with what the user should know. Raises UsageError for a model without vision tower,
         PictureError for a picture that cannot be read.
         """
+        return self._seeing().see(source, tokens, note)
+
+    def watch(
+        self, source: Any, *, note: Callable[[str], None] = lambda text: None
+    ) -> tuple[tuple[str, np.ndarray], ...]:
+        """Encode a video: 70 soft tokens at most for a frame each second, 60 frames at most, of longer ones fewer.
+
+        source: a video file as in `see`, or a folder of pictures, a second apart. Returns (the text before a frame, its
+        soft tokens: float32 [n, hidden_size]) for each. Its sound is not heard: that is `hear`. Raises as `see`.
+        """
+        from edge_gemma.vision.video import frames
+
+        eyes = self._seeing()
+        return tuple((text, eyes.encode(patches)) for text, patches in frames(source))
+
+    def _seeing(self) -> "Eyes":
         from edge_gemma.vision.eyes import Eyes
 
         if self._eyes is None:
             self._eyes = Eyes(lambda: self.vision)
-        return self._eyes.see(source, tokens, note)
+        return self._eyes
 
     def release_vision(self) -> None:
         """Free the vision encoder's memory. The next use loads it again."""

@@ -3,19 +3,17 @@
 Owns: decoding (FFmpeg through PyAV), the choice of a sound track, silence where the file's time stamps leave a hole.
 Does not know: speech, segments, models. Memory does not grow with a recording's length.
 
-Files are untrusted. FFmpeg gets an open file and never a name. Only formats that hold sound themselves are read:
-playlists, which name other files and addresses, are refused.
+How files are opened: containers.py.
 """
 
 import math
 from collections.abc import Iterator
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import numpy as np
 
-from edge_gemma.audio.indexes import check_index, is_mp4
+from edge_gemma.audio.containers import MP4, open_container
 from edge_gemma.audio.lengths import is_cut
 from edge_gemma.audio.samples import CHANNELS, Converter, Note, silent
 from edge_gemma.errors import AudioError, UsageError
@@ -28,10 +26,8 @@ _FORMATS = (
     "wav,w64,aiff,au,caf,flac,ogg,mp3,mp2,aac,ac3,eac3,amr,amrnb,amrwb,g722,gsm,wv,ape,tta,asf,avi,flv,"
     "matroska,webm,mpeg,mpegts"
 )
-_BY_SUFFIX = {".g722": "g722", ".gsm": "gsm"}  # formats without a header
-_MP4 = "mov,mp4,m4a,3gp,3g2,mj2"
-_EXACT_DURATION = ("flac", _MP4)  # other formats estimate it, or shorten it to what is there
-_STAMPED = (_MP4, "matroska,webm", "mpegts", "mpeg", "flv", "asf")  # others: counted samples
+_EXACT_DURATION = ("flac", MP4)  # other formats estimate it, or shorten it to what is there
+_STAMPED = (MP4, "matroska,webm", "mpegts", "mpeg", "flv", "asf")  # others: counted samples
 _JITTER_S = 0.2  # seconds that a time stamp may be off before it counts as a hole
 _SILENCE_S = 2 * 3600.0  # seconds of silence put in for missing sound, at most: time stamps are untrusted
 
@@ -113,26 +109,7 @@ class AudioFile:
         self.duration_s = duration / 1e6 if duration and duration > 0 else None
 
     def _open(self) -> Any:
-        file = self._opened.file
-        file.seek(0)
-        formats = _FORMATS
-        try:
-            if is_mp4(file.read(8)):
-                check_index(file, self._opened.size)
-                formats += "," + _MP4
-            file.seek(0)
-            return self._av.open(
-                file,
-                mode="r",  # a file that can be written too is only read
-                format=_BY_SUFFIX.get(Path(self.name).suffix.lower()),
-                options={"format_whitelist": formats},
-                metadata_errors="replace",
-            )
-        except AudioError as error:
-            raise AudioError(f"{self.name} is not read: {error}") from None
-        except (self._av.FFmpegError, ValueError, OSError) as error:
-            reason = getattr(error, "strerror", None) or str(error)
-            raise AudioError(f"{self.name} is not a sound file that can be read: {reason}") from None
+        return open_container(self._av, self._opened, _FORMATS, "a sound file", AudioError)
 
     def _take(self, track: int | None) -> None:
         streams = self._container.streams.audio

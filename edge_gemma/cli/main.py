@@ -128,7 +128,7 @@ def chat(model: str | None, session_file: Path | None, **given: Any) -> None:
 
 
 @cli.command(cls=tools.RunCommand)
-@options.refuse(f"system think think_budget show_thinking images image_tokens {tools.NAMES}", beside="raw")
+@options.refuse(f"system think think_budget show_thinking {options.MEDIA} {tools.NAMES}", beside="raw")
 @options.refuse("memory_limit cache_size", beside="backend")  # what onnxruntime will need is not known before
 @options.model
 @click.argument("prompt", metavar="PROMPT|-")
@@ -156,12 +156,14 @@ def run(model: str | None, prompt: str, raw: bool, as_json: bool, **given: Any) 
         "properties": {"from": {"type": "string"}, "year": {"type": "integer"}}}'
     edge-gemma run "What time is it?" --tools
     edge-gemma run "What is this?" --image photo.jpg
+    edge-gemma run "What happens here?" --video clip.mp4 --video-sound
     """
     from edge_gemma.chat import Chat, open_conversation
     from edge_gemma.cli.screen import Screen, show_reply, show_turn
 
-    constraint, thinking, seen = options.constraint(given), options.think(given), options.pictures(given)
+    constraint, thinking, seen = options.constraint(given), options.think(given), options.media(given)
     text = _piped_text() if prompt == "-" else prompt
+    said = [text, *(seen["videos"] if given["video_sound"] else [])]  # a path beside a text is a sound
     engine = options.load(model, given)
     screen = Screen(show_answer=not as_json, show_thinking=given["show_thinking"])
     conversation = open_conversation(
@@ -183,9 +185,9 @@ def run(model: str | None, prompt: str, raw: bool, as_json: bool, **given: Any) 
     with chosen.assistant(conversation, screen) as assistant:
         try:
             if assistant is not None:
-                show_turn(assistant.send(text, images=seen, constraint=constraint), screen)
+                show_turn(assistant.send(*said, **seen, constraint=constraint), screen)
             else:
-                show_reply(conversation.send(text, images=seen, constraint=constraint), screen)
+                show_reply(conversation.send(*said, **seen, constraint=constraint), screen)
         except KeyboardInterrupt:
             interrupted = True
     result = conversation.last

@@ -186,6 +186,7 @@ def constraint(given: Mapping[str, Any]) -> "Constraint | None":
     return Constraint.choice(choice) if choice else None
 
 
+MEDIA = "images image_tokens videos video_sound"
 _image_tokens = click.option(
     "--image-tokens", metavar="N|auto",
     help="Tokens of a picture at most: 70, 140, 280, 560 or 1120; more show more and take longer [default: as many as "
@@ -194,16 +195,21 @@ _image_tokens = click.option(
 images = options(
     click.option("--image", "images", multiple=True, type=click.Path(path_type=Path, dir_okay=False), metavar="FILE",
                  help="A picture that the prompt is about. Repeatable."),
+    click.option("--video", "videos", multiple=True, type=click.Path(path_type=Path), metavar="FILE|FOLDER",
+                 help="A video that the prompt is about, a frame a second, or a folder of frames. Repeatable."),
+    click.option("--video-sound", is_flag=True, help="Hear the video, too."),
     _image_tokens,
 )  # fmt: skip
 image_budget = options(_image_tokens)
 
 
-def pictures(given: Mapping[str, Any]) -> list[Path]:
-    """The files of --image. Raises click.UsageError for --image-tokens without one."""
+def media(given: Mapping[str, Any]) -> "dict[str, Any]":
+    """What --image and --video name, as `send` takes it. Raises click.UsageError for options without them."""
     if given["image_tokens"] is not None and not given["images"]:
         raise click.UsageError("--image-tokens means nothing without --image: leave it out.")
-    return list(given["images"])
+    if given["video_sound"] and len(given["videos"]) != 1:
+        raise click.UsageError("--video-sound means nothing without one --video: leave it out.")
+    return {"images": list(given["images"]), "videos": list(given["videos"])}
 
 
 def image_tokens(given: Mapping[str, Any]) -> "int | str":

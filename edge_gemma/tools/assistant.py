@@ -88,14 +88,16 @@ class Assistant:
         chat.tools = checked(self.toolbox.declarations) or None
         self._turn: Turn | None = None
 
-    def send(self, *said: Said, images: Sequence[Any] = (), constraint: Bound = None) -> "Turn":
+    def send(
+        self, *said: Said, images: Sequence[Any] = (), videos: Sequence[Any] = (), constraint: Bound = None
+    ) -> "Turn":
         """Say something, as `Chat.send`; the turn that answers it, which runs while it is read.
 
         A turn that nobody has begun to read is read to its end first. Raises as `Chat.send`, and UsageError while
         another turn runs.
         """
         self._make_room()
-        reply = self.chat.send(*said, images=images, constraint=constraint)
+        reply = self.chat.send(*said, images=images, videos=videos, constraint=constraint)
         self._turn = turn = Turn(self, reply, constraint)
         return turn
 

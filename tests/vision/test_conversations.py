@@ -144,7 +144,7 @@ def test_pictures_belong_to_users(engine):
     for images in ("a.png", b"x", 5, {"a": 1}):
         with pytest.raises(UsageError, match="images is"):
             chat.send("Hi", images=images)
-    with pytest.raises(UsageError, match="beside one of role user"):
+    with pytest.raises(UsageError, match="beside a message of role tool, expected one of role user"):
         chat.send(Message("tool", "5", name="f"), images=[png()])
     part = {"type": "image_url", "image_url": {"url": URL + base64.b64encode(png()).decode()}}
     with pytest.raises(UsageError, match="a picture in a message of role system"):
