@@ -258,8 +258,11 @@ class Engine:
         return tuple((text, eyes.encode(patches)) for text, patches in frames(source))
 
     def _seeing(self) -> "Eyes":
+        from edge_gemma.vision.encoder import NO_VISION
         from edge_gemma.vision.eyes import Eyes
 
+        if self._folder.vision is None:
+            raise UsageError(NO_VISION)
         if self._eyes is None:
             self._eyes = Eyes(lambda: self.vision)
         return self._eyes

@@ -15,6 +15,7 @@ from edge_gemma.audio.prompts import Task, audio_prompt
 from edge_gemma.engine import Engine
 from edge_gemma.export import convert
 from edge_gemma.export.checkpoint import TensorInfo
+from edge_gemma.export.towers import Towers
 from edge_gemma.folder import find
 from edge_gemma.folder.folder import TOKENIZER, ModelFolder
 from tests.model.test_goldens import dequantised
@@ -36,7 +37,7 @@ def samples(path: Path) -> np.ndarray:
 
 
 class _Dequantised:
-    """A model folder as a checkpoint of float weights, without its audio tower."""
+    """A model folder as a checkpoint of float weights, without towers."""
 
     license = None
     packed: dict[str, Any] = {}  # noqa: RUF012
@@ -56,8 +57,8 @@ class _Dequantised:
     def tokenizer_model(self) -> bytes:
         return (self._path / TOKENIZER).read_bytes()
 
-    def audio_tower(self) -> None:
-        return None
+    def towers(self, **_: bool) -> Towers:
+        return Towers()
 
     def digest(self) -> str:
         return "0" * 64

@@ -153,7 +153,7 @@ def test_a_tool_goes_round(model: llm_plugin.Model) -> None:
     assert [event.type for event in first.stream_events()][-2:] == ["tool_call_name", "tool_call_args"]
     assert [part.tool_call_id for message in first.messages() for part in message.parts] == [result.tool_call_id]
     assert last.text()
-    sent = llm_plugin._messages(last.prompt.messages, hear=None)
+    sent = llm_plugin._messages(last.prompt.messages, senses=None)
     assert [entry["role"] for entry in sent] == ["user", "assistant", "tool"]
     assert sent[-1] == {
         "role": "tool", "name": "set_timer", "tool_call_id": result.tool_call_id, "content": result.output,
@@ -212,7 +212,7 @@ def test_a_picture_is_refused(model: llm_plugin.Model) -> None:
     picture = llm.Attachment(type="image/png", content=b"\x89PNG")
     with pytest.raises(ValueError, match="image/png"):
         model.prompt("What is it?", attachments=[picture])
-    with pytest.raises(llm.ModelError, match="image/png"):
+    with pytest.raises(llm.ModelError, match="no vision tower"):
         model.prompt(messages=[llm.user("What is it?", picture)]).text()
 
 
@@ -220,13 +220,13 @@ def test_thoughts_are_events_of_their_own(model: llm_plugin.Model, monkeypatch: 
     template = (ROOT / "training" / "chat_template.jinja").read_text(encoding="utf-8")
     thinker = FakeEngine(chat_template=template)
     monkeypatch.setattr(thinker, "session", lambda *a, **k: Thinker("so it is", "Yes.", "reasoning", 4096))
-    monkeypatch.setattr(llm_plugin, "_opened", lambda *_: (thinker, thinker.hear))
+    monkeypatch.setattr(llm_plugin, "_opened", lambda *_: (thinker, llm_plugin.Senses(thinker.hear, None)))
     response = model.prompt("Is it?", think=True)
     kinds = itertools.groupby(response.stream_events(), key=lambda event: event.type)
     told = {kind: "".join(event.chunk for event in events) for kind, events in kinds}
     assert told == {"reasoning": "so it is\n", "text": "Yes."}
     assert response.text() == "Yes."
-    sent = llm_plugin._messages(response.messages(), hear=None)
+    sent = llm_plugin._messages(response.messages(), senses=None)
     assert Message.from_dict(sent[0]) == Message("assistant", "Yes.", "so it is\n")
     assert model.prompt("Is it?").text() == "Yes."
 

@@ -26,6 +26,7 @@ from edge_gemma.vision_config import LINEARS, NORMS
 if TYPE_CHECKING:
     from edge_gemma.vision.patches import Patches
 
+NO_VISION = "this model has no vision tower: take one that has, exported without --no-vision"
 _ROWS = 256  # patches of a feed-forward block: what lies between its products stays in the cache
 Rope = tuple[np.ndarray, np.ndarray]  # cos, sin: float32 [n, hd / 2]
 
@@ -77,7 +78,7 @@ class VisionEncoder:
     def __init__(self, folder: ModelFolder) -> None:
         """Raises UsageError if the model does not see."""
         if folder.vision is None:
-            raise UsageError("this model has no vision tower: take one that has, exported without --no-vision")
+            raise UsageError(NO_VISION)
         self.config = config = folder.vision.config
         self.between: Callable[[], None] = lambda: None  # as Engine.between, called before each layer
         b = FolderBinder(folder.path, folder.vision.tensors, at_once=False)

@@ -251,10 +251,10 @@ PNG = base64.b64encode(b"\x89PNG\r\n\x1a\n" + bytes(40)).decode()
 @pytest.mark.parametrize(
     ("path", "body", "told"),
     [
-        ("chat", {"messages": [{"role": "user", "content": "", "images": [PNG]}]}, "messages[0].images[0] is"),
-        ("chat", {"messages": [{"role": "user", "content": "", "images": ["AAAA"]}]}, "no sound"),
+        ("chat", {"messages": [{"role": "user", "content": "", "images": [PNG]}]}, "no vision tower"),
+        ("chat", {"messages": [{"role": "user", "content": "", "images": ["AAAA"]}]}, "no picture or sound"),
         ("chat", {"messages": [{"role": "user", "content": "", "images": ["%"]}]}, "base64"),
-        ("generate", {"prompt": "x", "images": [PNG]}, "images[0] is a picture"),
+        ("generate", {"prompt": "x", "images": [PNG]}, "no vision tower"),
         ("generate", {"prompt": "x", "suffix": "y"}, "suffix"),
         ("generate", {"prompt": "x", "template": "y"}, "template"),
         ("generate", {"prompt": "x", "raw": True, "system": "y"}, "system"),

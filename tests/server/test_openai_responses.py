@@ -185,7 +185,7 @@ def test_sound(client: openai.OpenAI) -> None:
         ({"background": True}, "background"), ({"prompt": {"id": "x"}}, "prompt"), ({"input": []}, "input"),
         ({"input": None}, "input"), ({"input": [{"type": "web_search_call"}]}, "input[0].type"),
         ({"input": [{"type": "item_reference", "id": "x"}]}, "not stored"),
-        ({"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}]}, "input_image"),
+        ({"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}]}, "image_url"),
         ({"input": [{"type": "function_call_output", "call_id": "x", "output": "y"}]}, "call"),
         ({"tools": [{"type": "web_search"}]}, "tools[0].type"), ({"tool_choice": "required"}, "tool_choice"),
         ({"text": {"format": {"type": "grammar"}}}, "text.format.type"),
