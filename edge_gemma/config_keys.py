@@ -84,6 +84,20 @@ def with_defaults(config: Mapping[str, Any], defaults: Mapping[str, Any]) -> dic
     return {**said, **{key: defaults.get(key) if value is None else value for key, value in config.items()}}
 
 
+def checked_size(part: str, key: str, value: Any, most: int) -> int:
+    """A size of a part of the model, from 1 to `most`. Raises ConfigError."""
+    if type(value) is not int or not 1 <= value <= most:
+        raise ConfigError(f"{part}'s {key} is {value!r}, expected an integer from 1 to {most}")
+    return value
+
+
+def checked_positive(part: str, key: str, value: Any) -> float:
+    """A positive number of a part of the model. Raises ConfigError."""
+    if type(value) not in (int, float) or not 0 < value < 1e30:
+        raise ConfigError(f"{part}'s {key} is {value!r}, expected a positive number")
+    return float(value)
+
+
 def passed_over(key: str) -> bool:
     """True for a key that cannot change the arithmetic."""
     return key in PASSED_OVER or _PASSED_OVER.fullmatch(key) is not None

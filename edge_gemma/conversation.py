@@ -55,9 +55,7 @@ class ChatEngine(Protocol):
     def hear(  # noqa: D102
         self, source: Any, *, rate: int | None = None, note: Callable[[str], None] = ...
     ) -> tuple[np.ndarray, ...]: ...
-    def watch(  # noqa: D102
-        self, source: Any, *, note: Callable[[str], None] = ...
-    ) -> tuple[tuple[str, np.ndarray], ...]: ...
+    def watch(self, source: Any) -> tuple[tuple[str, np.ndarray], ...]: ...  # noqa: D102
     def see(self, source: Any, tokens: Any = ..., *, note: Callable[[str], None] = ...) -> np.ndarray: ...  # noqa: D102
     def session(self, context: int | None = None, *, shared: bool = False) -> Timeline: ...  # noqa: D102
 
@@ -205,7 +203,7 @@ class Conversation:
         if last.role != "user":
             raise UsageError(f"pictures stand beside a message of role {last.role}, expected one of role user")
         pictures: list[Any] = [self._engine.see(image, self.image_tokens, note=note) for image in images]
-        pictures += [self._engine.watch(video, note=note) for video in videos]
+        pictures += [self._engine.watch(video) for video in videos]
         media = ("image",) * len(images) + ("video",) * len(videos) + last.media
         return [*asked[:-1], replace(last, media=media, pictures=(*pictures, *last.pictures))]
 

@@ -244,9 +244,7 @@ class Engine:
         """
         return self._seeing().see(source, tokens, note)
 
-    def watch(
-        self, source: Any, *, note: Callable[[str], None] = lambda text: None
-    ) -> tuple[tuple[str, np.ndarray], ...]:
+    def watch(self, source: Any) -> tuple[tuple[str, np.ndarray], ...]:
         """Encode a video: 70 soft tokens at most for a frame each second, 60 frames at most, of longer ones fewer.
 
         source: a video file as in `see`, or a folder of pictures, a second apart. Returns (the text before a frame, its

@@ -10,9 +10,10 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from edge_gemma.config_keys import known_keys, with_defaults
+from edge_gemma.config_keys import checked_positive, checked_size, known_keys, with_defaults
 from edge_gemma.errors import ConfigError
 
+_PART = "the vision tower"  # for messages
 # The keys that are read, and what the reference assumes without them.
 DEFAULTS: dict[str, Any] = {
     "attention_bias": False, "head_dim": 64, "hidden_activation": "gelu_pytorch_tanh", "hidden_size": 768,
@@ -57,20 +58,20 @@ class VisionConfig:
 
         ignored: names of unknown keys to pass over. Raises ConfigError for anything unknown or not supported.
         """
-        c = with_defaults(known_keys(words, KNOWN, "the vision tower", ignored=ignored), DEFAULTS)
+        c = with_defaults(known_keys(words, KNOWN, _PART, ignored=ignored), DEFAULTS)
         for key in _FIXED:
             if c[key] != DEFAULTS[key]:
                 raise ConfigError(
                     f"the vision tower's {key} is {c[key]!r}, which is not supported ({DEFAULTS[key]!r} is)"
                 )
-        sizes = {key: _size(key, c[key], most) for key, most in _SIZES.items()}
+        sizes = {key: checked_size(_PART, key, c[key], most) for key, most in _SIZES.items()}
         if sizes["head_dim"] % 4:
             raise ConfigError(f"the vision tower's head_dim is {sizes['head_dim']}, expected a multiple of 4")
         if c["num_key_value_heads"] != c["num_attention_heads"]:
             raise ConfigError("the vision tower shares keys among heads (num_key_value_heads), which is not supported")
         return cls(
             **sizes,
-            rms_norm_eps=_positive("rms_norm_eps", c["rms_norm_eps"]),
+            rms_norm_eps=checked_positive(_PART, "rms_norm_eps", c["rms_norm_eps"]),
             rope_theta=_theta(c.get("rope_parameters")),
             standardize=bool(c["standardize"]),
             use_clipped_linears=bool(c["use_clipped_linears"]),
@@ -117,16 +118,4 @@ def _theta(rope: Any) -> float:
     rope = {} if rope is None else rope
     if not isinstance(rope, Mapping) or rope.get("rope_type", "axial") not in _ROPES:
         raise ConfigError(f"the vision tower's rope_parameters are {rope!r:.80}, expected type axial or default")
-    return _positive("rope_theta", rope.get("rope_theta", 100.0))
-
-
-def _size(key: str, value: Any, most: int) -> int:
-    if type(value) is not int or not 1 <= value <= most:
-        raise ConfigError(f"the vision tower's {key} is {value!r}, expected an integer from 1 to {most}")
-    return value
-
-
-def _positive(key: str, value: Any) -> float:
-    if type(value) not in (int, float) or not 0 < value < 1e30:
-        raise ConfigError(f"the vision tower's {key} is {value!r}, expected a positive number")
-    return float(value)
+    return checked_positive(_PART, "rope_theta", rope.get("rope_theta", 100.0))

@@ -10,12 +10,13 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from edge_gemma.config_keys import known_keys, with_defaults
+from edge_gemma.config_keys import checked_positive, checked_size, known_keys, with_defaults
 from edge_gemma.errors import ConfigError
 from edge_gemma.export.tower import Tower, TowerSource
 from edge_gemma.vision_config import CLIPS
 
 MEL_BINS = 128
+_PART = "the audio tower"  # for messages
 # The keys that are read, and what the reference assumes without them.
 DEFAULTS: dict[str, Any] = {
     "attention_chunk_size": 12, "attention_context_left": 13, "attention_context_right": 0,
@@ -66,13 +67,13 @@ class AudioConfig:
 
         ignored: names of unknown keys to pass over. Raises ConfigError for anything unknown or not supported.
         """
-        c = with_defaults(known_keys(audio_config, KNOWN, "the audio tower", ignored=ignored), DEFAULTS)
+        c = with_defaults(known_keys(audio_config, KNOWN, _PART, ignored=ignored), DEFAULTS)
         for key in _FIXED:
             if c[key] != DEFAULTS[key]:
                 raise ConfigError(
                     f"the audio tower's {key} is {c[key]!r}, which is not supported ({DEFAULTS[key]!r} is)"
                 )
-        sizes = {key: _size(key, c[key], most) for key, most in _SIZES.items()}
+        sizes = {key: checked_size(_PART, key, c[key], most) for key, most in _SIZES.items()}
         if sizes["hidden_size"] % (2 * sizes["num_attention_heads"]):
             raise ConfigError(
                 f"the audio tower has hidden_size {sizes['hidden_size']} on {sizes['num_attention_heads']} heads, "
@@ -83,8 +84,8 @@ class AudioConfig:
         channels = c["subsampling_conv_channels"]
         if not isinstance(channels, list | tuple) or len(channels) != 2 or channels[0] != MEL_BINS:
             raise ConfigError(f"subsampling_conv_channels is {channels!r}, expected [{MEL_BINS}, n]")
-        _size("subsampling_conv_channels", channels[1], 1 << 12)
-        fields: dict[str, Any] = {**sizes, **{key: _positive(key, c[key]) for key in _NUMBERS}}
+        checked_size(_PART, "subsampling_conv_channels", channels[1], 1 << 12)
+        fields: dict[str, Any] = {**sizes, **{key: checked_positive(_PART, key, c[key]) for key in _NUMBERS}}
         return cls(
             **fields,
             subsampling_conv_channels=(channels[0], channels[1]),
@@ -154,15 +155,3 @@ def bind_audio_tower(source: TowerSource) -> AudioTower | None:
     config = AudioConfig.from_audio_config(words, source.ignored)
     without = "--no-audio leaves the audio tower out"
     return source.bind(config, words, TOKEN_IDS, ("audio_tower.", "embed_audio."), without)
-
-
-def _size(key: str, value: Any, most: int) -> int:
-    if type(value) is not int or not 1 <= value <= most:
-        raise ConfigError(f"the audio tower's {key} is {value!r}, expected an integer from 1 to {most}")
-    return value
-
-
-def _positive(key: str, value: Any) -> float:
-    if type(value) not in (int, float) or not 0 < value < 1e30:
-        raise ConfigError(f"the audio tower's {key} is {value!r}, expected a positive number")
-    return float(value)

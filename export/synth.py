@@ -275,8 +275,7 @@ def random_tower(
     def read(name: str) -> np.ndarray:
         shape, last = shapes[name], name.rpartition(".")[2]
         if not shape:
-            side = -bound * 128 / 127 if last.endswith("min") else bound
-            return np.array(side * (2 if last.startswith("output") else 1), np.float32)
+            return _clip_bound(last, bound)
         if len(shape) == 1:
             return np.full(shape, 0.0 if last in ("bias", "per_dim_scale") else 1.0, np.float32)
         draws = np.random.SFC64([seed, zlib.crc32(name.encode())]).random_raw(-(-math.prod(shape) // 4))
@@ -305,8 +304,7 @@ def random_vision_tower(size: str, config: GemmaConfig, seed: int, *, bound: flo
     def read(name: str) -> np.ndarray:
         shape, last = shapes[name], name.rpartition(".")[2]
         if not shape:
-            side = -bound * 128 / 127 if last.endswith("min") else bound
-            return np.array(side * (2 if last.startswith("output") else 1), np.float32)
+            return _clip_bound(last, bound)
         if len(shape) == 1:
             return np.full(shape, _SEEN_K_NORM if name.endswith("k_norm.weight") else 1.0, np.float32)
         draws = np.random.SFC64([seed, zlib.crc32(name.encode())]).random_raw(-(-math.prod(shape) // 8))
@@ -320,6 +318,12 @@ def random_vision_tower(size: str, config: GemmaConfig, seed: int, *, bound: flo
     tokens = {name: ids[piece] for name, piece in zip(VISION_IDS, names, strict=True)}
     places = frozenset(name for name, shape in shapes.items() if len(shape) == 3)
     return Tower(vision_config, words, config.hidden_size, tokens, read, bfloat16=places)
+
+
+def _clip_bound(name: str, bound: float) -> np.ndarray:
+    """A scalar of CLIPS: where inputs are clamped; outputs at twice that."""
+    side = -bound * 128 / 127 if name.endswith("min") else bound
+    return np.array(side * (2 if name.startswith("output") else 1), np.float32)
 
 
 def _few_bits(draws: np.ndarray, bits: int) -> np.ndarray:

@@ -19,7 +19,7 @@ from edge_gemma.export.tower import Tower, TowerSource
 from edge_gemma.folder.folder import Progress, Tensor, plan_tensor
 from edge_gemma.quant.grid import find_grid
 from edge_gemma.quant.rtn import round_to_nearest
-from edge_gemma.vision_config import VisionConfig
+from edge_gemma.vision_config import KNOWN, VisionConfig
 
 # Keys of a multimodal config.json, and the special tokens they name in the release.
 TOKEN_IDS = {
@@ -73,7 +73,8 @@ def write_vision(
         done += 4 * int(np.prod(tensor.shape))
         if progress:
             progress(min(done, total), total, name)
-    return {"vision_config": dict(tower.words), **tower.token_ids}
+    known = {key: value for key, value in tower.words.items() if key in KNOWN}  # no key that was ignored at export
+    return {"vision_config": known, **tower.token_ids}
 
 
 def _parts(tower: VisionTower, name: str, tensor: Tensor) -> dict[str, np.ndarray]:

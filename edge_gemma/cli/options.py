@@ -187,7 +187,7 @@ def constraint(given: Mapping[str, Any]) -> "Constraint | None":
 
 
 MEDIA = "images image_tokens videos video_sound"
-_image_tokens = click.option(
+image_budget = click.option(
     "--image-tokens", metavar="N|auto",
     help="Tokens of a picture at most: 70, 140, 280, 560 or 1120; more show more and take longer [default: as many as "
     "it has pixels for, up to 280].",
@@ -198,9 +198,8 @@ images = options(
     click.option("--video", "videos", multiple=True, type=click.Path(path_type=Path), metavar="FILE|FOLDER",
                  help="A video that the prompt is about, a frame a second, or a folder of frames. Repeatable."),
     click.option("--video-sound", is_flag=True, help="Hear the video, too."),
-    _image_tokens,
+    image_budget,
 )  # fmt: skip
-image_budget = options(_image_tokens)
 
 
 def media(given: Mapping[str, Any]) -> "dict[str, Any]":

@@ -66,8 +66,8 @@ class Message:
 
     def as_dict(self) -> dict[str, Any]:
         """As templates and session files have it: the form of OpenAI's chat messages."""
-        content = " ".join([*[PICTURE] * len(self.pictures), self.content, *([SPEECH] if self.clips else [])]).strip()
-        content = content if self.pictures or self.clips else self.content
+        before, after = f"{PICTURE} " * len(self.pictures), f" {SPEECH}" if self.clips else ""
+        content = f"{before}{self.content}{after}".strip() if before or after else self.content
         entry: dict[str, Any] = {"role": self.role, "content": content}
         if self.reasoning is not None:
             entry["reasoning"] = self.reasoning

@@ -268,3 +268,13 @@ def test_a_picture_counts_for_the_limit_of_memory(random_model):
     folder = ModelFolder.open(random_model)
     without, few, many = (footprint(folder, vision=tokens).total for tokens in (0, 70, 1120))
     assert without < few < many
+
+
+def test_a_folder_opens_whose_checkpoint_had_a_key_that_was_ignored(checkpoint, tmp_path):
+    source = shutil.copytree(checkpoint, tmp_path / "in")
+    config = json.loads((source / "config.json").read_text())
+    config["vision_config"]["wild_key"] = 3
+    (source / "config.json").write_text(json.dumps(config))
+    assert (
+        ModelFolder.open(export_checkpoint(source, tmp_path / "m", "q4", ignore_keys=["wild_key"])).vision is not None
+    )
