@@ -79,3 +79,13 @@ def assert_rounding(actual: np.ndarray, expected: np.ndarray, lengths: Iterable[
     difference, bound = largest_difference(actual, expected, lengths)
     print(f"{what}: largest difference {difference:.2e} of {bound:.2e}")
     assert difference <= bound, f"{what}: largest difference {difference:.3g}, rounding explains {bound:.3g}"
+
+
+def assert_attention_rounding(actual: np.ndarray, expected: np.ndarray, hd: int, keys: int, spread: float) -> None:
+    """The same for attention [n, heads, hd] over so many keys, whose scores have a standard deviation of `spread`.
+
+    An error of a score is one of the weight's relative size, and grows with the scores. Each row is taken by itself:
+    the fewer keys have the weight, the larger are its values.
+    """
+    size = np.sqrt(np.square(expected, dtype=np.float64).mean(-1, keepdims=True))
+    assert_rounding(actual / size, expected / size, [math.ceil(hd * spread**2), keys, keys])

@@ -10,6 +10,7 @@ uint16 view. Results do not depend on the number of threads, nor on how many row
 """
 
 from edge_gemma.kernels.attend.blocks import *
+from edge_gemma.kernels.attend.full import *
 from edge_gemma.kernels.attend.store import *
 from edge_gemma.kernels.compiler import *
 from edge_gemma.kernels.gates import *

@@ -10,7 +10,8 @@ scales of groups, and within -128 and 127 where rows have one scale:
     avx512-vnni    vpdpbusd, 16 rows a register                   weights unsigned: bytes are stored + 128
     avx-vnni       vpdpbusd, 8 rows a register                    the same
     avx2           pmaddubsw, 8 sums of 4-bit products, pmaddwd   bytes: |w| times the activation with w's sign, or
-                                                                  (rows with one scale) two fields of 4 bits
+                                                                  (rows with one scale) two fields of 4 bits, and for
+                                                                  many tokens pmaddwd of 16 bits, which no sum leaves
     neon-dotprod   sdot, 4 rows a register
     neon           smull and smlal, sadalp
     portable       whatever LLVM makes of the same in plain vector operations
@@ -121,6 +122,8 @@ class Portable:
     accumulators = 1  # independent sums that hide the latency of a step
     float_lanes = 4  # float32 in a register
     float_sums = 8  # registers of running sums that attention keeps
+    float_tile = 4, 2  # rows, and registers of columns, of a float32 product of two matrices
+    columns = 4  # columns in a 32-bit word of unpacked weights (matrix/prefill.py)
 
     @staticmethod
     def supported(cpu, features):
@@ -132,7 +135,7 @@ class Portable:
         return 2
 
     @staticmethod
-    def block(grouped) -> tuple[int, int] | None:
+    def block(bits, group) -> tuple[int, int] | None:
         """(tokens, registers of rows) of a tile over unpacked weights (matrix/prefill.py); None: not in this set."""
 
     def zero_point(self, bits, group):
@@ -197,6 +200,8 @@ class Avx2(Portable):
     name = "avx2"
     streams = 4
     float_lanes = 8
+    float_tile = 6, 2
+    columns = 2
 
     @staticmethod
     def supported(cpu, features):
@@ -205,6 +210,21 @@ class Avx2(Portable):
     @staticmethod
     def tokens(grouped):
         return 4
+
+    @staticmethod
+    def block(bits, group):
+        return (4, 3) if bits == 8 and not group else None
+
+    def unpacked(self, builder, field, bits):
+        """Bytes + 128 as 16 bits: the even columns of each four, then the odd ones."""
+        words = builder.xor(field, splat_constant(I8, field.type.count, 0x80))
+        words = builder.bitcast(words, vector(I16, field.type.count // 2))
+        even = builder.and_(words, splat_constant(I16, words.type.count, 0xFF))
+        return [even, builder.lshr(words, splat_constant(I16, words.type.count, 8))]
+
+    def dot(self, builder, total, weights, activation):
+        pairs = [builder.bitcast(v, vector(I16, 16)) for v in (weights, activation)]
+        return builder.add(total, call(builder, "llvm.x86.avx2.pmadd.wd", total.type, *pairs))
 
     def chain(self, bits):
         return super().chain(bits) // 2  # pmaddubsw adds pairs
@@ -266,6 +286,10 @@ class _DotProduct(Portable):
     def prepare(self, builder, field, bits):
         return field
 
+    def unpacked(self, builder, field, bits):
+        """32-bit words of a chunk, `columns` columns each, for `dot`."""
+        return [self.prepare(builder, field, bits)]
+
     def dots(self, builder, totals, fields, activations, bits, group):
         totals = [list(row) for row in totals]
         for d, field in enumerate(fields):
@@ -281,6 +305,7 @@ class AvxVnni(_DotProduct):
     unsigned_bytes = True
     accumulators = 8
     float_lanes = 8
+    float_tile = 6, 2
 
     @staticmethod
     def supported(cpu, features):
@@ -292,8 +317,8 @@ class AvxVnni(_DotProduct):
         return 4
 
     @staticmethod
-    def block(grouped):
-        return (4, 1) if grouped else (4, 2)
+    def block(bits, group):
+        return (4, 1) if group else (4, 2)
 
     def zero_point(self, bits, group):
         return 1 << (bits - 1)
@@ -315,6 +340,7 @@ class Avx512Vnni(AvxVnni):
     streams = 4
     float_lanes = 16
     float_sums = 16
+    float_tile = 12, 2
 
     @staticmethod
     def supported(cpu, features):
@@ -325,13 +351,14 @@ class Avx512Vnni(AvxVnni):
         return 8
 
     @staticmethod
-    def block(grouped):
-        return (6, 2) if grouped else (8, 3)
+    def block(bits, group):
+        return (6, 2) if group else (8, 3)
 
 
 class Neon(Portable):
     name = "neon"
     float_sums = 16
+    float_tile = 6, 4
 
     @staticmethod
     def supported(cpu, features):
@@ -370,6 +397,7 @@ class NeonDotprod(_DotProduct):
     name = "neon-dotprod"
     accumulators = 4
     float_sums = 16
+    float_tile = 6, 4
     activations = Neon.activations
 
     @staticmethod

@@ -9,8 +9,6 @@ import numpy as np
 from edge_gemma import kernels
 from edge_gemma.model.run_state import shaped
 
-_GROUP = 64  # queries that read keys together where they see the same ones
-
 
 def rms_norm(x: np.ndarray, weight: np.ndarray | None, eps: float, memory: np.ndarray | None = None) -> np.ndarray:
     """x / sqrt(mean(x^2) + eps) * weight over the last axis: float32, x's shape. Without a weight: times 1."""
@@ -50,18 +48,7 @@ def attention(
 
 
 def full_attention(q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarray:
-    """softmax(q k^T) v where every query sees every key: float32 [n, heads, hd], as q, k and v.
-
-    The causal kernel does it. Keys lie in a ring of n: a query at position n - 1 or later, with a window of n, sees
-    each of them once. Queries are taken in groups, as if they were heads that share keys, so that keys are read once a
-    group; the ring is as much longer as the groups need.
-    """
-    n, heads, hd = q.shape
-    groups = -(-n // _GROUP)
-    padded = np.zeros((groups * _GROUP, heads, hd), np.float32)
-    padded[:n] = q
-    grouped = np.ascontiguousarray(padded.reshape(groups, _GROUP, heads, hd).swapaxes(1, 2))
-    ring = np.arange(n + groups) % n
-    out = np.empty((groups, heads * _GROUP, hd), np.float32)
-    kernels.attention(grouped.reshape(out.shape), k[ring], v[ring], n - 1, n, 1.0, out)
-    return np.ascontiguousarray(out.reshape(grouped.shape).swapaxes(1, 2)).reshape(padded.shape)[:n]
+    """softmax(q k^T) v where every query sees every key: float32 [n, heads, hd], as q, k and v."""
+    out = np.empty_like(q)
+    kernels.full_attention(q, k, v, out)
+    return out

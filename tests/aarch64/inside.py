@@ -61,6 +61,7 @@ CHOICE = {
         "test_store_kv_is_the_oracle": _any,
         "test_float16_rounds_as_numpy_does": _any,
         "test_attention_is_the_oracle": _attention,
+        "test_full_attention_is_the_oracle": lambda variant, **sizes: variant == BEST,
     },
     "model/test_goldens": {
         "test_forward_equals_the_golden": _any,

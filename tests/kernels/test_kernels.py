@@ -16,7 +16,7 @@ from edge_gemma import kernels
 from edge_gemma.errors import UsageError
 from edge_gemma.kernels import compiler
 from tests.kernels.definitions import definitions
-from tests.tolerance import assert_rounding
+from tests.tolerance import assert_attention_rounding, assert_rounding
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -182,6 +182,39 @@ def test_attention_does_not_depend_on_chunks_or_threads(variant, half, window):
     assert np.array_equal(part, whole)
 
 
+@pytest.mark.parametrize(
+    ("n", "keys", "heads", "hd"),
+    [(1, 1, 1, 1), (1, 300, 2, 64), (5, 3, 2, 7), (47, 130, 3, 64), (49, 128, 1, 72), (100, 257, 2, 16)],
+)
+def test_full_attention_is_the_oracle(variant, n, keys, heads, hd):
+    rng = np.random.default_rng(2)
+    q, k, v = (rng.standard_normal((count, heads, hd)).astype(np.float32) for count in (n, keys, keys))
+    q *= hd**-0.5
+    got, expected = np.full((2, *q.shape), np.nan, np.float32)
+    kernels.full_attention(q, k, v, got)
+    definitions.full_attention(q, k, v, expected)
+    assert_attention_rounding(got, expected, hd, keys, spread=1)
+    far = 60 * np.sign(k) + np.arange(keys, dtype=np.float32)[:, None, None]  # each key's scores beyond those before
+    kernels.full_attention(np.ones_like(q), far, v, got)
+    definitions.full_attention(np.ones_like(q), far, v, expected)
+    assert_attention_rounding(got, expected, hd, keys, spread=1)  # these scores are whole numbers
+
+
+def test_full_attention_does_not_depend_on_rows_or_threads(variant):
+    q, k, v = np.random.default_rng(3).standard_normal((3, 131, 2, 64)).astype(np.float32)
+    whole, part = np.empty((2, *q.shape), np.float32)
+    kernels.full_attention(q, k, v, whole)
+    kernels.set_threads(1)
+    try:
+        for begin, end in [(0, 1), (1, 60), (60, 131)]:
+            rows = np.empty((end - begin, 2, 64), np.float32)
+            kernels.full_attention(q[begin:end], k, v, rows)
+            part[begin:end] = rows
+    finally:
+        kernels.set_threads(None)
+    assert np.array_equal(part, whole)
+
+
 def test_float16_rounds_as_numpy_does():
     """Every float16, the float32 next to it, the middle between two and its neighbours; beyond the range it clamps."""
     exact = np.arange(0x7C00, dtype=np.uint16).view(np.float16).astype(np.float32)
@@ -222,6 +255,9 @@ def test_wrong_arguments_never_reach_native_code():
     ]:
         with pytest.raises(ValueError, match="arguments do not fit"):
             kernels.attention(*arguments, 1.0, np.zeros_like(arguments[0]))
+    for arguments in [(q, cache[:, :, :4], cache), (q, cache, cache[:2]), (q[:0], cache, cache), (q, cache, cache)]:
+        with pytest.raises(ValueError, match="arguments do not fit"):
+            kernels.full_attention(*arguments, np.zeros_like(arguments[0]))
     with pytest.raises(ValueError, match="n or more, kv_heads"):
         kernels.store_kv(np.zeros((5, 1, 8), np.float32), np.zeros((5, 1, 8), np.float32), cache, cache, 0)
     with pytest.raises(ValueError, match="variant"):

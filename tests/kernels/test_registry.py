@@ -21,9 +21,9 @@ from tests.tolerance import assert_rounding
 # Kernels with other arrays than float32, and the file that tests them.
 ELSEWHERE = {
     "attention": "test_kernels", "block_maxima": "test_kernels", "dequantize_records": "../model/test_rows",
-    "exp_sums": "test_kernels", "gather_panels": "../model/test_rows", "matmul": "test_matmul",
-    "matmul_bfloat16": "test_kernels", "quantize_activations": "test_matmul", "quantize_static": "test_matmul",
-    "store_kv": "test_kernels",
+    "exp_sums": "test_kernels", "full_attention": "test_kernels", "gather_panels": "../model/test_rows",
+    "matmul": "test_matmul", "matmul_bfloat16": "test_kernels", "quantize_activations": "test_matmul",
+    "quantize_static": "test_matmul", "store_kv": "test_kernels",
 }  # fmt: skip
 SIZES = [
     {"n": 1, "d": 1, "k": 1, "rows": 1, "heads": 1, "hd": 2},

@@ -25,7 +25,7 @@ from tests.tiny import write_checkpoint
 from tests.tiny_audio import TOKEN_IDS as AUDIO_IDS
 from tests.tiny_audio import speech_like, tiny_audio_config, tiny_audio_tensors
 from tests.tiny_vision import LAYERS, TOKEN_IDS, tiny_vision_config, tiny_vision_tensors
-from tests.tolerance import assert_rounding, audio_encoder, decoder
+from tests.tolerance import assert_attention_rounding, assert_rounding, audio_encoder, decoder
 
 D = 40  # width of the decoder that these towers speak to
 
@@ -146,7 +146,7 @@ def test_every_query_sees_every_key(n, heads, hd):
     scores = np.einsum("qhd,khd->hqk", q, k, dtype=np.float64)
     p = np.exp(scores - scores.max(-1, keepdims=True))
     expected = np.einsum("hqk,khd->qhd", p / p.sum(-1, keepdims=True), v)
-    assert_rounding(ops.full_attention(q, k, v), expected, [hd, n, n])
+    assert_attention_rounding(ops.full_attention(q, k, v), expected, hd, n, spread=hd**0.5)
 
 
 def test_between_is_called_before_each_layer_and_may_end_it(tmp_path):

@@ -46,7 +46,7 @@ def _one_by_one(variant_name, bits, group, scale_groups, minimum):
 @functools.cache
 def _many(variant_name, bits, group, scale_groups, minimum):
     """The same for many tokens; None where the instruction set has no such code."""
-    if isa.SETS[variant_name].block(group != 0) is None:
+    if isa.SETS[variant_name].block(bits, group) is None:
         return None
 
     def run(q, a_scale, sums, packed, w_scale, factors, out):

@@ -7,12 +7,13 @@ A core is fastest when all it multiplies lies in its smallest cache, in order. S
 (a unit: R registers of rows), unpacks BLOCK_BYTES of them to one byte a field, and lets the tokens pass by, T at a time
 (a tile), before it unpacks the columns that follow:
 
-    fields       uint8 [dwords of the block, panels of the unit, 32]   weights, unsigned; a dword is 4 columns
-    activations  int32 [tiles, dwords, T]                              a dword of each of a tile's tokens
+    fields       uint8 [words of the block, panels of the unit, 32]    weights, unsigned: 8 words of 32 bits a panel
+    activations  int32 [tiles, words, T]                               a word of each of a tile's tokens
     running      int32 or float32 [tiles, T, R, lanes]                 the tiles' sums so far
 
-A step is R loads of weights, T broadcasts of activations and R x T products. The sums are those of ir.py,
-rounded in the same order, minima included: which of the two computed a product cannot be seen in the result.
+A word is 4 columns of 8 bits or 2 of 16 bits (isa's `columns`). A step is R loads of weights, T broadcasts of
+activations and R x T products. The sums are those of ir.py, rounded in the same order, minima included: which of the
+two computed a product cannot be seen in the result.
 """
 
 import functools
@@ -36,7 +37,7 @@ BLOCK_BYTES = 24 << 10
 """Unpacked weights that tokens pass by: half of a 48 kB cache."""
 TILES = 32
 """Tiles that pass by together: their running sums stay in a core's second cache."""
-_UNROLL = 4  # dwords
+_UNROLL = 4  # words
 
 
 def _place(context, builder, kind, value, *indices):
@@ -60,6 +61,7 @@ def _make_unpack(variant, bits, panels, minimum):
     """
     chosen = isa.SETS[variant]
     side, per_byte = chosen.panels, 8 // bits
+    words = per_byte * 4 // chosen.columns  # of a chunk
 
     def codegen(context, builder, signature, args):
         b, (packed, fields) = builder, ((signature.args[i], args[i]) for i in (0, 3))
@@ -71,17 +73,18 @@ def _make_unpack(variant, bits, panels, minimum):
             sources.append(_place(context, b, *packed, panel, args[2]))
 
         def chunk(index, _):
-            here, target = b.mul(index, I64(32)), _place(context, b, *fields, b.mul(index, I64(per_byte)))
+            here, target = b.mul(index, I64(32)), _place(context, b, *fields, b.mul(index, I64(words)))
             for p in range(0, panels, side):
                 raw = join(b, [load(b, at(b, source, I8, here), vector(I8, 32)) for source in sources[p : p + side]])
                 for j in range(per_byte):
                     field = b.lshr(raw, splat_constant(I8, 32 * side, bits * j)) if j else raw
                     field = b.and_(field, splat_constant(I8, 32 * side, (1 << bits) - 1))
-                    field = chosen.prepare(b, field, field_bits(bits, minimum))
-                    isa.store(b, field, at(b, target, I8, I64(32 * (panels * j + p))))
+                    for i, word in enumerate(chosen.unpacked(b, field, field_bits(bits, minimum))):
+                        place = panels * (words // per_byte * j + i) + p
+                        isa.store(b, word, at(b, target, I8, I64(32 * place)))
             return []
 
-        loop(b, b.udiv(_length(context, b, *fields, 0), I64(per_byte)), [], chunk)
+        loop(b, b.udiv(_length(context, b, *fields, 0), I64(words)), [], chunk)
         return context.get_dummy_value()
 
     @intrinsic
@@ -113,26 +116,26 @@ class _Tile:
         return [load(b, place, vector(F32, self.lanes)) for place in places]
 
     def dots(self, first, count, sums):
-        """sums [T x R] + the products of `count` dwords from `first` on."""
+        """sums [T x R] + the products of `count` words from `first` on."""
         b, size, sums = self.builder, 4 * self.lanes, list(sums)
         fields = at(b, self.p["fields"], I8, b.mul(first, I64(size * self.registers)))
         for d in range(count):
             places = [at(b, fields, I8, I64(size * (self.registers * d + r))) for r in range(self.registers)]
             weights = [load(b, place, vector(I8, size)) for place in places]
             for t in range(self.tokens):
-                dword = self.repeated("activations", I32, b.add(first, I64(d)), t)
+                word = self.repeated("activations", I32, b.add(first, I64(d)), t)
                 for r, weight in enumerate(weights):
                     i = t * self.registers + r
-                    sums[i] = self.isa.dot(b, sums[i], weight, dword)
+                    sums[i] = self.isa.dot(b, sums[i], weight, word)
         return sums
 
     def group_step(self, index, sums):
         """One group: float sums + scale * integer dot, corrected from its start; or + minimum * correction."""
-        b, dwords = self.builder, self.group // 4
+        b, words = self.builder, self.group // self.isa.columns
         kind = F32 if self.minimum else I32
         corrections = [self.repeated("correction", kind, index, t) for t in range(self.tokens)]
         starts = [splat_constant(I32, self.lanes, 0)] * self.tokens if self.minimum else corrections
-        totals = self.dots(b.mul(index, I64(dwords)), dwords, [s for s in starts for _ in range(self.registers)])
+        totals = self.dots(b.mul(index, I64(words)), words, [s for s in starts for _ in range(self.registers)])
         scales, result = self.scales(index), []
         minima = self.scales(index, "minima") if self.minimum else scales
         for t in range(self.tokens):
@@ -144,16 +147,16 @@ class _Tile:
                 result.append(multiply_add(b, lowest, corrections[t], y) if self.minimum else y)
         return result
 
-    def add(self, dwords):
-        """Add a block of `dwords` to the running sums."""
+    def add(self, words):
+        """Add a block of `words` to the running sums."""
         b, count = self.builder, self.tokens * self.registers
         kind = vector(F32 if self.group else I32, self.lanes)
         places = [at(b, self.p["running"], kind.element, I64(self.lanes * i)) for i in range(count)]
         sums = [load(b, place, kind) for place in places]
         if self.group:
-            sums = loop(b, b.udiv(dwords, I64(self.group // 4)), sums, self.group_step)
+            sums = loop(b, b.udiv(words, I64(self.group // self.isa.columns)), sums, self.group_step)
         else:
-            steps = b.udiv(dwords, I64(_UNROLL))
+            steps = b.udiv(words, I64(_UNROLL))
             sums = loop(b, steps, sums, lambda i, state: self.dots(b.mul(i, I64(_UNROLL)), _UNROLL, state))
         for value, place in zip(sums, places, strict=True):
             isa.store(b, value, place)
@@ -178,7 +181,7 @@ def _make_tile(*spec):
     """(tile, finish) of (variant, group, scale_groups, minimum, tokens, registers).
 
     tile(activations, correction, a_scale, fields, scales, minima, running, index, first, last) adds the products of
-    dwords first to last - 1, which `fields` hold, to the running sums of tile `index`; finish(correction, a_scale,
+    words first to last - 1, which `fields` hold, to the running sums of tile `index`; finish(correction, a_scale,
     scales, running, out, index, token, panel) writes them to the rows of `out` from `token` on and the columns from
     `panel` on. Panels beyond the last are the last, as in unpack.
     """
@@ -187,7 +190,7 @@ def _make_tile(*spec):
     def codegen_tile(context, builder, signature, args):
         b, given = builder, list(zip(signature.args[:7], args[:7], strict=True))
         index, first, last = args[7:]
-        g = b.udiv(first, I64(group // 4)) if group else I64(0)
+        g = b.udiv(first, I64(group // isa.SETS[spec[0]].columns)) if group else I64(0)
         starts = [(index, first), (index, g), (index, g if scale_groups else I64(0)), (), (g,), (g,), (index,)]
         names = "activations", "correction", "a_scale", "fields", "scales", "minima", "running"
         pointers = {n: _place(context, b, *a, *s) for n, a, s in zip(names, given, starts, strict=True)}
@@ -254,9 +257,10 @@ def _make_unit(variant, bits, group, scale_groups, minimum):
     times tokens n0 to n1 - 1, whose tiles the first three hold; the last tile ends with the last token.
     """
     chosen = isa.SETS[variant]
-    tokens, registers = chosen.block(group != 0)
+    tokens, registers = chosen.block(bits, group)
     side, lanes, panels = chosen.panels, 8 * chosen.panels, chosen.panels * registers
-    block = BLOCK_BYTES // (32 * panels) // 8 * 8  # dwords: whole groups
+    columns = chosen.columns
+    block = BLOCK_BYTES // (32 * panels) // 8 * 8  # words: whole groups
     sum_type = np.float32 if group else np.int32
     unpack = _make_unpack(variant, bits, panels, minimum)
     tile, finish = _make_tile(variant, group, scale_groups, minimum, tokens, registers)
@@ -264,7 +268,7 @@ def _make_unit(variant, bits, group, scale_groups, minimum):
 
     @numba.njit(error_model="numpy")
     def unit(activations, correction, a_scale, packed, w_scale, factors, out, n0, n1, first):
-        tiles, dwords = activations.shape[:2]
+        tiles, words = activations.shape[:2]
         running = np.zeros((tiles, tokens, registers, lanes), sum_type)
         scales = np.empty((correction.shape[1], registers, lanes), np.float32)
         minima = np.empty((scales.shape[0] if minimum else 0, registers, lanes), np.float32)
@@ -274,30 +278,43 @@ def _make_unit(variant, bits, group, scale_groups, minimum):
             read_scales(
                 w_scale[panel], factors[panel : panel + 1], scales[:, here[0], here[1]], minima[:, here[0], here[1]]
             )
-        for d0 in range(0, dwords, block):
-            d1 = min(dwords, d0 + block)
+        for d0 in range(0, words, block):
+            d1 = min(words, d0 + block)
             fields = np.empty((d1 - d0, panels, 32), np.uint8)
-            unpack(packed, first, d0 * bits // 8, fields)
+            unpack(packed, first, d0 * columns * bits // 32, fields)
             for i in range(tiles):
                 tile(activations, correction, a_scale, fields, scales, minima, running, i, d0, d1)
-                if d1 == dwords:  # here, so that memory takes a tile's results during the next one's products
+                if d1 == words:  # here, so that memory takes a tile's results during the next one's products
                     finish(correction, a_scale, scales, running, out, i, min(n0 + i * tokens, n1 - tokens), first)
 
     return unit, panels
+
+
+@numba.njit(error_model="numpy")
+def _words(q, columns, words):
+    """A token's activations as a set multiplies them: 4 bytes a word, or the even and the odd of them as 16 bits."""
+    dwords = q.view(np.int32)
+    if columns == 4:
+        for d in range(len(dwords)):
+            words[d] = dwords[d]
+        return
+    for d in range(len(dwords)):
+        for odd in range(2):
+            words[2 * d + odd] = (q[4 * d + odd] & 0xFFFF) | (np.int32(q[4 * d + odd + 2]) << 16)
 
 
 @compiled(array("i1", 2), array("f4", 2), array("i4", 2), types.int64, types.boolean,
         array("i4", 3, True), array("i4", 3, True), array("f4", 3, True), parallel=True)  # fmt: skip
 def _interleave(q, a_scale, sums, zero, minimum, activations, correction, scale):
     n, tokens = q.shape[0], activations.shape[2]
-    dwords = q.view(np.int32)
+    words = activations.shape[1]
+    columns = q.shape[1] // words
     if a_scale.shape != (n, scale.shape[1]) or sums.shape != (n, correction.shape[1]) or n < tokens:
         return False
     for i in numba.prange(activations.shape[0]):
         first = min(i * tokens, n - tokens)
-        for d in range(dwords.shape[1]):
-            for t in range(tokens):
-                activations[i, d, t] = dwords[first + t, d]
+        for t in range(tokens):
+            _words(q[first + t], columns, activations[i, :, t])
         for g in range(sums.shape[1]):
             for t in range(tokens):
                 if minimum:
@@ -326,14 +343,18 @@ def interleaved(variant, bits, group, minimum, q, a_scale, sums):
     """Activations as `make`'s kernels take them: q, a_scale and sums of each tile's tokens side by side. None for
     arrays that do not fit each other.
 
-    Returns int32 [tiles, dwords, T], int32 [tiles, groups, T] (times minus the zero point; with a minimum the bits of
+    Returns int32 [tiles, words, T], int32 [tiles, groups, T] (times minus the zero point; with a minimum the bits of
     panels.make_correction's floats), float32 [tiles, groups or 1, T]. The last tile ends with the last token.
     """
-    tokens, _ = isa.SETS[variant].block(group != 0)
+    tokens, _ = isa.SETS[variant].block(bits, group)
     if q.ndim != 2 or a_scale.ndim != 2 or sums.ndim != 2 or q.shape[1] % 32:
         return None
     tiles = -(-len(q) // tokens)
-    widths = {"dwords": (q.shape[1] // 4, "i4"), "sums": (sums.shape[1], "i4"), "scales": (a_scale.shape[1], "f4")}
+    widths = {
+        "words": (q.shape[1] // isa.SETS[variant].columns, "i4"),
+        "sums": (sums.shape[1], "i4"),
+        "scales": (a_scale.shape[1], "f4"),
+    }
     result = [_memory(name, (tiles, width, tokens), dtype) for name, (width, dtype) in widths.items()]
     zero = isa.SETS[variant].zero_point(bits, group)
     return result if launch(_interleave, q, a_scale, sums, zero, minimum != 0, *result) else None
@@ -346,22 +367,23 @@ def make(variant, bits, group, scale_groups, minimum):
     matmul(activations, correction, a_scale, packed, w_scale, factors, out): the first three from `interleaved`, the
     others as in kernels.matmul.
     """
-    tokens, _ = isa.SETS[variant].block(group != 0)
+    tokens, _ = isa.SETS[variant].block(bits, group)
+    columns = isa.SETS[variant].columns
     unit, panels_a_unit = _make_unit(variant, bits, group, scale_groups, minimum)
 
     def matmul(activations, correction, a_scale, packed, w_scale, factors, out):
-        tiles, dwords, width = activations.shape
+        tiles, words, width = activations.shape
         n, panels = out.shape[0], packed.shape[0]
-        groups = 4 * dwords // group if group else 1
-        if width != tokens or n < tokens or tiles != (n + tokens - 1) // tokens or dwords % 8:
+        groups = columns * words // group if group else 1
+        if width != tokens or n < tokens or tiles != (n + tokens - 1) // tokens or words % 8:
             return False
         if correction.shape != (tiles, groups, tokens) or out.shape[1] != 8 * panels:
             return False
-        if packed.shape != (panels, dwords * bits // 8, 8, 4) or w_scale.shape != (panels, groups, 8):
+        if packed.shape != (panels, columns * words * bits // 32, 8, 4) or w_scale.shape != (panels, groups, 8):
             return False
         if a_scale.shape != (tiles, groups if scale_groups else 1, tokens):
             return False
-        if factors.shape != (panels if minimum else 0, factor_blocks(4 * dwords, minimum), 2, 8):
+        if factors.shape != (panels if minimum else 0, factor_blocks(columns * words, minimum), 2, 8):
             return False
         passes = (tiles + TILES - 1) // TILES
         units = (panels + panels_a_unit - 1) // panels_a_unit

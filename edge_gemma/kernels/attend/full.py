@@ -1,0 +1,168 @@
+"""Attention where every query sees every key: many queries at once, in float32.
+
+Owns: tiles, the running softmax, threads. Does not know: projections, positions, who attends to what.
+
+A thread takes GROUP query rows of a head and lets blocks of BLOCK keys pass by (Dao et al., FlashAttention, 2022):
+
+    scores    T rows times the keys of a block, which lie transposed in panels of W = R registers: a step is R loads,
+              T broadcasts and R x T products
+    softmax   a row's highest score so far; what was summed under a lower one is scaled down
+    values    T rows of weights times W columns of the values at a time, added to what blocks before gave
+
+Rows are alone in each sum, and keys are taken in ascending order: neither threads nor the number of rows change a
+result.
+"""
+
+import functools
+
+import numba
+import numpy as np
+from numba.core import types
+from numba.extending import intrinsic
+
+from edge_gemma.kernels import isa
+from edge_gemma.kernels.compiler import array, compiled, launch
+from edge_gemma.kernels.gates import exp32
+from edge_gemma.kernels.isa import F32, I64, at, load, loop, multiply_add, splat, store, vector
+from edge_gemma.kernels.registry import Array, kernel
+from edge_gemma.kernels.variants import variant
+
+__all__ = ["full_attention"]
+
+BLOCK = 128
+"""Keys that pass by together: with their values they stay in a core's second cache."""
+GROUP = 48
+"""Query rows of a task, at least."""
+
+
+def _make_tile(variant):
+    """(tile, rows T, columns W) of an instruction set.
+
+    tile(a, row, b, place, column, count, out, to_row, to_column): out[to_row + t, to_column + j] += the sum over i <
+    count of a[row + t, i] * b[place + i, column + j], all float32 of two axes, t < T, j < W.
+    """
+    chosen = isa.SETS[variant]
+    lanes, (rows, registers) = chosen.float_lanes, chosen.float_tile
+
+    def codegen(context, builder, signature, args):
+        b = builder
+        a, right, out = (context.make_array(signature.args[i])(context, b, args[i]) for i in (0, 2, 6))
+        row, place, column, count, to_row, to_column = (args[i] for i in (1, 3, 4, 5, 7, 8))
+        length, width, apart = (b.extract_value(m.shape, 1) for m in (a, right, out))
+        starts = [at(b, a.data, F32, b.mul(b.add(row, I64(t)), length)) for t in range(rows)]
+        first = at(b, right.data, F32, b.add(b.mul(place, width), column))
+        targets = [
+            at(b, out.data, F32, b.add(b.mul(b.add(to_row, I64(t)), apart), b.add(to_column, I64(lanes * r))))
+            for t in range(rows)
+            for r in range(registers)
+        ]
+
+        def step(index, sums):
+            here, result = at(b, first, F32, b.mul(index, width)), []
+            columns = [load(b, at(b, here, F32, I64(lanes * r)), vector(F32, lanes)) for r in range(registers)]
+            for start in starts:
+                value = splat(b, b.load(at(b, start, F32, index), align=4), lanes)
+                result += [multiply_add(b, value, c, sums[len(result) + r]) for r, c in enumerate(columns)]
+            return result
+
+        sums = loop(b, count, [load(b, target, vector(F32, lanes)) for target in targets], step)
+        for value, target in zip(sums, targets, strict=True):
+            store(b, value, target)
+        return context.get_dummy_value()
+
+    @intrinsic
+    def tile(typingctx, a, row, b, place, column, count, out, to_row, to_column):
+        return types.none(a, types.int64, b, *[types.int64] * 3, out, *[types.int64] * 2), codegen
+
+    return tile, rows, lanes * registers
+
+
+@numba.njit(fastmath={"contract", "reassoc", "nsz"}, error_model="numpy")
+def _weigh(scores, top, total, values):
+    """A row's softmax goes on: scores become exp(score - highest so far). Returns (highest so far, total so far)."""
+    best = top
+    for i in range(scores.shape[0]):
+        best = max(best, scores[i])
+    shrink = exp32(top - best)
+    added = np.float32(0)
+    for i in range(scores.shape[0]):
+        scores[i] = exp32(scores[i] - best)
+        added += scores[i]
+    for d in range(values.shape[0]):
+        values[d] *= shrink
+    return best, total * shrink + added
+
+
+@functools.cache
+def _make(variant):
+    """The kernel of an instruction set."""
+    tile, rows, width = _make_tile(variant)
+    group = -(-GROUP // rows) * rows
+
+    @numba.njit(error_model="numpy")
+    def laid_out(k, v, head, keys, values):
+        """A head's keys, transposed, in panels of `width`; its values, row by row. What is beyond them is 0."""
+        for i in range(k.shape[0]):
+            panel, lane = i // width, i % width
+            for d in range(k.shape[2]):
+                keys[panel * k.shape[2] + d, lane] = k[i, head, d]
+                values[i, d] = v[i, head, d]
+
+    @numba.njit(error_model="numpy")
+    def attend(q, keys, values, count, out):
+        """out [group, hd padded]: the group's rows of q [group, hd] attend to `count` keys."""
+        scores = np.empty((rows, BLOCK), np.float32)
+        top, total = np.full(q.shape[0], -np.inf, np.float32), np.zeros(q.shape[0], np.float32)
+        for begin in range(0, count, BLOCK):
+            size = min(BLOCK, count - begin)
+            for first in range(0, q.shape[0], rows):
+                scores[:] = 0
+                for column in range(0, size, width):
+                    place = (begin + column) // width * q.shape[1]
+                    tile(q, first, keys, place, 0, q.shape[1], scores, 0, column)
+                for t in range(rows):
+                    r = first + t
+                    top[r], total[r] = _weigh(scores[t, :size], top[r], total[r], out[r])
+                for column in range(0, out.shape[1], width):
+                    tile(scores, 0, values, begin, column, size, out, first, column)
+        for r in range(q.shape[0]):
+            inverse = np.float32(1) / total[r]
+            for d in range(out.shape[1]):
+                out[r, d] *= inverse
+
+    def full_attention(q, k, v, out):
+        n, heads, hd = q.shape
+        count = k.shape[0]
+        if k.shape != v.shape or k.shape[1:] != q.shape[1:] or out.shape != q.shape or min(n, heads, hd, count) < 1:
+            return False
+        panels, padded = (count + width - 1) // width, (hd + width - 1) // width * width
+        keys = np.zeros((heads, panels * hd, width), np.float32)
+        values = np.zeros((heads, count, padded), np.float32)
+        for head in numba.prange(heads):
+            laid_out(k, v, head, keys[head], values[head])
+        groups = (n + group - 1) // group
+        for task in numba.prange(heads * groups):
+            head, first = task // groups, task % groups * group
+            mine, result = np.zeros((group, hd), np.float32), np.zeros((group, padded), np.float32)
+            last = min(n - first, group)
+            mine[:last] = q[first : first + last, head]
+            attend(mine, keys[head], values[head], count, result)
+            out[first : first + last, head] = result[:last, :hd]
+        return True
+
+    full_attention.__name__ = f"full_attention_{variant}"
+    signature = *[array("f4", 3)] * 3, array("f4", 3, True)
+    return compiled(*signature, parallel=True, key=full_attention.__name__)(full_attention)
+
+
+def _launch(q, k, v, out):
+    return launch(_make(variant()), q, k, v, out)
+
+
+@kernel(_launch, "q, out float32 [n, heads, hd]; k, v float32 [keys, heads, hd]")
+def full_attention(q: Array, k: Array, v: Array, out: Array) -> None:
+    """out = softmax(q k^T) v for each head, in float32, the maximum subtracted. Every query sees every key."""
+    for head in range(q.shape[1]):
+        scores = q[:, head].astype(np.float64) @ k[:, head].astype(np.float64).T
+        weights = np.exp(scores - scores.max(1, keepdims=True))
+        out[:, head] = weights / weights.sum(1, keepdims=True) @ v[:, head].astype(np.float64)
