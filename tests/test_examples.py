@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from edge_gemma import engine as engine_module
+from edge_gemma.export.synth import synthesize
 from edge_gemma.folder.find import EMBEDDED
 from edge_gemma.text.session_file import Transcript
 from edge_gemma.voice import speaker
@@ -16,10 +18,10 @@ from tests import ROOT
 from tests.embedded import SPEECH, TIMER
 from tests.fake_sound import FakeSound
 
-pytest.importorskip("av", reason="the audio extra is not installed")
+av = pytest.importorskip("av", reason="the audio extra is not installed")
 pytestmark = pytest.mark.skipif(not EMBEDDED.exists(), reason="the demonstration model is not there")
 
-APPS = {"chat": 15, "voice": 15, "batch": 15, "assistant": 25}  # lines at most
+APPS = {"chat": 15, "voice": 15, "batch": 15, "assistant": 25, "camera": 25}  # lines at most
 PAGE = (ROOT / "docs" / "python.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
 
@@ -78,6 +80,29 @@ def test_recordings_are_written_down_and_a_bad_one_stops_nothing(run, tmp_path, 
     assert "set a timer for ten minutes" in run("batch", "demo", bad, good)
     assert "set a timer for ten minutes" in (tmp_path / "timer.srt").read_text()
     assert not (tmp_path / "bad.srt").exists()
+
+
+def test_a_camera_is_asked_about(run, tmp_path):
+    """A video in the place of a camera; the model has random weights, so what it says is noise."""
+    model = synthesize("tiny", tmp_path / "tiny", "q8", vision=True)
+    with av.open(tmp_path / "room.mkv", "w", format="matroska") as video:
+        stream = video.add_stream("mpeg4", rate=5)
+        stream.width, stream.height, stream.pix_fmt = 96, 64, "yuv420p"
+        for shade in range(0, 200, 10):
+            video.mux(stream.encode(av.VideoFrame.from_ndarray(np.full((64, 96, 3), shade, np.uint8), format="rgb24")))
+        video.mux(stream.encode(None))
+    shown = []
+    see = engine_module.Engine.see
+
+    def seen(engine, source, *given, **named):
+        shown.append(int(source.mean()))
+        return see(engine, source, *given, **named)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(engine_module.Engine, "see", seen)
+        printed = run("camera", "--camera", tmp_path / "room.mkv", model, said="what is it\nand now\n")
+    assert len(printed) > 2
+    assert shown == pytest.approx([140, 140], abs=3), "the fifteenth frame, and a new picture for each line"
 
 
 def test_a_text_is_completed(run):

@@ -217,13 +217,18 @@ def image_tokens(given: Mapping[str, Any]) -> "int | str":
     return int(word) if word.isdecimal() and len(word) < 6 else word
 
 
-def largest_picture(given: Mapping[str, Any]) -> int:
-    """The most soft tokens of a picture."""
+def seen(given: Mapping[str, Any]) -> "dict[str, Any]":
+    """What --image, --video and --video-sound need memory for, as `footprint` takes it."""
+    from edge_gemma.vision import video
     from edge_gemma.vision.eyes import checked_budget
     from edge_gemma.vision.patches import DEFAULT_BUDGET
 
-    budget = checked_budget(image_tokens(given))
-    return budget if isinstance(budget, int) else DEFAULT_BUDGET
+    sizes = [video.BUDGET] if given.get("videos") else []
+    if given.get("images"):
+        budget = checked_budget(image_tokens(given))
+        sizes.append(budget if isinstance(budget, int) else DEFAULT_BUDGET)
+    frames = video.MOST * video.BUDGET * len(given.get("videos") or ())
+    return {"vision": max(sizes, default=0), "frames": frames, "audio": bool(given.get("video_sound"))}
 
 
 def load_engine(model: str | None, **options: Any) -> "Engine":
@@ -239,27 +244,23 @@ def load(model: str | None, options: dict[str, Any]) -> "Engine":
     from edge_gemma.backends.native import DEFAULT_CACHE_MB
 
     size = options["cache_size"] if options["cache_size"] is not None else DEFAULT_CACHE_MB
-    vision = largest_picture(options) if options.get("images") else 0
-    check_memory(model, options["context"], options["memory_limit"], vision=vision, cache_size=size)
+    check_memory(model, options["context"], options["memory_limit"], cache_size=size, **seen(options))
     names = ("context", "threads", "backend", "cache_size")
     return load_engine(model, **{name: options[name] for name in names if name in options})
 
 
 def check_memory(
-    model: str | None, context: int | None, memory_limit: int | None, *, audio: bool = False, vision: int = 0,
-    cache_size: int = 0,
-) -> None:  # fmt: skip
-    """Check the memory limit before anything is loaded. memory_limit: in MB, None for no limit. audio: for a command
-    that hears. vision: as in `footprint`. cache_size: as in Engine.load, for a command that talks.
+    model: str | None, context: int | None, memory_limit: int | None, *, cache_size: int = 0, **needed: Any
+) -> None:
+    """Check the memory limit before anything is loaded. memory_limit: in MB, None for no limit. cache_size: as in
+    Engine.load, for a command that talks. needed: audio, vision, frames as in `footprint`.
     """
     if memory_limit is not None:
         from edge_gemma.backends.native import MEMORY_SHARE
         from edge_gemma.measure.memory import check_limit
 
         prefixes = cache_size * 1_000_000 // MEMORY_SHARE
-        check_limit(
-            open_folder(model), context, memory_limit * 1_000_000, audio=audio, vision=vision, prefixes=prefixes
-        )
+        check_limit(open_folder(model), context, memory_limit * 1_000_000, prefixes=prefixes, **needed)
 
 
 def announce_compiling() -> None:

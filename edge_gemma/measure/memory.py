@@ -66,10 +66,17 @@ def resident(key: str = "VmRSS") -> int | None:
 
 
 def footprint(
-    folder: ModelFolder, context: int | None = None, *, audio: bool = False, vision: int = 0, prefixes: int = 0
+    folder: ModelFolder,
+    context: int | None = None,
+    *,
+    audio: bool = False,
+    vision: int = 0,
+    frames: int = 0,
+    prefixes: int = 0,
 ) -> Footprint:
     """The estimate for a session of `context` tokens (None: the default). audio: include the audio encoder. vision:
-    soft tokens of the largest picture. prefixes: bytes of computed prefixes that are held at most.
+    soft tokens of the largest picture or frame. frames: those of all frames of videos, which are held together.
+    prefixes: bytes of computed prefixes that are held at most.
 
     The estimate is within 15% of the measured peak (tests/measure/test_speed.py).
     """
@@ -85,20 +92,27 @@ def footprint(
         snapshots=MARKS * _rings(config, context),
         activations=_activations(folder, min(context, CHUNK)),
         audio=_encoder(folder) if audio else 0,
-        vision=_seeing(folder, vision) if vision else 0,
+        vision=_seeing(folder, vision, frames) if vision else 0,
         prefixes=prefixes,
     )
 
 
 def check_limit(
-    folder: ModelFolder, context: int | None, limit: int, *, audio: bool = False, vision: int = 0, prefixes: int = 0
+    folder: ModelFolder,
+    context: int | None,
+    limit: int,
+    *,
+    audio: bool = False,
+    vision: int = 0,
+    frames: int = 0,
+    prefixes: int = 0,
 ) -> None:
     """Raises UsageError if a session of `context` tokens needs more than `limit` bytes.
 
-    The message says which context or recipe would fit. audio, vision, prefixes: as in `footprint`.
+    The message says which context or recipe would fit. audio, vision, frames, prefixes: as in `footprint`.
     """
     context = context or min(DEFAULT_CONTEXT, folder.config.max_position_embeddings)
-    estimate = functools.partial(footprint, folder, audio=audio, vision=vision, prefixes=prefixes)
+    estimate = functools.partial(footprint, folder, audio=audio, vision=vision, frames=frames, prefixes=prefixes)
     needed = estimate(context)
     if needed.total <= limit:
         return
@@ -160,13 +174,16 @@ def _encoder(folder: ModelFolder) -> int:
     return 0 if entry is None else _ENCODER + int(_ENCODER_FACTOR * entry["bytes"])
 
 
-def _seeing(folder: ModelFolder, tokens: int) -> int:
-    """Bytes of a layer's weights and of the float32 rows of a picture's patches: thirteen live at a time."""
+def _seeing(folder: ModelFolder, tokens: int, frames: int) -> int:
+    """Bytes of a layer's weights and of the float32 rows of a picture's patches: thirteen live at a time. A frame is
+    held as its patches and as its soft tokens.
+    """
     if folder.vision is None:
         return 0
     config = folder.vision.config
     layers = sum(part.nbytes for tensor in folder.vision.tensors.values() for part in tensor.parts.values())
-    return layers // config.num_hidden_layers + 13 * 4 * 9 * tokens * config.hidden_size
+    rows = layers // config.num_hidden_layers + 13 * 4 * 9 * tokens * config.hidden_size
+    return rows + frames * (9 * config.patch_size**2 * 3 + 4 * folder.config.hidden_size)
 
 
 def _activations(folder: ModelFolder, chunk: int) -> int:

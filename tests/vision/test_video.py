@@ -16,6 +16,8 @@ from PIL import Image
 from edge_gemma.engine import Engine
 from edge_gemma.errors import PictureError, UsageError
 from edge_gemma.export.synth import synthesize
+from edge_gemma.folder.folder import ModelFolder
+from edge_gemma.measure import memory
 from edge_gemma.vision import video
 from edge_gemma.vision.video import MOST, frames, sampled
 from tests.cli.test_commands import invoke
@@ -229,3 +231,13 @@ def test_the_command(model, tmp_path):
     assert '"prefill_tokens"' in seen.output
     assert invoke(*common, "--video-sound").exit_code == 2
     assert "no such file" in invoke(*common, "--video", tmp_path / "none.mp4").stderr.lower()
+
+
+def test_the_memory_limit_counts_frames(model, tmp_path):
+    path = written(tmp_path / "a.mkv", [0, 90, 180], rate=1)
+    enough = memory.footprint(ModelFolder.open(model), vision=video.BUDGET).total / 1e6 + 35  # and what tests leave
+    common = ("run", "-m", model, "What happens?", "--max-tokens", "1", "--cache-size", "0")
+    assert invoke(*common, "--memory-limit", round(enough), "--video", path).exit_code == 0
+    refused = invoke(*common, "--memory-limit", round(enough), "--video", path, "--video", path)
+    assert (refused.exit_code, refused.stderr.count("\n")) == (1, 1)
+    assert "the limit is" in refused.stderr
