@@ -24,6 +24,7 @@ from edge_gemma.folder.folder import Progress as LoadProgress
 from edge_gemma.generation.constraint import Constraint
 from edge_gemma.generation.reply import Reply
 from edge_gemma.generation.sampler import Sampling, Settings
+from edge_gemma.host import heap
 from edge_gemma.session import Session
 from edge_gemma.text.message import Message
 from edge_gemma.text.tokenizer import Tokenizer
@@ -270,6 +271,7 @@ class Engine:
         if self._vision is not None:
             self._vision.close()
             self._vision = None
+            heap.trim()
 
     def hear(
         self, source: "Source | Samples", *, rate: int | None = None, note: Callable[[str], None] = lambda text: None
@@ -288,6 +290,7 @@ class Engine:
         if self._audio is not None:
             self._audio.close()
             self._audio = None
+            heap.trim()
 
     def transcribe(
         self,
