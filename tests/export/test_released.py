@@ -105,8 +105,17 @@ def test_every_release_opens(tmp_path: Path, name: str) -> None:
     assert set(checkpoint.tensors) == set(config.tensor_shapes())
     assert {name: info.shape for name, info in checkpoint.tensors.items()} == config.tensor_shapes()
     assert not checkpoint.notes
-    tower = checkpoint.towers().audio
-    assert (tower is None) == name.startswith("gemma-3")
+    towers = checkpoint.towers()
+    assert (towers.audio is None) == (towers.vision is None) == name.startswith("gemma-3")
+    if towers.vision is not None:
+        vision = towers.vision.config
+        mobile = name.endswith("-mobile")
+        assert (vision.num_hidden_layers, vision.hidden_size, vision.use_clipped_linears) == (16, 768, not mobile)
+        assert not vision.standardize
+        assert {matrix.bits for matrix in towers.vision.packed.values()} == ({8} if mobile else set())
+        tensors = RELEASES[name].tensors.items()
+        published = sum(math.prod(shape) for name, (_, shape) in tensors if "vision" in name)
+        assert mobile or published == towers.vision.weights
     plain = name.removesuffix("-unsloth").removesuffix("-peft").removesuffix("-outer-towers").removesuffix("-resaved")
     if plain in DECODER:
         assert sum(math.prod(info.shape) for info in checkpoint.tensors.values()) == DECODER[plain]
