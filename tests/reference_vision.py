@@ -1,7 +1,7 @@
 """The vision encoder in plain NumPy, float64, from the published description. Nothing of edge_gemma is imported.
 
-Owns: an independent way to the same numbers, with the checkpoint's own tensors. int8: activations rounded to 8 bits as
-the releases were trained, steps of their bounds, or of each row's largest value. Trained steps are always used.
+Owns: an independent way to the same numbers, with the checkpoint's own tensors. int8: activations rounded to 8 bits,
+in steps of each row's largest value. Trained steps are always used.
 """
 
 import math
@@ -45,8 +45,8 @@ def _layer(
                                    ("output_max", np.inf))
         ]  # fmt: skip
         steps = [float(t.get(f"{at}.{name}.linear.{way}_activation_scale", 0)) for way in ("input", "output")]
-        value = _rounded(value, *bounds[:2]) if int8 and not steps[0] else _in_steps(value, steps[0])
         value = np.clip(value, *bounds[:2])
+        value = _rounded(value) if int8 and not steps[0] else _in_steps(value, steps[0])
         return np.clip(_in_steps(value @ t[f"{at}.{name}.linear.weight"].T, steps[1]), *bounds[2:])
 
     heads, hd = config["num_attention_heads"], config["head_dim"]
@@ -85,9 +85,7 @@ def _in_steps(x: np.ndarray, step: float) -> np.ndarray:
     return np.clip(np.rint(x / step), -128, 127) * step if step else x
 
 
-def _rounded(x: np.ndarray, low: float, high: float) -> np.ndarray:
-    if np.isfinite([low, high]).all():
-        step = np.float32(max(abs(low) / 128, abs(high) / 127))
-        return np.clip(np.rint(x / step), -128, 127) * step
+def _rounded(x: np.ndarray) -> np.ndarray:
+    """To 8 bits, each row in steps of its own."""
     step = np.abs(x).max(-1, keepdims=True) / 127
     return np.rint(x / step) * step

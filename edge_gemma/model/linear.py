@@ -4,6 +4,8 @@ Owns: one class for each layout of a matrix and the quantisation of activations 
 a matrix belongs to, or how the bytes came to be.
 """
 
+import functools
+
 import numpy as np
 
 from edge_gemma import kernels
@@ -25,6 +27,16 @@ class Activations:
     def tail(self, n: int) -> "Activations":
         """The last n rows."""
         return self if n == len(self.values) else Activations(self.values[-n:], self._state)
+
+    @functools.cached_property
+    def _ends(self) -> tuple[float, float]:
+        """The least and the largest value."""
+        return self.values.min(), self.values.max()
+
+    def clamped(self, low: float, high: float) -> "Activations":
+        """Values from low to high: these Activations if all are."""
+        least, largest = self._ends
+        return self if low <= least and largest <= high else Activations(np.clip(self.values, low, high))
 
     def int8(self, group: int, static: float = 0.0) -> Int8:
         """(q int8 [n, k padded], scale float32 [n, groups], sums int32 [n, groups]) for weights in groups of `group`.

@@ -19,7 +19,7 @@ from edge_gemma import kernels
 from edge_gemma.errors import UsageError
 from edge_gemma.folder.folder import ModelFolder
 from edge_gemma.model import ops
-from edge_gemma.model.linear import Activations, DenseMatrix, Matrix, PanelMatrix, widen
+from edge_gemma.model.linear import Activations, DenseMatrix, Matrix, widen
 from edge_gemma.model.weights import Binder, FolderBinder
 from edge_gemma.vision_config import LINEARS, NORMS
 
@@ -33,11 +33,7 @@ Rope = tuple[np.ndarray, np.ndarray]  # cos, sin: float32 [n, hd / 2]
 
 @dataclass(frozen=True)
 class Clipped:
-    """A linear layer that clamps: clamp(W clamp(x, bounds[:2]), bounds[2:]). Without bounds it is W x.
-
-    A layer of 8-bit weights rounds x to the steps that -128 to 127 of them cover its bounds with (the releases' bounds
-    are what their training rounded to); rounding is the clamp then.
-    """
+    """A linear layer that clamps: clamp(W clamp(x, bounds[:2]), bounds[2:]). Without bounds it is W x."""
 
     matrix: Matrix
     bounds: np.ndarray | None  # float32 [4]
@@ -47,9 +43,7 @@ class Clipped:
         if self.bounds is None:
             return self.matrix(x)
         low, high, out_low, out_high = self.bounds
-        if isinstance(self.matrix, DenseMatrix):
-            x = Activations(np.clip(x.values, low, high))
-        y = self.matrix(x)
+        y = self.matrix(x.clamped(low, high))
         return np.clip(y, out_low, out_high, out=y)
 
 
@@ -173,6 +167,4 @@ def _bind_layer(b: FolderBinder, at: str) -> LayerWeights:
 def _clipped(b: Binder, name: str) -> Clipped:
     matrix = b.matrix(f"{name}.linear")
     bounds = b.vector(f"{name}.bounds") if b.has(f"{name}.bounds") else None
-    if isinstance(matrix, PanelMatrix) and bounds is not None and np.isfinite(bounds[:2]).all():
-        matrix.input_scale = float(max(abs(bounds[0]) / 128, abs(bounds[1]) / 127, 1e-30))
     return Clipped(matrix, bounds)
