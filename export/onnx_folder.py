@@ -1,7 +1,8 @@
 """From a checkpoint, a GGUF file or a model folder to an ONNX folder.
 
 Owns: the order of work, which recipes fit which source, the folder's files and manifest. Does not know: the graphs
-(onnx_decoder.py), how weights are read (onnx_weights.py). What an ONNX folder holds: edge_gemma/backends/onnx.py.
+(onnx_decoder.py, onnx_vision.py), how weights are read (onnx_weights.py, onnx_vision_weights.py). What an ONNX folder
+holds: edge_gemma/backends/onnx.py.
 
 A source becomes a model folder first: whatever rounds or carries over weights there does so here too, and ONNX takes
 over that folder's integers and scales as they are. Memory: a few blocks of rows at a time, whatever the model's size.
@@ -12,11 +13,13 @@ import json
 import shutil
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from edge_gemma import __version__
-from edge_gemma.backends.onnx import DECODER, EMBED, FOLDER
+from edge_gemma.backends.onnx import DECODER, EMBED, FOLDER, VISION_ENCODER
 from edge_gemma.errors import CheckpointError, UsageError
 from edge_gemma.export.convert import export_checkpoint
 from edge_gemma.export.folder_writer import DigestedFile
@@ -46,6 +49,7 @@ def export_onnx(
     *,
     calibration: str | None = None,
     audio: bool = True,
+    vision: bool = True,
     ignore_keys: Collection[str] = (),
     force: bool = False,
     progress: Progress | None = None,
@@ -55,7 +59,7 @@ def export_onnx(
 
     recipe: of a checkpoint as in `export_checkpoint`, and "float16"; a model folder keeps the one it has, but a float
     one may become "float16". calibration, ignore_keys, note: as there; a model folder has no keys to ignore.
-    audio: with its encoder, where there is one.
+    audio, vision: with its encoder, where there is one.
     The folder appears whole or not at all. Raises CheckpointError, ConfigError, ModelFolderError, UsageError: one
     line each.
     """
@@ -69,13 +73,15 @@ def export_onnx(
             recipe,
             calibration=calibration,
             audio=audio,
-            vision=False,
+            vision=vision,
             ignore_keys=ignore_keys,
             progress=progress,
             note=note,
         ) as folder,
     ):
         recipe = FLOAT16 if recipe == FLOAT16 else folder.manifest["recipe"]
+        if not vision:
+            folder = replace(folder, vision=None)
         files = _write_graphs(folder, out / FOLDER, "float16" if recipe == FLOAT16 else "float32", progress)
         if audio:
             files |= _copy_encoders(folder, out)
@@ -123,25 +129,36 @@ def _model_folder(source: Path, dest: Path, recipe: str | None, **options: Any) 
 
 
 def _write_graphs(folder: ModelFolder, out: Path, float_type: str, progress: Progress | None) -> dict[str, Any]:
-    """Both graphs with their weights; the manifest's entries of their files."""
+    """The graphs of text and pictures with their weights; the manifest's entries of their files."""
     from edge_gemma.export.onnx_decoder import build_decoder, build_embed
     from edge_gemma.export.onnx_graph import ExternalData, Graph
+    from edge_gemma.export.onnx_vision import build_vision
+    from edge_gemma.export.onnx_vision_weights import VisionWeights
     from edge_gemma.export.onnx_weights import OnnxWeights
 
     out.mkdir()
-    weights = OnnxWeights(folder, float_type, progress)
-    if weights.nbytes > (free := shutil.disk_usage(out).free):
+    config, weights = folder.config, OnnxWeights(folder, float_type, progress)
+    builders = {EMBED: partial(build_embed, config=config, weights=weights),
+                DECODER: partial(build_decoder, config=config, weights=weights)}  # fmt: skip
+    nbytes = weights.nbytes
+    if folder.vision is not None:
+        seeing = VisionWeights(folder)
+        builders[VISION_ENCODER] = partial(
+            build_vision, config=folder.vision.config, weights=seeing, text_hidden_size=config.hidden_size
+        )
+        nbytes += seeing.nbytes
+    if nbytes > (free := shutil.disk_usage(out).free):
         raise UsageError(
-            f"the graphs need {weights.nbytes / 1e9:.2f} GB, {out.parent.parent} has {free / 1e9:.2f} GB free: "
+            f"the graphs need {nbytes / 1e9:.2f} GB, {out.parent.parent} has {free / 1e9:.2f} GB free: "
             "make room or choose another place"
         )
     files = {}
-    for name, build in ((EMBED, build_embed), (DECODER, build_decoder)):
+    for name, build in builders.items():
         path = out / f"{name}.onnx"
         with (out / f"{name}.onnx_data").open("xb") as raw:
             data = DigestedFile(raw)
             graph = Graph(ExternalData(data, f"{name}.onnx_data"))
-            build(graph, folder.config, weights)
+            build(graph)
         path.write_bytes(graph.model(name))
         _check(path)
         files[f"{FOLDER}/{name}.onnx_data"] = {"bytes": data.bytes, "sha256": data.digest.hexdigest()}

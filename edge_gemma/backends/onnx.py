@@ -7,7 +7,8 @@ A folder holds
     manifest.json, config.json, generation_config.json, tokenizer.model, chat_template.jinja (where the model has one)
     onnx/embed_tokens.onnx and .onnx_data           token embeddings, rows of the per-layer table
     onnx/decoder_model_merged.onnx and .onnx_data   all layers and the head
-    onnx/audio_encoder.onnx, ...                    the encoders of the source model folder, if it has any
+    onnx/vision_encoder.onnx and .onnx_data         the encoder of pictures, if the model sees
+    onnx/audio_encoder.onnx, ...                    those of sound of the source model folder, if it has any
 """
 
 import math
@@ -24,7 +25,7 @@ from edge_gemma.folder.atomic import write_file
 from edge_gemma.folder.folder import ONNX_FORMAT, ONNX_VERSION, ModelFolder, read_audio, read_manifest
 from edge_gemma.session import CHUNK, PAD, check_ids, soft_tokens
 
-FOLDER, EMBED, DECODER = "onnx", "embed_tokens", "decoder_model_merged"
+FOLDER, EMBED, DECODER, VISION_ENCODER = "onnx", "embed_tokens", "decoder_model_merged", "vision_encoder"
 FILES = tuple(f"{FOLDER}/{graph}{suffix}" for graph in (EMBED, DECODER) for suffix in (".onnx", ".onnx_data"))
 
 

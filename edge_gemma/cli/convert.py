@@ -4,7 +4,6 @@ Owns: their options. Does not know: how folders are made (export/).
 """
 
 import json
-from functools import partial
 from pathlib import Path
 
 import click
@@ -16,7 +15,6 @@ from edge_gemma.text.files import read_text
 
 @click.command()
 @options.refuse("calibration", beside="no_calibration")
-@options.refuse("no_vision", beside="as_onnx")  # graphs have no encoder of pictures
 @click.argument("source", type=click.Path(path_type=Path))
 @click.argument("dest", type=click.Path(path_type=Path))
 @options.recipe
@@ -61,7 +59,7 @@ def export(
         raise UsageError(f"{source} does not exist: expected a checkpoint folder or a GGUF file")
     text = None if no_calibration else read_text(calibration) if calibration else bundled_text()
     notes: list[str] = []
-    write = export_onnx if as_onnx else partial(export_checkpoint, vision=not no_vision)
+    write = export_onnx if as_onnx else export_checkpoint
     try:
         with progress_bar("exporting") as progress:
             folder = write(
@@ -70,6 +68,7 @@ def export(
                 recipe,
                 calibration=text,
                 audio=not no_audio,
+                vision=not no_vision,
                 ignore_keys=ignore_keys,
                 force=force,
                 progress=progress,

@@ -3,6 +3,7 @@
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -49,6 +50,11 @@ def tower_of(tensors: dict[str, np.ndarray], **other: object) -> VisionTower:
 
 
 def encoder_of(folder: Path, tensors: dict[str, np.ndarray], recipe: str, **other: object) -> VisionEncoder:
+    return VisionEncoder(folder_of(folder, tensors, recipe, **other))
+
+
+def folder_of(folder: Path, tensors: dict[str, np.ndarray], recipe: str, **other: object) -> Any:
+    """What an encoder reads of a model folder."""
     tower = tower_of(tensors, **other)
     plan = plan_vision(tower, recipe)
     with FolderWriter(folder, plan) as writer:
@@ -57,8 +63,7 @@ def encoder_of(folder: Path, tensors: dict[str, np.ndarray], recipe: str, **othe
             name: replace(tensor, parts={key: writer._growing[name, key].part for key in tensor.parts})
             for name, tensor in plan.items()
         }
-    section = VisionSection(tower.config, stored, **TOKEN_IDS)
-    return VisionEncoder(SimpleNamespace(path=folder, vision=section))  # type: ignore[arg-type]
+    return SimpleNamespace(path=folder, vision=VisionSection(tower.config, stored, **TOKEN_IDS))
 
 
 @pytest.fixture(scope="module", params=KINDS)
