@@ -66,7 +66,7 @@ def main() -> None:
             least = min(pairs)[0]
             norms = np.linalg.norm(found[name], axis=1) * np.linalg.norm(found["ours"], axis=1)
             cosine = ((found[name] * found["ours"]).sum(1) / norms).min()
-            print(f"{budget} {patches.tokens} {name}: {clock:.3f} s (least {least:.3f}), of processors {processors:.3f}, "
+            print(f"{budget} {patches.tokens} {name}: {clock:.3f} s (least {least:.3f}), processors {processors:.3f}, "
                   f"cosine {cosine:.5f}", flush=True)  # fmt: skip
         print(f"load {os.getloadavg()}", flush=True)
 

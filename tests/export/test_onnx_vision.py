@@ -3,12 +3,14 @@ our own encoder. Other graphs: test_onnx.py."""
 
 import itertools
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from PIL import Image
 
 from edge_gemma.cli.main import cli
 from edge_gemma.engine import Engine
@@ -20,6 +22,7 @@ from edge_gemma.folder.folder import ModelFolder
 from edge_gemma.host.ort import onnxruntime, open_graph
 from edge_gemma.vision.encoder import VisionEncoder
 from edge_gemma.vision.patches import Patches
+from tests import ROOT
 from tests.make_vision_tower_goldens import KINDS, SIZES, golden, picture
 from tests.reference_vision import reference_encoder
 from tests.tiny import write_checkpoint
@@ -128,6 +131,29 @@ def test_a_place_outside_the_table_is_refused(float_tower):
         features(session, [(values, places + 1000)])
 
 
+@pytest.mark.oracle
+@pytest.mark.filterwarnings("default")
+def test_what_the_processor_gives_equals_transformers(tmp_path):
+    """Two pictures of other shapes through its processor, which pads them alike, and its encoder."""
+    torch = pytest.importorskip("torch")
+    processors = pytest.importorskip("transformers.models.gemma4.image_processing_pil_gemma4")
+    from tests.make_vision_tower_goldens import official_model
+
+    source = write_checkpoint(tmp_path / "in", "e2b", multimodal=True)
+    session = open_graph(export_onnx(source, tmp_path / "o", "float", audio=False) / "onnx" / GRAPH, 1)
+    rng = np.random.default_rng(4)
+    shown = [rng.integers(0, 256, (*size, 3), np.uint8) for size in ((200, 90), (60, 111))]
+    given = processors.Gemma4ImageProcessorPil(max_soft_tokens=70)(shown, return_tensors="pt")
+    assert (given.image_position_ids == -1).any(), "some of it is padding"
+    with torch.no_grad():
+        official = official_model(source).model.get_image_features(
+            given.pixel_values, given.image_position_ids, return_dict=True
+        )
+    expected = torch.cat(list(official.pooler_output)).numpy()
+    feeds = {"pixel_values": given.pixel_values.numpy(), "pixel_position_ids": given.image_position_ids.numpy()}
+    assert_rounding(session.run(None, feeds)[0], expected, sums(70, expected.shape[1]))
+
+
 # -- 8 bits ------------------------------------------------------------------------------------------------------------
 
 
@@ -192,6 +218,20 @@ def test_a_folder_has_the_graph_in_the_ecosystems_names(model, tmp_path):
     assert features(session, [picture(2, 2), picture(1, 3)]).shape == (7, width)
     with Engine.load(folder, backend="onnx") as engine:
         assert engine.session().step(2).shape == (1024,)
+
+
+def test_the_documents_script_runs(model, tmp_path):
+    """docs/ONNX.md's part about pictures, against our own encoder on the same folder."""
+    script = re.search(r"## Pictures\n.*?```python\n(.*?)```", (ROOT / "docs" / "ONNX.md").read_text(), re.DOTALL)[1]
+    shown = np.random.default_rng(1).integers(0, 256, (60, 80, 3), np.uint8)
+    Image.fromarray(shown).save(tmp_path / "photo.png")
+    script = script.replace("./e2b-onnx", str(export_onnx(model, tmp_path / "o"))).replace("photo.jpg", "photo.png")
+    variables: dict[str, Any] = {}
+    exec(compile(script.replace("photo.png", str(tmp_path / "photo.png")), "ONNX.md", "exec"), variables)
+    with Engine.load(model, threads=1) as engine:
+        expected = engine.see(shown, 70)
+    assert variables["features"].shape == expected.shape
+    assert cosines(variables["features"], expected).min() > 0.999
 
 
 def test_it_can_be_left_out(model, tmp_path):
