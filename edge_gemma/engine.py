@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from edge_gemma.tools.assistant import Assistant
     from edge_gemma.vision.encoder import VisionEncoder
     from edge_gemma.vision.eyes import Budget, Eyes
+    from edge_gemma.vision.graph import GraphEncoder
     from edge_gemma.voice.speaker import Speaker
 
 DEFAULT_CONTEXT = 4096  # tokens
@@ -77,7 +78,7 @@ class Engine:
         self.path = folder.path
         self._folder = folder
         self._audio: AudioEncoder | None = None
-        self._vision: VisionEncoder | None = None
+        self._vision: VisionEncoder | GraphEncoder | None = None
         self._eyes: Eyes | None = None
         self.tokenizer = Tokenizer.load(folder.path / TOKENIZER)
         if self.tokenizer.vocab_size > self.config.vocab_size:
@@ -222,12 +223,14 @@ class Engine:
         return self._audio
 
     @property
-    def vision(self) -> "VisionEncoder":
+    def vision(self) -> "VisionEncoder | GraphEncoder":
         """The vision encoder, loaded on first use. Raises UsageError if the model has none."""
         if self._vision is None:
             from edge_gemma.vision.encoder import VisionEncoder
+            from edge_gemma.vision.graph import GraphEncoder
 
-            self._vision = VisionEncoder(self._folder)
+            graphs = self._folder.graphs_in
+            self._vision = GraphEncoder(self._folder, self.threads) if graphs else VisionEncoder(self._folder)
             model = self._model
             self._vision.between = lambda: model.between()
         return self._vision

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from edge_gemma import __version__
-from edge_gemma.backends.onnx import DECODER, EMBED, FOLDER, VISION_ENCODER
+from edge_gemma.backends.onnx import DECODER, EMBED, FOLDER
 from edge_gemma.errors import CheckpointError, UsageError
 from edge_gemma.export.convert import export_checkpoint
 from edge_gemma.export.folder_writer import DigestedFile
@@ -32,6 +32,7 @@ from edge_gemma.folder.folder import (
     REPLACEABLE,
     TEMPLATE,
     TOKENIZER,
+    VISION_GRAPH,
     ModelFolder,
     Progress,
     manifest_digest,
@@ -97,6 +98,8 @@ def export_onnx(
         }
         if audio and "audio" in folder.manifest:
             manifest["audio"] = folder.manifest["audio"]
+        if folder.vision is not None:
+            manifest["vision"] = {k: v for k, v in folder.manifest["vision"].items() if k != "tensors"}
         manifest["digest"] = manifest_digest(manifest)
         (out / MANIFEST).write_text(json.dumps(manifest, indent=1))
     return dest
@@ -143,7 +146,7 @@ def _write_graphs(folder: ModelFolder, out: Path, float_type: str, progress: Pro
     nbytes = weights.nbytes
     if folder.vision is not None:
         seeing = VisionWeights(folder)
-        builders[VISION_ENCODER] = partial(
+        builders[Path(VISION_GRAPH).stem] = partial(
             build_vision, config=folder.vision.config, weights=seeing, text_hidden_size=config.hidden_size
         )
         nbytes += seeing.nbytes

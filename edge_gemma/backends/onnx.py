@@ -22,10 +22,10 @@ from edge_gemma.arguments import file_path, is_integer, shown
 from edge_gemma.config import GemmaConfig
 from edge_gemma.errors import ModelFolderError, UsageError
 from edge_gemma.folder.atomic import write_file
-from edge_gemma.folder.folder import ONNX_FORMAT, ONNX_VERSION, ModelFolder, read_audio, read_manifest
+from edge_gemma.folder.folder import ONNX_FORMAT, ONNX_VERSION, ModelFolder, read_audio, read_manifest, read_vision
 from edge_gemma.session import CHUNK, PAD, check_ids, soft_tokens
 
-FOLDER, EMBED, DECODER, VISION_ENCODER = "onnx", "embed_tokens", "decoder_model_merged", "vision_encoder"
+FOLDER, EMBED, DECODER = "onnx", "embed_tokens", "decoder_model_merged"
 FILES = tuple(f"{FOLDER}/{graph}{suffix}" for graph in (EMBED, DECODER) for suffix in (".onnx", ".onnx_data"))
 
 
@@ -39,7 +39,8 @@ class OnnxFolder(ModelFolder):
         """Open the folder. Raises ModelFolderError, one line, for one that is damaged or of another format."""
         path = Path(path)
         manifest, config = read_manifest(path, ONNX_FORMAT, ONNX_VERSION)
-        folder = cls(path, config, {}, manifest, read_audio(manifest, config, FOLDER))
+        encoders = read_audio(manifest, config, FOLDER), read_vision(manifest, config, path, FOLDER)
+        folder = cls(path, config, {}, manifest, *encoders)
         folder._check_files()
         if missing := [file for file in FILES if file not in manifest["files"]]:
             raise ModelFolderError(f"{path}: the manifest lacks {missing[0]}")

@@ -9,3 +9,4 @@ TOKENIZER, TEMPLATE, GENERATION = "tokenizer.model", "chat_template.jinja", "gen
 AUDIO_BATCH, AUDIO_STREAM = "audio_encoder.onnx", "audio_encoder_stream.onnx"
 AUDIO_DATA = "audio_encoder.onnx_data"  # the weights of both
 VISION = "vision_encoder.safetensors"
+VISION_GRAPH, VISION_DATA = "vision_encoder.onnx", "vision_encoder.onnx_data"  # in ONNX folders

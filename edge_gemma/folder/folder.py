@@ -55,6 +55,8 @@ from edge_gemma.folder.file_names import (  # noqa: F401 (those that only others
     TEMPLATE,
     TOKENIZER,
     VISION,
+    VISION_DATA,
+    VISION_GRAPH,
     WEIGHTS,
 )
 from edge_gemma.host import system
@@ -438,8 +440,10 @@ def read_audio(manifest: dict[str, Any], config: GemmaConfig, graphs_in: str = "
     return section
 
 
-def read_vision(manifest: dict[str, Any], config: GemmaConfig, path: Path) -> VisionSection | None:
-    """What a manifest says of the vision encoder, None if nothing. Raises ModelFolderError."""
+def read_vision(manifest: dict[str, Any], config: GemmaConfig, path: Path, graphs_in: str = "") -> VisionSection | None:
+    """What a manifest says of the vision encoder, None if nothing. graphs_in: the folder of its graph; "" for tensors.
+    Raises ModelFolderError.
+    """
     if "vision" not in manifest:
         return None
     of, entry = "the manifest's vision section", _field(manifest, "vision", dict)
@@ -447,7 +451,11 @@ def read_vision(manifest: dict[str, Any], config: GemmaConfig, path: Path) -> Vi
         vision = VisionConfig.from_vision_config(_field(entry, "vision_config", dict, of))
     except ConfigError as error:
         raise ModelFolderError(f"{of}: {error}") from None
-    tensors = _read_tensors(entry, vision.stored_shapes(config.hidden_size), path)
+    tensors: dict[str, Tensor] = {}
+    if not graphs_in:
+        tensors = _read_tensors(entry, vision.stored_shapes(config.hidden_size), path)
+    elif missing := {f"{graphs_in}/{name}" for name in (VISION_GRAPH, VISION_DATA)} - manifest["files"].keys():
+        raise ModelFolderError(f"the manifest has a vision section and lacks {min(missing)}: export the model again")
     ids = {field.name: _token(entry, field.name, of, config) for field in fields(VisionSection)[2:]}
     return VisionSection(vision, tensors, **ids)
 

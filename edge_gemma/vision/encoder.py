@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from edge_gemma.vision.patches import Patches
 
 NO_VISION = "this model has no vision tower: take one that has, exported without --no-vision"
+RELEASED = "the vision encoder was released: take engine.vision again"
 _ROWS = 256  # patches of a feed-forward block: what lies between its products stays in the cache
 Rope = tuple[np.ndarray, np.ndarray]  # cos, sin: float32 [n, hd / 2]
 
@@ -96,7 +97,7 @@ class VisionEncoder:
         Raises UsageError after `close`.
         """
         if not self._layers:
-            raise UsageError("the vision encoder was released: take engine.vision again")
+            raise UsageError(RELEASED)
         h = self._embed(patches)
         rope = self._rope(patches.positions)
         for weights in self._layers:

@@ -14,6 +14,7 @@ import numpy as np
 
 from edge_gemma.arguments import is_integer, is_one_of, require
 from edge_gemma.vision.encoder import VisionEncoder
+from edge_gemma.vision.graph import GraphEncoder
 from edge_gemma.vision.patches import BUDGETS, DETAIL, Patches, auto_budget, cut
 from edge_gemma.vision.picture import read_picture
 
@@ -24,7 +25,7 @@ KEPT_BYTES = 64 << 20  # of soft tokens: some forty pictures of 280
 class Eyes:
     """What a model has seen. The same picture is encoded once, as long as it is kept. Any thread may ask."""
 
-    def __init__(self, encoder: Callable[[], VisionEncoder]) -> None:
+    def __init__(self, encoder: Callable[[], VisionEncoder | GraphEncoder]) -> None:
         """encoder: called when a picture has to be encoded."""
         self._encoder = encoder
         self._kept: OrderedDict[bytes, np.ndarray] = OrderedDict()  # by digest, the oldest first

@@ -14,11 +14,11 @@ from PIL import Image
 
 from edge_gemma.cli.main import cli
 from edge_gemma.engine import Engine
-from edge_gemma.errors import ModelFolderError
+from edge_gemma.errors import ModelFolderError, UsageError
 from edge_gemma.export.convert import export_checkpoint
 from edge_gemma.export.onnx_folder import export_onnx
 from edge_gemma.export.synth import synthesize
-from edge_gemma.folder.folder import ModelFolder
+from edge_gemma.folder.folder import ModelFolder, manifest_digest
 from edge_gemma.host.ort import onnxruntime, open_graph
 from edge_gemma.vision.encoder import VisionEncoder
 from edge_gemma.vision.patches import Patches
@@ -232,6 +232,44 @@ def test_the_documents_script_runs(model, tmp_path):
         expected = engine.see(shown, 70)
     assert variables["features"].shape == expected.shape
     assert cosines(variables["features"], expected).min() > 0.999
+
+
+def test_an_onnx_engine_sees(tmp_path):
+    """As the model folder does that it was made from: the same soft tokens, logits as near as those of text."""
+    model = synthesize("tiny", tmp_path / "m", "float", vision=True)
+    folder = export_onnx(model, tmp_path / "o")
+    shown = np.random.default_rng(3).integers(0, 256, (96, 200, 3), np.uint8)
+    with Engine.load(model) as engine, Engine.load(folder, backend="onnx") as onnx_engine:
+        rows = engine.see(shown, 70)
+        assert_rounding(onnx_engine.see(shown, 70), rows, sums(len(rows), engine.config.hidden_size))
+        logits = []
+        for session in (engine.session(), onnx_engine.session()):
+            session.prefill([2, 3, 4])
+            logits.append(session.prefill_soft(rows, placeholder=engine._folder.soft_ids[0]))
+        assert np.abs(logits[0] - logits[1]).max() < 1e-3 * np.abs(logits[0]).max()
+        assert onnx_engine.chat(max_tokens=2, temperature=0).send("What is this?", images=[shown]).result().tokens
+        calls, encoder = [], onnx_engine.vision
+        encoder.between = lambda: calls.append(None)
+        encoder.encode(patches(2, 2))
+        assert calls
+        onnx_engine.release_vision()
+        with pytest.raises(UsageError, match="was released"):
+            encoder.encode(patches(2, 2))
+        assert_rounding(onnx_engine.vision.encode(patches(2, 2)), engine.vision.encode(patches(2, 2)), sums(4))
+    with Engine.load(export_onnx(model, tmp_path / "blind", vision=False), backend="onnx") as blind:
+        for see in (lambda: blind.see(shown), lambda: blind.vision):
+            with pytest.raises(UsageError, match="has no vision tower"):
+                see()
+
+
+def test_a_manifest_that_names_no_graph_is_refused(model, tmp_path):
+    folder = export_onnx(model, tmp_path / "o")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    del manifest["files"][f"onnx/{DATA}"]
+    manifest["digest"] = manifest_digest(manifest)
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ModelFolderError, match=r"has a vision section and lacks onnx/vision_encoder\.onnx_data"):
+        Engine.load(folder, backend="onnx")
 
 
 def test_it_can_be_left_out(model, tmp_path):
