@@ -74,7 +74,9 @@ def int8_linear(tower: AudioTower) -> Linear:
             q = g.node("QuantizeLinear", clip(g, x, low, high) if step else x, scale, zero)
         else:
             q, scale, zero = g.nodes("DynamicQuantizeLinear", clip(g, x, low, high), outputs=3)
-        return g.node("MatMulIntegerToFloat", q, w, scale, scales, zero, domain=MICROSOFT)
+        # Left out, onnxruntime 1.20 to 1.29 ends the process under session.x64quantprecision; shared, it is refused.
+        w_zero = g.weight(f"{together}.weight_zero_point", lambda: np.zeros((), np.int8))
+        return g.node("MatMulIntegerToFloat", q, w, scale, scales, zero, w_zero, domain=MICROSOFT)
 
     return linear
 

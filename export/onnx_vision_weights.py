@@ -100,7 +100,9 @@ class VisionWeights:
             x = g.node("Div", x, own)
         scale = g.constant(step or 1)
         q = g.node("QuantizeLinear", x, scale, zero)
-        y = g.node("MatMulIntegerToFloat", q, w, scale, scales, zero, domain=MICROSOFT)
+        # Left out, onnxruntime 1.20 to 1.29 ends the process under session.x64quantprecision; shared, it is refused.
+        w_zero = g.weight(f"{name}.weight_zero_point", lambda: np.zeros((), np.int8))
+        y = g.node("MatMulIntegerToFloat", q, w, scale, scales, zero, w_zero, domain=MICROSOFT)
         return g.node("Mul", y, own) if own else y
 
     def _layer(self, name: str) -> _Layer:
