@@ -4,8 +4,8 @@ Owns: repacking (integers, scales and steps of the folder are carried over, noth
 input is rounded and clamped. Does not know: where in the encoder a layer stands (onnx_vision.py).
 
 A layer in 8 bits is com.microsoft MatMulIntegerToFloat: uint8 inputs with 128 for zero, int8 weights, one scale a row.
-The step of its inputs is that of their bounds, which is the clamp then, or a trained one, as in vision/encoder.py.
-Without either each patch has its own, so that what else is in a batch changes nothing.
+The step of its inputs is a trained one, or each patch has its own, as in vision/encoder.py: what else is in a batch
+changes nothing.
 """
 
 import math
@@ -35,12 +35,7 @@ class _Layer:
     @property
     def rounds_input(self) -> tuple[bool, tuple[float, ...], float]:
         """(in 8 bits, the input's bounds, its step or 0). Layers that have this in common share a product."""
-        low, high = self.bounds[:2]
-        if not self.tensor.bits:
-            return False, (low, high), 0.0
-        bounded = math.isfinite(low) and math.isfinite(high)
-        step = max(abs(low) / 128, abs(high) / 127, _LEAST) if bounded else self.tensor.input_scale
-        return True, (low, high), step
+        return bool(self.tensor.bits), self.bounds[:2], self.tensor.input_scale
 
 
 class VisionWeights:
@@ -85,7 +80,7 @@ class VisionWeights:
         """Layers that round their input alike: their outputs in a row, not yet rounded or clamped."""
         name = "+".join(layer.name for layer in layers)
         in_bits, bounds, step = layers[0].rounds_input
-        x = x if step else clip(g, x, *bounds)
+        x = clip(g, x, *bounds)
         if not in_bits:
             w = g.weight(
                 f"{name}.weight", lambda: np.concatenate([self._values(f"{layer.name}.weight") for layer in layers]).T
