@@ -280,7 +280,7 @@ def test_the_prompt_decides_whether_speech_is_written_down_or_answered(engine: E
 def test_products_of_its_encoder_name_the_zero_of_their_weights(name):
     """onnxruntime 1.20 to 1.29 ends the process where it is left out, on x86 without VNNI."""
     onnx = pytest.importorskip("onnx")
-    graph = onnx.load(EMBEDDED / name, load_external_data=False).graph
+    graph = onnx.load(find.EMBEDDED / name, load_external_data=False).graph
     products = [node for node in graph.node if node.op_type == "MatMulIntegerToFloat"]
     zeros = [node.input[5] for node in products if len(node.input) > 5]
     assert len(set(zeros)) == len(products) == 48, "each its own: versions refuse one that is shared"
