@@ -5,6 +5,7 @@ does is one call into the library, imported when the command runs, so that `--he
 anything works.
 """
 
+import functools
 import os
 import sys
 from pathlib import Path
@@ -338,6 +339,8 @@ def score(
 
 @cli.command()
 @options.refuse("prompt generate depth memory_limit", beside="audio")
+@options.refuse("prompt generate depth audio", beside="image")
+@options.refuse("budgets", without="image")
 @options.model
 @click.option("--prompt", type=click.IntRange(1), default=512, show_default=True, metavar="N", help="Prompt tokens.")
 @click.option("--generate", type=click.IntRange(1), default=128, show_default=True, metavar="N",
@@ -347,18 +350,31 @@ def score(
 @click.option("--repeat", type=click.IntRange(1), default=3, show_default=True, metavar="R",
               help="Runs; results are their medians.")  # fmt: skip
 @click.option("--audio", is_flag=True, help="Measure hearing instead: the encoder, and the wait for the first word.")
+@click.option("--image", is_flag=False, flag_value="", metavar="[FILE]",
+              help="Measure seeing instead: the encoder, and the wait for the first token about the picture in FILE, or "
+              "a made-up one.")  # fmt: skip
+@click.option("--image-tokens", "budgets", multiple=True, type=int, metavar="N",
+              help="Tokens of the picture at most. Repeatable [default: 70, 140 and 280].")  # fmt: skip
 @options.memory_limit
 @options.threads
 @options.as_json
-def bench(model: str | None, as_json: bool, memory_limit: int | None, audio: bool, **given: Any) -> None:
+def bench(
+    model: str | None, as_json: bool, memory_limit: int | None, audio: bool, image: str | None,
+    budgets: tuple[int, ...], **given: Any,
+) -> None:  # fmt: skip
     """Measure a model on this machine: speed, memory, and the share of the memory's bandwidth it uses.
 
     \b
     edge-gemma bench -m ./gemma-4-e2b --depth 4096
     edge-gemma bench -m ./gemma-4-e2b --audio
+    edge-gemma bench -m ./gemma-4-e2b --image photo.jpg
     """
     if audio:
         speech.bench(model, threads=given["threads"], repeat=given["repeat"], as_json=as_json)
+        return
+    if image is not None:
+        picture, repeated = Path(image) if image else None, {name: given[name] for name in ("threads", "repeat")}
+        _bench_picture(model, picture, budgets, as_json, memory_limit, **repeated)
         return
     from edge_gemma import kernels
     from edge_gemma.measure import speed as benchmark
@@ -371,6 +387,25 @@ def bench(model: str | None, as_json: bool, memory_limit: int | None, audio: boo
         options.print_json(result.as_dict())
     else:
         benchmark.print_table(result)
+
+
+def _bench_picture(
+    model: str | None, picture: Path | None, budgets: tuple[int, ...], as_json: bool, memory_limit: int | None,
+    **repeated: Any,
+) -> None:  # fmt: skip
+    """`bench --image`."""
+    from edge_gemma import kernels
+    from edge_gemma.measure import seeing
+
+    budgets = budgets or seeing.MEASURED
+    options.check_memory(model, seeing.needed_context(budgets), memory_limit, vision=max(budgets))
+    kernels.announce_compiling(options.tell_compiling)
+    note = functools.partial(click.echo, err=True)
+    result = seeing.measure(options.resolve(model), picture, budgets=budgets, **repeated, note=note)
+    if as_json:
+        options.print_json(result.as_dict())
+    else:
+        seeing.print_table(result)
 
 
 def _piped_text() -> str:
