@@ -20,14 +20,14 @@ import llama_cpp
 from llama_cpp import llama_cpp as api
 
 _BATCH = 2048
-_QUIET = api.llama_log_callback(lambda level, text, data: None)
+QUIET = api.llama_log_callback(lambda level, text, data: None)
 
 
 class Model:
     """A loaded model and one context."""
 
     def __init__(self, path: str, context: int, threads: int, lazy: str) -> None:
-        api.llama_log_set(_QUIET, ctypes.c_void_p(0))
+        api.llama_log_set(QUIET, ctypes.c_void_p(0))
         api.llama_backend_init()
         wanted = api.llama_model_default_params()
         wanted.n_gpu_layers = 0
@@ -63,6 +63,12 @@ class Model:
     def generate(self, count: int) -> None:
         for _ in range(count):
             self.feed(1)
+
+
+def peak_rss_mb() -> float:
+    """The most memory that was resident so far."""
+    peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:"))
+    return int(peak.split()[1]) * 1024 / 1e6
 
 
 def timed(work, *args) -> float:
@@ -101,12 +107,11 @@ def main() -> None:
             model.feed(depth - filled)
         decode[depth] = timed(model.generate, args.generate)
         filled = max(depth, filled) + args.generate
-    peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:"))
     answer = {
         "version": llama_cpp.__version__,
         "system": api.llama_print_system_info().decode(),
         "load_s": load_s,
-        "peak_rss_mb": int(peak.split()[1]) * 1024 / 1e6,
+        "peak_rss_mb": peak_rss_mb(),
         "prefill_s": prefill,
         "prefill_tok_s": {n: n / s for n, s in prefill.items()},
         "decode_tok_s": {d: args.generate / s for d, s in decode.items()},

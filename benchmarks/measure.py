@@ -131,6 +131,11 @@ def run(command: Sequence[str]) -> Finished:
     return Finished(answer, seconds, others)
 
 
+def words(**options: Iterable[int]) -> list[str]:
+    """no_warm_up=[], prompts=[20, 64] -> --no-warm-up --prompts 20 64"""
+    return [w for name, of in options.items() for w in (f"--{name.replace('_', '-')}", *map(str, of))]
+
+
 def write_csv(path: Path, about: Machine, rows: Iterable[Row]) -> None:
     """Write one line for each row. Each repeats the machine, so files of several machines can be joined."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -20,8 +20,8 @@ import click
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import measure, plot, random_gguf, report  # noqa: E402
-from benchmarks.measure import Row  # noqa: E402
+from benchmarks import measure, pictures_beside, plot, random_gguf, report  # noqa: E402
+from benchmarks.measure import Row, words  # noqa: E402
 
 CLI = [sys.executable, "-m", "edge_gemma"]
 CONTEXT = 4096
@@ -56,7 +56,7 @@ SHAPES = ((12288, 1536), (1536, 12288), (4096, 1536), (1536, 4096), (262144, 153
 PRODUCT_TOKENS = 128
 PEAK = f"peak RSS, context {CONTEXT}"
 READ = "read a token"
-PARTS = ("speed", "start", "memory", "products", "curves")
+PARTS = ("speed", "start", "memory", "products", "curves", "pictures")
 FIRST = f"first token, prompt {SHORT_PROMPT}"
 
 
@@ -190,7 +190,7 @@ class Bench:
     def plan(self, pairs: Sequence[Pair], parts: Sequence[str], rounds: int) -> list[Callable[[], None]]:
         """Every step of a run, models first."""
         steps: list[Callable[[], None]] = []
-        for pair in pairs:
+        for pair in pairs if set(parts) - {"pictures"} else ():
             steps += [partial(self.folder, pair), *(partial(self.gguf, pair, kind) for kind in pair.files)]
         if "speed" in parts:
             steps += [partial(self.main_round, pair, r) for r in range(1, rounds + 1) for pair in pairs]
@@ -202,6 +202,10 @@ class Bench:
             steps += [partial(self.matmuls, r) for r in range(1, rounds + 1)]
         if "curves" in parts:
             steps += [partial(self.curves, pair) for pair in pairs]
+        if "pictures" in parts:
+            steps += [partial(pictures_beside.write_models, self)]
+            steps += [partial(pictures_beside.picture_round, self, r) for r in range(1, rounds + 1)]
+            steps += [partial(pictures_beside.agreement, self)]
         return steps
 
     # --- models -------------------------------------------------------------------------------------------------------
@@ -248,11 +252,6 @@ class Run:
             self.add(round_, model, report.PEER, form, f"prefill {length}", speed, "tok/s")
         for depth, speed in self.answer["decode_tok_s"].items():
             self.add(round_, model, report.PEER, form, f"decode {generate} at {depth}", speed, "tok/s")
-
-
-def words(**options: list[int]) -> list[str]:
-    """no_warm_up=[], prompts=[20, 64] -> --no-warm-up --prompts 20 64"""
-    return [w for name, of in options.items() for w in (f"--{name.replace('_', '-')}", *map(str, of))]
 
 
 @cache

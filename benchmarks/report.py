@@ -3,6 +3,7 @@
 Owns: medians, ratios round by round, the tables. Does not know: how anything was measured.
 """
 
+import re
 import statistics
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -133,6 +134,20 @@ def memory_table(rows: Sequence[Row]) -> str:
     return table(["", "", "MiB"], lines)
 
 
+def picture_table(rows: Sequence[Row]) -> str:
+    """Pictures: both engines side by side, and whether they computed the same."""
+    text = comparison_table([c for c in compare(rows) if not c.test.startswith("peak RSS")])
+    least, mean = ([r for r in rows if r.test.startswith(f"{word} cosine")] for word in ("least", "mean"))
+    if least:
+        tokens = ", ".join(dict.fromkeys(re.findall(r"\d+", " ".join(r.test for r in least))))
+        text += (
+            "\nBoth have the same tower and the same grid of patches. For pictures that need no resizing "
+            f"({tokens} soft tokens) the cosine of llama.cpp's soft tokens with ours is "
+            f"{min(r.value for r in least):.4f} at least and {median(mean):.4f} on average. They resize differently.\n"
+        )
+    return text
+
+
 def matmul_table(rows: Sequence[Row]) -> str:
     """The table of onnxruntime and our kernels on the same shapes."""
     lines = []
@@ -192,9 +207,12 @@ def section(name: str, about: Machine, rows: Sequence[Row], plots: Sequence[str]
     )
     models = [r for r in rows if not r.model.startswith("matmul")]
     parts = [f"## {about.cpu}\n", facts + f" All numbers: [{name}](../benchmarks/results/{name}).\n"]
+    pictures = [r for r in models if r.test.endswith("soft tokens")]
     headline = [c for c in compare(models) if not c.test.startswith(("peak RSS", "read a token"))]
+    headline = [c for c in headline if not c.test.endswith("soft tokens")]
     for title, body in (
         ("Side by side", comparison_table(headline)),
+        ("Pictures: files with towers of llama.cpp's mtmd", picture_table(pictures)),
         ("Decoding against the memory's bandwidth", share_table(models)),
         ("Memory", memory_table(models)),
         ("Along the prompt and the context", curve_tables(models)),

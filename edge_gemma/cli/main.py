@@ -351,8 +351,8 @@ def score(
               help="Runs; results are their medians.")  # fmt: skip
 @click.option("--audio", is_flag=True, help="Measure hearing instead: the encoder, and the wait for the first word.")
 @click.option("--image", is_flag=False, flag_value="", metavar="[FILE]",
-              help="Measure seeing instead: the encoder, and the wait for the first token about the picture in FILE, or "
-              "a made-up one.")  # fmt: skip
+              help="Measure seeing instead: the encoder, and the wait for the first token about the picture in FILE "
+              "or a made-up one.")  # fmt: skip
 @click.option("--image-tokens", "budgets", multiple=True, type=int, metavar="N",
               help="Tokens of the picture at most. Repeatable [default: 70, 140 and 280].")  # fmt: skip
 @options.memory_limit
