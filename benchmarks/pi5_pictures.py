@@ -32,14 +32,14 @@ METHOD = """\
 
 No Raspberry Pi was at hand. The method:
 
-1. A picture of {patches} patches ({tokens} soft tokens) takes {products:.0f} G multiply-adds in products of 8 bits and
-   {attention:.0f} G in attention, in float32: {example}.
+1. A picture of {tokens} soft tokens has {patches} patches:
+   {products:.0f} G multiply-adds of 8-bit products, and {attention:.0f} G of attention in float32.
 2. `llvm-mca -mcpu={cpu}` gives {a76:.1f} multiply-adds a cycle for the inner loop of 8-bit products that is emitted for
-   a Cortex-A76; float32 has {float_a76} there, two instructions of four lanes. At {clock} GHz on {cores} cores that is
-   the bound: what the arithmetic allows when every load hits L1.
-3. What is lost against such a bound is taken from the machine in `{name}` ({host}, two vector instructions a
-   cycle): the encoder reached {reached} of it there, and the prefill of soft tokens and 20 tokens of text {prefill}
-   of the same for its products.
+   a Cortex-A76. Float32 has {float_a76}: two instructions of four lanes. At {clock} GHz on {cores} cores that is the
+   bound, what the arithmetic allows when every load hits L1.
+3. What is lost against such a bound is taken from the machine in `{name}`
+   ({host}, two vector instructions a cycle). The encoder reached {reached} of its bound there; the prefill of the
+   soft tokens and {around} tokens of text reached {prefill}.
 """
 
 
@@ -47,7 +47,7 @@ No Raspberry Pi was at hand. The method:
 class Work:
     """Multiply-adds."""
 
-    products: float  # of 8 bits
+    products: float  # of 8 bits, or fewer
     attention: float
 
     def seconds(self, products: float, floats: float, hz: float) -> float:
@@ -127,8 +127,8 @@ def main(measured: Path, mca: str, ghz: float | None, out: Path | None) -> None:
     work = encoder_work(9 * most, config, TEXT_CONFIGS["e2b"]["hidden_size"])
     text = METHOD.format(
         patches=9 * most, tokens=most, products=work.products / 1e9, attention=work.attention / 1e9,
-        example="a picture of 1024 x 768 at a budget of 280" if most == 266 else "the largest that was measured",
         cpu=MODEL_CPU, a76=there.products, float_a76=there.floats, clock=CLOCK_GHZ, cores=CORES, name=measured.name,
+        around=BEFORE + AFTER,
         host=f"{about.kernels} at {ghz:.2f} GHz",
         reached=" to ".join(f"{share:.0%}" for share in _ends(f[0] for f in found.values())),
         prefill=" to ".join(f"{share:.0%}" for share in _ends(f[1] for f in found.values())),

@@ -212,7 +212,7 @@ def section(name: str, about: Machine, rows: Sequence[Row], plots: Sequence[str]
     headline = [c for c in headline if not c.test.endswith("soft tokens")]
     for title, body in (
         ("Side by side", comparison_table(headline)),
-        ("Pictures: files with towers of llama.cpp's mtmd", picture_table(pictures)),
+        ("Pictures beside llama.cpp's mtmd", picture_table(pictures)),
         ("Decoding against the memory's bandwidth", share_table(models)),
         ("Memory", memory_table(models)),
         ("Along the prompt and the context", curve_tables(models)),

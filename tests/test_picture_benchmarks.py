@@ -8,9 +8,11 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
 from benchmarks import measure, peers, pi5_pictures, picture_agreement, pictures_beside, random_mmproj, report
 from benchmarks.measure import Machine, Row
+from benchmarks.pi5_estimate import Loop
 from edge_gemma.config import GemmaConfig
 from edge_gemma.engine import Engine
 from edge_gemma.export.synth import TEXT_CONFIGS, VISION_CONFIGS, random_vision_tower, synthesize
@@ -171,3 +173,24 @@ def test_medians_are_ours_alone() -> None:
     ]
     assert pi5_pictures.medians(rows, "encoder") == {63: 2.0, 266: 2.0}
     assert pi5_pictures.medians(rows, "first token") == {63: 2.0}
+
+
+def test_the_command_writes_the_estimate_beside_the_csv(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pi5_pictures, "analyse", lambda *args, **named: Loop(8, 0, 8, 1, 64.0))  # 32 a cycle
+    about = Machine("2026-11-29", "A CPU, of sorts", 2, 2, 25.0, "avx2", "numba 0.62")
+    rows = [
+        Row(1, "m", report.OURS, "mobile", f"{test}, {n} soft tokens", value, "s", 0.0, "c")
+        for test, n, value in (("encoder", 266, 6.0), ("first token", 266, 7.0))
+    ]
+    measure.write_csv(tmp_path / "a.csv", about, rows)
+    result = CliRunner().invoke(pi5_pictures.main, [str(tmp_path / "a.csv"), "--ghz", "3.0"])
+    assert result.exit_code == 0, result.output
+    text = (tmp_path / "pi5-pictures-estimate.md").read_text()
+    assert "2394 patches:\n   363 G multiply-adds of 8-bit products, and 141 G of attention" in text
+    reached = (363.2e9 / 32 + 140.9e9 / 16) / 6e9 / 6
+    there = (363.2e9 / 32 + 140.9e9 / 8) / 9.6e9 / reached
+    assert f"reached {reached:.0%} of its bound there" in text
+    assert f"| 266 | 6.00 s | 7.00 s | **{there:.1f} s** |" in text
+    measure.write_csv(tmp_path / "text.csv", about, [Row(1, "m", report.OURS, "q4", "load", 1.0, "s", 0.0, "c")])
+    result = CliRunner().invoke(pi5_pictures.main, [str(tmp_path / "text.csv"), "--ghz", "3.0"])
+    assert "text.csv has no pictures" in result.output
