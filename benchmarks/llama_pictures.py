@@ -6,7 +6,7 @@ Owns: the calls of mtmd. Does not know: edge_gemma, which its environment need n
 
 The steps are those of `edge-gemma bench --image`: for each budget, once untimed and `--repeat` times, the file's bytes
 are decoded and resized, the encoder runs, its soft tokens are decoded with random tokens of text before and after
-them, and logits are made for the last. "encode" is the encoder alone, as the rest takes place.
+them, and logits are made for the last. "encode" is the time of the encoder within this.
 """
 
 import argparse
@@ -20,10 +20,9 @@ import llama_cpp
 import numpy as np
 from llama_cpp import llama_cpp as api
 from llama_cpp import mtmd_cpp as mtmd
-from llama_runner import QUIET, Model, peak_rss_mb
+from llama_runner import BATCH, QUIET, Model, peak_rss_mb
 
 _IMAGE = 1  # enum mtmd_input_chunk_type
-_BATCH = 2048
 
 
 class Eyes:
@@ -68,7 +67,7 @@ class Eyes:
         self.model.feed(before)
         at = api.llama_pos(0)
         if mtmd.mtmd_helper_decode_image_chunk(
-            self.context, self.model.context, chunk, found, before, 0, _BATCH, ctypes.byref(at),
+            self.context, self.model.context, chunk, found, before, 0, BATCH, ctypes.byref(at),
             mtmd.mtmd_helper_post_decode_callback(), None,
         ):  # fmt: skip
             raise SystemExit("mtmd_helper_decode_image_chunk failed")

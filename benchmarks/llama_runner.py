@@ -19,7 +19,7 @@ from pathlib import Path
 import llama_cpp
 from llama_cpp import llama_cpp as api
 
-_BATCH = 2048
+BATCH = 2048
 QUIET = api.llama_log_callback(lambda level, text, data: None)
 
 
@@ -39,7 +39,7 @@ class Model:
         if not self.model:
             raise SystemExit(f"llama.cpp cannot load {path}")
         params = api.llama_context_default_params()
-        params.n_ctx, params.n_batch, params.n_ubatch = context, _BATCH, 512
+        params.n_ctx, params.n_batch, params.n_ubatch = context, BATCH, 512
         params.n_threads = params.n_threads_batch = threads
         params.no_perf = True
         self.context = api.llama_init_from_model(self.model, params)
@@ -53,8 +53,8 @@ class Model:
 
     def feed(self, count: int) -> None:
         """Evaluate `count` random tokens as one prompt."""
-        for start in range(0, count, _BATCH):
-            size = min(_BATCH, count - start)
+        for start in range(0, count, BATCH):
+            size = min(BATCH, count - start)
             tokens = (api.llama_token * size)(*(self.random.randrange(1000, self.vocab_size) for _ in range(size)))
             if api.llama_decode(self.context, api.llama_batch_get_one(tokens, size)):
                 raise SystemExit("llama_decode failed")

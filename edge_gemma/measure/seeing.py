@@ -72,9 +72,11 @@ def measure(
     """Load a model folder and measure it. picture: its file; None: one that is made up.
 
     note is called with the progress. Raises EdgeGemmaError as `Engine.load`, PictureError for a picture that cannot be
-    read, UsageError for a model without vision tower, and for budgets that are none.
+    read, UsageError for a model without vision tower, for budgets that are none, and for nothing to measure.
     """
     budgets = sorted(set(budgets))
+    if not budgets or repeat < 1:
+        raise UsageError(f"{len(budgets)} budgets measured {repeat} times, expected at least one, at least once")
     if ModelFolder.open(model).vision is None:
         raise UsageError(NO_VISION)
     file = made_up() if picture is None else _readable(picture)

@@ -108,6 +108,9 @@ def test_what_cannot_be_measured_is_one_line(model: Path, tmp_path: Path, monkey
         assert result.stderr.count("\n") == 1
     with pytest.raises(UsageError, match="no vision tower"):
         seeing.measure(blind)
+    for nothing in ({"budgets": []}, {"repeat": 0}):
+        with pytest.raises(UsageError, match="at least once"):
+            seeing.measure(model, **nothing)
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(PictureError, match="only once"):
         seeing.measure(model, tmp_path / "pipe")
