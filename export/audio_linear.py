@@ -60,7 +60,7 @@ def int8_linear(tower: AudioTower) -> Linear:
             if (given := tower.integers(names)) is not None:
                 return given
             weights = _rows(tower, names)
-            grid = find_grid(weights, tower.dtype)
+            grid = find_grid(weights, tower.float_type(weights))
             return (grid.integers, grid.scales) if grid else round_to_nearest(weights, 8, 0)
 
         together = "+".join(names)

@@ -4,17 +4,20 @@ Owns: the `Checkpoint` protocol and choosing the reader for a path. Does not kno
 """
 
 from collections.abc import Collection
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from edge_gemma.errors import UsageError
 from edge_gemma.export.gguf_reader import GgufCheckpoint
 from edge_gemma.export.packed import PackedMatrix
 from edge_gemma.export.safetensors_reader import SafetensorsCheckpoint
-from edge_gemma.export.source_file import SourceFolder, StoredTensor, TensorInfo
+from edge_gemma.export.source_file import SourceFile, SourceFolder, StoredTensor, TensorInfo
 from edge_gemma.export.towers import Towers
+from edge_gemma.folder.mmproj import mmproj_beside, which_mmproj
 
 __all__ = ["Checkpoint", "TensorInfo", "open_checkpoint"]
 
@@ -64,13 +67,27 @@ class Checkpoint(Protocol):
         ...
 
 
-def open_checkpoint(source: Path, ignore_keys: Collection[str] = ()) -> Checkpoint:
+def open_checkpoint(
+    source: Path, ignore_keys: Collection[str] = (), mmproj: Path | None = None, *, towers: bool = True
+) -> Checkpoint:
     """Open a Hugging Face folder or a GGUF file. ignore_keys: names of unknown configuration keys to pass over.
 
+    mmproj: the GGUF file with the towers of a GGUF file; None for the one that lies beside it, if there is one. towers:
+    whether they are wanted.
     Raises CheckpointError for files that cannot be read or do not fit their configuration, ConfigError for a
     configuration that is unknown or not supported, UsageError for an ignored key that is known or does not occur.
     """
     source = Path(source)
     if source.is_dir():
+        if mmproj is not None:
+            raise UsageError(f"{source} is a checkpoint folder, which holds its towers itself: leave --mmproj out")
         return SafetensorsCheckpoint(SourceFolder(source), ignore_keys)
-    return GgufCheckpoint(source, ignore_keys)
+    if mmproj is not None:
+        return GgufCheckpoint(source, ignore_keys, partial(SourceFile, Path(mmproj)))
+    beside = mmproj_beside(source) if towers else []
+    if len(beside) != 1 or beside[0].samefile(source):
+        checkpoint = GgufCheckpoint(source, ignore_keys)
+        if len(beside) > 1 and checkpoint.lacks_towers:
+            checkpoint.notes.append(which_mmproj([path.name for path in beside]))
+        return checkpoint
+    return GgufCheckpoint(source, ignore_keys, partial(SourceFile, beside[0]), found=True)

@@ -45,6 +45,7 @@ def export_checkpoint(
     calibration: str | None = None,
     audio: bool = True,
     vision: bool = True,
+    mmproj: Path | None = None,
     ignore_keys: Collection[str] = (),
     force: bool = False,
     progress: Progress | None = None,
@@ -55,13 +56,14 @@ def export_checkpoint(
     recipe: None for the one that the checkpoint was trained for, or q4 if it was trained for none. Matrices that the
     source has packed already are carried over bit for bit, unless the recipe makes them smaller. calibration: a text
     that shows how weights of 2 and 4 bits are used; None: scales are searched without one. audio, vision: with the
-    tower of sound, of pictures, if there is one. ignore_keys: names of unknown configuration keys to pass over. note:
-    is told, one line each, what was taken otherwise than the source says.
+    tower of sound, of pictures, if there is one. mmproj: the file with the towers of a GGUF file; None for the one that
+    lies beside it. ignore_keys: names of unknown configuration keys to pass over. note: is told, one line each, what
+    was taken otherwise than the source says.
 
     The folder appears whole or not at all. The next run removes what an interrupted run left; a calibrated run of the
     same source, recipe and text resumes it. Raises CheckpointError, ConfigError, UsageError: one line each.
     """
-    checkpoint = open_checkpoint(source, ignore_keys)
+    checkpoint = open_checkpoint(source, ignore_keys, mmproj, towers=audio or vision)
     try:
         conversion = Conversion.plan_of(checkpoint, recipe, audio=audio, vision=vision)
         for line in checkpoint.notes:

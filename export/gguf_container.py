@@ -154,6 +154,13 @@ def _strings(data: bytes, count: int, what: str) -> list[str]:
     return result
 
 
+def shortest(value: float) -> float:
+    """The shortest decimal that rounds to the stored float32: 9.99999997e-07 was written as 1e-06."""
+    with np.errstate(over="ignore"):
+        narrow = np.float32(value)
+    return float(str(narrow)) if float(narrow) == value else value
+
+
 class GgufFile:
     """One open GGUF file: `metadata` and `tensors` (the file's names; shapes rows first). Raises CheckpointError."""
 

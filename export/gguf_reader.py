@@ -1,14 +1,15 @@
 """GGUF checkpoints of the architectures gemma4 and gemma3.
 
-Owns: building a Hugging Face style `text_config` from GGUF metadata, and the mapping of tensor names. Does not know:
-the container's bytes (gguf_container.py) nor block layouts (gguf_types.py).
+Owns: building a Hugging Face style `text_config` from GGUF metadata, the mapping of the decoder's tensor names. Does
+not know: the container's bytes (gguf_container.py), block layouts (gguf_types.py), towers (gguf_towers.py).
 
 Sources: llama.cpp's conversion of both architectures and its loader (as shipped in llama-cpp-python 0.3.36). GGUF
 norm weights are the factor itself for Gemma 3 too, and q and k rows are not permuted.
 """
 
+import hashlib
 import re
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,9 @@ from numpy.typing import NDArray
 from edge_gemma.config import FULL, SLIDING
 from edge_gemma.config_keys import check_ignored, known_keys
 from edge_gemma.errors import CheckpointError, ConfigError
-from edge_gemma.export.gguf_container import GgufFile, Metadata
+from edge_gemma.export.audio_tower import bind_audio_tower
+from edge_gemma.export.gguf_container import GgufFile, Metadata, shortest
+from edge_gemma.export.gguf_towers import GgufTowers, fitting, open_towers
 from edge_gemma.export.gguf_types import PACKED_TYPES
 from edge_gemma.export.packed import Packed, PackedMatrix
 from edge_gemma.export.source_file import (
@@ -33,6 +36,7 @@ from edge_gemma.export.source_file import (
     show,
 )
 from edge_gemma.export.towers import Towers
+from edge_gemma.export.vision_tower import BOTH_WAYS, bind_vision_tower
 from edge_gemma.generation.sampler import usable_settings
 
 _GLOBAL_NAMES = {
@@ -92,16 +96,24 @@ _SAMPLING = {
 class _Values:
     """One architecture's metadata with the types checked; messages name the key."""
 
-    def __init__(self, metadata: Metadata, source: str, ignored: Collection[str]) -> None:
+    def __init__(
+        self, metadata: Metadata, source: str, ignored: Collection[str], towers: GgufTowers | None = None
+    ) -> None:
+        """towers: their keys may be ignored too."""
         self._metadata, self.source = metadata, source
         self.arch = metadata.scalar("general.architecture")
+        if self.arch == "clip":
+            raise ConfigError(
+                f"{source} is an mmproj, which holds towers only: give the model's own GGUF file, and this one with "
+                "--mmproj"
+            )
         if self.arch not in ("gemma3", "gemma4"):
             raise ConfigError(f"{source}: general.architecture is {show(repr(self.arch))}, expected gemma3 or gemma4")
         prefix = f"{self.arch}."
-        towers = tuple(prefix + part for part in _TOWER_KEYS)
-        config = {k: metadata.summary(k) for k in metadata if k.startswith(prefix) and not k.startswith(towers)}
+        others = tuple(prefix + part for part in _TOWER_KEYS)
+        config = {k: metadata.summary(k) for k in metadata if k.startswith(prefix) and not k.startswith(others)}
         known = {prefix + key for key in _KEYS}
-        check_ignored(ignored, [(config, known)])
+        check_ignored(ignored, [(config, known), *([towers.keys] if towers else [])])
         defaults = {prefix + key: value for key, value in _DEFAULTS.items()}
         known_keys(config, known, source, defaults=defaults, ignored=ignored)
 
@@ -137,13 +149,6 @@ class _Values:
         if len(values) != depth or not all(type(v) is int and 0 < v < 1 << 31 for v in values):
             raise self.fail(key, f"a positive integer or {depth} of them")
         return values
-
-
-def shortest(value: float) -> float:
-    """The shortest decimal that rounds to the stored float32: 9.99999997e-07 was written as 1e-06."""
-    with np.errstate(over="ignore"):
-        narrow = np.float32(value)
-    return float(str(narrow)) if float(narrow) == value else value
 
 
 def _layer_types(v: _Values, depth: int) -> list[str]:
@@ -347,31 +352,44 @@ class GgufCheckpoint:
 
     trained_recipe: str | None = None
 
-    def __init__(self, file: SourceFile | Path, ignored: Collection[str] = ()) -> None:
-        """ignored: unknown configuration keys to pass over, as the file spells them."""
+    def __init__(
+        self,
+        file: SourceFile | Path,
+        ignored: Collection[str] = (),
+        mmproj: Callable[[], SourceFile] | None = None,
+        *,
+        found: bool = False,
+    ) -> None:
+        """ignored: unknown configuration keys to pass over, as the file spells them. mmproj: opens the file that holds
+        the towers. found: it was found by its name, so that it is passed over where it belongs to another model.
+        """
         self._file = GgufFile(file)
+        self._towers: GgufTowers | None = None
         self.ignored = tuple(ignored)
         self.notes: list[str] = []
         self.stop_pieces: list[str] = []
         try:
-            self._open()
+            self._open(mmproj, found)
         except BaseException:
             self.close()
             raise
 
-    def _open(self) -> None:
+    def _open(self, mmproj: Callable[[], SourceFile] | None, found: bool) -> None:
         file, self._name = self._file, self._file.name
         self.metadata = file.metadata
         splits = file.metadata.scalar("split.count", 1)
         if splits not in (0, 1):
             raise CheckpointError(f"{self._name} is one of {show(splits)} parts; merge them first (llama-gguf-split)")
-        values = _Values(file.metadata, self._name, self.ignored)
+        self._towers = open_towers(file, mmproj, found, self.notes)
+        values = _Values(file.metadata, self._name, self.ignored, self._towers)
         depth = values.integer("block_count")
         if not 1 <= depth <= _MAX_LAYERS:
             raise values.fail("block_count", f"1 to {_MAX_LAYERS}")
         build = _gemma4_config if values.arch == "gemma4" else _gemma3_config
         self._config = resolve_config(self._name, build(values, file, depth))
         self.text_config = dict(self._config.text_config)
+        if self._towers is not None and self._towers.file is not file:
+            self._towers = fitting(self._towers, self._config.hidden_size, found, self.notes)
         canonical: dict[str, StoredTensor] = {_canonical(name): tensor for name, tensor in file.tensors.items()}
         self._stored = bind_tensors(self._name, self._config.tensor_shapes(), canonical, self._unused, _original)
         self.tensors = {name: TensorInfo(name, t.shape, t.dtype) for name, t in self._stored.items()}
@@ -380,10 +398,6 @@ class GgufCheckpoint:
             for name, tensor in self._stored.items()
             if tensor.dtype in PACKED_TYPES and len(tensor.shape) == 2
         }
-        if any(name.startswith(_TOWER_TENSORS) for name in canonical):
-            self.notes.append(
-                "the towers in this file are left out: for speech take the model's safetensors checkpoint"
-            )
         self.license = self._text("general.license")
         self.chat_template = self._text("tokenizer.chat_template")
         self.generation_config = self._generation_config()
@@ -420,6 +434,11 @@ class GgufCheckpoint:
         self.notes += notes
         return {"eos_token_id": list(eos)} | settings
 
+    @property
+    def lacks_towers(self) -> bool:
+        """Whether it is a model that has towers elsewhere."""
+        return self._towers is None and self.text_config["model_type"] == "gemma4_text"
+
     def stored(self, name: str) -> tuple[StoredTensor, ...]:
         """Where the values of a tensor lie."""
         return (self._stored[name],)
@@ -437,12 +456,26 @@ class GgufCheckpoint:
         return from_gguf_metadata(self.metadata)
 
     def towers(self, *, audio: bool = True, vision: bool = True) -> Towers:
-        """None: towers in GGUF, in a file of their own or in Ollama's single file, are not read."""
-        return Towers()
+        """The towers that there are, of those that are asked for: of an mmproj, or of Ollama's single file."""
+        if self._towers is None or not (audio or vision):
+            return Towers()
+        wanted = [name for name, asked in (("audio", audio), ("vision", vision)) if asked]
+        source = self._towers.source(
+            self._config.hidden_size, self._config.vocab_size, wanted, self.metadata, self.ignored
+        )
+        if vision and source.words("vision_config") is not None and not self._config.hidden_size_per_layer_input:
+            # Not stored: the models without per-layer embeddings attend so, E2B and E4B do not.
+            self.notes.append(BOTH_WAYS)
+            vision = False
+        return Towers(bind_audio_tower(source) if audio else None, bind_vision_tower(source) if vision else None)
 
     def digest(self) -> str:
-        """sha256 over the file's size and everything before the tensor data."""
-        return self._file.digest()
+        """sha256 over the file's size and everything before the tensor data, and the same of its mmproj."""
+        if self._towers is None or self._towers.file is self._file:
+            return self._file.digest()
+        return hashlib.sha256((self._file.digest() + self._towers.digest()).encode()).hexdigest()
 
     def close(self) -> None:
         self._file.close()
+        if self._towers is not None:
+            self._towers.close()

@@ -51,6 +51,7 @@ def export_onnx(
     calibration: str | None = None,
     audio: bool = True,
     vision: bool = True,
+    mmproj: Path | None = None,
     ignore_keys: Collection[str] = (),
     force: bool = False,
     progress: Progress | None = None,
@@ -59,8 +60,8 @@ def export_onnx(
     """Write `source` (a model folder, a safetensors folder or a GGUF file) as an ONNX folder. Returns `dest`.
 
     recipe: of a checkpoint as in `export_checkpoint`, and "float16"; a model folder keeps the one it has, but a float
-    one may become "float16". calibration, ignore_keys, note: as there; a model folder has no keys to ignore.
-    audio, vision: with its encoder, where there is one.
+    one may become "float16". calibration, mmproj, ignore_keys, note: as there; a model folder has neither an
+    mmproj nor keys to ignore. audio, vision: with its encoder, where there is one.
     The folder appears whole or not at all. Raises CheckpointError, ConfigError, ModelFolderError, UsageError: one
     line each.
     """
@@ -75,6 +76,7 @@ def export_onnx(
             calibration=calibration,
             audio=audio,
             vision=vision,
+            mmproj=mmproj,
             ignore_keys=ignore_keys,
             progress=progress,
             note=note,
@@ -114,6 +116,8 @@ def _model_folder(source: Path, dest: Path, recipe: str | None, **options: Any) 
     if (source / MANIFEST).is_file():
         if options["ignore_keys"]:
             raise UsageError(f"{source} is a model folder, which has no configuration keys to ignore")
+        if options["mmproj"] is not None:
+            raise UsageError(f"{source} is a model folder, which holds its encoders itself: leave --mmproj out")
         folder = ModelFolder.open(source)
         has = folder.manifest.get("recipe")
         if recipe not in (None, has) and (recipe, has) != (FLOAT16, "float"):

@@ -37,6 +37,7 @@ from edge_gemma.export.stream import TensorStream
 from edge_gemma.folder.atomic import new_folder, sync_tree, write_file
 from edge_gemma.folder.folder import MANIFEST, REPLACEABLE, TOKENIZER, ModelFolder, Progress
 from edge_gemma.folder.hub_name import HubName
+from edge_gemma.folder.mmproj import mmproj_of, which_mmproj
 from edge_gemma.host import system
 from edge_gemma.measure.memory import footprint
 
@@ -225,7 +226,7 @@ class Puller:
     def _wanted(self, repository: Repository) -> list[HubFile]:
         """The files of the checkpoint that `keep` stores."""
         if (gguf := self.name.gguf_of(repository.files)) is not None:
-            return [repository.files[gguf]]
+            return [repository.files[name] for name in (gguf, *mmproj_of(gguf, repository.files))]
         ending = (".json", ".safetensors", ".jinja", ".model", ".md", ".txt")
         return [file for name, file in sorted(repository.files.items()) if name.endswith(ending) and "/" not in name]
 
@@ -286,7 +287,13 @@ class Puller:
 
     def _checkpoint(self, folder: RemoteFolder, repository: Repository) -> Checkpoint:
         if (gguf := self.name.gguf_of(repository.files)) is not None:
-            return GgufCheckpoint(folder.open(gguf), self.ignore_keys)
+            beside = mmproj_of(gguf, repository.files) if self.audio or self.vision else []
+            if len(beside) == 1:
+                return GgufCheckpoint(folder.open(gguf), self.ignore_keys, partial(folder.open, beside[0]), found=True)
+            checkpoint = GgufCheckpoint(folder.open(gguf), self.ignore_keys)
+            if beside and checkpoint.lacks_towers:
+                checkpoint.notes.append(which_mmproj(beside))
+            return checkpoint
         return SafetensorsCheckpoint(folder, self.ignore_keys)
 
     def _key(self, what: str) -> str:

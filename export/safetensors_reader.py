@@ -37,7 +37,7 @@ from edge_gemma.export.source_file import (
 from edge_gemma.export.tensor_names import TensorNames, is_tower
 from edge_gemma.export.tower import TowerSource
 from edge_gemma.export.towers import Towers
-from edge_gemma.export.vision_tower import bind_vision_tower
+from edge_gemma.export.vision_tower import BOTH_WAYS, bind_vision_tower
 from edge_gemma.generation.sampler import usable_settings
 
 _ITEM_BYTES = {
@@ -281,7 +281,7 @@ class SafetensorsCheckpoint:
         )
         both_ways = self.text_config.get("use_bidirectional_attention") == "vision"
         if vision and both_ways and source.words("vision_config") is not None:
-            self.notes.append("this model attends to pictures in both directions, which is not supported: without them")
+            self.notes.append(BOTH_WAYS)
             vision = False
         return Towers(bind_audio_tower(source) if audio else None, bind_vision_tower(source) if vision else None)
 

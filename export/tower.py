@@ -12,6 +12,7 @@ from typing import Any, Generic, Protocol, TypeVar
 import numpy as np
 
 from edge_gemma.errors import CheckpointError, ConfigError
+from edge_gemma.export.element_types import FLOATS
 from edge_gemma.export.gemma_quant import GemmaQuantization, packed_matrices
 from edge_gemma.export.packed import Integers, PackedMatrix, Scales
 from edge_gemma.export.source_file import StoredTensor, bind_tensors, read_rows
@@ -56,6 +57,13 @@ class Tower(Generic[C]):
             raise CheckpointError(f"{name}: a weight is not finite: the checkpoint is damaged")
         return values
 
+    def float_type(self, weights: np.ndarray) -> str:
+        """The narrowest type that these values of a linear layer lose nothing in: what they were rounded to.
+
+        Wider types often hold values that were bfloat16 before, as the releases are.
+        """
+        return "BF16" if is_bfloat16(weights) else self.dtype
+
     def shape(self, name: str) -> tuple[int, ...]:
         return self.config.tensor_shapes(self.text_hidden_size)[name]
 
@@ -83,13 +91,18 @@ class Tower(Generic[C]):
         return low, high, out_low, out_high
 
 
+def is_bfloat16(values: np.ndarray) -> bool:
+    """Whether float32 values lose nothing in bfloat16."""
+    return not (np.ascontiguousarray(values).view(np.uint32) & 0xFFFF).any()
+
+
 @dataclass(frozen=True)
 class TowerSource:
     """A multimodal checkpoint, as far as towers are read from it.
 
     top: config.json. stored: the towers' tensors by the names of `tensor_shapes`; original: spells such a name as the
-    file does. quantization: of a QAT checkpoint, whose packed matrices stay integers. ignored: unknown keys to pass
-    over.
+    file does; restored(name, values): the checkpoint's values, where the file stores others. quantization: of a QAT
+    checkpoint, whose packed matrices stay integers. ignored: unknown keys to pass over.
     """
 
     name: str
@@ -98,6 +111,7 @@ class TowerSource:
     vocab_size: int
     stored: Mapping[str, StoredTensor]
     original: Callable[[str], str] = str
+    restored: Callable[[str, np.ndarray], np.ndarray] = lambda name, values: values
     quantization: GemmaQuantization | None = None
     ignored: Collection[str] = ()
 
@@ -133,11 +147,11 @@ class TowerSource:
         def read(name: str) -> np.ndarray:
             tensor = bound[name]
             if tensor.shape:
-                return read_rows(tensor, 0, tensor.shape[0])
+                return self.restored(name, read_rows(tensor, 0, tensor.shape[0]))
             return read_rows(replace(tensor, shape=(1,)), 0, 1).reshape(())
 
         dtypes = {tensor.dtype for name, tensor in bound.items() if name.endswith(".linear.weight")}
-        dtype = dtypes.pop() if len(dtypes) == 1 else "F32"
+        dtype = dtypes.pop() if len(dtypes) == 1 and dtypes <= FLOATS.keys() else "F32"
         lies = (*bound.values(), *(part for matrix in packed.values() for part in matrix.stored))
         halves = frozenset(name for name, tensor in bound.items() if tensor.dtype == "BF16")
         return Tower(config, words, self.hidden_size, ids, read, dtype, packed, lies, halves)

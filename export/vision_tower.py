@@ -15,7 +15,8 @@ import numpy as np
 
 from edge_gemma.export.folder_writer import FolderWriter
 from edge_gemma.export.packed import encode_dense, encode_packed
-from edge_gemma.export.tower import Tower, TowerSource
+from edge_gemma.export.source_file import StoredTensor, read_rows
+from edge_gemma.export.tower import Tower, TowerSource, is_bfloat16
 from edge_gemma.folder.folder import Progress, Tensor, plan_tensor
 from edge_gemma.quant.grid import find_grid
 from edge_gemma.quant.rtn import round_to_nearest
@@ -28,6 +29,7 @@ TOKEN_IDS = {
     "eoi_token_id": ("eoi_token_id", 258882),
     "video_token_id": ("video_token_id", 258884),
 }
+BOTH_WAYS = "this model attends to pictures in both directions, which is not supported: without them"
 _PLACES = "vision_tower.patch_embedder.position_embedding_table"  # 16 M values; a picture reads some hundred rows
 _TURNED = ("q_proj.linear.weight", "k_proj.linear.weight", "q_norm.weight", "k_norm.weight")
 
@@ -40,7 +42,22 @@ def bind_vision_tower(source: TowerSource) -> VisionTower | None:
         return None
     config = VisionConfig.from_vision_config(words, source.ignored)
     without = "--no-vision leaves the vision tower out"
-    return source.bind(config, words, TOKEN_IDS, ("vision_tower.", "embed_vision."), without)
+    tower = source.bind(config, words, TOKEN_IDS, ("vision_tower.", "embed_vision."), without)
+    places = source.stored[_PLACES]
+    if places.dtype == "F32" and _halves(places):
+        tower = replace(tower, bfloat16=tower.bfloat16 | {_PLACES})
+    return tower
+
+
+def _halves(places: StoredTensor) -> bool:
+    """Whether the table of places was bfloat16 before: an mmproj has it in float32 always.
+
+    Said of a table that lies elsewhere only when it has arrived, which is too late for the plan: it stays as it is.
+    """
+    if places.file.elsewhere:
+        return False
+    rows = replace(places, shape=(places.shape[0] * places.shape[1], places.shape[2]))
+    return all(is_bfloat16(read_rows(rows, at, min(at + 512, rows.shape[0]))) for at in range(0, rows.shape[0], 512))
 
 
 def plan_vision(tower: VisionTower, recipe: str) -> dict[str, Tensor]:
@@ -87,7 +104,7 @@ def _parts(tower: VisionTower, name: str, tensor: Tensor) -> dict[str, np.ndarra
         integers, scales = given
     else:
         weights = tower.tensor(name)
-        grid = find_grid(weights, tower.dtype)
+        grid = find_grid(weights, tower.float_type(weights))
         integers, scales = (grid.integers, grid.scales) if grid else round_to_nearest(weights, 8, 0)
     return encode_packed(tensor, integers[order], scales[order])
 

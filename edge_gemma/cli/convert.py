@@ -24,6 +24,8 @@ from edge_gemma.text.files import read_text
 @click.option("--onnx", "as_onnx", is_flag=True,
               help="Write ONNX graphs for onnxruntime. SOURCE may be a model folder too, which keeps its weights; "
               "--recipe may be float16 too.")  # fmt: skip
+@click.option("--mmproj", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE",
+              help="The towers of a GGUF file [default: the mmproj file beside it, if there is one].")  # fmt: skip
 @click.option("--no-audio", is_flag=True, help="Leave the audio tower out.")
 @click.option("--no-vision", is_flag=True, help="Leave the vision tower out.")
 @options.ignore_keys
@@ -35,6 +37,7 @@ def export(
     calibration: Path | None,
     no_calibration: bool,
     as_onnx: bool,
+    mmproj: Path | None,
     no_audio: bool,
     no_vision: bool,
     ignore_keys: tuple[str, ...],
@@ -44,7 +47,7 @@ def export(
 
     \b
     edge-gemma export ~/gemma-4-E2B-it ./gemma-4-e2b
-    edge-gemma export model.gguf ./model --recipe q8
+    edge-gemma export model.gguf ./model --recipe q8 --mmproj mmproj.gguf
     edge-gemma export ~/gemma-4-E2B-it ./mine --recipe q3mix --calibration letters.txt
     edge-gemma export ./model ./model-onnx --onnx
     """
@@ -69,6 +72,7 @@ def export(
                 calibration=text,
                 audio=not no_audio,
                 vision=not no_vision,
+                mmproj=mmproj,
                 ignore_keys=ignore_keys,
                 force=force,
                 progress=progress,

@@ -6,6 +6,7 @@ one only when a checkpoint has to be converted first.
 
 import contextlib
 import hashlib
+import importlib.util
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,6 +16,7 @@ from edge_gemma.folder import store
 from edge_gemma.folder.atomic import scratch_folder
 from edge_gemma.folder.file_names import MANIFEST
 from edge_gemma.folder.hub_name import SHORT_NAMES, HubName
+from edge_gemma.folder.mmproj import mmproj_beside
 from edge_gemma.host import places
 
 if TYPE_CHECKING:
@@ -138,13 +140,16 @@ def _converted(path: Path, progress: "Progress | None") -> Path:
 
 
 def _key(path: Path) -> str:
-    """Identifies a GGUF file: by its path, size, time, and samples of its contents.
+    """Identifies a GGUF file: by its path, size, time, samples of its contents, and the mmproj file beside it.
 
     It changes when the file is moved or replaced. The samples notice a file that was copied with the time of the one
     before. A new inode alone changes nothing.
     """
     status = path.stat()
     digest = hashlib.sha256(f"{path.resolve()}\0{status.st_size}\0{status.st_mtime_ns}".encode())
+    for mmproj in mmproj_beside(path):  # the towers are converted with it
+        beside = mmproj.stat()
+        digest.update(f"{mmproj.name}\0{beside.st_size}\0{beside.st_mtime_ns}\0{_writes_graphs()}".encode())
     with path.open("rb") as file:
         for i in range(_SAMPLES):
             file.seek(i * (status.st_size - 1) // (_SAMPLES - 1))
@@ -196,7 +201,12 @@ def _convert(source: Path, dest: Path, progress: "Progress | None") -> Path:
     """Convert into the cache. Replaces a folder that is damaged or of an older version."""
     from edge_gemma.export.convert import export_checkpoint
 
-    return export_checkpoint(source, dest, _GGUF_RECIPE, force=True, progress=progress)
+    return export_checkpoint(source, dest, _GGUF_RECIPE, audio=_writes_graphs(), force=True, progress=progress)
+
+
+def _writes_graphs() -> bool:
+    """Whether an audio tower can be converted. Without that the model answers all the same, but does not hear."""
+    return importlib.util.find_spec("onnx") is not None
 
 
 def _is_whole(folder: Path) -> bool:

@@ -9,6 +9,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from edge_gemma.errors import UsageError
+from edge_gemma.folder.mmproj import is_mmproj
 
 _NAME = re.compile(
     r"(?P<repo>[a-z0-9][\w.-]*/[a-z0-9_][\w.-]*?)(?:/(?P<file>(?:[a-z0-9_][\w.-]*/)*[a-z0-9_][\w.-]*\.gguf))?(?:@(?P<revision>[\w./-]+?))?(?::(?P<type>[\w.-]+))?",
@@ -44,7 +45,7 @@ class HubName:
         """The .gguf file that this name means, out of a repository's files. None for a safetensors checkpoint. Raises
         UsageError.
         """
-        models = sorted(f for f in files if f.endswith(".gguf") and "mmproj" not in f.lower())
+        models = sorted(f for f in files if f.endswith(".gguf") and not is_mmproj(f))
         if self.gguf is None:
             if "config.json" in files or not models:
                 return None
