@@ -104,7 +104,7 @@ _SPECIALS = {
 
 def has_towers(file: GgufFile) -> bool:
     """Whether any tensor of the file is a tower's."""
-    return any(name.startswith(_PARTS) for name in file.tensors)
+    return any(name.startswith(("v.", "a.")) for name in file.tensors)
 
 
 class GgufTowers:
