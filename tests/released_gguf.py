@@ -40,7 +40,7 @@ def _gguf_decoder(size: Size, shared_kv: bool) -> dict[str, tuple[tuple[int, ...
     return tensors
 
 
-def _gguf_towers() -> dict[str, tuple[tuple[int, ...], Any]]:
+def gguf_towers() -> dict[str, tuple[tuple[int, ...], Any]]:
     """The towers in Ollama's single file."""
     h = 1024
     one, square = (1,), (h, h)
@@ -116,7 +116,7 @@ def gguf_metadata(size: Size, kind: str) -> dict[str, Any]:
 
 def write_gguf_release(path: Path, kind: str) -> Path:
     """E2B in one file: "ollama" (towers, 2012 tensors) or "unsloth" (601 tensors). Returns `path`."""
-    tensors = _gguf_decoder(E2B, shared_kv=True) | (_gguf_towers() if kind == "ollama" else {})
+    tensors = _gguf_decoder(E2B, shared_kv=True) | (gguf_towers() if kind == "ollama" else {})
     if kind == "ollama":
         tensors["per_layer_token_embd.weight"] = (tensors["per_layer_token_embd.weight"][0], _Q.BF16)
     writer = gguf.GGUFWriter(path, "gemma4")

@@ -58,6 +58,8 @@ def export(
     from edge_gemma.quant.calibrate import bundled_text
 
     options.check_recipe(recipe, *([FLOAT16] if as_onnx else []))
+    if mmproj is not None and no_audio and (no_vision or as_onnx):
+        raise UsageError("--mmproj means nothing where no tower of it is wanted: leave it out")
     if not source.exists():
         raise UsageError(f"{source} does not exist: expected a checkpoint folder or a GGUF file")
     text = None if no_calibration else read_text(calibration) if calibration else bundled_text()

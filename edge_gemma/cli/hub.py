@@ -48,8 +48,9 @@ def pull(
     """Fetch the model NAME from a model hub; it becomes a model folder while it arrives.
 
     NAME is a short name, OWNER/REPO[@REVISION], or one .gguf file of a repository: OWNER/REPO/FILE.gguf or
-    OWNER/REPO:Q4_K_M. Without DEST it is kept with your other models, and -m finds it by its name. An interrupted pull
-    goes on where it stopped when the same command is given again. The disk needs room for the model folder and one
+    OWNER/REPO:Q4_K_M; the repository's mmproj file, which holds its towers, is taken too. Without DEST it is kept with
+    your other models, and -m finds it by its name. An interrupted pull goes on where it stopped when the same command
+    is given again. The disk needs room for the model folder and one
     tensor, never for the checkpoint. HF_TOKEN, HF_ENDPOINT and HTTPS_PROXY are heeded; it is the only command that uses
     the network.
 

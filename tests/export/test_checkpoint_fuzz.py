@@ -16,19 +16,22 @@ from edge_gemma.errors import CheckpointError, EdgeGemmaError
 from edge_gemma.export.checkpoint import open_checkpoint
 from edge_gemma.export.gguf_container import GgufFile
 from edge_gemma.export.gguf_reader import GgufCheckpoint
+from edge_gemma.export.tower import Tower
 from tests.open_files import open_below
 from tests.tiny import tiny_config, write_checkpoint
+from tests.tiny_gguf import write_gguf
+from tests.tiny_mmproj import mmproj_metadata, write_mmproj, write_single_file
 
 quick = settings(
     deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 )
 
 
-def survives(source: Path) -> str:
+def survives(source: Path, mmproj: Path | None = None) -> str:
     """Opens, reads everything and closes; the error's text, "" where there was none. Other exceptions go through."""
     text = ""
     try:
-        checkpoint = open_checkpoint(source)
+        checkpoint = open_checkpoint(source, (), mmproj)
         try:
             GemmaConfig.from_text_config(checkpoint.text_config)
             json.dumps(checkpoint.text_config)
@@ -41,6 +44,10 @@ def survives(source: Path) -> str:
                 for key in checkpoint.metadata:
                     _ = checkpoint.metadata[key]
             checkpoint.digest()
+            towers = checkpoint.towers()
+            json.dumps([dict(tower.words) for tower in (towers.audio, towers.vision) if tower])
+            for tower in (towers.audio, towers.vision):
+                read_tower(tower)
         finally:
             checkpoint.close()
     except EdgeGemmaError as e:
@@ -51,6 +58,13 @@ def survives(source: Path) -> str:
         text.encode()
     assert not open_below(source)
     return text
+
+
+def read_tower(tower: Tower[Any] | None) -> None:
+    shapes = tower.config.tensor_shapes(tower.text_hidden_size) if tower else {}
+    for name, shape in shapes.items():
+        assert tower
+        assert name in tower.packed or tower.read(name).shape == shape
 
 
 def test_what_is_open_is_seen(tmp_path: Path) -> None:
@@ -233,6 +247,46 @@ def mutations(draw: st.DrawFn, original: bytes) -> bytes:
 def test_mutated_gguf(tmp_path: Path, data: bytes) -> None:
     (tmp_path / "x.gguf").write_bytes(data)
     survives(tmp_path / "x.gguf")
+
+
+@pytest.fixture(scope="module")
+def towers(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path, bytes, bytes]:
+    """A model, a file for its towers, a file for both in one; what these hold."""
+    folder = tmp_path_factory.mktemp("towers")
+    apart = write_mmproj(folder / "towers.gguf", "Q8_0")
+    together = write_single_file(folder / "together.gguf", "F16")
+    model = write_gguf(folder / "model.gguf", "e2b")
+    return model, apart, together, apart.read_bytes(), together.read_bytes()
+
+
+@settings(quick, max_examples=400)
+@given(draw=st.data())
+def test_mutated_towers(towers: tuple[Path, Path, Path, bytes, bytes], draw: st.DataObject) -> None:
+    """Edits of keys and the tensor table, in which nearly all of an mmproj's first 20 kB are."""
+    model, apart, _, data, _ = towers
+    apart.write_bytes(draw.draw(mutations(data[:20_000])) + data[20_000:])
+    survives(model, apart)
+
+
+@settings(quick, max_examples=100)
+@given(draw=st.data())
+def test_mutated_towers_of_a_single_file(towers: tuple[Path, Path, Path, bytes, bytes], draw: st.DataObject) -> None:
+    *_, together, _, data = towers
+    start, end = data.index(b"gemma4.audio."), data.index(b"gemma4.audio.") + 1200
+    table = data.index(b"v.patch_embd.weight")
+    at = draw.draw(st.sampled_from([start, table]))
+    end = min(end, table) if at == start else table + 20_000
+    together.write_bytes(data[:at] + draw.draw(mutations(data[at:end])) + data[end:])
+    survives(together)
+
+
+def test_towers_with_one_odd_value(towers: tuple[Path, Path, Path, bytes, bytes]) -> None:
+    model, apart, *_ = towers
+    clip = [key for key in mmproj_metadata() if key.startswith("clip.")]
+    for key in [*clip, "clip.projector_type", "clip.use_silu", "clip.vision.num_channels"]:
+        for value in ODD_VALUES[::3]:
+            write_mmproj(apart, metadata={key: value})
+            survives(model, apart)
 
 
 @quick

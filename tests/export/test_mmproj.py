@@ -9,7 +9,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from click.testing import CliRunner, Result
 
+from edge_gemma.cli.main import cli
 from edge_gemma.errors import CheckpointError, ConfigError, EdgeGemmaError, UsageError
 from edge_gemma.export.checkpoint import open_checkpoint
 from edge_gemma.export.convert import export_checkpoint
@@ -260,6 +262,32 @@ def test_the_digest_follows_the_mmproj(model: Path, tmp_path: Path) -> None:
     a, b = (write_mmproj(tmp_path / f"{kind}.gguf", kind) for kind in ("F32", "F16"))
     assert len({of(None), of(a), of(b)}) == 3
     assert of(a) == of(a)
+
+
+def test_the_command(checkpoint: Path, model: Path, tmp_path: Path) -> None:
+    def export(*args: object) -> Result:
+        return CliRunner().invoke(cli, ["export", *map(str, args)])
+
+    path = write_mmproj(tmp_path / "towers.gguf")
+    done = export(model, tmp_path / "m", "--recipe", "q8", "--mmproj", path)
+    assert done.exit_code == 0, done.output
+    assert ModelFolder.open(tmp_path / "m").vision is not None
+    shutil.copy(model, tmp_path / "tiny.gguf")
+    shutil.copy(path, tmp_path / "mmproj.gguf")
+    done = export(tmp_path / "tiny.gguf", tmp_path / "n", "--recipe", "q8", "--no-audio")
+    assert f"note: its towers are taken from {tmp_path / 'mmproj.gguf'}" in done.stderr
+    done = export(tmp_path / "tiny.gguf", tmp_path / "o", "--recipe", "q8", "--onnx")
+    assert done.exit_code == 0, done.output
+    assert any("audio" in file.name for file in (tmp_path / "o").rglob("*"))
+    for args, text in (
+        ((model, tmp_path / "x", "--mmproj", path, "--no-audio", "--no-vision"), "leave it out"),
+        ((checkpoint, tmp_path / "x", "--mmproj", path), "leave --mmproj out"),
+        ((tmp_path / "m", tmp_path / "x", "--onnx", "--mmproj", path), "holds its encoders itself"),
+        ((path, tmp_path / "x"), "give the model's own GGUF file"),
+    ):
+        refused = export(*args)
+        assert (refused.exit_code, len(refused.stderr.splitlines())) == (1, 1)
+        assert text in refused.stderr
 
 
 # --- what is refused --------------------------------------------------------------------------------------------------

@@ -9,7 +9,9 @@ import pytest
 
 from edge_gemma.config import FULL, SLIDING, GemmaConfig
 from edge_gemma.errors import ConfigError, UsageError
+from edge_gemma.export.audio_tower import AudioConfig
 from edge_gemma.export.checkpoint import open_checkpoint
+from edge_gemma.vision_config import VisionConfig
 from tests import ROOT
 from tests.released import (
     E2B,
@@ -20,7 +22,7 @@ from tests.released import (
     releases,
     write_release,
 )
-from tests.released_gguf import gguf_parameters, write_gguf_release
+from tests.released_gguf import gguf_parameters, gguf_towers, write_gguf_release
 
 RELEASES = releases()
 SHARED = ROOT.parent / "shared" / "released"
@@ -154,9 +156,30 @@ def test_ollamas_single_file_opens(tmp_path: Path) -> None:
     assert GemmaConfig.from_text_config(checkpoint.text_config) == expected
     assert set(checkpoint.tensors) == set(expected.tensor_shapes())
     assert checkpoint.generation_config == {"eos_token_id": [1, 106, 50]}
-    assert checkpoint.towers().audio is None
-    assert ["towers" in note for note in checkpoint.notes] == [True]
+    towers = checkpoint.towers()
+    assert not checkpoint.notes
+    assert towers.audio is not None
+    assert towers.vision is not None
+    config = gemma4_config(E2B)
+    assert towers.audio.config == AudioConfig.from_audio_config(config["audio_config"])
+    assert towers.vision.config == VisionConfig.from_vision_config(config["vision_config"])
+    assert towers.audio.weights + towers.vision.weights == 304_825_088 + 167_365_056 + 3_538_944, "as published"
+    assert (towers.audio.dtype, towers.vision.dtype) == ("BF16", "F16")
+    assert towers.audio.clip("audio_tower.layers.11.lconv1d.linear_end") == (-5, 1, -5, 1)
     checkpoint.close()
+
+
+def test_the_single_files_towers_equal_the_recorded_ones() -> None:
+    path = SHARED / "ollama+gemma4_e2b" / "tensors.txt"
+    if not path.is_file():
+        pytest.skip(f"{path} is not there: the recorded files are kept beside the repository")
+    recorded = {}
+    for line in path.read_text().splitlines():
+        name, kind, sizes = line.split(" ", 2)
+        if name.startswith(("a.", "v.", "mm.")):
+            recorded[name] = (tuple(reversed(json.loads(sizes))), kind)
+    assert len(recorded) == 1411
+    assert recorded == {name: (shape, kind.name) for name, (shape, kind) in gguf_towers().items()}
 
 
 def test_unsloths_file_opens(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from edge_gemma.folder import find
 from edge_gemma.folder.folder import ModelFolder
 from tests.tiny import write_checkpoint
 from tests.tiny_gguf import write_gguf
+from tests.tiny_mmproj import write_mmproj
 
 
 @pytest.fixture(autouse=True)
@@ -88,6 +89,22 @@ def test_a_gguf_of_the_same_size_and_another_time_is_converted_anew(tmp_path: Pa
     assert second != first
     os.utime(path, ns=(0, path.stat().st_mtime_ns - 3 * 10**9))
     assert find.resolve(path) == first
+
+
+def test_towers_beside_a_gguf_are_converted_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_gguf(tmp_path / "tiny.gguf", "e2b")
+    deaf = find.resolve(path)
+    assert ModelFolder.open(deaf).vision is None
+    write_mmproj(tmp_path / "mmproj-F32.gguf")
+    both = find.resolve(path)
+    assert ModelFolder.open(both).vision is not None
+    assert "audio" in ModelFolder.open(both).manifest
+    monkeypatch.setattr(find, "_writes_graphs", lambda: False)  # without the onnx package
+    seeing = find.resolve(path)
+    assert ModelFolder.open(seeing).vision is not None
+    assert "audio" not in ModelFolder.open(seeing).manifest
+    (tmp_path / "mmproj-F32.gguf").unlink()
+    assert find.resolve(path) == deaf
 
 
 @pytest.mark.parametrize("at", [-1, -33, 0.5])
