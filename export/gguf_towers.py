@@ -160,8 +160,6 @@ class GgufTowers:
         wanted: of "audio" and "vision". decoder: the metadata that the tokenizer is in. Raises ConfigError,
         CheckpointError.
         """
-        if (why := self.stranger(hidden_size)) is not None:
-            raise ConfigError(why)
         config, known = self.keys
         others = tuple(f"{self._prefix}{part}." for part in _PROJECTORS if part not in wanted)
         known_keys({k: v for k, v in config.items() if not k.startswith(others)}, known, self.name, ignored=ignored)
