@@ -124,7 +124,7 @@ class Conversion:
             plan[_EMBEDDINGS] = _stored_once(plan)
         model = checkpoint.tokenizer_model()
         generation = generation_config(checkpoint, _tokenizer(model, config))
-        towers = checkpoint.towers(audio=audio, vision=vision)
+        towers = checkpoint.towers(audio=audio, vision=vision).without_promises(mistaken)
         return cls(checkpoint, config, recipe, carried, plan, model, generation, towers)
 
     @property

@@ -8,23 +8,15 @@ from itertools import pairwise
 
 import numpy as np
 
-from edge_gemma.errors import CheckpointError
 from edge_gemma.export.checkpoint import Checkpoint
 from edge_gemma.export.packed import Integers, PackedMatrix, Scales
+from edge_gemma.export.source_file import GlanceError
 from edge_gemma.quant.grid import on_grid
 
 _ROWS = 8  # looked at first: a matrix of random weights is given up after these
 _BLOCK_WEIGHTS = 1 << 18
 # (bits, group) from the smallest on: one scale a row as the QAT checkpoints have, blocks of 32 as GGUF's Q4_0.
 _FORMATS = ((2, 0), (4, 0), (4, 32), (8, 0))
-
-
-class GlanceError(CheckpointError):
-    """The first rows of `matrix` lie on a grid and later ones do not."""
-
-    def __init__(self, matrix: str, finding: str) -> None:
-        super().__init__(f"{matrix} {finding}, or changed while it was read")
-        self.matrix = matrix
 
 
 def grid_matrix(checkpoint: Checkpoint, name: str, most_bits: int, *, glance: bool = False) -> PackedMatrix | None:

@@ -28,10 +28,9 @@ from edge_gemma.export.download import Download, Unit, in_order, room_needed
 from edge_gemma.export.folder_writer import FolderWriter
 from edge_gemma.export.gguf_reader import GgufCheckpoint
 from edge_gemma.export.hub import ANEW, ChangedError, Hub, HubFile, Repository
-from edge_gemma.export.on_grid import GlanceError
 from edge_gemma.export.resume import JOURNAL, Journal
 from edge_gemma.export.safetensors_reader import SafetensorsCheckpoint
-from edge_gemma.export.source_file import SourceFolder, show
+from edge_gemma.export.source_file import GlanceError, SourceFolder, show
 from edge_gemma.export.spool import Spool, SpooledFile
 from edge_gemma.export.stream import TensorStream
 from edge_gemma.folder.atomic import new_folder, sync_tree, write_file

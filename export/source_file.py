@@ -27,6 +27,14 @@ _COMPARED = 1 << 20  # bytes compared at a time
 _CHUNK_VALUES = 1 << 19  # values converted at a time: 2 MiB of float32, which stays in the cache
 
 
+class GlanceError(CheckpointError):
+    """The first rows of `matrix` promised what later ones do not hold."""
+
+    def __init__(self, matrix: str, finding: str) -> None:
+        super().__init__(f"{matrix} {finding}, or changed while it was read")
+        self.matrix = matrix
+
+
 @dataclass(frozen=True)
 class TensorInfo:
     """What a checkpoint says of one tensor: canonical name, shape (rows first), storage type ("BF16", "Q4_K", ...)."""

@@ -14,9 +14,9 @@ import numpy as np
 from edge_gemma.errors import CheckpointError
 from edge_gemma.export.checkpoint import Checkpoint
 from edge_gemma.export.folder_writer import FolderWriter
-from edge_gemma.export.on_grid import GlanceError
 from edge_gemma.export.packed import PackedMatrix, encode_dense, encode_packed
 from edge_gemma.export.resume import Journal
+from edge_gemma.export.source_file import GlanceError
 from edge_gemma.folder.folder import Progress, Tensor
 from edge_gemma.quant.calibrate import Rounder
 from edge_gemma.quant.search import search_scales

@@ -3,13 +3,14 @@
 Owns: what is done alike for sound and pictures. Does not know: their arithmetic.
 """
 
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, replace
 from typing import Any
 
 from edge_gemma.export.audio_tower import AudioTower
 from edge_gemma.export.folder_writer import FolderWriter
 from edge_gemma.export.source_file import StoredTensor
-from edge_gemma.export.vision_tower import VisionTower, plan_vision, write_vision
+from edge_gemma.export.vision_tower import VisionTower, plan_vision, without_promises, write_vision
 from edge_gemma.folder.folder import Progress, Tensor
 
 
@@ -24,6 +25,10 @@ class Towers:
     def stored(self) -> tuple[StoredTensor, ...]:
         """Where their values lie."""
         return tuple(tensor for tower in (self.audio, self.vision) if tower for tensor in tower.stored)
+
+    def without_promises(self, mistaken: Collection[str]) -> "Towers":
+        """The towers, less what a glance at the tensors `mistaken` has promised."""
+        return replace(self, vision=self.vision and without_promises(self.vision, mistaken))
 
     def plan(self, recipe: str) -> dict[str, Tensor]:
         """The tensors that a recipe stores in a container of the folder: those of pictures."""

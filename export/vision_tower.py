@@ -8,6 +8,7 @@ the second half by its y. Rows are stored so that both are pairs (j, j + hd / 2)
 products of queries and keys do not change if both are stored so.
 """
 
+from collections.abc import Collection
 from dataclasses import replace
 from typing import Any
 
@@ -15,7 +16,7 @@ import numpy as np
 
 from edge_gemma.export.folder_writer import FolderWriter
 from edge_gemma.export.packed import encode_dense, encode_packed
-from edge_gemma.export.source_file import StoredTensor, read_rows
+from edge_gemma.export.source_file import GlanceError, StoredTensor, read_rows
 from edge_gemma.export.tower import Tower, TowerSource, is_bfloat16
 from edge_gemma.folder.folder import Progress, Tensor, plan_tensor
 from edge_gemma.quant.grid import find_grid
@@ -52,12 +53,16 @@ def bind_vision_tower(source: TowerSource) -> VisionTower | None:
 def _halves(places: StoredTensor) -> bool:
     """Whether the table of places was bfloat16 before: an mmproj has it in float32 always.
 
-    Said of a table that lies elsewhere only when it has arrived, which is too late for the plan: it stays as it is.
+    Of a table that lies elsewhere the first rows say so; writing it raises GlanceError where they are wrong.
     """
-    if places.file.elsewhere:
-        return False
     rows = replace(places, shape=(places.shape[0] * places.shape[1], places.shape[2]))
-    return all(is_bfloat16(read_rows(rows, at, min(at + 512, rows.shape[0]))) for at in range(0, rows.shape[0], 512))
+    looked = min(8, rows.shape[0]) if places.file.elsewhere else rows.shape[0]
+    return all(is_bfloat16(read_rows(rows, at, min(at + 512, looked))) for at in range(0, looked, 512))
+
+
+def without_promises(tower: VisionTower, mistaken: Collection[str]) -> VisionTower:
+    """The tower, less what a glance at the tensors `mistaken` has promised."""
+    return replace(tower, bfloat16=tower.bfloat16 - set(mistaken))
 
 
 def plan_vision(tower: VisionTower, recipe: str) -> dict[str, Tensor]:
@@ -99,7 +104,10 @@ def _parts(tower: VisionTower, name: str, tensor: Tensor) -> dict[str, np.ndarra
         return {"values": np.array(tower.clip(name.removesuffix(".bounds")), np.float32)}
     order = turned_rows(tower.config, tensor.shape[0]) if name.endswith(_TURNED) else slice(None)
     if tensor.layout == "dense":
-        return encode_dense(tensor, tower.tensor(name)[order])
+        values = tower.tensor(name)[order]
+        if tensor.parts["values"].dtype == "BF16" and not is_bfloat16(values):
+            raise GlanceError(name, "has values that bfloat16 does not hold, unlike its first rows")
+        return encode_dense(tensor, values)
     if (given := tower.integers([name.removesuffix(".weight")])) is not None:
         integers, scales = given
     else:

@@ -28,8 +28,7 @@ from edge_gemma.folder.hub_name import HubName
 from tests import hub_stand_in, tiny_qat
 from tests.export.test_carried import on_grids
 from tests.tiny import tiny_weights, write_checkpoint, write_safetensors
-from tests.tiny_gguf import write_blocks_gguf, write_gguf
-from tests.tiny_mmproj import write_mmproj
+from tests.tiny_gguf import write_blocks_gguf
 from tests.tiny_qat import write_qat_checkpoint
 
 REPO = "owner/tiny"
@@ -125,42 +124,6 @@ def test_one_gguf_of_a_repository(tmp_path: Path, serve) -> None:
         pull(tmp_path / "x")
     with pytest.raises(UsageError, match=r"no GGUF file 'Q5_K'.*tiny-Q4_0.gguf"):
         pull(tmp_path / "x", f"{REPO}:Q5_K")
-
-
-def test_a_gguf_repository_with_towers(tmp_path: Path, serve) -> None:
-    """Of the mmproj files the best is taken; it is fetched only where it is wanted."""
-    (tmp_path / "in").mkdir()
-    gguf = write_gguf(tmp_path / "in" / "tiny-Q8_0.gguf", "e2b")
-    for kind in ("F16", "BF16", "F32"):
-        write_mmproj(tmp_path / "in" / f"mmproj-{kind}.gguf", kind)
-    stand_in = serve(tmp_path / "in")
-    notes: list[str] = []
-    expected = contents(export_checkpoint(gguf, tmp_path / "exported", "q8"))
-    assert any("audio" in name for name in expected)
-    pull(tmp_path / "pulled", recipe="q8", note=notes.append)
-    assert contents(tmp_path / "pulled") == expected
-    assert [note for note in notes if "mmproj" in note] == [
-        f"its towers are taken from {REPO}@{stand_in.commit(REPO)[:12]}/mmproj-BF16.gguf"
-    ]
-    kept = Puller(HubName.parse(REPO)).keep(tmp_path / "kept")
-    assert kept.verified == ("tiny-Q8_0.gguf", "mmproj-BF16.gguf")
-    assert contents(export_checkpoint(tmp_path / "kept" / "tiny-Q8_0.gguf", tmp_path / "again", "q8")) == expected
-    stand_in.log.clear()
-    pull(tmp_path / "plain", recipe="q8", audio=False, vision=False)
-    assert not any("mmproj" in path for _, path, *_ in stand_in.log)
-    assert not any("audio" in name or "vision" in name for name in contents(tmp_path / "plain"))
-
-
-def test_a_gguf_repository_with_towers_of_several_models(tmp_path: Path, serve) -> None:
-    (tmp_path / "in").mkdir()
-    write_gguf(tmp_path / "in" / "tiny.gguf", "e2b")
-    for name in ("mmproj-one.gguf", "mmproj-other.gguf"):
-        write_mmproj(tmp_path / "in" / name)
-    serve(tmp_path / "in")
-    notes: list[str] = []
-    pull(tmp_path / "pulled", recipe="q8", note=notes.append)
-    assert any("several files may hold its towers (mmproj-one.gguf, mmproj-other.gguf)" in note for note in notes)
-    assert not any("vision" in name for name in contents(tmp_path / "pulled"))
 
 
 def test_a_matrix_that_leaves_its_grid_is_rounded(tmp_path: Path, serve) -> None:
