@@ -51,7 +51,7 @@ class PictureResult:
     encode_s: dict[str, float]
     first_token_s: dict[str, float]
     peak_rss_mb: dict[str, float | None]  # of the whole process, up to this budget
-    rss_text_mb: float | None  # before the first picture, after a prompt of text
+    rss_text_mb: float | None  # before the first picture, after as many tokens of text
     rss_released_mb: float | None  # after the encoder was released
     runs: dict[str, list[float]]  # all repetitions of the figures that are medians
 
@@ -95,7 +95,7 @@ def _measured(
 ) -> PictureResult:
     """The measurement of a loaded model. facts: fields that are known."""
     session, random = engine.session(), np.random.default_rng(0)
-    session.prefill(_ids(random, engine, BEFORE + AFTER))
+    session.prefill(_ids(random, engine, needed_context(budgets)))  # what as much text as the largest takes
     session.rewind(0)
     without = resident()
     start = time.perf_counter()
@@ -187,7 +187,7 @@ def print_table(result: PictureResult) -> None:
     rows += [
         ("picture", result.picture, ""),
         ("load, encoder", f"{result.load_s:.3f} s, {result.encoder_load_s:.3f} s", ""),
-        ("memory before the picture", megabytes(result.rss_text_mb), ""),
+        ("memory after as much text, before pictures", megabytes(result.rss_text_mb), ""),
         ("memory after its encoder was released", megabytes(result.rss_released_mb), ""),
     ]
     print_rows(result, rows)
