@@ -50,7 +50,7 @@ def test_every_integer_and_scale_reaches_the_encoder(model: Path):
         assert np.array_equal(values[f"{together}.weight_scale"], scales[:, 0])
         seen += len(parts)
     assert seen == len(names)
-    assert sum("q_proj" in name and "+" in name for name in values) == 2  # one layer's q, k and v: weights and scales
+    assert sum("q_proj" in name and "+" in name for name in values) == 3  # a layer's q, k, v: weights, scales, zero
 
 
 @pytest.mark.parametrize("recipe", ["mobile", "float"])
