@@ -89,22 +89,26 @@ def export_onnx(
         if audio:
             files |= _copy_encoders(folder, out)
         files |= _write_texts(folder, out)
-        manifest: dict[str, Any] = {
-            "format": ONNX_FORMAT,
-            "version": ONNX_VERSION,
-            "created_by": f"edge_gemma {__version__}",
-            "recipe": recipe,
-            "source": folder.manifest.get("source"),
-            "config": dict(folder.config.text_config),
-            "files": files,
-        }
-        if audio and "audio" in folder.manifest:
-            manifest["audio"] = folder.manifest["audio"]
-        if folder.vision is not None:
-            manifest["vision"] = {k: v for k, v in folder.manifest["vision"].items() if k != "tensors"}
-        manifest["digest"] = manifest_digest(manifest)
-        (out / MANIFEST).write_text(json.dumps(manifest, indent=1))
+        (out / MANIFEST).write_text(json.dumps(_manifest(folder, recipe, files, audio), indent=1))
     return dest
+
+
+def _manifest(folder: ModelFolder, recipe: str, files: dict[str, Any], audio: bool) -> dict[str, Any]:
+    """The manifest of an ONNX folder made from `folder`. audio: its encoders are among the files."""
+    manifest: dict[str, Any] = {
+        "format": ONNX_FORMAT,
+        "version": ONNX_VERSION,
+        "created_by": f"edge_gemma {__version__}",
+        "recipe": recipe,
+        "source": folder.manifest.get("source"),
+        "config": dict(folder.config.text_config),
+        "files": files,
+    }
+    if audio and "audio" in folder.manifest:
+        manifest["audio"] = folder.manifest["audio"]
+    if folder.vision is not None:
+        manifest["vision"] = {k: v for k, v in folder.manifest["vision"].items() if k != "tensors"}
+    return manifest | {"digest": manifest_digest(manifest)}
 
 
 @contextmanager
