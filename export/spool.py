@@ -39,6 +39,7 @@ class Range:
     synced: int = 0
     flushing: bool = False
     ordered: bool = False  # a tensor's: it goes when it has been used
+    used: bool = False
     coming: bool = True
 
     @property
@@ -211,11 +212,22 @@ class SpooledFile(SourceFile):
         bisect.insort(self._ranges, kept, key=lambda r: (r.start, r.ordered))
 
     def add(self, kept: Range, data: bytes) -> None:
-        """The next bytes of a range."""
-        with kept.path.open("ab") as file:  # buffered: a full disk may take a part of an unbuffered write in silence
-            file.write(data)
+        """The next bytes of a range.
+
+        A reader may be done with a range before its last bytes come, when small ranges had them. A file that has gone
+        by then is not begun anew: a later run would take these bytes for the first.
+        """
+        try:
+            with kept.path.open("r+b" if kept.have else "wb") as file:  # buffered: a full disk may take a part of an
+                file.seek(kept.have)  # unbuffered write in silence
+                file.write(data)
+        except FileNotFoundError:
+            if not kept.used:
+                raise
         with self._spool.changed:
             kept.have += len(data)
+            if kept.used:
+                return
             self._spool.held += len(data) if kept.ordered else 0
             self._spool.changed.notify_all()
             if kept.ordered and not kept.flushing and kept.have - kept.synced >= _SYNC_BYTES:
@@ -243,6 +255,7 @@ class SpooledFile(SourceFile):
             if kept is None:
                 return
             self._ranges.remove(kept)
+            kept.used = True
             self._spool.held -= kept.have
             self._spool.changed.notify_all()
         for path in (kept.path, kept.path.with_suffix(".flushed")):

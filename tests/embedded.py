@@ -71,7 +71,7 @@ def in_recipe(recipe: str, dest: Path, monkeypatch: pytest.MonkeyPatch) -> Engin
     """The embedded decoder, widened to float and exported again with `recipe`; it hears with its own encoder."""
     embedded = ModelFolder.open(FOLDER)
     with monkeypatch.context() as patch:
-        patch.setattr(convert, "open_checkpoint", lambda *_: _Dequantised(embedded))
+        patch.setattr(convert, "open_checkpoint", lambda *_, **__: _Dequantised(embedded))
         folder = ModelFolder.open(convert.export_checkpoint(FOLDER, dest, recipe, audio=False))
     engine = Engine(replace(folder, audio=embedded.audio), context=None, threads=None, kv_dtype=None)
     original = Engine.load(FOLDER)

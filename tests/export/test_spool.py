@@ -205,6 +205,23 @@ def test_what_was_not_flushed_is_never_trusted_after_a_second_start(tmp_path: Pa
     assert again.order(0, 100).have == 0
 
 
+def test_a_range_that_was_used_before_its_end_came_is_not_begun_again(tmp_path: Path) -> None:
+    """A small range had its last byte: a reader is done while the download still brings that byte."""
+    data = bytes(range(60))
+    file = SpooledFile(Spool(tmp_path), 1, "f", 60, lambda a, b: iter([data[a:b]]))
+    assert file.read(32, 9) == data[32:41]  # a glance
+    tensor = file.order(0, 40)
+    file.add(tensor, data[:39])
+    assert file.read(0, 33) + file.read(33, 7) == data[:40]
+    file.drop(0)
+    file.add(tensor, data[39:40])
+    assert tensor.have == 40, "the download goes on behind it"
+    assert file._spool.held == 0
+    assert not (tmp_path / "1-0-40-t").exists()
+    again = SpooledFile(Spool(tmp_path), 1, "f", 60, lambda a, b: iter([data[a:b]]))
+    assert again.order(0, 40).have == 0
+
+
 @pytest.mark.parametrize("note", [b"", b"\0\0\0", b"7x", b"\xff"])
 def test_a_note_of_what_was_flushed_may_be_damaged(tmp_path: Path, note: bytes) -> None:
     first = SpooledFile(Spool(tmp_path), 1, "f", 100, None)
