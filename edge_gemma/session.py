@@ -19,12 +19,11 @@ from edge_gemma.host.pace import Pace
 from edge_gemma.model.decoder import Decoder
 from edge_gemma.model.kv_cache import KVCache, Snapshot
 from edge_gemma.model.prefix_cache import PrefixCache, soft_key
-from edge_gemma.model.recorded import Step
+from edge_gemma.model.recorded import MOST, PAD, Steps
 from edge_gemma.model.run_state import RunState
 
 CHUNK = 128  # tokens prefilled at a time
 MARKS = 4  # snapshots kept
-PAD = 0  # the token whose per-layer embedding soft tokens take
 SoftTokens = dict[int, np.ndarray]  # position -> float32 [hidden_size], what enters layer 0 there
 
 
@@ -52,7 +51,7 @@ class Session:
         self._pace = Pace(threads, kernels.threads())
         self._soft: SoftTokens = {}  # kept for rewinding and saving: about as many bytes a token as the KV cache
         self._cache = KVCache(decoder.config, context, CHUNK, kv_dtype)
-        self._step = Step(decoder, self._cache)
+        self._steps = Steps(decoder, self._cache)
         self._marks: list[Snapshot] = []
         self._prefixes, self._between = prefixes, between
         self._shared = 0  # positions whose rows `prefixes` has too
@@ -78,14 +77,8 @@ class Session:
         """
         ids = self._check(ids)
         if len(ids) == 1:
-            self._between()
             self._settle()
-            with kernels.use_threads(self._pace.limit), self._pace.of(1):
-                logits = self._step(ids[0])
-            self.ids.append(ids[0])
-            if self.position - self._shared >= CHUNK:
-                self._share()
-            return logits
+            return self._together(ids, lambda: self._steps.one(ids[0]))
         with kernels.use_threads(self._pace.limit):
             return self._decoder.logits(self._run(ids, keep=1))[0]
 
@@ -226,6 +219,9 @@ class Session:
         """
         self._settle()
         known = self._restore(ids, len(ids) - keep, soft or {})
+        if 1 < len(ids) - known <= MOST and self._steps.begun and not soft:
+            few = ids[known:]
+            return self._together(few, lambda: self._steps.several(few))[len(few) - keep :]
         rows = [np.empty((0, self._decoder.config.hidden_size), np.float32)]
         for part, here, hidden in self._chunks(ids[known:], keep, soft or {}):
             rows.append(hidden)
@@ -233,6 +229,16 @@ class Session:
             self._soft |= here
             self._share()
         return np.concatenate(rows) if len(rows) > 2 else rows[-1]
+
+    def _together(self, ids: list[int], run: Callable[[], np.ndarray]) -> np.ndarray:
+        """Append a few ids, which `run` runs in one recorded pass. Returns what it returns."""
+        self._between()
+        with kernels.use_threads(self._pace.limit), self._pace.of(1):
+            rows = run()
+        self.ids.extend(ids)
+        if self.position - self._shared >= CHUNK:
+            self._share()
+        return rows
 
     def recall(self, ids: Sequence[int], encoded: Sequence[tuple[int, np.ndarray]] = ()) -> int:
         """Append the first of `ids`, as far as they were computed before: by a shared session, or kept on disk.

@@ -71,7 +71,7 @@ log = logging.getLogger(__name__)
 FunctionIdentity._unique_ids = itertools.count(secrets.randbits(60))
 
 recording = threading.local()  # .recorder: who writes down this thread's kernel calls (recording/program.py), or None
-CHUNK_ARGUMENTS = (types.int64, types.int64, types.int64)
+CHUNK_ARGUMENTS = (types.int64, types.int64)
 _caller = threading.local()  # .threads: what this thread told numba; .limit: what `use_threads` asks for here
 # Turns a thread of libgomp spins for the others before it sleeps, half a millisecond at most. The default, thirty times
 # more, is as fast on an idle machine and 4 to 8 times slower on a busy one: a thread that spins keeps its partner off
@@ -266,7 +266,7 @@ def compiled(*signature, parallel=False, fastmath=False, key=None):
 
 
 class ChunkFunction:
-    """A C function void(int64 operation, int64 position, int64 chunk), compiled when its address is first asked for.
+    """A C function void(int64 operation, int64 chunk), compiled when its address is first asked for.
 
     What programs are made of (recording/program.py).
     """

@@ -1,4 +1,5 @@
-"""Gates, scalings and the cap of logits: kernels that take their arrays element by element, in float32.
+"""Gates, scalings, the cap of logits and a change of order: kernels that take their arrays element by element, in
+float32.
 
 Owns: everything about these kernels: compiled code, definition, operation; exp() for other kernels. Does not know:
 which layer calls them. The loops are plain, LLVM vectorises them.
@@ -13,7 +14,7 @@ from edge_gemma.kernels.convert import float_of_bits
 from edge_gemma.kernels.recording.operation import Operation, element_chunks, elements, floats, operands
 from edge_gemma.kernels.registry import Array, kernel
 
-__all__ = ["add_scaled", "gelu_tanh_mul", "scale", "softcap"]
+__all__ = ["add_scaled", "gelu_tanh_mul", "layers_first", "scale", "softcap"]
 
 _READ_2D, _WRITTEN_1D, _WRITTEN_2D = array("f4", 2), array("f4", 1, True), array("f4", 2, True)
 _F64 = types.float64
@@ -60,14 +61,15 @@ def _scale(x, factor):
 
 
 @chunk_function("scale")
-def _scale_chunk(row, position, chunk):
+def _scale_chunk(row, chunk):
     """x, d, factor."""
     w, f = operands(row)
-    _scale_row(floats(w[0], w[1]), np.float32(f[2]))
+    begin, end = elements(chunk, w[1])
+    _scale_row(floats(w[0], w[1])[begin:end], np.float32(f[2]))
 
 
 def _record_scale(_, x, factor):
-    yield Operation(_scale_chunk, (x, x.size, float(factor)), (x,), (x,))
+    yield Operation(_scale_chunk, (x, x.size, float(factor)), (x,), (x,), element_chunks(x.size))
 
 
 @kernel(_scale, "x float32 [n, d]", _record_scale)
@@ -100,7 +102,7 @@ def _add_scaled(x, y, factor, scale):
 
 
 @chunk_function("add_scaled")
-def _add_scaled_chunk(row, position, chunk):
+def _add_scaled_chunk(row, chunk):
     """x, y, d, factor, scale."""
     w, f = operands(row)
     begin, end = elements(chunk, w[2])
@@ -153,7 +155,7 @@ def _gelu_tanh_mul(gate, up, out):
 
 
 @chunk_function("gelu_tanh_mul")
-def _gelu_tanh_mul_chunk(row, position, chunk):
+def _gelu_tanh_mul_chunk(row, chunk):
     """gate, up, out, d."""
     w, _ = operands(row)
     begin, end = elements(chunk, w[3])
@@ -170,6 +172,39 @@ def gelu_tanh_mul(gate: Array, up: Array, out: Array) -> None:
     """out = 0.5 gate (1 + tanh(sqrt(2/pi) (gate + 0.044715 gate^3))) * up; out may be gate or up."""
     x = gate.astype(np.float64)
     out[...] = 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3))) * up
+
+
+# --- layers_first -----------------------------------------------------------------------------------------------------
+
+
+@compiled(array("f4", 3), array("f4", 3, True))
+def _layers_first(x, out):
+    n, layers, d = x.shape
+    if out.shape != (layers, n, d):
+        return False
+    for i in range(n):
+        for j in range(layers):
+            out[j, i] = x[i, j]
+    return True
+
+
+@chunk_function("layers_first")
+def _layers_first_chunk(row, chunk):
+    """x, out, n, layers, d: the rows of a token."""
+    w, _ = operands(row)
+    x, out = floats(w[0], (w[2], w[3], w[4])), floats(w[1], (w[3], w[2], w[4]))
+    for j in range(w[3]):
+        out[j, chunk] = x[chunk, j]
+
+
+def _record_layers_first(_, x, out):
+    yield Operation(_layers_first_chunk, (x, out, *x.shape), (x,), (out,), len(x))
+
+
+@kernel(_layers_first, "x float32 [n, layers, d]; out float32 [layers, n, d]", _record_layers_first)
+def layers_first(x: Array, out: Array) -> None:
+    """out[l, i] = x[i, l]."""
+    out[...] = x.transpose(1, 0, 2)
 
 
 # --- softcap ----------------------------------------------------------------------------------------------------------
@@ -196,7 +231,7 @@ def _softcap(x, cap):
 
 
 @chunk_function("softcap")
-def _softcap_chunk(row, position, chunk):
+def _softcap_chunk(row, chunk):
     """x, d, cap."""
     w, f = operands(row)
     begin, end = elements(chunk, w[1])

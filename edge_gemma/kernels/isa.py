@@ -66,10 +66,10 @@ def store(builder, value, pointer):
     builder.store(value, builder.bitcast(pointer, value.type.as_pointer()), align=1)
 
 
-def prefetch(builder, pointer):
-    """Ask for the cache line at `pointer`, which need not exist."""
+def prefetch(builder, pointer, cache=1):
+    """Ask for the line at `pointer`, which need not exist, in the first or the second cache."""
     pointer = builder.bitcast(pointer, I8.as_pointer())
-    call(builder, "llvm.prefetch.p0", ir.VoidType(), pointer, I32(0), I32(3), I32(1))
+    call(builder, "llvm.prefetch.p0", ir.VoidType(), pointer, I32(0), I32(4 - cache), I32(1))
 
 
 def multiply_add(builder, a, b, c):
@@ -118,6 +118,7 @@ class Portable:
     name = "portable"
     panels = 1  # panels side by side in a register
     streams = 1  # panels that a single token's tile reads at the same time
+    sums = 2  # registers of running sums (8 or 16 rows of a token each) that a tile of several tokens keeps
     unsigned_bytes = False  # a step takes any unsigned byte as a weight
     accumulators = 1  # independent sums that hide the latency of a step
     float_lanes = 4  # float32 in a register
@@ -131,8 +132,15 @@ class Portable:
 
     @staticmethod
     def tokens(grouped):
-        """Tokens of a tile: as many as leave the accumulators in registers."""
+        """Most tokens of a tile: as many as leave the accumulators in registers."""
         return 2
+
+    def tile_panels(self, tokens, grouped):
+        """Panels of a tile of so many tokens. Groups take a register more for each of running sums."""
+        if tokens == 1:
+            return self.streams
+        registers = min(4 // self.panels, self.sums // (tokens * (1 + grouped)))
+        return self.panels * max(1, registers)
 
     @staticmethod
     def block(bits, group) -> tuple[int, int] | None:
@@ -178,10 +186,22 @@ class Portable:
         count = total.type.count
         return builder.add(*(shuffle(builder, total, total, range(first, count, 2)) for first in (0, 1)))
 
-    def dots(self, builder, totals, fields, activations, bits, group):
-        """totals[t] + sum of fields[d] . activations[t][d], for each token t; totals[t] is a list of independent
-        sums. Where rows have one scale (group 0) activations may be -128, as training with fixed steps leaves them.
+    def dots(self, builder, totals, fields, rows, bits, group):
+        """totals[r][t] + sum over d of fields[r][d] . rows[t][d], for each register r and token t.
+
+        totals[r][t]: a list of independent sums. fields[r]: an iterator of chunks, which emits each when it is asked
+        for. rows[t]: a pointer to the token's activations. Where rows of weights have one scale (group 0) activations
+        may be -128, as training with fixed steps leaves them.
         """
+        result, activations = [], []
+        for sums, chunks in zip(totals, map(list, fields), strict=True):
+            width = chunks[0].type.count // 32
+            activations = activations or [self.activations(builder, row, len(chunks), width) for row in rows]
+            result.append(self.register_dots(builder, sums, chunks, activations, bits, group))
+        return result
+
+    def register_dots(self, builder, totals, fields, activations, bits, group):
+        """The same for one register: totals[t] + sum of fields[d] . activations[t][d]."""
         chain = 1 if bits == 8 and not group else self.chain(bits)  # 2 * 128 * 128 is beyond 16 bits
         sums16, left = [None] * len(totals), chain
         for d, field in enumerate(fields):
@@ -199,6 +219,7 @@ class Portable:
 class Avx2(Portable):
     name = "avx2"
     streams = 4
+    sums = 8
     float_lanes = 8
     float_tile = 6, 2
     columns = 2
@@ -247,9 +268,9 @@ class Avx2(Portable):
     def zero_point(self, bits, group):
         return 128 if bits == 8 and not group else super().zero_point(bits, group)
 
-    def dots(self, builder, totals, fields, activations, bits, group):
+    def register_dots(self, builder, totals, fields, activations, bits, group):
         if bits < 8 or group:
-            return super().dots(builder, totals, fields, activations, bits, group)
+            return super().register_dots(builder, totals, fields, activations, bits, group)
         # The sign of a weight cannot be moved to -128: the two halves of byte + 128 as fields of 4 bits each.
         biased = [builder.xor(field, splat_constant(I8, 32, 0x80)) for field in fields]
         fifteen = splat_constant(I8, 32, 15)
@@ -277,6 +298,8 @@ class Avx2(Portable):
 class _DotProduct(Portable):
     """A set whose instruction adds 4 products to a 32-bit sum."""
 
+    dwords = 1  # of activations, loaded together
+
     def start(self, panels):
         return splat_constant(I32, 8 * panels, 0)
 
@@ -290,18 +313,26 @@ class _DotProduct(Portable):
         """32-bit words of a chunk, `columns` columns each, for `dot`."""
         return [self.prepare(builder, field, bits)]
 
-    def dots(self, builder, totals, fields, activations, bits, group):
-        totals = [list(row) for row in totals]
-        for d, field in enumerate(fields):
-            prepared = self.prepare(builder, field, bits)
-            for row, total in zip(activations, totals, strict=True):
-                total[d % len(total)] = self.dot(builder, total[d % len(total)], prepared, row[d])
+    def dots(self, builder, totals, fields, rows, bits, group):
+        """In the order that keeps the fewest values in registers: a dword of a token meets all chunks at once."""
+        totals = [[list(sums) for sums in register] for register in totals]
+        for d, chunks in enumerate(zip(*fields, strict=True)):
+            weights = [self.prepare(builder, chunk, bits) for chunk in chunks]
+            i, width = d % self.dwords, chunks[0].type.count // 32
+            if i == 0:
+                here = [at(builder, row, I32, I32(d)) for row in rows]
+                activations = [self.activations(builder, pointer, self.dwords, width) for pointer in here]
+            for t, row in enumerate(activations):
+                for register, weight in zip(totals, weights, strict=True):
+                    sums = register[t]
+                    sums[d % len(sums)] = self.dot(builder, sums[d % len(sums)], weight, row[i])
         return totals
 
 
 class AvxVnni(_DotProduct):
     name = "avx-vnni"
     streams = 4
+    sums = 8
     unsigned_bytes = True
     accumulators = 8
     float_lanes = 8
@@ -338,6 +369,7 @@ class Avx512Vnni(AvxVnni):
     name = "avx512-vnni"
     panels = 2
     streams = 4
+    sums = 16
     float_lanes = 16
     float_sums = 16
     float_tile = 12, 2
@@ -395,6 +427,8 @@ class Neon(Portable):
 
 class NeonDotprod(_DotProduct):
     name = "neon-dotprod"
+    sums = 8
+    dwords = 4
     accumulators = 4
     float_sums = 16
     float_tile = 6, 4

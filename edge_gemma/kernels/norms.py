@@ -8,7 +8,7 @@ import numpy as np
 from numba.core import types
 
 from edge_gemma.kernels.compiler import SERIAL_ELEMENTS, array, chunk_function, compiled, launch
-from edge_gemma.kernels.recording.operation import Operation, floats, one_row, operands
+from edge_gemma.kernels.recording.operation import ELEMENTS, Operation, floats, operands
 from edge_gemma.kernels.registry import Array, kernel
 
 __all__ = ["add_rms_norm", "rms_norm", "rms_norm_rope"]
@@ -71,12 +71,12 @@ def _rms_norm(x, weight, eps, out):
 
 
 @chunk_function("rms_norm")
-def _rms_norm_chunk(row, position, chunk):
-    """x, weight or 0, out, rows, d, eps."""
+def _rms_norm_chunk(row, chunk):
+    """x, weight or 0, out, rows, d, eps, rows a chunk."""
     w, f = operands(row)
     shape = w[3], w[4]
     x, out = floats(w[0], shape), floats(w[2], shape)
-    for n in range(w[3]):
+    for n in range(chunk * w[6], min(w[3], (chunk + 1) * w[6])):
         if w[1]:
             _weighted_rms_norm_row(x[n], floats(w[1], w[4]), f[5], out[n])
         else:
@@ -88,7 +88,9 @@ def _launch_rms_norm(x, weight, eps, out):
 
 
 def _record_rms_norm(_, x, weight, eps, out):
-    yield Operation(_rms_norm_chunk, (x, weight, out, *x.shape, float(eps)), (x,), (out,))
+    together = max(1, ELEMENTS // x.shape[1])
+    operand = x, weight, out, *x.shape, float(eps), together
+    yield Operation(_rms_norm_chunk, operand, (x,), (out,), -(-len(x) // together))
 
 
 @kernel(_launch_rms_norm, "x, out float32 [n, d]; weight float32 [d] or None", _record_rms_norm)
@@ -121,15 +123,15 @@ def _add_rms_norm(h, a, weight, eps):
 
 
 @chunk_function("add_rms_norm")
-def _add_rms_norm_chunk(row, position, chunk):
-    """h, a, weight, d, eps."""
+def _add_rms_norm_chunk(row, chunk):
+    """h, a, weight, rows, d, eps: a row."""
     w, f = operands(row)
-    _add_rms_norm_row(floats(w[0], w[3]), floats(w[1], w[3]), floats(w[2], w[3]), f[4])
+    shape = w[3], w[4]
+    _add_rms_norm_row(floats(w[0], shape)[chunk], floats(w[1], shape)[chunk], floats(w[2], w[4]), f[5])
 
 
 def _record_add_rms_norm(_, h, a, weight, eps):
-    one_row(h)
-    yield Operation(_add_rms_norm_chunk, (h, a, weight, h.shape[1], float(eps)), (a, h), (h,))
+    yield Operation(_add_rms_norm_chunk, (h, a, weight, *h.shape, float(eps)), (a, h), (h,), len(h))
 
 
 @kernel(_add_rms_norm, "h, a float32 [n, d]; weight float32 [d]", _record_add_rms_norm)
@@ -163,19 +165,19 @@ def _rms_norm_rope(x, weight, cos, sin, eps, out):
 
 
 @chunk_function("rms_norm_rope")
-def _rms_norm_rope_chunk(row, position, chunk):
-    """x, weight, cos, sin, out, heads, hd, eps."""
+def _rms_norm_rope_chunk(row, chunk):
+    """x, weight, cos, sin, out, n, heads, hd, eps: a row."""
     w, f = operands(row)
-    shape, half = (w[5], w[6]), w[6] // 2
-    x, out, weight = floats(w[0], shape), floats(w[4], shape), floats(w[1], w[6])
-    for h in range(w[5]):
-        _norm_rope_row(x[h], weight, floats(w[2], half), floats(w[3], half), f[7], out[h])
+    shape, angles = (w[5], w[6], w[7]), (w[5], w[7] // 2)
+    x, out, weight = floats(w[0], shape)[chunk], floats(w[4], shape)[chunk], floats(w[1], w[7])
+    cos, sin = floats(w[2], angles)[chunk], floats(w[3], angles)[chunk]
+    for h in range(w[6]):
+        _norm_rope_row(x[h], weight, cos, sin, f[8], out[h])
 
 
 def _record_rms_norm_rope(_, x, weight, cos, sin, eps, out):
-    one_row(x)
-    operand = x, weight, cos, sin, out, *x.shape[1:], float(eps)
-    yield Operation(_rms_norm_rope_chunk, operand, (x, cos, sin), (out,))
+    operand = x, weight, cos, sin, out, *x.shape, float(eps)
+    yield Operation(_rms_norm_rope_chunk, operand, (x, cos, sin), (out,), len(x))
 
 
 @kernel(

@@ -18,7 +18,6 @@ from edge_gemma.kernels.recording.operation import (
     element_chunks,
     elements,
     floats,
-    one_row,
     operands,
     pointer,
 )
@@ -137,25 +136,25 @@ def _quantize_activations(x, group, q, scale, sums):
 
 
 @chunk_function("quantize_activations")
-def _quantize_activations_chunk(row, position, chunk):
-    """x, q, scale, sums, k, kpad, groups, groups a chunk."""
+def _quantize_activations_chunk(row, chunk):
+    """x, q, scale, sums, rows, k, kpad, groups, groups a chunk: a row in several chunks."""
     w, _ = operands(row)
-    k, width = w[4], w[5] // w[6]
-    g0, g1 = chunk * w[7], min(w[6], (chunk + 1) * w[7])
-    q = numba.carray(pointer(w[1]), w[5], np.int8)[g0 * width : g1 * width]
-    sums = numba.carray(pointer(w[3]), w[6], np.int32)[g0:g1]
-    x = floats(w[0], k)[min(k, g0 * width) : min(k, g1 * width)]
-    _quantize_row(x, q, floats(w[2], w[6])[g0:g1], sums)
+    rows, k, width, a_row = w[4], w[5], w[6] // w[7], (w[7] + w[8] - 1) // w[8]
+    n, part = chunk // a_row, chunk % a_row
+    g0, g1 = part * w[8], min(w[7], (part + 1) * w[8])
+    q = numba.carray(pointer(w[1]), (rows, w[6]), np.int8)[n, g0 * width : g1 * width]
+    sums = numba.carray(pointer(w[3]), (rows, w[7]), np.int32)[n, g0:g1]
+    x = floats(w[0], (rows, k))[n, min(k, g0 * width) : min(k, g1 * width)]
+    _quantize_row(x, q, floats(w[2], (rows, w[7]))[n, g0:g1], sums)
 
 
 def _record_quantize_activations(_, x, group, q, scale, sums):
-    one_row(x)
     if scale.shape != sums.shape:
         raise NotRecordableError("one scale a token for weights in groups")
     groups = sums.shape[1]
     together = max(1, ELEMENTS // (q.shape[1] // groups))
-    operand = x, q, scale, sums, x.shape[1], q.shape[1], groups, together
-    yield Operation(_quantize_activations_chunk, operand, (x,), (q, scale, sums), -(-groups // together))
+    operand = x, q, scale, sums, *x.shape, q.shape[1], groups, together
+    yield Operation(_quantize_activations_chunk, operand, (x,), (q, scale, sums), len(x) * -(-groups // together))
 
 
 @kernel(
@@ -227,17 +226,18 @@ def _quantize_static(x, step, q, scale, sums):
 
 
 @chunk_function("quantize_static")
-def _quantize_static_chunk(row, position, chunk):
-    """x, q, scale, sums, k, kpad, step."""
+def _quantize_static_chunk(row, chunk):
+    """x, q, scale, sums, rows, k, kpad, step: a row."""
     w, f = operands(row)
-    q, sums = numba.carray(pointer(w[1]), w[5], np.int8), numba.carray(pointer(w[3]), 1, np.int32)
-    _quantize_static_row(floats(w[0], w[4]), np.float32(f[6]), q, floats(w[2], 1), sums)
+    rows = w[4]
+    q = numba.carray(pointer(w[1]), (rows, w[6]), np.int8)[chunk]
+    sums = numba.carray(pointer(w[3]), (rows, 1), np.int32)[chunk]
+    _quantize_static_row(floats(w[0], (rows, w[5]))[chunk], np.float32(f[7]), q, floats(w[2], (rows, 1))[chunk], sums)
 
 
 def _record_quantize_static(_, x, step, q, scale, sums):
-    one_row(x)
-    operand = x, q, scale, sums, x.shape[1], q.shape[1], float(step)
-    yield Operation(_quantize_static_chunk, operand, (x,), (q, scale, sums))
+    operand = x, q, scale, sums, *x.shape, q.shape[1], float(step)
+    yield Operation(_quantize_static_chunk, operand, (x,), (q, scale, sums), len(x))
 
 
 @kernel(
@@ -280,7 +280,7 @@ def _round_to_step(x, step):
 
 
 @chunk_function("round_to_step")
-def _round_to_step_chunk(row, position, chunk):
+def _round_to_step_chunk(row, chunk):
     """x, d, step."""
     w, f = operands(row)
     begin, end = elements(chunk, w[1])

@@ -16,7 +16,7 @@ from edge_gemma import kernels
 from edge_gemma.config import GemmaConfig, LayerSpec
 from edge_gemma.model import ops
 from edge_gemma.model.disk_rows import DiskRows
-from edge_gemma.model.kv_cache import KVCache
+from edge_gemma.model.kv_cache import KVCache, TokenCaches
 from edge_gemma.model.linear import Activations
 from edge_gemma.model.run_state import RunState
 from edge_gemma.model.weights import Weights
@@ -28,6 +28,7 @@ Rope = dict[str, tuple[np.ndarray, np.ndarray]]  # layer_type -> (cos, sin), eac
 class Inputs:
     """What the forward pass reads of n tokens."""
 
+    positions: np.ndarray  # int64 [n]
     h: np.ndarray  # float32 [n, D], what enters layer 0; the pass changes it
     per_layer: np.ndarray | None  # float32 [n, L * P], rows of the per-layer table; None in models without
     rope: Rope
@@ -39,16 +40,16 @@ class Inputs:
         first = len(self.h) - n
         per_layer = None if self.per_layer is None else self.per_layer[first:]
         rope = {kind: (cos[first:], sin[first:]) for kind, (cos, sin) in self.rope.items()}
-        return Inputs(self.h[first:].copy(), per_layer, rope)
+        return Inputs(self.positions[first:], self.h[first:].copy(), per_layer, rope)
 
 
 @dataclass(frozen=True)
 class Rows:
     """What the layers that run on the same rows share: all new rows, or the kept ones."""
 
-    first: int  # position of the first row
+    positions: np.ndarray
     rope: Rope
-    cache: KVCache
+    cache: KVCache | TokenCaches
     state: RunState
     per_layer: dict[int, np.ndarray]  # layer -> its per-layer inputs, float32 [n, P]; empty in models without them
 
@@ -74,11 +75,11 @@ class Decoder:
         if isinstance(w.embed_tokens, DiskRows):
             w.embed_tokens.expect(ids)
 
-    def inputs(self, ids: np.ndarray, first: int, input_embeds: np.ndarray | None = None) -> Inputs:
-        """What `run` needs of ids at positions first, first + 1, ...; arguments as in `forward`."""
+    def inputs(self, ids: np.ndarray, positions: np.ndarray, input_embeds: np.ndarray | None = None) -> Inputs:
+        """What `run` needs of ids at positions, int64 [n] both; input_embeds as in `forward`."""
         h = self.embed(ids) if input_embeds is None else input_embeds.copy()
         w = self.weights.per_layer_embeddings
-        return Inputs(h, None if w is None else w.table.gather(ids), self.rope(first, len(ids)))
+        return Inputs(positions, h, None if w is None else w.table.gather(ids), self.rope(positions))
 
     def forward(
         self,
@@ -97,21 +98,22 @@ class Decoder:
         """
         cache.reserve(len(ids))
         state = state or RunState(self.config, len(ids))
-        rows = self.run(self.inputs(ids, cache.position, input_embeds), cache, state, keep)
+        positions = np.arange(cache.position, cache.position + len(ids))
+        rows = self.run(self.inputs(ids, positions, input_embeds), cache, state, keep)
         cache.advance(len(ids))
         return rows
 
-    def run(self, inputs: Inputs, cache: KVCache, state: RunState, keep: int) -> np.ndarray:
-        """The layers and the final norm: float32 [keep, D]. K and V go to the cache's next positions.
+    def run(self, inputs: Inputs, cache: KVCache | TokenCaches, state: RunState, keep: int) -> np.ndarray:
+        """The layers and the final norm: float32 [keep, D]. K and V go to the positions of the inputs.
 
         Above the last layer that writes a cache nothing but the kept rows matters, and in that layer itself the other
         rows need only K and V: 28% of the arithmetic for E2B when keep is 0 or 1.
-        With one token everything from `inputs` on happens in kernels, so that it can be recorded (recorded.py).
+        With all rows kept everything from `inputs` on happens in kernels, so that it can be recorded (recorded.py).
         """
         config, h, dropped = self.config, inputs.h, len(inputs.h) - keep
         below, (last, *above) = config.layers[: config.last_kv_producer], config.layers[config.last_kv_producer :]
         kept = inputs.tail(keep)
-        rows = self.rows(inputs, cache, state, cache.position, 0, last.index if dropped else config.num_hidden_layers)
+        rows = self.rows(inputs, cache, state, 0, last.index if dropped else config.num_hidden_layers)
         for layer in below:
             self.layer(h, self.extend_cache(h, layer, rows), layer, rows)
         x = self.extend_cache(h, last, rows)
@@ -119,7 +121,7 @@ class Decoder:
             return h[:0]
         if dropped:  # from here on, only rows that reach the logits matter
             h, x = h[dropped:], x.tail(keep)
-            rows = self.rows(kept, cache, state, cache.position + dropped, last.index, config.num_hidden_layers)
+            rows = self.rows(kept, cache, state, last.index, config.num_hidden_layers)
         self.layer(h, x, last, rows)
         for layer in above:
             self.layer(h, self.attention_input(h, layer, state), layer, rows)
@@ -158,7 +160,7 @@ class Decoder:
         if layer.v_norm:
             v = self.norm(v, None, s.values)
         k = ops.rms_norm_rope(k, w.k_norm, *rows.rope[layer.layer_type], self.config.rms_norm_eps, s.keys)
-        rows.cache.layers[layer.index].store(rows.first, k, v)
+        rows.cache.layers[layer.index].store(rows.positions, k, v)
         return x
 
     def attention(self, x: Activations, layer: LayerSpec, rows: Rows) -> np.ndarray:
@@ -167,12 +169,12 @@ class Decoder:
         q = w.q_proj(x, s.q).reshape(-1, layer.num_attention_heads, layer.head_dim)
         q = ops.rms_norm_rope(q, w.q_norm, *rows.rope[layer.layer_type], self.config.rms_norm_eps, s.rotated)
         kv = rows.cache.layers[layer.kv_source]
-        window, scale = layer.sliding_window, layer.attention_scale
-        return ops.attention(q, kv.k, kv.v, rows.first, window, scale, s.attention)
+        return kv.attend(q, rows.positions, layer.sliding_window, layer.attention_scale, s.attention)
 
-    def rows(self, inputs: Inputs, cache: KVCache, state: RunState, first: int, start: int, stop: int) -> Rows:
+    def rows(self, inputs: Inputs, cache: KVCache | TokenCaches, state: RunState, start: int, stop: int) -> Rows:
         """What the layers that run on some rows share, with the per-layer inputs of layers start to stop - 1."""
-        return Rows(first, inputs.rope, cache, state, self.per_layer_inputs(inputs.h, inputs.per_layer, start, stop))
+        per_layer = self.per_layer_inputs(inputs.h, inputs.per_layer, start, stop)
+        return Rows(inputs.positions, inputs.rope, cache, state, per_layer)
 
     def per_layer_inputs(
         self, embeds: np.ndarray, per_layer: np.ndarray | None, start: int, stop: int
@@ -190,8 +192,9 @@ class Decoder:
         x = self.norm(x.reshape(-1, p), w.projection_norm)
         own = np.ascontiguousarray(per_layer[:, start * p : stop * p]).reshape(x.shape)
         kernels.add_scaled(x, own, math.sqrt(p), 2**-0.5)
-        x = x.reshape(-1, stop - start, p)
-        return {i: np.ascontiguousarray(x[:, i - start]) for i in range(start, stop)}
+        by_layer = np.empty((stop - start, len(embeds), p), np.float32)
+        kernels.layers_first(x.reshape(-1, stop - start, p), by_layer)
+        return dict(zip(range(start, stop), by_layer, strict=True))
 
     # -- building blocks -------------------------------------------------------------------------------------------
 
@@ -214,10 +217,10 @@ class Decoder:
             kernels.softcap(logits, self.config.final_logit_softcapping)
         return logits
 
-    def rope(self, first: int, n: int) -> Rope:
-        """cos and sin of positions first to first + n - 1. Angles are float32 products, as in the reference."""
-        positions = np.arange(first, first + n, dtype=np.float32)[:, None]
-        angles = {kind: positions * frequencies for kind, frequencies in self._frequencies.items()}
+    def rope(self, positions: np.ndarray) -> Rope:
+        """cos and sin of positions, int64 [n]. Angles are float32 products, as in the reference."""
+        column = positions.astype(np.float32)[:, None]
+        angles = {kind: column * frequencies for kind, frequencies in self._frequencies.items()}
         return {kind: (np.cos(a), np.sin(a)) for kind, a in angles.items()}
 
 

@@ -8,12 +8,15 @@ Rows are stored after k_norm and RoPE (K) and after v_norm (V), as float16 bits 
 """
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from edge_gemma import kernels
 from edge_gemma.config import GemmaConfig, LayerSpec
+from edge_gemma.model import ops
+from edge_gemma.model.run_state import shaped
 
 
 @dataclass(frozen=True)
@@ -28,9 +31,15 @@ class LayerCache:
     def capacity(self) -> int:
         return len(self.k)
 
-    def store(self, position: int, k: np.ndarray, v: np.ndarray) -> None:
-        """Write rows position, position + 1, ... of k, v: float32 [n, num_key_value_heads, head_dim]."""
-        kernels.store_kv(k, v, self.k, self.v, position)
+    def store(self, positions: np.ndarray, k: np.ndarray, v: np.ndarray) -> None:
+        """Write rows k, v, float32 [n, num_key_value_heads, head_dim]. positions: int64 [n], ascending by one."""
+        kernels.store_kv(k, v, self.k, self.v, positions[:1])
+
+    def attend(
+        self, q: np.ndarray, positions: np.ndarray, window: int | None, scale: float, memory: np.ndarray
+    ) -> np.ndarray:
+        """What queries [n, heads, head_dim] at such positions see, in `memory`: float32 [n, heads * head_dim]."""
+        return ops.attention(q, self.k, self.v, positions[:1], window, scale, memory)
 
     def rows(self, first: int, last: int) -> tuple[np.ndarray, np.ndarray]:
         """Copies of rows first to last - 1, which must still be there: k and v as they are stored."""
@@ -41,6 +50,36 @@ class LayerCache:
         """Write rows position, position + 1, ... that `rows` gave."""
         slots = np.arange(position, position + len(k)) % self.capacity
         self.k[slots], self.v[slots] = k, v
+
+
+@dataclass(frozen=True)
+class TokenLayers:
+    """A layer's caches of tokens that need not follow each other: each token has one, and may share it."""
+
+    caches: Sequence[LayerCache]
+
+    def store(self, positions: np.ndarray, k: np.ndarray, v: np.ndarray) -> None:
+        """Write a row of k, v into each token's cache. positions: int64 [tokens]; -1: there is no token."""
+        for t, cache in enumerate(self.caches):
+            cache.store(positions[t : t + 1], k[t : t + 1], v[t : t + 1])
+
+    def attend(
+        self, q: np.ndarray, positions: np.ndarray, window: int | None, scale: float, memory: np.ndarray
+    ) -> np.ndarray:
+        """As `LayerCache.attend`, each query over its token's cache."""
+        out = shaped(memory, q.shape)
+        for t, cache in enumerate(self.caches):
+            ops.attention(
+                q[t : t + 1], cache.k, cache.v, positions[t : t + 1], window, scale, out[t : t + 1].reshape(-1)
+            )
+        return out.reshape(len(q), -1)
+
+
+class TokenCaches:
+    """The caches of tokens that run together; `KVCache.layers`, as the forward pass uses it."""
+
+    def __init__(self, caches: "Sequence[KVCache]") -> None:
+        self.layers = {i: TokenLayers([cache.layers[i] for cache in caches]) for i in caches[0].layers}
 
 
 @dataclass(frozen=True)

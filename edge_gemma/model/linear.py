@@ -12,6 +12,8 @@ from edge_gemma import kernels
 from edge_gemma.folder import layouts
 from edge_gemma.model.run_state import Int8, RunState, new_int8, shaped
 
+_BLAS_FROM = 24  # rows from which NumPy's product is the faster one; fewer may be recorded (recorded.py)
+
 
 class Activations:
     """The input of one or several matrices: float32 [n, k], and its int8 form made once for all that need it.
@@ -71,7 +73,7 @@ class DenseMatrix:
         """x W[start:stop]^T: float32 [n, stop - start], in `memory` (a field of RunState) if it is given."""
         w = self.values[start:stop]
         out = shaped(memory, (len(x.values), len(w)))
-        if w.dtype == np.float32 and len(x.values) > 1:
+        if w.dtype == np.float32 and len(x.values) >= _BLAS_FROM:
             return np.matmul(x.values, w.T, out=out)
         (kernels.matmul_float if w.dtype == np.float32 else kernels.matmul_bfloat16)(x.values, w, out)
         return out

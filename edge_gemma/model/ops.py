@@ -36,12 +36,15 @@ def attention(
     q: np.ndarray,
     k_cache: np.ndarray,
     v_cache: np.ndarray,
-    first: int,
+    first: np.ndarray,
     window: int | None,
     scale: float,
     memory: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Causal attention of queries at positions first, first + 1, ... over a cache: float32 [n, heads * hd]."""
+    """Causal attention of queries at positions first, first + 1, ... over a cache: float32 [n, heads * hd].
+
+    first: int64 [1].
+    """
     out = shaped(memory, q.shape)
     kernels.attention(q, k_cache, v_cache, first, window or 0, scale, out)
     return out.reshape(len(q), -1)

@@ -454,9 +454,9 @@ def test_the_real_model_answers_as_if_it_had_not_been_asked(demo):
 def test_the_real_model_reads_a_message_once(demo, words):
     chat = demo.chat(think="auto", temperature=0, num_beams=1, max_tokens=8)
     session, run = chat.session, []
-    chunks, step = session._chunks, session._step
+    chunks, step = session._chunks, session._steps.one
     session._chunks = lambda ids, *rest: run.append(len(ids)) or chunks(ids, *rest)
-    session._step = lambda token: run.append(1) or step(token)
+    session._steps.one = lambda token: run.append(1) or step(token)
     result = chat.send("hello " * words).result()
     message, asked = Message("user", "hello " * words), Message("user", question(False))
     prompt, with_question = (len(chat._prompt(messages, 0).ids) for messages in ([message], [message, asked]))

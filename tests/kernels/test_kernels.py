@@ -127,6 +127,20 @@ def test_softcap_of_infinities_is_the_cap():
     assert np.isnan(x[2])
 
 
+def at(position):
+    """A position, as kernels take it."""
+    return np.array([position], np.int64)
+
+
+def test_a_row_without_a_token_leaves_everything_as_it_is():
+    cache, rows = np.zeros((2, 4, 1, 64), np.float32), np.ones((1, 1, 64), np.float32)
+    kernels.store_kv(rows, rows, *cache, at(-1))
+    out = np.full((1, 2, 64), 5, np.float32)
+    kernels.attention(np.ones((1, 2, 64), np.float32), *cache, at(-1), 0, 1.0, out)
+    assert not cache.any()
+    assert (out == 5).all()
+
+
 def caches(capacity, kv, hd, last, half, seed=0):
     """Caches after positions 0..last were stored one by one in chunks of 7."""
     rng = np.random.default_rng(seed)
@@ -134,7 +148,7 @@ def caches(capacity, kv, hd, last, half, seed=0):
     k, v = rng.standard_normal((2, last + 1, kv, hd)).astype(np.float32)
     chunk = min(7, capacity)
     for first in range(0, last + 1, chunk):
-        kernels.store_kv(k[first : first + chunk], v[first : first + chunk], *pair, first)
+        kernels.store_kv(k[first : first + chunk], v[first : first + chunk], *pair, at(first))
     return k, v, *pair
 
 
@@ -143,11 +157,11 @@ def caches(capacity, kv, hd, last, half, seed=0):
 def test_store_kv_is_the_oracle(half, capacity):
     k, v, k_cache, v_cache = caches(capacity, 2, 6, 50, half)
     expected = [np.full_like(k_cache, 7), np.full_like(v_cache, 7)]
-    definitions.store_kv(k, v, *expected, 0)
+    definitions.store_kv(k, v, *expected, at(0))
     assert np.array_equal(k_cache, expected[0])
     assert np.array_equal(v_cache, expected[1])
     big = np.full((1, 2, 6), 1e9, np.float32)
-    kernels.store_kv(big, -big, k_cache, v_cache, 0)
+    kernels.store_kv(big, -big, k_cache, v_cache, at(0))
     assert k_cache[0, 0, 0] == (0x7BFF if half else 1e9)
 
 
@@ -161,8 +175,8 @@ def test_attention_is_the_oracle(variant, half, heads, kv, hd, n, position, wind
     _, _, k_cache, v_cache = caches(capacity, kv, hd, position + n - 1, half)
     q = np.random.default_rng(1).standard_normal((n, heads, hd)).astype(np.float32)
     got, expected = np.full((2, *q.shape), np.nan, np.float32)
-    kernels.attention(q, k_cache, v_cache, position, window, hd**-0.5, got)
-    definitions.attention(q, k_cache, v_cache, position, window, hd**-0.5, expected)
+    kernels.attention(q, k_cache, v_cache, at(position), window, hd**-0.5, got)
+    definitions.attention(q, k_cache, v_cache, at(position), window, hd**-0.5, expected)
     assert_rounding(got, expected, [hd, min(position + n, window or capacity)])
 
 
@@ -172,11 +186,11 @@ def test_attention_does_not_depend_on_chunks_or_threads(variant, half, window):
     _, _, k_cache, v_cache = caches(400, 1, 64, 399, half)
     q = np.random.default_rng(1).standard_normal((9, 8, 64)).astype(np.float32)
     whole, part = np.empty((2, *q.shape), np.float32)
-    kernels.attention(q, k_cache, v_cache, 391, window, 0.125, whole)
+    kernels.attention(q, k_cache, v_cache, at(391), window, 0.125, whole)
     kernels.set_threads(1)
     try:
         for i in range(9):
-            kernels.attention(q[i : i + 1], k_cache, v_cache, 391 + i, window, 0.125, part[i : i + 1])
+            kernels.attention(q[i : i + 1], k_cache, v_cache, at(391 + i), window, 0.125, part[i : i + 1])
     finally:
         kernels.set_threads(None)
     assert np.array_equal(part, whole)
@@ -223,8 +237,8 @@ def test_float16_rounds_as_numpy_does():
                         [(np.nextafter, -1), (np.nextafter, 1e9), (np.copysign, 1), (np.copysign, -1)]])  # fmt: skip
     x = np.append(x, [np.inf, -np.inf, np.nan, 1e-45, -1e-45, 1e30]).astype(np.float32).reshape(-1, 1, 2)
     got, expected = np.zeros((2, *x.shape), np.uint16)
-    kernels.store_kv(x, x, got, got.copy(), 0)
-    definitions.store_kv(x, x, expected, expected.copy(), 0)
+    kernels.store_kv(x, x, got, got.copy(), at(0))
+    definitions.store_kv(x, x, expected, expected.copy(), at(0))
     assert np.array_equal(got.view(np.float16), expected.view(np.float16), equal_nan=True)
     assert np.array_equal(np.signbit(got.view(np.float16))[:-3], np.signbit(expected.view(np.float16))[:-3])
 
@@ -239,7 +253,7 @@ def test_half_values_widen_exactly(variant):
     for slot in range(128):
         out = np.empty((1, 1, 512), np.float32)
         kernels.attention(
-            np.zeros((1, 1, 512), np.float32), np.zeros_like(v[:1]), v[slot : slot + 1], slot, 1, 1.0, out
+            np.zeros((1, 1, 512), np.float32), np.zeros_like(v[:1]), v[slot : slot + 1], at(slot), 1, 1.0, out
         )
         assert np.array_equal(out.ravel(), v[slot].view(np.float16).ravel().astype(np.float32))
 
@@ -248,10 +262,11 @@ def test_wrong_arguments_never_reach_native_code():
     cache = np.zeros((4, 1, 8), np.float32)
     q = np.zeros((2, 2, 8), np.float32)
     for arguments in [
-        (q, cache, cache, 3, 0),
-        (q, cache, cache[:2], 0, 0),
-        (q[:, :, :4], cache, cache, 0, 0),
-        (q, cache, cache, -1, 0),
+        (q, cache, cache, at(3), 0),
+        (q, cache, cache[:2], at(0), 0),
+        (q[:, :, :4], cache, cache, at(0), 0),
+        (q, cache, cache, at(-2), 0),
+        (q, cache, cache, np.zeros(2, np.int64), 0),
     ]:
         with pytest.raises(ValueError, match="arguments do not fit"):
             kernels.attention(*arguments, 1.0, np.zeros_like(arguments[0]))
@@ -259,7 +274,7 @@ def test_wrong_arguments_never_reach_native_code():
         with pytest.raises(ValueError, match="arguments do not fit"):
             kernels.full_attention(*arguments, np.zeros_like(arguments[0]))
     with pytest.raises(ValueError, match="n or more, kv_heads"):
-        kernels.store_kv(np.zeros((5, 1, 8), np.float32), np.zeros((5, 1, 8), np.float32), cache, cache, 0)
+        kernels.store_kv(np.zeros((5, 1, 8), np.float32), np.zeros((5, 1, 8), np.float32), cache, cache, at(0))
     with pytest.raises(ValueError, match="variant"):
         kernels.set_variant("mmx")
 

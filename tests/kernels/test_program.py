@@ -12,7 +12,7 @@ from edge_gemma.engine import Engine
 from edge_gemma.export.convert import export_checkpoint
 from edge_gemma.export.synth import synthesize
 from edge_gemma.kernels.recording import program
-from edge_gemma.kernels.recording.operation import NotRecordableError
+from edge_gemma.kernels.recording.operation import WAITS, NotRecordableError
 from edge_gemma.session import Session
 from tests import ROOT
 from tests.tiny import write_checkpoint
@@ -35,7 +35,7 @@ def test_steps_are_the_forward_pass(tmp_path: Path, kind: str, recipe: str) -> N
         tokens = np.random.default_rng(0).integers(engine.config.vocab_size, size=30).tolist()
         for token in tokens:
             assert np.array_equal(recorded.step(token), plain_step(plain, token))
-        assert recorded._step._program is not None
+        assert recorded._steps._passes[1]._program is not None
         for session in (recorded, plain):
             session.rewind(125)
         assert np.array_equal(recorded.step(7), plain_step(plain, 7))
@@ -46,15 +46,57 @@ def test_the_mobile_mix_is_recorded_too(tmp_path: Path) -> None:
         recorded, plain = engine.session(), engine.session()
         for token in (5, 6, 7):
             assert np.array_equal(recorded.step(token), plain_step(plain, token))
-        assert recorded._step._program is not None
+        assert recorded._steps._passes[1]._program is not None
 
 
-def test_several_rows_cannot_be_recorded() -> None:
-    h, weight = np.ones((2, 8), np.float32), np.ones(8, np.float32)
+@pytest.mark.parametrize("kind", ["e2b", "gemma3"])
+@pytest.mark.parametrize("recipe", ["float", "q8", "q4", "mobile"])
+def test_a_few_tokens_together_are_each_alone(tmp_path: Path, kind: str, recipe: str) -> None:
+    """Every number of rows, also with rows that have no token; past the window, to the context's last place."""
+    with Engine.load(small_model(tmp_path, kind, recipe), context=240) as engine:
+        together, alone = engine.session(), engine.session()
+        for session in (together, alone):
+            session.prefill([2] * 110)
+            session.step(3)
+        rng = np.random.default_rng(1)
+        for n in (2, 3, 4, 5, 8, 7, 16, 11, 9, 16, 16, 16, 16):
+            tokens = rng.integers(engine.config.vocab_size, size=n).tolist()
+            expected = [alone.step(token) for token in tokens]
+            assert np.array_equal(together.forward(tokens), expected), n
+        assert together.position == 240
+        assert all(p._program is not None for p in together._steps._passes.values())
+        assert sorted(together._steps._passes) == [1, 2, 4, 8, 16]
+
+
+def small_model(folder: Path, kind: str, recipe: str) -> Path:
+    if recipe == "mobile":
+        return synthesize("tiny", folder / "out", "mobile")
+    write_checkpoint(folder / "in", kind)
+    return export_checkpoint(folder / "in", folder / "out", recipe)
+
+
+def test_a_rewind_undoes_a_few_tokens(tmp_path: Path) -> None:
+    with Engine.load(small_model(tmp_path, "e2b", "q4"), context=200) as engine:
+        tried, plain = engine.session(), engine.session()
+        for session in (tried, plain):
+            session.prefill([5] * 90)
+            session.step(6)
+        for n, kept in [(4, 2), (16, 0), (8, 5), (3, 3), (2, 1)]:
+            tokens = list(range(10, 10 + n))
+            rows = tried.forward(tokens)
+            tried.rewind(tried.position - n + kept)
+            expected = [plain.step(token) for token in tokens[:kept]]
+            assert np.array_equal(rows[:kept], np.array(expected).reshape(rows[:kept].shape))
+        assert np.array_equal(tried.step(9), plain.step(9))
+
+
+def test_keys_of_several_tokens_cannot_be_recorded() -> None:
+    """They would be stored one after another, from one position on."""
+    cache, rows = np.zeros((2, 4, 1, 8), np.float32), np.ones((2, 1, 8), np.float32)
     with program.record() as recorder, pytest.raises(NotRecordableError):
-        kernels.add_rms_norm(h, h.copy(), weight, 1e-6)
+        kernels.store_kv(rows, rows, *cache, np.zeros(1, np.int64))
     assert recorder.operations == []
-    kernels.add_rms_norm(h, h.copy(), weight, 1e-6)
+    kernels.store_kv(rows, rows, *cache, np.zeros(1, np.int64))
     assert recorder.operations == []  # nothing is written down any more
 
 
@@ -82,7 +124,7 @@ def test_operations_wait_for_what_they_read(threads: int | None) -> None:
             x[...] = 0
             for out in outs:
                 out[...] = 1
-            recorded.run(0)
+            recorded.run()
             assert np.array_equal(x, expected_x)
             assert all(np.array_equal(a, b) for a, b in zip(outs, expected, strict=True))
     finally:
@@ -91,7 +133,7 @@ def test_operations_wait_for_what_they_read(threads: int | None) -> None:
 
 def test_independent_operations_do_not_wait() -> None:
     recorded, _, _ = chain(2)
-    waits = recorded._rows[:, 3].tolist()
+    waits = recorded._rows[:, WAITS].tolist()
     assert waits == [0, 1, 1, 1]
     a, b, out = (np.ones((1, 64), np.float32) for _ in range(3))
     with program.record() as recorder:
@@ -99,7 +141,7 @@ def test_independent_operations_do_not_wait() -> None:
         kernels.scale(b, 2.0)  # another array
         kernels.gelu_tanh_mul(a, b, out)  # reads both
         kernels.scale(a[:, :32], 3.0)  # writes part of what is being read
-    assert recorder.program()._rows[:, 3].tolist() == [0, 0, 1, 1]
+    assert recorder.program()._rows[:, WAITS].tolist() == [0, 0, 1, 1]
 
 
 def test_one_thread_alone_does_everything_in_numbas_own_layer() -> None:
@@ -117,7 +159,7 @@ for out in outs:
     out[...] = 1
 recorded._counters[:] = 0
 compiler.set_threads(1)
-assert compiler.launch(program.replay, recorded._rows, recorded._counters, 0, 5)
+assert compiler.launch(program.replay, recorded._rows, recorded._counters, 5)
 import numba
 print(numba.threading_layer(), np.array_equal(x, expected))
 """

@@ -26,10 +26,10 @@ ELSEWHERE = {
     "quantize_static": "test_matmul", "store_kv": "test_kernels",
 }  # fmt: skip
 SIZES = [
-    {"n": 1, "d": 1, "k": 1, "rows": 1, "heads": 1, "hd": 2},
-    {"n": 1, "d": 9001, "k": 1536, "rows": 131, "heads": 8, "hd": 256},
-    {"n": 3, "d": 67, "k": 33, "rows": 7, "heads": 5, "hd": 12},
-    {"n": 41, "d": 1536, "k": 256, "rows": 66, "heads": 3, "hd": 64},
+    {"n": 1, "d": 1, "k": 1, "rows": 1, "heads": 1, "hd": 2, "layers": 1},
+    {"n": 1, "d": 9001, "k": 1536, "rows": 131, "heads": 8, "hd": 256, "layers": 3},
+    {"n": 3, "d": 67, "k": 33, "rows": 7, "heads": 5, "hd": 12, "layers": 5},
+    {"n": 41, "d": 1536, "k": 256, "rows": 66, "heads": 3, "hd": 64, "layers": 2},
 ]
 SCALAR = 0.75  # eps, a factor, a cap, a step
 FLOATS = [name for name in registered if name not in ELSEWHERE]
@@ -67,7 +67,7 @@ def test_a_kernel_is_its_definition(name: str, size: dict[str, int]) -> None:
     assert changed  # a kernel that does nothing is not tested
 
 
-@pytest.mark.parametrize("size", [size for size in SIZES if size["n"] == 1], ids=lambda size: str(size["d"]))
+@pytest.mark.parametrize("size", SIZES, ids=lambda size: f"{size['n']}x{size['d']}")
 @pytest.mark.parametrize("name", FLOATS)
 def test_a_recorded_call_is_the_call_bit_for_bit(name: str, size: dict[str, int]) -> None:
     made = registered[name]
@@ -79,7 +79,7 @@ def test_a_recorded_call_is_the_call_bit_for_bit(name: str, size: dict[str, int]
     for now, old in zip(arguments, before, strict=True):
         if isinstance(now, np.ndarray):
             now[...] = old
-    recorder.program().run(0)
+    recorder.program().run()
     for now, direct in zip(arguments, called, strict=True):
         assert np.array_equal(now, direct)
 

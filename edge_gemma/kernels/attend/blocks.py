@@ -19,7 +19,7 @@ from edge_gemma.kernels.attend.ir import make_block, rows_of
 from edge_gemma.kernels.compiler import array, chunk_function, compiled, launch
 from edge_gemma.kernels.convert import as_float
 from edge_gemma.kernels.gates import exp32
-from edge_gemma.kernels.recording.operation import Operation, floats, one_row, operands, pointer
+from edge_gemma.kernels.recording.operation import Operation, floats, one_row, operands, pointer, position_of
 from edge_gemma.kernels.registry import Array, kernel
 from edge_gemma.kernels.variants import variant
 
@@ -120,18 +120,23 @@ def _make(variant, half, group_rows, plain):
     """The attention kernel; arguments as in _make_span."""
     span, tile = _make_span(variant, half, group_rows, plain)
 
-    def attention(q, k_cache, v_cache, first_position, window, scale, out):
+    def attention(q, k_cache, v_cache, first, window, scale, out):
         n, heads, hd = q.shape
         kv_heads = k_cache.shape[1]
+        if first.shape[0] != 1:
+            return False
+        first_position = first[0]
         if k_cache.shape != v_cache.shape or k_cache.shape[2] != hd or out.shape != q.shape or heads % max(kv_heads, 1):
             return False
         oldest = max(0, first_position - window + 1) if window else 0
         if (
             min(n, hd, kv_heads) < 1
-            or min(first_position, window) < 0
+            or min(first_position + 1, window) < 0
             or n > k_cache.shape[0] - (first_position - oldest)
         ):
             return False
+        if first_position < 0:
+            return True
         rows = heads // kv_heads
         padded = (rows + tile - 1) // tile * tile
         parts = 1
@@ -168,7 +173,7 @@ def _make(variant, half, group_rows, plain):
 
     attention.__name__ = f"attention_{'plain' if plain else variant}_{'half' if half else 'float'}_{tile}"
     cache = array("u2" if half else "f4", 3)
-    signature = array("f4", 3), cache, cache, types.int64, types.int64, types.float32, array("f4", 3, True)
+    signature = array("f4", 3), cache, cache, array("i8", 1), types.int64, types.float32, array("f4", 3, True)
     return compiled(*signature, parallel=True, key=attention.__name__)(attention)
 
 
@@ -189,34 +194,38 @@ def _launch(q, k_cache, v_cache, first_position, window, scale, out):
 
 @functools.cache
 def _make_chunk(variant_name, half, many_rows, plain):
-    """q, k_cache, v_cache, tops, totals, values, H, KV, hd, capacity, window, scale: a block of keys of one KV head."""
+    """q, ring, tops, totals, values, H, KV, hd, window, scale: a block of keys of one KV head."""
     span, tile = _make_span(variant_name, half, 8 if many_rows else 4, plain)
     dtype = np.uint16 if half else np.float32
 
-    def attention(row, position, chunk):
+    def attention(row, chunk):
         w, f = operands(row)
-        heads, kv_heads, hd, capacity, window = w[6], w[7], w[8], w[9], w[10]
+        heads, kv_heads, hd, window = w[5], w[6], w[7], w[8]
+        position, ring = position_of(row), numba.carray(pointer(w[1]), 3, np.int64)
         rows = heads // kv_heads
         padded = (rows + tile - 1) // tile * tile
         kv, index = chunk % kv_heads, chunk // kv_heads
         low = max(0, position - window + 1) if window else 0
         first = low // BLOCK + index
-        cache = capacity, kv_heads, hd
-        k_cache, v_cache = numba.carray(pointer(w[1]), cache, dtype), numba.carray(pointer(w[2]), cache, dtype)
-        mine = _scaled_rows(floats(w[0], (heads, hd)), kv * rows, rows, np.float32(f[11]), padded)
+        cache = ring[2], kv_heads, hd
+        k_cache, v_cache = numba.carray(pointer(ring[0]), cache, dtype), numba.carray(pointer(ring[1]), cache, dtype)
+        mine = _scaled_rows(floats(w[0], (heads, hd)), kv * rows, rows, np.float32(f[9]), padded)
         at = chunk * padded
-        top, total = floats(w[3] + 4 * at, padded), floats(w[4] + 4 * at, padded)
-        values = floats(w[5] + 4 * at * hd, (padded, hd))
+        top, total = floats(w[2] + 4 * at, padded), floats(w[3] + 4 * at, padded)
+        values = floats(w[4] + 4 * at * hd, (padded, hd))
         span(mine, k_cache, v_cache, kv, low, position, first, first + 1, top, total, values)
 
     return chunk_function(f"attention {variant_name} {half} {tile}")(attention), tile
 
 
 @chunk_function("merge_attention")
-def _merge_chunk(row, position, chunk):
+def _merge_chunk(row, chunk):
     """tops, totals, values, out, H, KV, hd, padded, window: the blocks of KV head `chunk`, in ascending order."""
     w, _ = operands(row)
     heads, kv_heads, hd, padded, window = w[4], w[5], w[6], w[7], w[8]
+    position = position_of(row)
+    if position < 0:
+        return
     low = max(0, position - window + 1) if window else 0
     blocks = position // BLOCK + 1 - low // BLOCK
     shape = blocks, kv_heads, padded
@@ -234,31 +243,36 @@ def _record(recorder, q, k_cache, v_cache, first_position, window, scale, out):
     rows = heads // kv_heads
     function, tile = _make_chunk(*_choice(q, k_cache))
     padded = -(-rows // tile) * tile
-    scratch = recorder.attention_scratch((window or capacity) // BLOCK + 2, kv_heads, padded, hd)
-    operand = q, k_cache, v_cache, *scratch, heads, kv_heads, hd, capacity, window, float(scale)
-    yield Operation(function, operand, (q, k_cache, v_cache), scratch, kv_heads, window)
+    scratch = recorder.attention_scratch(first_position, (window or capacity) // BLOCK + 2, kv_heads, padded, hd)
+    ring = recorder.ring(k_cache, v_cache)
+    operand = q, ring, *scratch, heads, kv_heads, hd, window, float(scale)
+    yield Operation(function, operand, (q, k_cache, v_cache), scratch, kv_heads, window, first_position)
     operand = *scratch, out, heads, kv_heads, hd, padded, window
-    yield Operation(_merge_chunk, operand, scratch, (out, *scratch), kv_heads)
+    yield Operation(_merge_chunk, operand, scratch, (out, *scratch), kv_heads, position=first_position)
 
 
 @kernel(
     _launch,
-    "q, out float32 [n, heads, hd] and caches [capacity, kv_heads, hd] of one type that hold the window of every row",
+    "q, out float32 [n, heads, hd]; caches [capacity, kv_heads, hd] of one type that hold the window of every row; "
+    "first_position int64 [1]",
     _record,
 )
 def attention(
-    q: Array, k_cache: Array, v_cache: Array, first_position: int, window: int, scale: float, out: Array
+    q: Array, k_cache: Array, v_cache: Array, first_position: Array, window: int, scale: float, out: Array
 ) -> None:
     """Causal softmax attention of n queries at positions first_position + i, in float32, the maximum subtracted.
 
     Caches are float32 or uint16 (float16), key position p in slot p % capacity. Query head j reads KV head j * kv_heads
     // heads. Visible are max(0, position - window + 1) <= p <= position, or all p <= position when window is 0.
+    first_position -1: there is no query, `out` stays as it is.
     """
+    if first_position[0] < 0:
+        return
     n, heads, _ = q.shape
     capacity, kv_heads, _ = k_cache.shape
     k, v = (c.view(np.float16) if c.dtype == np.uint16 else c for c in (k_cache, v_cache))
     for i in range(n):
-        position = first_position + i
+        position = int(first_position[0]) + i
         first = max(0, position - window + 1) if window else 0
         slots = np.arange(first, position + 1) % capacity
         for j in range(heads):

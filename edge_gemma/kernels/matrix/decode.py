@@ -3,13 +3,13 @@
 Owns: the loops over tokens and R8K4 panels (edge_gemma/folder/layouts.py). Does not know: the arithmetic of a tile
 (ir.py) and where weights come from.
 
-Threads take runs of panels. Tiles have `most`, half as many, or one token. The last tile of several tokens is moved
-back to end with the last token, so that it overlaps the one before: the same results are written twice, and no shape
-is compiled for remainders.
+Threads take runs of panels. A tile has 1, 2, 4, ... tokens, as many as there are and registers allow: so a few tokens
+read the weights once. The last tile is moved back to end with the last token, so that it overlaps the one before: the
+same results are written twice, and no shape is compiled for remainders.
 
-A single token waits for the memory, and a core gets more out of it when it reads from several places at a time (27
-against 20 GB/s on a 2-core Xeon): its tile walks through as many panels as the instruction set has `streams`, each a
-quarter of the matrix apart, so that every stream is one long run of addresses.
+A few tokens wait for the memory, and a core gets more out of it when it reads from several places at a time (27
+against 20 GB/s on a 2-core Xeon): a tile walks through several panels, each a quarter or half of the matrix apart, so
+that every stream is one long run of addresses.
 """
 
 import functools
@@ -37,10 +37,16 @@ def factor_blocks(kpad, minimum):
     return (kpad + FACTOR_COLUMNS - 1) // FACTOR_COLUMNS if minimum in (4, 8) else 0
 
 
+def tile_tokens(variant, group, n):
+    """Tokens of a tile where there are n."""
+    return min(isa.SETS[variant].tokens(group != 0), 1 << n.bit_length() - 1)
+
+
 @functools.cache
-def make_one_token(variant, bits, group, scale_groups, minimum):
-    """The tile of a single token."""
-    return make_tile(TileSpec(variant, bits, group, scale_groups, 1, isa.SETS[variant].streams, minimum))
+def make_few_tokens(variant, bits, group, scale_groups, minimum, tokens):
+    """(tile of so many tokens, its panels)."""
+    panels = isa.SETS[variant].tile_panels(tokens, group != 0)
+    return make_tile(TileSpec(variant, bits, group, scale_groups, tokens, panels, minimum)), panels
 
 
 @functools.cache
@@ -67,37 +73,19 @@ def make_correction(variant, bits, group, scale_groups, minimum):
     return of_minima if minimum else of_zero_point
 
 
-def make(variant, bits, group, scale_groups, minimum):
-    """The matmul kernel of an instruction set, width, group size, kind of activation scale, and minimum."""
-    chosen = isa.SETS[variant]
-    most, pair, streams = chosen.tokens(group != 0), chosen.panels, chosen.streams
-    some = max(most // 2, 2)
-    middle = some < most
-    many_tokens = make_tile(TileSpec(variant, bits, group, scale_groups, most, pair, minimum))
-    some_tokens = make_tile(TileSpec(variant, bits, group, scale_groups, some, pair, minimum))
-    one_token = make_one_token(variant, bits, group, scale_groups, minimum)
+@functools.cache
+def make(variant, bits, group, scale_groups, minimum, tokens):
+    """The matmul kernel of an instruction set, width, group size, kind of activation scale, minimum, and a tile's
+    tokens, of which there are at least so many.
+    """
+    tile, streams = make_few_tokens(variant, bits, group, scale_groups, minimum, tokens)
     correct = make_correction(variant, bits, group, scale_groups, minimum)
-
-    @numba.njit(error_model="numpy")
-    def run(q, a_scale, correction, packed, w_scale, factors, out, n0, n1, first, apart):
-        """Tokens [n0, n1) of a tile's panels."""
-        token = n0
-        while token < n1:
-            tokens = most if n1 - token >= most else some if n1 - n0 >= some else 1
-            token = min(token, n1 - tokens)
-            if tokens == 1:
-                one_token(q, a_scale, correction, packed, w_scale, factors, out, token, first, apart)
-            elif tokens == most:
-                many_tokens(q, a_scale, correction, packed, w_scale, factors, out, token, first, apart)
-            elif middle:
-                some_tokens(q, a_scale, correction, packed, w_scale, factors, out, token, first, apart)
-            token += tokens
 
     def matmul(q, a_scale, sums, packed, w_scale, factors, out):
         n, kpad = q.shape
         panels = packed.shape[0]
         groups = kpad // group if group else 1
-        if kpad % 32 or sums.shape != (n, groups) or a_scale.shape != (n, groups if scale_groups else 1):
+        if n < tokens or kpad % 32 or sums.shape != (n, groups) or a_scale.shape != (n, groups if scale_groups else 1):
             return False
         if packed.shape != (panels, kpad * bits // 32, 8, 4) or w_scale.shape != (panels, groups, 8):
             return False
@@ -106,19 +94,18 @@ def make(variant, bits, group, scale_groups, minimum):
         if factors.shape != (panels if minimum else 0, factor_blocks(kpad, minimum), 2, 8):
             return False
         correction = correct(sums, a_scale)
-        together = n >= some
-        units = (panels + pair - 1) // pair if together else (panels + streams - 1) // streams
-        block = most * max(1, TOKEN_BLOCK_BYTES // (q.shape[1] * most))
+        units = (panels + streams - 1) // streams
+        block = tokens * max(1, TOKEN_BLOCK_BYTES // (q.shape[1] * tokens))
         blocks = max(1, n // block)
         for task in numba.prange(blocks * units):
-            b, u = task // units, task % units
+            b, unit = task // units, task % units
             n0, n1 = b * block, n if b == blocks - 1 else (b + 1) * block
-            first, apart = (u * pair, 1) if together else (u, units)
-            run(q, a_scale, correction, packed, w_scale, factors, out, n0, n1, first, apart)
-
+            for token in range(n0, n1, tokens):
+                first = min(token, n1 - tokens)
+                tile(q, a_scale, correction, packed, w_scale, factors, out, first, unit, units)
         return True
 
-    matmul.__name__ = f"matmul_{variant}_{bits}_{group}_{'groups' if scale_groups else 'tokens'}_{minimum}"
+    matmul.__name__ = f"matmul_{variant}_{bits}_{group}_{'groups' if scale_groups else 'tokens'}_{minimum}_{tokens}"
     signature = array("i1", 2), array("f4", 2), array("i4", 2), array("u1", 4)
     signature += array(scale_type(group, minimum), 3), array("u2", 4), array("f4", 2, True)
     return compiled(*signature, parallel=True, key=matmul.__name__)(matmul)

@@ -17,7 +17,7 @@ from edge_gemma.kernels.attend.ir import fold
 from edge_gemma.kernels.compiler import array, chunk_function, compiled, launch
 from edge_gemma.kernels.convert import float_of_bits
 from edge_gemma.kernels.isa import F32, I16, I32, I64, at, load, loop, multiply_add, splat_constant, store, vector
-from edge_gemma.kernels.recording.operation import CHUNK_BYTES, Operation, floats, one_row, operands, pointer
+from edge_gemma.kernels.recording.operation import CHUNK_BYTES, Operation, floats, operands, pointer
 from edge_gemma.kernels.registry import Array, kernel
 from edge_gemma.kernels.variants import variant
 
@@ -131,23 +131,23 @@ def _make(variant, half):
 
 @functools.cache
 def _make_chunk(variant, half):
-    """x, w, out, rows, k, rows a chunk."""
+    """x, w, out, rows, k, rows a chunk, n."""
     dtype = np.uint16 if half else np.float32
     rows = _make_rows(variant, half)
 
-    def dense(row, position, chunk):
+    def dense(row, chunk):
         w, _ = operands(row)
         matrix = numba.carray(pointer(w[1]), (w[3], w[4]), dtype)
-        rows(floats(w[0], (1, w[4])), matrix, floats(w[2], (1, w[3])), chunk * w[5], min(w[3], (chunk + 1) * w[5]))
+        x, out = floats(w[0], (w[6], w[4])), floats(w[2], (w[6], w[3]))
+        rows(x, matrix, out, chunk * w[5], min(w[3], (chunk + 1) * w[5]))
 
     return chunk_function(f"dense {variant} {half}")(dense)
 
 
 def _record(_, x, w, out):
-    one_row(x)
     rows = ROWS * max(1, CHUNK_BYTES // (ROWS * w.itemsize * w.shape[1]))
     function = _make_chunk(variant(), w.dtype == np.uint16)
-    yield Operation(function, (x, w, out, *w.shape, rows), (x,), (out,), -(-len(w) // rows))
+    yield Operation(function, (x, w, out, *w.shape, rows, len(x)), (x,), (out,), -(-len(w) // rows))
 
 
 def _launch_float(x, w, out):

@@ -1,7 +1,7 @@
 """The product of 8-bit activations with packed weights: which compiled code computes it, and what it must compute.
 
-Owns: the choice between one token's code (decode.py) and many tokens' (prefill.py), the definition, the operation. Does
-not know: the arithmetic of a tile, how weights were quantised.
+Owns: the choice between a few tokens' code (decode.py) and many tokens' (prefill.py), the definition, the operation.
+Does not know: the arithmetic of a tile, how weights were quantised.
 """
 
 import functools
@@ -13,8 +13,8 @@ from edge_gemma.folder import layouts
 from edge_gemma.kernels import isa
 from edge_gemma.kernels.compiler import chunk_function, launch, threads
 from edge_gemma.kernels.matrix import decode, prefill
-from edge_gemma.kernels.matrix.decode import factor_blocks, make_correction, make_one_token, scale_type
-from edge_gemma.kernels.recording.operation import CHUNK_BYTES, Operation, floats, one_row, operands, pointer
+from edge_gemma.kernels.matrix.decode import factor_blocks, make_correction, make_few_tokens, scale_type, tile_tokens
+from edge_gemma.kernels.recording.operation import CHUNK_BYTES, Operation, floats, operands, pointer
 from edge_gemma.kernels.registry import Array, kernel
 from edge_gemma.kernels.variants import variant
 
@@ -32,15 +32,15 @@ def _minimum_bits(w_scale, factors):
 
 
 def _choice(a_scale, w_scale, bits, group, factors):
-    """What the compiled code depends on: the arguments of decode.make and prefill.make."""
+    """What the compiled code depends on: the arguments of prefill.make, and with a tile's tokens of decode.make."""
     return variant(), bits, group, group != 0 and a_scale.shape[1] != 1, _minimum_bits(w_scale, factors)
 
 
 @functools.cache
-def _one_by_one(variant_name, bits, group, scale_groups, minimum):
+def _few(variant_name, bits, group, scale_groups, minimum, tokens):
     if bits not in (2, 4, 8) or group not in (0, 16, 32):
         raise ValueError(f"weights of {bits} bits in groups of {group}, expected 2, 4 or 8 bits and 0, 16 or 32")
-    return functools.partial(launch, decode.make(variant_name, bits, group, scale_groups, minimum))
+    return functools.partial(launch, decode.make(variant_name, bits, group, scale_groups, minimum, tokens))
 
 
 @functools.cache
@@ -62,40 +62,41 @@ def _many(variant_name, bits, group, scale_groups, minimum):
 def _launch(q, a_scale, sums, packed, w_scale, bits, group, out, factors=None):
     choice = _choice(a_scale, w_scale, bits, group, factors)
     many = _many(*choice) if len(q) >= PREFILL_FROM else None
-    run = many or _one_by_one(*choice)
+    run = many or _few(*choice, tile_tokens(choice[0], group, len(q)))
     return run(q, a_scale, sums, packed, w_scale, _NO_FACTORS if factors is None else factors, out)
 
 
 @functools.cache
-def _make_chunk(variant_name, bits, group, scale_groups, minimum):
-    """q, a_scale, sums, packed, w_scale, factors, out, kpad, panels, panels apart, units a chunk."""
-    one_token = make_one_token(variant_name, bits, group, scale_groups, minimum)
+def _make_chunk(variant_name, bits, group, scale_groups, minimum, tokens):
+    """q, a_scale, sums, packed, w_scale, factors, out, kpad, panels, panels apart, units a chunk, rows."""
+    tile, _ = make_few_tokens(variant_name, bits, group, scale_groups, minimum, tokens)
     correct = make_correction(variant_name, bits, group, scale_groups, minimum)
     w_scale_type = scale_type(group, minimum)
 
-    def matmul(row, position, chunk):
+    def matmul(row, chunk):
         w, _ = operands(row)
-        kpad, panels = w[7], w[8]
+        kpad, panels, n = w[7], w[8], w[11]
         groups = kpad // group if group else 1
-        q, a_scale = numba.carray(pointer(w[0]), (1, kpad), np.int8), floats(w[1], (1, groups if scale_groups else 1))
-        sums = numba.carray(pointer(w[2]), (1, groups), np.int32)
+        q, a_scale = numba.carray(pointer(w[0]), (n, kpad), np.int8), floats(w[1], (n, groups if scale_groups else 1))
+        sums = numba.carray(pointer(w[2]), (n, groups), np.int32)
         packed = numba.carray(pointer(w[3]), (panels, kpad * bits // 32, 8, 4), np.uint8)
         w_scale = numba.carray(pointer(w[4]), (panels, groups, 8), w_scale_type)
         factors = numba.carray(pointer(w[5]), (panels, factor_blocks(kpad, minimum), 2, 8), np.uint16)
-        out = floats(w[6], (1, 8 * panels))
+        out = floats(w[6], (n, 8 * panels))
         correction = correct(sums, a_scale)
         for unit in range(chunk * w[10], min(w[9], (chunk + 1) * w[10])):
-            one_token(q, a_scale, correction, packed, w_scale, factors, out, 0, unit, w[9])
+            for token in range(0, n, tokens):
+                tile(q, a_scale, correction, packed, w_scale, factors, out, min(token, n - tokens), unit, w[9])
 
-    return chunk_function(f"matmul {variant_name} {bits} {group} {scale_groups} {minimum}")(matmul)
+    return chunk_function(f"matmul {variant_name} {bits} {group} {scale_groups} {minimum} {tokens}")(matmul)
 
 
 def _record(_, q, a_scale, sums, packed, w_scale, bits, group, out, factors=None):
-    one_row(q)
     choice, panels = _choice(a_scale, w_scale, bits, group, factors), len(packed)
-    apart = -(-panels // isa.SETS[choice[0]].streams)
+    choice += (tile_tokens(choice[0], group, len(q)),)
+    apart = -(-panels // make_few_tokens(*choice)[1])
     units = max(1, min(CHUNK_BYTES * apart // packed.nbytes, apart // (2 * threads())))
-    operand = q, a_scale, sums, packed, w_scale, factors, out, q.shape[1], panels, apart, units
+    operand = q, a_scale, sums, packed, w_scale, factors, out, q.shape[1], panels, apart, units, len(q)
     yield Operation(_make_chunk(*choice), operand, (q, a_scale, sums), (out,), -(-apart // units))
 
 

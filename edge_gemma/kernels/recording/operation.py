@@ -1,11 +1,11 @@
-"""One operation of a recorded program: a kernel cut into chunks for one token.
+"""One operation of a recorded program: a kernel cut into chunks for one or several tokens.
 
 Owns: the layout of an operation, how compiled code reads it, and how a kernel describes its own (kernels/registry.py).
 Does not know: any kernel, the order of operations, threads (program.py).
 
-An operation is a row of int64 words: the address of its function, its chunks and window, whether it waits, then its
-operands: the addresses of arrays, sizes, and float64 in the same bits. The function is called with (address of the
-row, position, chunk).
+An operation is a row of int64 words: the address of its function, its chunks and window, the address of its token's
+position, whether it waits, then its operands: the addresses of arrays, sizes, and float64 in the same bits. The
+function is called with (address of the row, chunk). What differs from run to run, a position too, lies in arrays.
 """
 
 from dataclasses import dataclass
@@ -17,9 +17,10 @@ from numba.extending import intrinsic
 
 from edge_gemma.kernels.compiler import ChunkFunction
 
-FUNCTION, CHUNKS, WINDOW, WAITS, OPERANDS = range(5)
-"""Words of an operation. CHUNKS: how many chunks, or, where WINDOW is not -1, how many for each block of visible keys
-(window 0: all keys). WAITS: whether everything before must be finished. OPERANDS: where its operands begin."""
+FUNCTION, CHUNKS, WINDOW, POSITION, WAITS, OPERANDS = range(6)
+"""Words of an operation. CHUNKS: how many chunks, or, where WINDOW is not -1, how many for each block of keys that the
+token at the position sees (window 0: all keys; position -1: no token). WAITS: whether everything before must be
+finished. OPERANDS: where its operands begin."""
 WORDS = 20
 
 ELEMENTS = 4096
@@ -29,7 +30,7 @@ CHUNK_BYTES = 1 << 18
 
 
 class NotRecordableError(Exception):
-    """What was called cannot be repeated as a program: several rows, or arithmetic outside the kernels."""
+    """What was called cannot be repeated as a program: arithmetic outside the kernels."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,8 @@ class Operation:
     writes: tuple[np.ndarray, ...]
     chunks: int = 1
     window: int = -1
+    position: np.ndarray | None = None  # int64 [1], of the token whose keys are meant
+    appends: tuple[np.ndarray, ...] = ()  # written where no other operation that appends to them writes
 
 
 def one_row(rows: np.ndarray) -> None:
@@ -66,6 +69,12 @@ def pointer(typing_context, address):
         return builder.inttoptr(arguments[0], context.get_value_type(types.voidptr))
 
     return types.voidptr(types.int64), emit
+
+
+@numba.njit(error_model="numpy")
+def position_of(row):
+    """The position that an operation has. row: its address."""
+    return numba.carray(pointer(numba.carray(pointer(row), WORDS, np.int64)[POSITION]), 1, np.int64)[0]
 
 
 @numba.njit(error_model="numpy")

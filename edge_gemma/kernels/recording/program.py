@@ -1,9 +1,9 @@
-"""A run of kernels on one token, recorded once and repeated without returning to Python in between.
+"""A run of kernels on a token, or a few, recorded once and repeated without returning to Python in between.
 
     with record() as recorder:       # what is called here runs as always, and is written down
         h = decoder.forward(...)
     program = recorder.program()
-    program.run(position)            # the same kernels on the same arrays, for another token
+    program.run()                    # the same kernels on the same arrays, which hold other tokens and positions
 
 Owns: recording, which operations must wait for which, and the threads' way through the list. Does not know: what is
 computed (the kernels say), or what the caller puts into the arrays between two runs.
@@ -27,7 +27,16 @@ from edge_gemma.kernels import compiler
 from edge_gemma.kernels.attend.blocks import BLOCK
 from edge_gemma.kernels.compiler import array, compiled
 from edge_gemma.kernels.isa import I32, I64, call
-from edge_gemma.kernels.recording.operation import CHUNKS, OPERANDS, WAITS, WINDOW, WORDS, Operation
+from edge_gemma.kernels.recording.operation import (
+    CHUNKS,
+    OPERANDS,
+    POSITION,
+    WAITS,
+    WINDOW,
+    WORDS,
+    Operation,
+    pointer,
+)
 from edge_gemma.kernels.registry import Kernel
 
 _SPINS = 4000  # turns a thread waits for the others before it offers its core to someone else
@@ -39,19 +48,28 @@ class Recorder:
 
     def __init__(self) -> None:
         self.operations: list[Operation] = []
-        self._scratch: dict[tuple[int, int, int], tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
+        self.rings: dict[int, np.ndarray] = {}
+        self._scratch: dict[tuple[int, ...], tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
 
     def add(self, kernel: Kernel, arguments: tuple, named: dict) -> None:
-        """A call of a kernel. Raises NotRecordableError where it cannot be repeated for one token."""
+        """A call of a kernel. Raises NotRecordableError where it cannot be repeated."""
         self.operations += kernel.operations(self, *arguments, **named)
 
-    def attention_scratch(self, blocks: int, kv_heads: int, rows: int, hd: int) -> tuple[np.ndarray, ...]:
-        """tops, totals, values of the blocks, shared by all layers of a shape."""
-        if (found := self._scratch.get((kv_heads, rows, hd))) is None or len(found[0]) < blocks:
+    def attention_scratch(
+        self, position: np.ndarray, blocks: int, kv_heads: int, rows: int, hd: int
+    ) -> tuple[np.ndarray, ...]:
+        """tops, totals, values of the blocks, shared by all layers of a shape; the token at `position` has its own."""
+        key = position.ctypes.data, kv_heads, rows, hd
+        if (found := self._scratch.get(key)) is None or len(found[0]) < blocks:
             heads = blocks, kv_heads, rows
             found = np.empty(heads, np.float32), np.empty(heads, np.float32), np.empty((*heads, hd), np.float32)
-            self._scratch[kv_heads, rows, hd] = found
+            self._scratch[key] = found
         return found
+
+    def ring(self, k_cache: np.ndarray, v_cache: np.ndarray) -> np.ndarray:
+        """Where a cache lies: int64 [3], the addresses of keys and values, and the capacity."""
+        key = k_cache.ctypes.data
+        return self.rings.setdefault(key, np.array([key, v_cache.ctypes.data, len(k_cache)], np.int64))
 
     def program(self) -> "Program":
         return Program(self.operations)
@@ -66,16 +84,17 @@ class Program:
         self._counters = np.zeros((len(operations), _LINE), np.int64)
         for row, operation, waits in zip(self._rows, operations, _waits(operations), strict=True):
             operands = [_word(operand) for operand in operation.operands]
-            row[:OPERANDS] = operation.function.address, operation.chunks, operation.window, waits
+            position = _word(operation.position)
+            row[:OPERANDS] = operation.function.address, operation.chunks, operation.window, position, waits
             row[OPERANDS : OPERANDS + len(operands)] = operands
 
     def __len__(self) -> int:
         return len(self._rows)
 
-    def run(self, position: int) -> None:
-        """Repeat the operations for the token at `position`."""
+    def run(self) -> None:
+        """Repeat the operations."""
         self._counters[:] = 0
-        if not compiler.launch(replay, self._rows, self._counters, position, compiler.threads()):
+        if not compiler.launch(replay, self._rows, self._counters, compiler.threads()):
             raise ValueError("a program that is no program")
 
 
@@ -101,12 +120,14 @@ def _waits(operations: list[Operation]) -> Iterator[bool]:
     """Whether an operation touches what unfinished ones write, or writes what they read."""
     read: list[tuple[int, int]] = []
     written: list[tuple[int, int]] = []
+    appended: list[tuple[int, int]] = []
     for operation in operations:
-        reads, writes = _ranges(operation.reads), _ranges(operation.writes)
-        waits = _overlap(reads + writes, written) or _overlap(writes, read)
+        reads, writes, appends = (_ranges(a) for a in (operation.reads, operation.writes, operation.appends))
+        waits = _overlap(reads + writes, written + appended) or _overlap(writes + appends, read)
+        waits = waits or _overlap(appends, written)
         if waits:
-            read, written = [], []
-        read, written = read + reads, written + writes
+            read, written, appended = [], [], []
+        read, written, appended = read + reads, written + writes, appended + appends
         yield waits
 
 
@@ -151,17 +172,17 @@ def finished(typing_context, counters, operation):
 
 
 @intrinsic
-def invoke(typing_context, operations, operation, position, chunk):
+def invoke(typing_context, operations, operation, chunk):
     """Call the operation's function."""
 
     def emit(context, builder, signature, arguments):
         row = _element(context, builder, signature.args[0], arguments[0], arguments[1], I64(0))
-        kind = ir.FunctionType(ir.VoidType(), [I64] * 3).as_pointer()
+        kind = ir.FunctionType(ir.VoidType(), [I64] * 2).as_pointer()
         function = builder.inttoptr(builder.load(row), kind)
-        builder.call(function, [builder.ptrtoint(row, I64), arguments[2], arguments[3]])
+        builder.call(function, [builder.ptrtoint(row, I64), arguments[2]])
         return context.get_dummy_value()
 
-    return types.void(operations, types.int64, types.int64, types.int64), emit
+    return types.void(operations, types.int64, types.int64), emit
 
 
 @intrinsic
@@ -192,10 +213,11 @@ def offer_core(typing_context):
 
 
 @numba.njit(error_model="numpy")
-def _chunks(operations, i, position):
+def _chunks(operations, i):
     window = operations[i, WINDOW]
     if window < 0:
         return operations[i, CHUNKS]
+    position = numba.carray(pointer(operations[i, POSITION]), 1, np.int64)[0]
     low = max(0, position - window + 1) if window else 0
     return operations[i, CHUNKS] * (position // BLOCK + 1 - low // BLOCK)
 
@@ -211,8 +233,8 @@ def _wait(counters, i, count):
             offer_core()
 
 
-@compiled(array("i8", 2), array("i8", 2, True), types.int64, types.int64, parallel=True)
-def replay(operations, counters, position, workers):
+@compiled(array("i8", 2), array("i8", 2, True), types.int64, parallel=True)
+def replay(operations, counters, workers):
     if operations.shape[0] != counters.shape[0] or operations.shape[1] != WORDS or counters.shape[1] != _LINE:
         return False
     for _ in numba.prange(workers):
@@ -220,12 +242,12 @@ def replay(operations, counters, position, workers):
         for i in range(operations.shape[0]):
             if operations[i, WAITS]:
                 for j in range(begin, i):
-                    _wait(counters, j, _chunks(operations, j, position))
+                    _wait(counters, j, _chunks(operations, j))
                 begin = i
-            count = _chunks(operations, i, position)
+            count = _chunks(operations, i)
             chunk = claim(counters, i, 0)
             while chunk < count:
-                invoke(operations, i, position, chunk)
+                invoke(operations, i, chunk)
                 claim(counters, i, 1)
                 chunk = claim(counters, i, 0)
     return True
