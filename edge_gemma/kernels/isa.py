@@ -298,7 +298,7 @@ class Avx2(Portable):
 class _DotProduct(Portable):
     """A set whose instruction adds 4 products to a 32-bit sum."""
 
-    dwords = 1  # of activations, loaded together
+    dwords = 1  # most dwords of activations that are loaded together
 
     def start(self, panels):
         return splat_constant(I32, 8 * panels, 0)
@@ -316,12 +316,13 @@ class _DotProduct(Portable):
     def dots(self, builder, totals, fields, rows, bits, group):
         """In the order that keeps the fewest values in registers: a dword of a token meets all chunks at once."""
         totals = [[list(sums) for sums in register] for register in totals]
+        together = min(self.dwords, (group or 32) // 4)
         for d, chunks in enumerate(zip(*fields, strict=True)):
             weights = [self.prepare(builder, chunk, bits) for chunk in chunks]
-            i, width = d % self.dwords, chunks[0].type.count // 32
+            i, width = d % together, chunks[0].type.count // 32
             if i == 0:
                 here = [at(builder, row, I32, I32(d)) for row in rows]
-                activations = [self.activations(builder, pointer, self.dwords, width) for pointer in here]
+                activations = [self.activations(builder, pointer, together, width) for pointer in here]
             for t, row in enumerate(activations):
                 for register, weight in zip(totals, weights, strict=True):
                     sums = register[t]
@@ -427,8 +428,7 @@ class Neon(Portable):
 
 class NeonDotprod(_DotProduct):
     name = "neon-dotprod"
-    sums = 8
-    dwords = 4
+    dwords = 8
     accumulators = 4
     float_sums = 16
     float_tile = 6, 4
