@@ -219,7 +219,7 @@ class Session:
         """
         self._settle()
         known = self._restore(ids, len(ids) - keep, soft or {})
-        if 1 < len(ids) - known <= MOST and self._steps.begun and not soft:
+        if 1 < len(ids) - known <= min(MOST, self._cache.slack) and self._steps.begun and not soft:
             few = ids[known:]
             return self._together(few, lambda: self._steps.several(few))[len(few) - keep :]
         rows = [np.empty((0, self._decoder.config.hidden_size), np.float32)]
