@@ -13,6 +13,7 @@ import numpy as np
 
 from edge_gemma import kernels
 from edge_gemma.arguments import file_path, is_integer, shown, token_ids
+from edge_gemma.batch import Batch
 from edge_gemma.errors import ContextFullError, ModelFolderError, UsageError
 from edge_gemma.folder.atomic import write_file
 from edge_gemma.host.pace import Pace
@@ -40,9 +41,10 @@ class Session:
         threads: int | None = None,
         prefixes: PrefixCache | None = None,
         between: Callable[[], None] = lambda: None,
+        batch: Batch | None = None,
     ) -> None:
         """soft_ids: placeholders of soft tokens. prefixes: what sessions of this model have computed, None: nothing is
-        shared. between: Engine.between.
+        shared. between: Engine.between. batch: who runs single tokens with those of other threads, None: nobody.
         """
         self.context = context
         self._decoder = decoder
@@ -54,6 +56,7 @@ class Session:
         self._steps = Steps(decoder, self._cache)
         self._marks: list[Snapshot] = []
         self._prefixes, self._between = prefixes, between
+        self.batch = batch
         self._shared = 0  # positions whose rows `prefixes` has too
         self.ids: list[int] = []
         self.restored = 0  # positions that came from `prefixes`, ever
@@ -77,8 +80,8 @@ class Session:
         """
         ids = self._check(ids)
         if len(ids) == 1:
-            self._settle()
-            return self._together(ids, lambda: self._steps.one(ids[0]))
+            self._between()
+            return self.batch.step(self, ids[0]) if self.batch else self.step_alone(ids[0])
         with kernels.use_threads(self._pace.limit):
             return self._decoder.logits(self._run(ids, keep=1))[0]
 
@@ -220,8 +223,7 @@ class Session:
         self._settle()
         known = self._restore(ids, len(ids) - keep, soft or {})
         if 1 < len(ids) - known <= min(MOST, self._cache.slack) and self._steps.begun and not soft:
-            few = ids[known:]
-            return self._together(few, lambda: self._steps.several(few))[len(few) - keep :]
+            return self._few(ids[known:])[len(ids) - known - keep :]
         rows = [np.empty((0, self._decoder.config.hidden_size), np.float32)]
         for part, here, hidden in self._chunks(ids[known:], keep, soft or {}):
             rows.append(hidden)
@@ -230,15 +232,52 @@ class Session:
             self._share()
         return np.concatenate(rows) if len(rows) > 2 else rows[-1]
 
-    def _together(self, ids: list[int], run: Callable[[], np.ndarray]) -> np.ndarray:
-        """Append a few ids, which `run` runs in one recorded pass. Returns what it returns."""
+    def _few(self, ids: list[int]) -> np.ndarray:
+        """Append 2 to MOST ids in one recorded pass. Returns their rows."""
         self._between()
         with kernels.use_threads(self._pace.limit), self._pace.of(1):
-            rows = run()
-        self.ids.extend(ids)
+            rows = self._steps.several(ids)
+        for token in ids:
+            self.stepped(token)
+        return rows
+
+    def step_alone(self, token: int) -> np.ndarray:
+        """Append one token of the vocabulary, for which there is room, in a pass of its own. As `step`."""
+        self._settle()
+        with kernels.use_threads(self._pace.limit), self._pace.of(1):
+            logits = self._steps.one(token)
+        self.stepped(token)
+        return logits
+
+    def settled(self) -> KVCache:
+        """The cache, brought to where the ids end; for `Batch`."""
+        self._settle()
+        return self._cache
+
+    def stepped(self, token: int) -> None:
+        """A token was appended to the cache; for `Batch`."""
+        self.ids.append(token)
         if self.position - self._shared >= CHUNK:
             self._share()
-        return rows
+
+    def branch(self) -> "Session":
+        """A new timeline of the same model, as long as this one at most, that begins with everything in this one."""
+        made = Session(
+            self._decoder, self.context, self._cache.dtype, self._identity, self._soft_ids, self._pace.asked,
+            between=self._between, batch=self.batch,
+        )  # fmt: skip
+        made.follow(self)
+        return made
+
+    def follow(self, other: "Session") -> None:
+        """Become a copy of another timeline of this model and length. What both begin with is not copied."""
+        other._settle()
+        shared = min(common_prefix(self.ids, other.ids), self._cache.position)
+        if any(self._soft.get(at) is not row for at, row in other._soft.items() if at < shared):
+            shared = 0
+        self._marks = []
+        self._cache.follow(other._cache, shared)
+        self.ids, self._soft, self._shared = list(other.ids), dict(other._soft), 0
 
     def recall(self, ids: Sequence[int], encoded: Sequence[tuple[int, np.ndarray]] = ()) -> int:
         """Append the first of `ids`, as far as they were computed before: by a shared session, or kept on disk.

@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 from edge_gemma import kernels
 from edge_gemma.arguments import integer, is_one_of, require
+from edge_gemma.batch import Batch
 from edge_gemma.folder.folder import ModelFolder
 from edge_gemma.folder.prefix_files import PrefixFiles
 from edge_gemma.host import places
@@ -15,7 +16,7 @@ from edge_gemma.kernels import sources
 from edge_gemma.model.decoder import Decoder
 from edge_gemma.model.prefix_cache import PrefixCache
 from edge_gemma.model.weights import bind
-from edge_gemma.session import Session
+from edge_gemma.session import CHUNK, Session
 
 KV_DTYPES = ("float16", "float32")
 DEFAULT_CACHE_MB = 256
@@ -45,6 +46,7 @@ class NativeModel:
         megabytes = DEFAULT_CACHE_MB if cache_size is None else cache_size
         self.between: Callable[[], None] = lambda: None  # Engine.between
         self._prefixes = _prefixes(self._identity, self._kv_dtype, megabytes) if megabytes else None
+        self._batch = Batch(self.decoder, CHUNK, self._kv_dtype, threads)
 
     @staticmethod
     def check(kv_dtype: str | None, cache_size: int | None) -> None:
@@ -59,7 +61,7 @@ class NativeModel:
         prefixes = self._prefixes if shared else None
         return Session(
             self.decoder, context, self._kv_dtype, self._identity, self._soft_ids, self._threads, prefixes,
-            between=lambda: self.between(),
+            between=lambda: self.between(), batch=self._batch,
         )  # fmt: skip
 
     def close(self) -> None:

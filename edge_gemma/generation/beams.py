@@ -3,20 +3,21 @@
 Owns: which hypotheses are kept, and when a token is certain. Does not know: text, prompts, messages.
 
 Greedy decoding cannot undo a token that makes everything after it unlikely. Keeping several hypotheses can (Sutskever
-et al. 2014, section 3.2). One timeline serves all of them: it is rewound to where a hypothesis differs from the one
-before it, and the rest is run as a prompt of at most LOOK_BACK tokens. Scores are not divided by length
-(length_penalty 0 in transformers' words), because the sound decides how long its text is.
+et al. 2014, section 3.2). Each has a timeline of its own, and one pass runs a token of each. Where that cannot be, one
+timeline serves all of them: it is rewound to where a hypothesis differs from the one before it, and the rest is run as
+a prompt of at most LOOK_BACK tokens. Scores are not divided by length (length_penalty 0 in transformers' words),
+because the sound decides how long its text is.
 """
 
 import threading
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from edge_gemma.generation.bounds import Bounds
 from edge_gemma.generation.sampler import Sampler
-from edge_gemma.session import Timeline, common_prefix
+from edge_gemma.session import Session, Timeline, common_prefix
 
 MARGIN = 3.0  # nats: a hypothesis that is so far below the best is dropped (docs/LOG.md#beam-search)
 LOOK_BACK = 32  # tokens: those of the best hypothesis before its last LOOK_BACK are certain
@@ -46,7 +47,8 @@ def search(
     has to hold. bounds: those of a reply not begun, left as they are; None: anything. stopping: once it is set, the
     tokens end. Raises what the session, the sampler and the bounds raise.
     """
-    start, width = session.position, sampler.sampling.num_beams
+    width = sampler.sampling.num_beams
+    lanes = _Abreast(session) if isinstance(session, Session) and session.batch else _InTurn(session)
     live, ended, told = [Hypothesis(0.0, ())], list[Hypothesis](), 0
     bounds_of: dict[tuple[int, ...], Bounds] = {} if bounds is None else {(): bounds}
     for length in range(limit):
@@ -54,11 +56,10 @@ def search(
             return
         grown = []
         # Neighbours share the most; and the timeline stands where the last of the step before ended.
-        for score, tokens in sorted(live, key=lambda h: h.tokens, reverse=length % 2 == 0):
-            if tokens:
-                logits = _run(session, start, tokens)
+        ordered = sorted(live, key=lambda h: h.tokens, reverse=length % 2 == 0)
+        for (score, tokens), (ids, found) in zip(ordered, lanes.run([h.tokens for h in ordered]), strict=True):
             allowed = bounds_of[tokens].allowed() if bounds_of else None
-            likeliest = sampler.likeliest(logits, width + len(stop_ids), session.ids, allowed)
+            likeliest = sampler.likeliest(logits if found is None else found, width + len(stop_ids), ids, allowed)
             grown += [Hypothesis(score + nats, (*tokens, token)) for token, nats in likeliest]
         best = sorted(grown, key=_rank)
         ended = sorted([*ended, *(h for h in best[:width] if h.tokens[-1] in stop_ids)], key=_rank)[:1]
@@ -90,12 +91,57 @@ def _rank(hypothesis: Hypothesis) -> tuple[float, tuple[int, ...]]:
     return -hypothesis.score, hypothesis.tokens
 
 
-def _run(session: Timeline, start: int, tokens: tuple[int, ...]) -> np.ndarray:
-    """Bring the timeline from the prompt's end at `start` to a hypothesis' end. Returns the logits there."""
-    shared = min(common_prefix(session.ids[start:], tokens), len(tokens) - 1)
-    if start + shared < session.position:
-        session.rewind(start + shared)
-    return session.prefill(list(tokens[shared:]))
+class _InTurn:
+    """All hypotheses on one timeline, one after another."""
+
+    def __init__(self, session: Timeline) -> None:
+        """session: at the prompt's end."""
+        self._session, self._start = session, session.position
+
+    def run(self, hypotheses: Sequence[tuple[int, ...]]) -> Iterator[tuple[list[int], np.ndarray | None]]:
+        """Yields each hypothesis' timeline and the logits at its end; None at the prompt's end."""
+        for tokens in hypotheses:
+            logits = self._logits(tokens) if tokens else None
+            yield self._session.ids, logits
+
+    def _logits(self, tokens: tuple[int, ...]) -> np.ndarray:
+        session, start = self._session, self._start
+        shared = min(common_prefix(session.ids[start:], tokens), len(tokens) - 1)
+        if start + shared < session.position:
+            session.rewind(start + shared)
+        return session.prefill(list(tokens[shared:]))
+
+
+class _Abreast:
+    """A timeline for each hypothesis, and one pass for all of them."""
+
+    def __init__(self, session: Session) -> None:
+        """session: at the prompt's end; the first timeline. The others begin as copies of it."""
+        assert session.batch is not None
+        self._batch, self._lanes, self._start = session.batch, [session], session.position
+
+    def run(self, hypotheses: Sequence[tuple[int, ...]]) -> Iterator[tuple[list[int], np.ndarray | None]]:
+        """As `_InTurn.run`. Each hypothesis is one of those of the call before, or the prompt, and a token."""
+        if hypotheses == [()]:
+            yield self._lanes[0].ids, None
+            return
+        parents = [self._lane_of(tokens[:-1]) for tokens in hypotheses]
+        free = [lane for lane in self._lanes if lane not in parents]
+        lanes: list[Session] = []
+        for parent in parents:  # the first child takes the parent's timeline as it is
+            lanes.append(parent if parent not in lanes else self._copy(parent, free))
+        logits = self._batch.steps([(lane, tokens[-1]) for lane, tokens in zip(lanes, hypotheses, strict=True)])
+        yield from zip([lane.ids for lane in lanes], logits, strict=True)
+
+    def _copy(self, lane: Session, free: list[Session]) -> Session:
+        if free:
+            free[-1].follow(lane)
+            return free.pop()
+        self._lanes.append(lane.branch())
+        return self._lanes[-1]
+
+    def _lane_of(self, tokens: tuple[int, ...]) -> Session:
+        return next(lane for lane in self._lanes if tuple(lane.ids[self._start :]) == tokens)
 
 
 def _agreed(hypotheses: list[tuple[int, ...]]) -> tuple[int, ...]:

@@ -20,7 +20,7 @@ _FIRST_WAIT_S, _LONGEST_WAIT_S = 0.25, 4.0  # between two tries; a try in vain d
 class Pace:
     """Measures the runs of one session, `with pace.of(tokens): ...`, and chooses the threads of the next: `limit`.
 
-    limit: threads, None for all that are allowed.
+    limit: threads, None for all that are allowed. asked: the number that was asked for, or None.
     """
 
     def __init__(
@@ -35,7 +35,7 @@ class Pace:
 
         clock: seconds of wall time. cpu: seconds of CPU time of all threads.
         """
-        self.limit = threads
+        self.limit = self.asked = threads
         self._fixed, self._most, self._clock, self._cpu = threads is not None, most, clock, cpu
         self._next, self._wait = clock(), _FIRST_WAIT_S
         self._reset(1)

@@ -96,7 +96,7 @@ class KVCache:
 
     def __init__(self, config: GemmaConfig, context: int, slack: int, dtype: str) -> None:
         """context: most positions held; slack: longest chunk; dtype: "float16" or "float32"."""
-        self.slack = min(slack, context)
+        self.places, self.slack = context, min(slack, context)
         self.position = 0  # the next position to be written
         self.dtype = dtype
         self.floor = 0  # every ring holds all positions from here (or from 0) on
@@ -136,6 +136,18 @@ class KVCache:
         for i, (k, v) in snapshot.rings.items():
             self.layers[i].k[...], self.layers[i].v[...] = k, v
         self.position, self.floor = snapshot.position, snapshot.floor
+
+    def follow(self, other: "KVCache", shared: int) -> None:
+        """Become a copy of another cache of this shape; positions before `shared` are the same in both already."""
+        if not self.holds(shared):
+            shared = 0
+        floor = max(other.floor, self.floor if shared else 0)
+        self.floor = sys.maxsize  # until all of it is there, nothing is held
+        for i, layer in self.layers.items():
+            first = max(shared, other.position - layer.capacity)
+            layer.put(first, *other.layers[i].rows(first, other.position))
+        self.position, self.floor = other.position, floor
+        self.reserve(0)
 
     def resume(self, position: int, floor: int) -> None:
         """The rows were filled from elsewhere and hold everything from `floor` to `position`."""

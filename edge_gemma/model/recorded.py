@@ -25,7 +25,7 @@ class Pass:
     def __init__(self, decoder: Decoder, caches: Sequence[KVCache], logits: bool = False) -> None:
         """caches: each token's. logits: whether the head is part of the pass."""
         self._decoder = decoder
-        self._caches = TokenCaches(caches)
+        self._caches = self._recorded = TokenCaches(caches)
         self._logits = logits
         self._state = RunState(decoder.config, len(caches))
         self._program: Program | None = None
@@ -48,6 +48,15 @@ class Pass:
         else:
             self._out = self._forward(inputs)
         return self._out
+
+    def move(self, caches: Sequence[KVCache]) -> None:
+        """Let the tokens have other caches, of the same model and dtype, none with more places than the first had."""
+        self._caches = TokenCaches(caches)
+        if self._program is None:
+            return
+        for i, old in self._recorded.layers.items():
+            for t, (recorded, cache) in enumerate(zip(old.caches, self._caches.layers[i].caches, strict=True)):
+                self._program.move(self._inputs.positions[t : t + 1], recorded.k, cache.k, cache.v)
 
     def _forward(self, inputs: Inputs) -> np.ndarray:
         rows = self._decoder.run(inputs, self._caches, self._state, keep=len(inputs.h))

@@ -244,7 +244,7 @@ def _record(recorder, q, k_cache, v_cache, first_position, window, scale, out):
     function, tile = _make_chunk(*_choice(q, k_cache))
     padded = -(-rows // tile) * tile
     scratch = recorder.attention_scratch(first_position, (window or capacity) // BLOCK + 2, kv_heads, padded, hd)
-    ring = recorder.ring(k_cache, v_cache)
+    ring = recorder.ring(first_position, k_cache, v_cache)
     operand = q, ring, *scratch, heads, kv_heads, hd, window, float(scale)
     yield Operation(function, operand, (q, k_cache, v_cache), scratch, kv_heads, window, first_position)
     operand = *scratch, out, heads, kv_heads, hd, padded, window

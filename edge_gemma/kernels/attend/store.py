@@ -80,7 +80,7 @@ def _make_chunk(half):
 
 def _record(recorder, k, v, k_cache, v_cache, first_position):
     one_row(k)
-    operand = k, v, recorder.ring(k_cache, v_cache), *k.shape[1:]
+    operand = k, v, recorder.ring(first_position, k_cache, v_cache), *k.shape[1:]
     function = _make_chunk(k_cache.dtype == np.uint16)
     yield Operation(function, operand, (k, v), (), position=first_position, appends=(k_cache, v_cache))
 

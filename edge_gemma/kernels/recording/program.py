@@ -48,7 +48,7 @@ class Recorder:
 
     def __init__(self) -> None:
         self.operations: list[Operation] = []
-        self.rings: dict[int, np.ndarray] = {}
+        self.rings: dict[tuple[int, int], np.ndarray] = {}
         self._scratch: dict[tuple[int, ...], tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
 
     def add(self, kernel: Kernel, arguments: tuple, named: dict) -> None:
@@ -66,20 +66,20 @@ class Recorder:
             self._scratch[key] = found
         return found
 
-    def ring(self, k_cache: np.ndarray, v_cache: np.ndarray) -> np.ndarray:
-        """Where a cache lies: int64 [3], the addresses of keys and values, and the capacity."""
-        key = k_cache.ctypes.data
-        return self.rings.setdefault(key, np.array([key, v_cache.ctypes.data, len(k_cache)], np.int64))
+    def ring(self, position: np.ndarray, k_cache: np.ndarray, v_cache: np.ndarray) -> np.ndarray:
+        """Where the cache of the token at `position` lies: int64 [3], addresses of keys and values, capacity."""
+        key = position.ctypes.data, k_cache.ctypes.data
+        return self.rings.setdefault(key, _place(k_cache, v_cache))
 
     def program(self) -> "Program":
-        return Program(self.operations)
+        return Program(self.operations, self.rings)
 
 
 class Program:
     """Operations laid out for the threads. It keeps the arrays they work on alive."""
 
-    def __init__(self, operations: list[Operation]) -> None:
-        self._operations = operations
+    def __init__(self, operations: list[Operation], rings: dict[tuple[int, int], np.ndarray]) -> None:
+        self._operations, self._rings = operations, rings
         self._rows = np.zeros((len(operations), WORDS), np.int64)
         self._counters = np.zeros((len(operations), _LINE), np.int64)
         for row, operation, waits in zip(self._rows, operations, _waits(operations), strict=True):
@@ -90,6 +90,13 @@ class Program:
 
     def __len__(self) -> int:
         return len(self._rows)
+
+    def move(self, position: np.ndarray, recorded: np.ndarray, k_cache: np.ndarray, v_cache: np.ndarray) -> None:
+        """Let the token at `position` use another cache than the one whose keys are `recorded`, from now on.
+
+        It has the same dtype and heads, and no more places. The caller keeps it alive.
+        """
+        self._rings[position.ctypes.data, recorded.ctypes.data][...] = _place(k_cache, v_cache)
 
     def run(self) -> None:
         """Repeat the operations."""
@@ -106,6 +113,10 @@ def record() -> Iterator[Recorder]:
         yield compiler.recording.recorder
     finally:
         compiler.recording.recorder = None
+
+
+def _place(k_cache: np.ndarray, v_cache: np.ndarray) -> np.ndarray:
+    return np.array([k_cache.ctypes.data, v_cache.ctypes.data, len(k_cache)], np.int64)
 
 
 def _word(value: object) -> int:
