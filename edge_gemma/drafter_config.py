@@ -98,12 +98,17 @@ class DrafterConfig:
         kind = "full" if layer.layer_type == FULL else "sliding"
         self._expect(f"the head_dim of {kind} layers", layer.head_dim, source.head_dim)
         self._expect(f"the KV heads of {kind} layers", layer.num_key_value_heads, source.num_key_value_heads)
-        window = source.sliding_window and source.sliding_window + 1
+        if layer.sliding_window and source.sliding_window:
+            self._expect("sliding_window", layer.sliding_window, source.sliding_window)
+        # The reference lets a query see keys at distances up to the window, its own position among them: one more
+        # than the target's layers, and as nothing is stored at the query's position, all of them are cached rows.
+        window = layer.sliding_window and layer.sliding_window + 1
         return replace(layer, kv_source=source.index, sliding_window=window)
 
     @staticmethod
     def _expect(what: str, mine: int, theirs: int) -> None:
         if mine != theirs:
             raise UsageError(
-                f"the drafter was made for another model ({what}: {mine}, the model has {theirs}): take this model's own"
+                f"the drafter was made for another model ({what} is {mine}, the model's is {theirs}): take this "
+                "model's own"
             )

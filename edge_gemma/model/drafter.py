@@ -15,6 +15,7 @@ Shapes: d the drafter's hidden_size, D the target's, V vocab_size.
 """
 
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import numpy as np
 
@@ -40,7 +41,13 @@ class DrafterWeights:
     ordering: np.ndarray | None  # int64 [V], the token of each row of embed_tokens; None: the row's number
 
 
-def bind(b: Binder, config: DrafterConfig) -> DrafterWeights:
+class DrafterBinder(Binder, Protocol):
+    """Where a drafter's tensors come from."""
+
+    def array(self, name: str) -> np.ndarray: ...
+
+
+def bind(b: DrafterBinder, config: DrafterConfig) -> DrafterWeights:
     """A drafter's weights, from where `b` finds them. Raises ModelFolderError if the ordering is none."""
     embed_tokens = b.matrix("embed_tokens")
     decoder = Weights(
