@@ -22,7 +22,6 @@ from edge_gemma.export.synth import TEXT_CONFIGS, write_noise
 from edge_gemma.folder.atomic import new_folder
 from edge_gemma.folder.folder import DRAFTER_FORMAT, Progress
 
-SUFFIX = "-drafter"
 _KEPT = (
     "global_head_dim", "head_dim", "hidden_activation", "max_position_embeddings", "model_type", "num_key_value_heads",
     "rms_norm_eps", "sliding_window", "vocab_size",
@@ -44,9 +43,9 @@ def _words(target: str, sizes: dict[str, Any], centroids: int, top: int) -> dict
 
 
 DRAFTER_CONFIGS: dict[str, dict[str, Any]] = {
-    "e2b-drafter": _words("e2b", _RELEASED, 2048, 32),
-    "e4b-drafter": _words("e4b", _RELEASED, 2048, 32),
-    "tiny-drafter": _words("tiny", _TINY, 64, 8),
+    "e2b": _words("e2b", _RELEASED, 2048, 32),
+    "e4b": _words("e4b", _RELEASED, 2048, 32),
+    "tiny": _words("tiny", _TINY, 64, 8),
 }
 
 
@@ -56,7 +55,7 @@ def synthesize_drafter(
 ) -> Path:  # fmt: skip
     """Write a drafter folder of random weights, for the model of `synthesize` of that size. Returns `dest`.
 
-    size: a key of DRAFTER_CONFIGS; recipe: as for `export_drafter`. Raises UsageError for another size or recipe, a
+    size: a key of DRAFTER_CONFIGS, its target's; recipe: as for `export_drafter`. Raises UsageError for another size or recipe, a
     `dest` that is taken, or a disk without room.
     """
     if size not in DRAFTER_CONFIGS:
@@ -70,7 +69,7 @@ def synthesize_drafter(
         write_noise(noise, config.decoder, seed, writer, progress)
         tokens = np.random.default_rng(seed).permutation(config.decoder.vocab_size)
         writer.append(ORDERING, "values", tokens.astype(np.uint32))
-        name = f"random {size}, seed {seed}"
+        name = f"random {size} drafter, seed {seed}"
         digest = hashlib.sha256(f"{name}, {recipe}".encode()).hexdigest()
         source = {"name": name, "digest": digest, "license": None}
         writer.finish(dict(config.config), recipe, source, kind=DRAFTER_FORMAT)

@@ -14,7 +14,7 @@ import pytest
 from tests import ROOT
 
 ROOMS = [
-    "errors", "arguments", "host", "config_keys", "config", "vision_config", "folder", "text", "kernels", "model",
+    "errors", "arguments", "host", "config_keys", "config", "vision_config", "drafter_config", "folder", "text", "kernels", "model",
     "session", "backends", "generation", "conversation", "chat", "tools", "audio", "vision", "voice", "engine",
     "measure", "server", "llm_plugin", "cli", "__main__",
 ]  # fmt: skip

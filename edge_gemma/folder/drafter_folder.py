@@ -34,9 +34,7 @@ class DrafterFolder(ModelFolder):
         """Check version, configuration, tensor table and file sizes. Raises ModelFolderError, one line."""
         path = Path(path)
         if not (path / MANIFEST).is_file() and (path / "config.json").is_file():
-            raise UsageError(
-                f"{path} is a checkpoint, expected a drafter: edge-gemma export {path} ./drafter, then that"
-            )
+            raise UsageError(f"{path} is a checkpoint, expected a drafter: edge-gemma export {path} ./drafter first")
         manifest = checked_manifest(path, DRAFTER_FORMAT, DRAFTER_VERSION)
         words = manifest.get("config")
         try:

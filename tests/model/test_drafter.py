@@ -1,5 +1,5 @@
-"""A drafter through the whole pipeline (checkpoint, export, engine, session), against what transformers' own candidate
-generator drafted (`python -m tests.make_drafter_goldens`): both heads, contexts within and beyond the sliding window."""
+"""A drafter through the whole pipeline (checkpoint, export, engine, session), against transformers' own candidate
+generator (`python -m tests.make_drafter_goldens`): both heads, contexts within and beyond the sliding window."""
 
 import numpy as np
 import pytest
@@ -143,5 +143,5 @@ def test_a_drafter_of_another_model_is_refused(load, tmp_path):
     source = write_checkpoint(tmp_path / "source", "e2b")
     model = export_checkpoint(source, tmp_path / "model", "float")
     drafter = export_checkpoint(write_drafter_checkpoint(tmp_path / "d", "e4b"), tmp_path / "drafter")
-    with pytest.raises(UsageError, match="made for another model .hidden_size is 96, the model's is 64"):
+    with pytest.raises(UsageError, match=r"made for another model .hidden_size is 96, the model's is 64"):
         Engine.load(model, draft=drafter)
