@@ -55,8 +55,8 @@ def synthesize_drafter(
 ) -> Path:  # fmt: skip
     """Write a drafter folder of random weights, for the model of `synthesize` of that size. Returns `dest`.
 
-    size: a key of DRAFTER_CONFIGS, its target's; recipe: as for `export_drafter`. Raises UsageError for another size or recipe, a
-    `dest` that is taken, or a disk without room.
+    size: a key of DRAFTER_CONFIGS, its target's; recipe: as for `export_drafter`. Raises UsageError for another size or
+    recipe, a `dest` that is taken, or a disk without room.
     """
     if size not in DRAFTER_CONFIGS:
         raise UsageError(f"unknown size {size!r}: choose one of {', '.join(DRAFTER_CONFIGS)}")
