@@ -43,9 +43,11 @@ class DrafterConfig:
         ignored: unknown keys to ignore. Raises ConfigError for a key that is unknown, or a value not supported.
         """
         c = with_defaults(known_keys(config, TOP_KNOWN, MODEL_TYPE, ignored=ignored), _DEFAULTS)
-        text = c["text_config"]
-        if c["model_type"] != MODEL_TYPE or not isinstance(text, Mapping):
-            raise ConfigError(f"model_type is {c['model_type']!r}, expected {MODEL_TYPE!r} with an object text_config")
+        text = c.get("text_config")
+        if c.get("model_type") != MODEL_TYPE or not isinstance(text, Mapping):
+            raise ConfigError(
+                f"model_type is {c.get('model_type')!r}, expected {MODEL_TYPE!r} with an object text_config"
+            )
         text = {"model_type": "gemma4_text", **text}
         if text["model_type"] != "gemma4_text":
             raise ConfigError(f"text_config's model_type is {text['model_type']!r}, expected 'gemma4_text'")

@@ -140,12 +140,18 @@ class DrafterCheckpoint:
         stored, header = read_header(self._file)
         names = TensorNames(self._name, stored)
         # What is no decoder's has its own name behind "//".
-        canonical = {names.canonical(name).removeprefix("//"): tensor for name, tensor in stored.items()}
+        spelled = {names.canonical(name).removeprefix("//"): name for name in stored}
+        canonical = {name: stored[original] for name, original in spelled.items()}
         shapes = self.config.tensor_shapes()
         head = canonical.pop(_HEAD, None)
         ordering = canonical.pop(ORDERING, None) if ORDERING in shapes else None
         floats = {name: shape for name, shape in shapes.items() if name != ORDERING}
-        self._stored = bind_tensors(self._name, floats, canonical, self._unused, names.original)
+        decoders = self.config.decoder.tensor_shapes()
+
+        def original(name: str) -> str:
+            return spelled.get(name, names.original(name) if name in decoders else name)
+
+        self._stored = bind_tensors(self._name, floats, canonical, self._unused, original)
         if head and not same_bytes(head, self._stored[_EMBEDDINGS]):
             raise CheckpointError(f"{self._name}: lm_head.weight differs from embed_tokens.weight, expected the same")
         self.ordering = _ordering(self._name, ordering, shapes[ORDERING][0]) if ORDERING in shapes else None
