@@ -1,6 +1,7 @@
 """Which drafts are taken: every token is distributed as the target has it, whatever drafted, and no draft leaves a
 trace in the session."""
 
+import re
 from itertools import product
 
 import numpy as np
@@ -11,7 +12,8 @@ from edge_gemma.export.synth import synthesize
 from edge_gemma.export.synth_drafter import synthesize_drafter
 from edge_gemma.generation.acceptance import Taken, accept, matching, sure
 from edge_gemma.generation.mtp import DrafterDrafts
-from edge_gemma.generation.sampler import Sampling, candidates
+from edge_gemma.generation.sampler import Sampler, Sampling, candidates
+from tests import ROOT
 
 TOKENS = 3
 GRID = 12  # every chance below is a multiple of 1/12, so that so many random numbers hit each case as often as it comes
@@ -162,6 +164,52 @@ def test_500_random_sequences_leave_no_trace(engine):
         if sequence % 10 == 0:
             assert list(caches(drafting)) == list(caches(plain))
     assert drafted > 2000
+
+
+@pytest.mark.parametrize("sampling", [Sampling(temperature=0.0), Sampling(temperature=1.2, top_k=40, seed=5)])
+def test_a_drafted_text_is_the_plain_text(engine, sampling):
+    """`matching` with the target's sampler: the same tokens for the same seed, whatever was drafted."""
+    prompt, length = [*range(70, 80)], 60
+    plain, sampler, expected = engine.session(), Sampler(sampling), []
+    logits = plain.prefill(prompt)
+    for _ in range(length):
+        expected.append(sampler.sample(logits))
+        logits = plain.step(expected[-1])
+
+    def right(at):
+        """Drafts: the right ones, from some place on others."""
+        drafts = expected[at : at + 4]
+        return drafts[: at % 5] + [token ^ 1 for token in drafts[at % 5 :]]
+
+    session, sampler = engine.session(), Sampler(sampling)
+    text = [sampler.sample(session.prefill(prompt))]
+    passes = 0
+    while len(text) < length:
+        drafts = right(len(text))
+        rows = session.forward([text[-1], *drafts])
+        taken = matching(drafts, lambda at, rows=rows: sampler.sample(rows[at]))
+        session.rewind(session.position - len(drafts) + taken.accepted)
+        text += [*drafts[: taken.accepted], taken.token]
+        passes += 1
+    assert text[:length] == expected
+    assert passes < length * 0.6
+
+
+def test_the_page_of_drafters_runs(engine, tmp_path, monkeypatch, capsys):
+    page = (ROOT / "docs" / "DRAFTERS.md").read_text("utf-8")
+    (block,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    (tmp_path / "gemma-4-e2b").symlink_to(engine.path)
+    (tmp_path / "gemma-4-e2b-drafter").symlink_to(engine.path.parent / "drafter")
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    exec(block, names)
+    session, text = engine.session(), []
+    logits = session.prefill(engine.tokenizer.encode("Once upon a time"))
+    while len(text) < 40:
+        text.append(int(logits.argmax()))
+        logits = session.step(text[-1])
+    assert names["text"][:40] == text
+    assert capsys.readouterr().out.strip()
 
 
 def test_drafts_say_what_they_were_drawn_from(engine):
