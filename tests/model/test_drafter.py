@@ -11,8 +11,16 @@ from edge_gemma.kernels.recording import program
 from edge_gemma.model import drafter as drafter_module
 from tests.make_drafter_goldens import CONTEXTS, DRAFTS
 from tests.make_goldens import GOLDENS
-from tests.tiny import VOCAB, write_checkpoint
-from tests.tiny_drafter import CENTROIDS, KINDS, TOP, write_drafter_checkpoint
+from tests.reference_drafter import reference_drafts
+from tests.tiny import VOCAB, tiny_config, tiny_weights, write_checkpoint
+from tests.tiny_drafter import (
+    CENTROIDS,
+    KINDS,
+    TOP,
+    tiny_drafter_config,
+    tiny_drafter_weights,
+    write_drafter_checkpoint,
+)
 
 CASES = [f"{n}{after}" for n in CONTEXTS for after in ("", " after")]
 EVERY_KIND = pytest.mark.parametrize("kind", KINDS)
@@ -44,6 +52,11 @@ def golden(kind, case):
         return [file[f"{case}.{part}"] for part in ("ids", "token", "drafts", "logits")]
 
 
+def reference(kind, ids, token):
+    weights = tiny_drafter_weights(kind), tiny_drafter_config(kind), tiny_weights(kind), tiny_config(kind)
+    return reference_drafts(*weights, ids, token, DRAFTS)
+
+
 def draft(engine, ids, token, most=DRAFTS, session=None, hidden=None):
     """(drafts, their logits [most, VOCAB]: as the reference has them, one below the least where there is none)."""
     session = session or engine.session()
@@ -65,6 +78,25 @@ def test_the_official_drafts_and_logits(load, kind, case):
     ids, token, drafts, logits = golden(kind, case)
     found, seen = draft(load(kind), ids.tolist(), token)
     assert found == drafts.tolist()
+    assert np.abs(seen - logits).max() < BOUND
+
+
+@EVERY_KIND
+def test_the_reference_in_numpy_says_what_transformers_says(kind):
+    for case in CASES:
+        ids, token, drafts, logits = golden(kind, case)
+        found, seen = reference(kind, ids.tolist(), int(token))
+        assert found == drafts.tolist()
+        assert np.abs(seen - logits).max() < BOUND
+
+
+@EVERY_KIND
+@pytest.mark.parametrize("n", [2, 60, 140, 300])
+def test_long_contexts_draft_as_the_reference_does(load, kind, n):
+    ids = [2, *np.random.default_rng([n, 1]).integers(3, VOCAB, n - 1).tolist()]
+    found, seen = draft(load(kind), ids, 77)
+    expected, logits = reference(kind, ids, 77)
+    assert found == expected
     assert np.abs(seen - logits).max() < BOUND
 
 
