@@ -18,8 +18,9 @@ from tests.make_goldens import GOLDENS
 from tests.tiny import VOCAB, write_checkpoint
 from tests.tiny_drafter import KINDS, write_drafter_checkpoint
 
-CONTEXTS = (1, 5, 7, 8, 23)  # the sliding windows are 7 (e2b) and 6 (e4b)
+CONTEXTS = (1, 5, 7, 8, 23)  # the sliding windows are 7 (e2b), 6 (e4b) and 8 (dense)
 DRAFTS = 4
+SEEDS = {"e2b": 0, "e4b": 0, "dense": 100}  # of the contexts, chosen so that drafts have clear margins
 
 
 def make(kind: str) -> dict[str, np.ndarray]:
@@ -36,7 +37,7 @@ def make(kind: str) -> dict[str, np.ndarray]:
         assistant = transformers.Gemma4AssistantForCausalLM.from_pretrained(drafter, **words).eval()
     arrays: dict[str, np.ndarray] = {}
     for n in CONTEXTS:
-        ids = [2, *np.random.default_rng(n).integers(3, VOCAB, n - 1).tolist()]
+        ids = [2, *np.random.default_rng(SEEDS[kind] + n).integers(3, VOCAB, n - 1).tolist()]
         with torch.no_grad():
             arrays |= drafted(model, assistant, ids)
     versions = f"transformers {transformers.__version__}, torch {torch.__version__}, numpy {np.__version__}"

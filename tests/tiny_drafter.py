@@ -1,7 +1,8 @@
 """Tiny random drafters in the layout Google ships (`Gemma4AssistantForCausalLM`), made with NumPy alone.
 
-Owns: a drafter for the tiny targets "e2b" (a head of centroids) and "e4b" (a dense head), its deterministic weights,
-and writing it as a Hugging Face folder. Does not know: how a drafter computes; nothing of edge_gemma is imported here.
+Owns: a drafter for the tiny targets "e2b" (a head of centroids), "e4b" and "dense" (a dense head), its deterministic
+weights, and writing it as a Hugging Face folder. Does not know: how a drafter computes. Nothing of edge_gemma is
+imported here.
 """
 
 import json
@@ -14,16 +15,25 @@ from tests.tiny import VOCAB, _random, tiny_config, write_safetensors
 
 HIDDEN, INTERMEDIATE, HEADS = 32, 64, 4
 CENTROIDS, TOP = 40, 6  # 40 groups of 16 tokens
-KINDS = ("e2b", "e4b")
+KINDS = ("e2b", "e4b", "dense")
 
 
 def tiny_drafter_config(kind: str) -> dict[str, Any]:
     """The config.json of the drafter of a tiny target."""
     target = tiny_config(kind)
-    kept = ("global_head_dim", "head_dim", "num_key_value_heads", "rope_parameters", "sliding_window", "vocab_size")
+    kept = (
+        "attention_k_eq_v",
+        "global_head_dim",
+        "head_dim",
+        "num_global_key_value_heads",
+        "num_key_value_heads",
+        "rope_parameters",
+        "sliding_window",
+        "vocab_size",
+    )
     layer_types = ["sliding_attention"] * 3 + ["full_attention"]
     text = {key: target[key] for key in kept} | {
-        "attention_bias": False, "attention_k_eq_v": False, "enable_moe_block": False, "final_logit_softcapping": None,
+        "attention_bias": False, "enable_moe_block": False, "final_logit_softcapping": None,
         "hidden_activation": "gelu_pytorch_tanh", "hidden_size": HIDDEN, "hidden_size_per_layer_input": 0,
         "intermediate_size": INTERMEDIATE, "layer_types": layer_types, "max_position_embeddings": 1024,
         "model_type": "gemma4_text", "num_attention_heads": HEADS, "num_hidden_layers": 4, "num_kv_shared_layers": 4,
