@@ -255,7 +255,10 @@ class Session:
             rows.append(hidden)
             self.ids.extend(part)
             self._soft |= here
-            self._share()
+            # Where the rows of all ids are wanted, some of them may be drafts, which are taken back: most are not
+            # shared before they are the past.
+            if keep < len(ids) or self.position - self._shared >= CHUNK:
+                self._share()
         return np.concatenate(rows) if len(rows) > 2 else rows[-1]
 
     def recall(self, ids: Sequence[int], encoded: Sequence[tuple[int, np.ndarray]] = ()) -> int:

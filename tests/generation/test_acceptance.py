@@ -166,6 +166,24 @@ def test_500_random_sequences_leave_no_trace(engine):
     assert drafted > 2000
 
 
+def test_drafts_do_not_fill_the_prefix_cache(tmp_path):
+    """Passes over drafts that are taken back leave what a session that decodes token by token leaves."""
+    synthesize("tiny", tmp_path / "model")
+    with Engine.load(tmp_path / "model", context=400, threads=1, cache_size=8) as engine:
+        session = engine.session(shared=True)
+        session.prefill([*range(70, 90)])
+        for token in range(100, 150):
+            start = session.position
+            session.hidden([token, 7, 8, 9])
+            session.rewind(start + 1)
+        assert session.position == 70
+        runs = [run for found in engine._model._prefixes._runs.values() for run in found]
+        assert [run.tokens.tolist() for run in runs] == [[*range(70, 90)]]
+        session.share()
+        again = engine.session(shared=True)
+        assert again.recall([*range(70, 90), *range(100, 150), 3]) == 70
+
+
 @pytest.mark.parametrize("sampling", [Sampling(temperature=0.0), Sampling(temperature=1.2, top_k=40, seed=5)])
 def test_a_drafted_text_is_the_plain_text(engine, sampling):
     """`matching` with the target's sampler: the same tokens for the same seed, whatever was drafted."""
