@@ -96,7 +96,7 @@ def checked_recipe(recipe: str | None) -> str:
 def plan_drafter(config: DrafterConfig, recipe: str, kept: Collection[str] = ()) -> dict[str, Tensor]:
     """How a recipe stores every tensor. kept: those that are bfloat16 in the source, which float keeps.
 
-    The head stays as it is where the ends of its groups would lie inside of panels.
+    Matrices stay as they are where their end, or the ends of the head's groups, would lie inside of panels of 8 rows.
     """
     plan = {}
     for name, shape in config.tensor_shapes().items():
@@ -104,7 +104,7 @@ def plan_drafter(config: DrafterConfig, recipe: str, kept: Collection[str] = ())
             plan[name] = plan_tensor(name, shape, "dense", dtype="U32")
             continue
         fmt = tensor_format(recipe, name, shape, config.decoder)
-        fmt = DENSE if name == _EMBEDDINGS and config.group_size % 8 else fmt
+        fmt = DENSE if shape[0] % 8 or (name == _EMBEDDINGS and config.group_size % 8) else fmt
         if fmt.bits:
             plan[name] = plan_tensor(name, shape, "panels", bits=fmt.bits, group=fmt.group)
             plan[name] = replace(plan[name], origin=f"rounded by recipe {recipe}")

@@ -44,10 +44,8 @@ class DrafterFolder(ModelFolder):
         tensors = read_tensors(manifest, drafter.tensor_shapes(), path)
         folder = cls(path, drafter.decoder, tensors, manifest, drafter=drafter)
         folder._check_files()
-        cut = drafter.group_size % 8 != 0  # groups that end inside of a panel of 8 rows
         for name, tensor in tensors.items():
-            if tensor.layout == "rows" or (cut and tensor.layout == "panels" and name == "embed_tokens.weight"):
-                raise ModelFolderError(
-                    f"{path}: {name} lies in {tensor.layout}, expected dense or panels of whole groups"
-                )
+            cut = tensor.shape[0] % 8 or (name == "embed_tokens.weight" and drafter.group_size % 8)
+            if tensor.layout == "rows" or (tensor.layout == "panels" and cut):
+                raise ModelFolderError(f"{path}: {name} lies in {tensor.layout}, expected dense or whole panels")
         return folder

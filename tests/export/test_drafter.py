@@ -68,13 +68,16 @@ def test_bfloat16_stays_as_it_is(tmp_path):
     assert types["norm.weight"] == "F32"
 
 
-def test_groups_that_are_no_whole_panels_stay_dense(tmp_path):
-    def few(weights, config):
-        config["num_centroids"] = 160  # of four tokens
-        weights[CENTROIDS] = np.ones((160, 32), np.float32)
+@pytest.mark.parametrize(("centroids", "layouts"), [(160, ("dense", "panels")), (20, ("panels", "dense"))])
+def test_what_are_no_whole_panels_stays_dense(tmp_path, centroids, layouts):
+    """160 groups of 4 tokens, 20 groups of 32."""
 
-    folder = DrafterFolder.open(export_checkpoint(written(tmp_path / "in", few), tmp_path / "out"))
-    assert (folder.tensors["embed_tokens.weight"].layout, folder.tensors[CENTROIDS].layout) == ("dense", "panels")
+    def regrouped(weights, config):
+        config["num_centroids"] = centroids
+        weights[CENTROIDS] = np.ones((centroids, 32), np.float32)
+
+    folder = DrafterFolder.open(export_checkpoint(written(tmp_path / "in", regrouped), tmp_path / "out"))
+    assert tuple(folder.tensors[name].layout for name in ("embed_tokens.weight", CENTROIDS)) == layouts
 
 
 def test_what_nothing_reads_may_be_there(tmp_path):

@@ -101,15 +101,17 @@ def test_long_contexts_draft_as_the_reference_does(load, kind, n):
 
 
 @EVERY_KIND
-def test_a_recorded_pass_says_what_every_kernel_by_itself_says(load, kind, monkeypatch):
+@pytest.mark.parametrize("recipe", ["float", "q8"])
+def test_a_recorded_pass_says_what_every_kernel_by_itself_says(load, kind, recipe, monkeypatch):
     ids, token, _, _ = golden(kind, "23")
-    recorded, expected = draft(load(kind), ids.tolist(), token)
+    engine = load(kind, recipe)
+    recorded, expected = draft(engine, ids.tolist(), token)
 
     def never(*_):
         raise drafter_module.NotRecordableError("not now")
 
     monkeypatch.setattr(program.Recorder, "add", never)
-    plain, logits = draft(load(kind), ids.tolist(), token)
+    plain, logits = draft(engine, ids.tolist(), token)
     assert plain == recorded
     np.testing.assert_array_equal(logits, expected)
 
