@@ -16,6 +16,7 @@ from edge_gemma.config_keys import known_keys, with_defaults
 from edge_gemma.errors import ConfigError
 
 SLIDING, FULL = "sliding_attention", "full_attention"
+ELSEWHERE = -1  # the kv_source of a drafter's layers, which read K and V of another model
 
 # The keys that are read, and the reference's defaults (transformers' configuration classes).
 _COMMON: dict[str, Any] = {
@@ -63,7 +64,7 @@ class LayerSpec:
     num_attention_heads: int
     num_key_value_heads: int
     intermediate_size: int
-    kv_source: int  # the layer whose K and V this layer reads; its own index where it owns them
+    kv_source: int  # the layer whose K and V this layer reads; its own index where it owns them; or ELSEWHERE
     sliding_window: int | None  # keys that a query sees, its own included; None: all before it
     attention_scale: float  # factor on q.k: 1 in Gemma 4, query_pre_attn_scalar ** -0.5 in Gemma 3
     attention_k_eq_v: bool  # no v_proj: V is the raw key projection
@@ -114,10 +115,13 @@ class GemmaConfig:
         return max(layer.kv_source for layer in self.layers)
 
     @classmethod
-    def from_text_config(cls, text_config: Mapping[str, Any], ignored: Collection[str] = ()) -> "GemmaConfig":
+    def from_text_config(
+        cls, text_config: Mapping[str, Any], ignored: Collection[str] = (), *, drafter: bool = False
+    ) -> "GemmaConfig":
         """Resolve a checkpoint's `text_config`. Keys that are missing or null get the reference's defaults.
 
-        ignored: unknown keys to ignore. Raises ConfigError for a key that is unknown, or a value not supported.
+        ignored: unknown keys to ignore. drafter: all layers read K and V of another model (drafter_config.py). Raises
+        ConfigError for a key that is unknown, or a value not supported.
         """
         model_type = text_config.get("model_type")
         if not isinstance(model_type, str) or model_type not in DEFAULTS:
@@ -127,7 +131,8 @@ class GemmaConfig:
         _refuse_unsupported(c)
         depth = _integer(c, "num_hidden_layers")
         layer_types = _layer_types(c, depth)
-        kv_sources = _kv_sources(layer_types, _integer(c, "num_kv_shared_layers", 0))
+        shared = _integer(c, "num_kv_shared_layers", 0)
+        kv_sources = _all_elsewhere(c, depth, shared) if drafter else _kv_sources(layer_types, shared)
         ple = _integer(c, "hidden_size_per_layer_input", 0)
         vocab = _integer(c, "vocab_size")
         if ple and _integer(c, "vocab_size_per_layer_input") != vocab:
@@ -258,6 +263,16 @@ def _kv_sources(layer_types: list[str], shared: int) -> list[int]:
             raise ConfigError(f"layer {i} shares the KV of a {layer_type} layer, but no unshared layer is of that type")
         result.append(source[layer_type])
     return result
+
+
+def _all_elsewhere(c: Mapping[str, Any], depth: int, shared: int) -> list[int]:
+    """The KV sources of a drafter's layers. Raises ConfigError for what the reference refuses in one."""
+    if shared not in (0, depth):  # the reference takes 0 for all
+        raise ConfigError(f"num_kv_shared_layers is {shared}, expected {depth}: all layers of a drafter")
+    for key in ("hidden_size_per_layer_input", "use_double_wide_mlp"):
+        if c[key]:
+            raise ConfigError(f"{key} is {c[key]!r}, which a drafter does not have")
+    return [ELSEWHERE] * depth
 
 
 def _layer(c: Mapping[str, Any], index: int, layer_type: str, kv_source: int) -> LayerSpec:

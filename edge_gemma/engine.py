@@ -19,6 +19,7 @@ from edge_gemma.config import GemmaConfig
 from edge_gemma.conversation import Said, Think
 from edge_gemma.errors import ModelFolderError, UsageError
 from edge_gemma.folder import find
+from edge_gemma.folder.drafter_folder import DrafterFolder
 from edge_gemma.folder.folder import GENERATION, TEMPLATE, TOKENIZER, ModelFolder
 from edge_gemma.folder.folder import Progress as LoadProgress
 from edge_gemma.generation.constraint import Constraint
@@ -63,6 +64,7 @@ class Engine:
         threads: int | None = None,
         kv_dtype: str | None = None,
         cache_size: int | None = None,
+        draft: DrafterFolder | None = None,
     ) -> None:
         """folder: opened by `runner.folder_type`. runner: the class that runs it. The other arguments as in `load`."""
         from edge_gemma import kernels
@@ -70,6 +72,7 @@ class Engine:
         self._read(folder, context)
         self._threads = kernels.checked_threads(threads)
         self._model = runner(folder, threads=self._threads, kv_dtype=kv_dtype, cache_size=cache_size)
+        self.drafter = None if draft is None else self._model.drafter(draft)
 
     def _read(self, folder: ModelFolder, context: int | None) -> None:
         """Read everything except the weights."""
@@ -101,6 +104,7 @@ class Engine:
         kv_dtype: str | None = None,
         cache_size: int | None = None,
         backend: str | None = None,
+        draft: Path | str | None = None,
         progress: LoadProgress | None = None,
     ) -> "Engine":
         """Open a model folder, a GGUF file (converted once into the user's cache), or the default model (None).
@@ -109,7 +113,7 @@ class Engine:
         container's quota gives time on;
         kv_dtype: "float16" (default) or "float32"; cache_size: MB of computed instructions kept on disk for later
         starts, 256 by default (all models together), and a quarter of that in memory; 0 for none;
-        backend: "onnx" runs a folder that was exported for onnxruntime.
+        backend: "onnx" runs a folder that was exported for onnxruntime; draft: the folder of a drafter of this model.
         progress: while a GGUF file is converted, told (bytes done, bytes in all, what).
         Raises EdgeGemmaError subclasses, one line each.
         """
@@ -121,7 +125,16 @@ class Engine:
             runner = _BACKENDS[backend or "native"]
             runner.check(kv_dtype, cache_size)
             folder = runner.folder_type.open(find.resolve(model, progress))
-            return cls(folder, runner, context=context, threads=threads, kv_dtype=kv_dtype, cache_size=cache_size)
+            drafter = draft if draft is None else DrafterFolder.open(file_path("the drafter", draft).expanduser())
+            return cls(
+                folder,
+                runner,
+                context=context,
+                threads=threads,
+                kv_dtype=kv_dtype,
+                cache_size=cache_size,
+                draft=drafter,
+            )
         except OSError as error:
             raise ModelFolderError(f"{error.filename or model}: {error.strerror or error}") from None
 

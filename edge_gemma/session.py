@@ -18,6 +18,7 @@ from edge_gemma.errors import ContextFullError, ModelFolderError, UsageError
 from edge_gemma.folder.atomic import write_file
 from edge_gemma.host.pace import Pace
 from edge_gemma.model.decoder import Decoder
+from edge_gemma.model.drafter import Drafter, DraftSteps
 from edge_gemma.model.kv_cache import KVCache, Snapshot
 from edge_gemma.model.prefix_cache import PrefixCache, soft_key
 from edge_gemma.model.recorded import MOST, PAD, Steps
@@ -25,6 +26,7 @@ from edge_gemma.model.run_state import RunState
 
 CHUNK = 128  # tokens prefilled at a time
 MARKS = 4  # snapshots kept
+Choose = Callable[[np.ndarray, np.ndarray], int]  # (ids int64 [m], logits float32 [m]) -> one of the ids
 SoftTokens = dict[int, np.ndarray]  # position -> float32 [hidden_size], what enters layer 0 there
 
 
@@ -54,6 +56,7 @@ class Session:
         self._soft: SoftTokens = {}  # kept for rewinding and saving: about as many bytes a token as the KV cache
         self._cache = KVCache(decoder.config, context, CHUNK, kv_dtype)
         self._steps = Steps(decoder, self._cache)
+        self._drafting: DraftSteps | None = None
         self._marks: list[Snapshot] = []
         self._prefixes, self._between = prefixes, between
         self.batch = batch
@@ -111,16 +114,37 @@ class Session:
         """Append ids. Returns the logits after each of them: float32 [len(ids), vocab_size]. Raises as `prefill`."""
         return self.logits(self.hidden(ids))
 
-    def hidden(self, ids: Sequence[int]) -> np.ndarray:
-        """Append ids. Returns the rows that enter the head: float32 [len(ids), hidden_size]. Raises as `prefill`."""
+    def hidden(self, ids: Sequence[int], last: int | None = None) -> np.ndarray:
+        """Append ids. Returns the rows that enter the head: float32 [len(ids), hidden_size]. Raises as `prefill`.
+
+        last: only the rows of so many ids at the end, which costs less; None: all.
+        """
         ids = self._check(ids)
         with kernels.use_threads(self._pace.limit):
-            return self._run(ids, keep=len(ids))
+            return self._run(ids, keep=len(ids) if last is None else min(last, len(ids)))
 
     def logits(self, hidden: np.ndarray) -> np.ndarray:
         """The logits of rows from `hidden`: float32 [n, vocab_size]. A few rows at a time need less memory."""
         with kernels.use_threads(self._pace.limit):
             return self._decoder.logits(hidden)
+
+    def draft(self, drafter: Drafter, hidden: np.ndarray, token: int, most: int, choose: Choose) -> list[int]:
+        """Guess the tokens after `token`, which follows the timeline and is not part of it yet. Nothing is appended.
+
+        hidden: float32 [hidden_size], the row of the timeline's last token, from `hidden`. choose: picks a draft out of
+        its candidates. Returns `most` drafts, or none where the timeline is empty or was just rewound far.
+        """
+        self._settle()
+        if self._drafting is None or self._drafting.drafter is not drafter:
+            self._drafting = DraftSteps(drafter, self._cache)
+        self._between()
+        drafts: list[int] = []
+        with kernels.use_threads(self._pace.limit):
+            if self._drafting.begin(hidden):
+                while len(drafts) < most:
+                    token = choose(*self._drafting.step(token))
+                    drafts.append(token)
+        return drafts
 
     def rewind(self, position: int) -> None:
         """Forget all tokens from `position` on. Later logits are those of a session that never saw them.
@@ -229,7 +253,10 @@ class Session:
             rows.append(hidden)
             self.ids.extend(part)
             self._soft |= here
-            self._share()
+            # Where the rows of all ids are wanted, some of them may be drafts, which are taken back: most are not
+            # shared before they are the past.
+            if keep < len(ids) or self.position - self._shared >= CHUNK:
+                self._share()
         return np.concatenate(rows) if len(rows) > 2 else rows[-1]
 
     def _few(self, ids: list[int]) -> np.ndarray:

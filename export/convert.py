@@ -19,6 +19,7 @@ import numpy as np
 from edge_gemma.config import GemmaConfig
 from edge_gemma.errors import CheckpointError, TokenizerError, UsageError
 from edge_gemma.export.checkpoint import Checkpoint, open_checkpoint
+from edge_gemma.export.drafter import export_drafter, is_drafter
 from edge_gemma.export.folder_writer import FolderWriter
 from edge_gemma.export.on_grid import grid_matrix
 from edge_gemma.export.packed import PackedMatrix
@@ -60,9 +61,13 @@ def export_checkpoint(
     lies beside it. ignore_keys: names of unknown configuration keys to pass over. note: is told, one line each, what
     was taken otherwise than the source says.
 
+    The checkpoint of a drafter becomes a drafter folder, in q8 where no recipe is asked for.
+
     The folder appears whole or not at all. The next run removes what an interrupted run left; a calibrated run of the
     same source, recipe and text resumes it. Raises CheckpointError, ConfigError, UsageError: one line each.
     """
+    if is_drafter(source):
+        return export_drafter(source, dest, recipe, ignore_keys=ignore_keys, force=force, progress=progress)
     checkpoint = open_checkpoint(source, ignore_keys, mmproj, towers=audio or vision)
     try:
         conversion = Conversion.plan_of(checkpoint, recipe, audio=audio, vision=vision)

@@ -196,10 +196,13 @@ class FolderWriter:
         recipe: str,
         source: dict[str, Any],
         sections: dict[str, dict[str, Any]] | None = None,
+        *,
+        kind: str = FORMAT,
     ) -> None:
         """Write the manifest, once all else is on the disk: where it lies, the folder is whole.
 
         Every part must be complete. sections: of the encoders that were written; that of pictures gets its tensors.
+        kind: the folder's format.
         """
         tensors: dict[str, dict[str, Any]] = {}
         seen: dict[str, dict[str, Any]] = {}
@@ -213,7 +216,7 @@ class FolderWriter:
             table = seen if any(part.file == VISION for part in parts.values()) else tensors
             table[name] = tensor_entry(replace(tensor, parts=parts))
         manifest: dict[str, Any] = {
-            "format": FORMAT,
+            "format": kind,
             "version": version_of(self._plan.values()),
             "created_by": f"edge_gemma {__version__}",
             "recipe": recipe,

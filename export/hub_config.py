@@ -9,6 +9,7 @@ from typing import Any
 
 from edge_gemma.config import DEFAULTS, KNOWN
 from edge_gemma.config_keys import REFERENCE_DEFAULTS, check_ignored, known_keys, with_defaults
+from edge_gemma.drafter_config import MODEL_TYPE as DRAFTER
 from edge_gemma.errors import CheckpointError, ConfigError
 from edge_gemma.export.audio_tower import KNOWN as AUDIO_KNOWN
 from edge_gemma.export.audio_tower import TOKEN_IDS as AUDIO_IDS
@@ -32,6 +33,11 @@ def text_config(top: Mapping[str, Any], ignored: Collection[str] = ()) -> dict[s
     """
     model_type = top.get("model_type")
     if not isinstance(model_type, str) or model_type not in {*DECODERS, *DEFAULTS}:
+        if model_type == DRAFTER:
+            raise ConfigError(
+                f"model_type is {model_type!r}, a drafter, which guesses for another model: download its folder, "
+                "edge-gemma export it, and give it to that model as --draft"
+            )
         expected = ", ".join(sorted({*DECODERS, *DEFAULTS}))
         raise ConfigError(f"model_type is {show(repr(model_type))}, expected one of {expected}")
     text: Any = top

@@ -22,6 +22,7 @@ from edge_gemma import __version__
 from edge_gemma.backends.onnx import DECODER, EMBED, FOLDER
 from edge_gemma.errors import CheckpointError, UsageError
 from edge_gemma.export.convert import export_checkpoint
+from edge_gemma.export.drafter import is_drafter
 from edge_gemma.export.folder_writer import DigestedFile
 from edge_gemma.folder.atomic import new_folder, scratch_folder
 from edge_gemma.folder.folder import (
@@ -132,6 +133,8 @@ def _model_folder(source: Path, dest: Path, recipe: str | None, **options: Any) 
         refuse_unused(options["calibration"], "a model folder, whose weights are rounded already")
         yield folder
         return
+    if is_drafter(source):
+        raise UsageError(f"{source} is a drafter, which only this package's own decoder runs: leave --onnx out")
     with scratch_folder(dest.absolute()) as scratch:
         rounding = "float" if recipe == FLOAT16 else recipe
         path = scratch / "model"

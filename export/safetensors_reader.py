@@ -178,7 +178,7 @@ class SafetensorsCheckpoint:
         for file, header in zip(self._files, headers, strict=True):
             digest.update(file.size.to_bytes(8, "little") + header)
         self._digest = digest.hexdigest()
-        self.license = self._read_license()
+        self.license = license_of(self._side_file("README.md"))
         self.chat_template = self._read_chat_template()
         self.generation_config = self._read_generation_config(top)
         self.stop_pieces = hub_config.stop_pieces(self._side_json("tokenizer_config.json"))
@@ -324,12 +324,12 @@ class SafetensorsCheckpoint:
         self.notes += notes
         return {"eos_token_id": eos} | settings
 
-    def _read_license(self) -> str | None:
-        """The `license:` line of the model card's front matter."""
-        data = self._side_file("README.md")
-        front = re.match(r"---\r?\n(.*?)\r?\n---", (data or b"")[:65536].decode("utf-8", "replace"), re.DOTALL)
-        line = front and re.search(r"^license:[ \t]*([\w.+-]+)[ \t]*$", front[1], re.MULTILINE)
-        return line[1] if line else None
+
+def license_of(card: bytes | None) -> str | None:
+    """The `license:` line of the front matter of a model card (README.md)."""
+    front = re.match(r"---\r?\n(.*?)\r?\n---", (card or b"")[:65536].decode("utf-8", "replace"), re.DOTALL)
+    line = front and re.search(r"^license:[ \t]*([\w.+-]+)[ \t]*$", front[1], re.MULTILINE)
+    return line[1] if line else None
 
 
 def _weight_map(index: Mapping[str, Any]) -> dict[str, str]:

@@ -12,13 +12,12 @@ from typing import Any
 import numpy as np
 
 from edge_gemma.errors import CheckpointError
-from edge_gemma.export.checkpoint import Checkpoint
 from edge_gemma.export.folder_writer import FolderWriter
 from edge_gemma.export.packed import PackedMatrix, encode_dense, encode_packed
 from edge_gemma.export.resume import Journal
 from edge_gemma.export.source_file import GlanceError
 from edge_gemma.folder.folder import Progress, Tensor
-from edge_gemma.quant.calibrate import Rounder
+from edge_gemma.quant.calibrate import Rounder, Source
 from edge_gemma.quant.search import search_scales
 
 _BLOCK_WEIGHTS = 1 << 20  # weights a worker rounds at a time: 4 MB of float32 stays near the caches
@@ -44,7 +43,7 @@ class TensorStream:
 
     def __init__(
         self,
-        checkpoint: Checkpoint,
+        checkpoint: Source,
         plan: dict[str, Tensor],
         carried: dict[str, PackedMatrix],
         writer: FolderWriter,

@@ -137,7 +137,7 @@ def synthesize(
         writer.add_file(TOKENIZER, tokenizer_model(config.vocab_size))
         writer.add_file(TEMPLATE, _CHAT_TEMPLATE.encode())
         writer.add_file(GENERATION, json.dumps(_GENERATION, indent=1).encode())
-        _write_tensors(plan, config, seed, writer, progress)
+        write_noise(plan, config, seed, writer, progress)
         name = f"random {size}, seed {seed}"
         digest = hashlib.sha256(f"{name}, {recipe}".encode()).hexdigest()
         writer.finish(dict(config.text_config), recipe, {"name": name, "digest": digest, "license": None}, sections)
@@ -191,9 +191,10 @@ def _balanced(bits: int) -> np.ndarray:
     return (np.where(fields == lowest, zero, fields) << np.arange(0, 8, bits)).sum(axis=1).astype(np.uint8)
 
 
-def _write_tensors(
+def write_noise(
     plan: dict[str, Tensor], config: GemmaConfig, seed: int, writer: FolderWriter, progress: Progress | None
 ) -> None:
+    """Fill every tensor of the plan with random bytes."""
     noise = _Noise(seed)
     total = sum(part.nbytes for tensor in plan.values() for part in tensor.parts.values())
     done = 0

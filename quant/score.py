@@ -40,7 +40,7 @@ class Perplexity:
 
 def perplexity(engine: Engine, ids: list[int], context: int = 512, progress: Report | None = None) -> Perplexity:
     """Perplexity of `ids` (without <bos>) in windows of `context` tokens. Raises UsageError if they fill no window."""
-    windows = _windows(ids, context, engine.tokenizer.bos_id)
+    windows = windows_of(ids, context, engine.tokenizer.bos_id)
     session = engine.session(context)
     total = 0.0
     first = context // 2
@@ -108,7 +108,7 @@ def scores(
             if original.tokenizer_digest != copy.tokenizer_digest or original.shape != copy.shape:
                 raise UsageError(f"{model} and {reference} are not the same model: expected one made from the other")
         tokenizer = Tokenizer.load(reference / TOKENIZER)
-        windows = _windows(tokenizer.encode(text), context, tokenizer.bos_id)[:most]
+        windows = windows_of(tokenizer.encode(text), context, tokenizer.bos_id)[:most]
         first = context // 2
         for window, tokens in enumerate(windows):
             expected = original.hidden(tokens)
@@ -128,7 +128,8 @@ def scores(
         return [copy.score(original, len(windows) * context, scored) for copy in copies]
 
 
-def _windows(ids: list[int], context: int, bos: int) -> list[list[int]]:
+def windows_of(ids: list[int], context: int, bos: int) -> list[list[int]]:
+    """A text in windows of `context` tokens, <bos> in place of each first one. Raises UsageError if it fills none."""
     if context < 4 or len(ids) < context:
         raise UsageError(f"the text has {len(ids)} tokens, expected at least one window of {context} (4 or more)")
     return [[bos, *ids[start + 1 : start + context]] for start in range(0, len(ids) - context + 1, context)]

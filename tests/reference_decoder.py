@@ -21,10 +21,10 @@ def reference_logits(
     """Logits [len(ids), vocab] in `dtype`. `weights`: canonical names, effective values (Gemma 3's norms with the 1
     added); `config`: a raw text_config in either spelling; `rounded`: done to the input of every matrix product."""
     w = {name: value.astype(dtype) for name, value in weights.items()}
-    return _Decoder(w, config, dtype, rounded).logits(ids)
+    return ReferenceDecoder(w, config, dtype, rounded).logits(ids)
 
 
-class _Decoder:
+class ReferenceDecoder:
     """One pass. h: [T, D], every row; x: the rounded input of matrix products; K, V: [T, KV, head_dim]."""
 
     def __init__(self, w: Weights, config: dict[str, Any], dtype: Any, rounded: Rounding) -> None:
@@ -33,6 +33,13 @@ class _Decoder:
         self.caches: dict[str, tuple[np.ndarray, np.ndarray]] = {}  # layer type -> K, V of its last unshared layer
 
     def logits(self, ids: list[int]) -> np.ndarray:
+        w = self.w
+        logits = self.rounded(self.hidden(ids)) @ w.get("lm_head.weight", w["embed_tokens.weight"]).T
+        cap = self.config.get("final_logit_softcapping")
+        return cap * np.tanh(logits / cap) if cap else logits
+
+    def hidden(self, ids: list[int]) -> np.ndarray:
+        """What enters the head."""
         w, config = self.w, self.config
         first_shared = config["num_hidden_layers"] - (config.get("num_kv_shared_layers") or 0)
         h = w["embed_tokens.weight"][ids] * np.sqrt(self.dtype(config["hidden_size"]))
@@ -41,10 +48,7 @@ class _Decoder:
             h = self.layer(h, self.extend_cache(h, i), i, per_layer)
         for i in range(first_shared, config["num_hidden_layers"]):
             h = self.layer(h, self.attention_input(h, i), i, per_layer)
-        h = self.norm(h, w["norm.weight"])
-        logits = self.rounded(h) @ w.get("lm_head.weight", w["embed_tokens.weight"]).T
-        cap = config.get("final_logit_softcapping")
-        return cap * np.tanh(logits / cap) if cap else logits
+        return self.norm(h, w["norm.weight"])
 
     def layer(self, h: np.ndarray, x: np.ndarray, i: int, per_layer: np.ndarray | None) -> np.ndarray:
         """One layer on rows h, with x = input_layernorm(h)."""
@@ -70,14 +74,14 @@ class _Decoder:
     def extend_cache(self, h: np.ndarray, i: int) -> np.ndarray:
         """K normalised then rotated, V (Gemma 4) normalised without a weight. Returns x = input_layernorm(h)."""
         config, layer_type = self.config, self.config["layer_types"][i]
-        x, head_dim = self.attention_input(h, i), _head_dim(config, i, layer_type)
+        x, head_dim = self.attention_input(h, i), head_dim_of(config, i, layer_type)
         k = (x @ self.weight(i, "self_attn.k_proj.weight").T).reshape(len(x), -1, head_dim)
         if config.get("attention_k_eq_v") and layer_type == FULL:
             v = self.norm(k, None)
         else:
             v = (x @ self.weight(i, "self_attn.v_proj.weight").T).reshape(len(x), -1, head_dim)
             v = self.norm(v, None) if config["model_type"] == "gemma4_text" else v
-        k = _rope(self.norm(k, self.weight(i, "self_attn.k_norm.weight")), config, layer_type)
+        k = rope(self.norm(k, self.weight(i, "self_attn.k_norm.weight")), config, layer_type)
         self.caches[layer_type] = k, v
         return x
 
@@ -85,8 +89,8 @@ class _Decoder:
         """softmax(q k^T * scale + mask) v: [T, H * head_dim]."""
         config, layer_type = self.config, self.config["layer_types"][i]
         heads, n = config["num_attention_heads"], len(x)
-        q = (x @ self.weight(i, "self_attn.q_proj.weight").T).reshape(n, heads, _head_dim(config, i, layer_type))
-        q = _rope(self.norm(q, self.weight(i, "self_attn.q_norm.weight")), config, layer_type)
+        q = (x @ self.weight(i, "self_attn.q_proj.weight").T).reshape(n, heads, head_dim_of(config, i, layer_type))
+        q = rope(self.norm(q, self.weight(i, "self_attn.q_norm.weight")), config, layer_type)
         if config["model_type"] == "gemma3_text":
             q = q * q.dtype.type(config["query_pre_attn_scalar"]) ** -0.5
         k, v = self.caches[layer_type]
@@ -134,13 +138,13 @@ class _Decoder:
         return self.w[f"layers.{i}.{name}"]
 
 
-def _head_dim(config: dict[str, Any], i: int, layer_type: str) -> int:
+def head_dim_of(config: dict[str, Any], i: int, layer_type: str) -> int:
     if "per_layer_config" in config:
         return config["per_layer_config"].get(str(i), {}).get("head_dim", config["head_dim"])
     return config.get("global_head_dim", config["head_dim"]) if layer_type == FULL else config["head_dim"]
 
 
-def _rope(x: np.ndarray, config: dict[str, Any], layer_type: str) -> np.ndarray:
+def rope(x: np.ndarray, config: dict[str, Any], layer_type: str) -> np.ndarray:
     """Rotate pairs (i, i + head_dim/2) of x [T, heads, head_dim] by position * theta^(-2i/head_dim) / factor."""
     n, _, head_dim = x.shape
     half, factor, partial = head_dim // 2, 1.0, 1.0

@@ -19,8 +19,8 @@ import numpy as np
 
 Tensors = dict[str, tuple[str, tuple[int, ...]]]  # name -> (dtype, shape), rows first
 VOCAB, PLE = 262144, 256
-_BYTES = {"F32": 4, "BF16": 2, "I8": 1, "U8": 1}
-_ORDER = ("F32", "BF16", "I8", "U8")  # the safetensors library writes wide types first, then by name
+_BYTES = {"I64": 8, "F32": 4, "BF16": 2, "I8": 1, "U8": 1}
+_ORDER = ("I64", "F32", "BF16", "I8", "U8")  # the safetensors library writes wide types first, then by name
 CLIPS = ("input_min", "input_max", "output_min", "output_max")
 _TYPES = {"s": "sliding_attention", "F": "full_attention"}
 
@@ -212,6 +212,28 @@ def mobile_tensors(size: Size, per_layer_bits: int, mlp_bits: Callable[[int], in
     return result
 
 
+def assistant_tensors() -> Tensors:
+    """E2B's drafter."""
+    d, ff, heads = 256, 2048, 4
+    shapes: dict[str, tuple[int, ...]] = {
+        "pre_projection.weight": (d, 2 * E2B.hidden), "post_projection.weight": (E2B.hidden, d),
+        "masked_embedding.centroids.weight": (2048, d), "model.embed_tokens.weight": (VOCAB, d),
+        "model.norm.weight": (d,),
+    }  # fmt: skip
+    for i in range(4):
+        q = 512 if i == 3 else 256
+        norms = ("input", "post_attention", "pre_feedforward", "post_feedforward")
+        layer: dict[str, tuple[int, ...]] = {f"{norm}_layernorm.weight": (d,) for norm in norms}
+        layer |= {
+            "self_attn.q_proj.weight": (heads * q, d), "self_attn.q_norm.weight": (q,), "layer_scalar": (1,),
+            "self_attn.o_proj.weight": (d, heads * q), "mlp.gate_proj.weight": (ff, d), "mlp.up_proj.weight": (ff, d),
+            "mlp.down_proj.weight": (d, ff),
+        }  # fmt: skip
+        shapes |= {f"model.layers.{i}.{name}": shape for name, shape in layer.items()}
+    floats: Tensors = {name: ("BF16", shape) for name, shape in shapes.items()}
+    return floats | {"masked_embedding.token_ordering": ("I64", (VOCAB,))}
+
+
 # --- configurations ---------------------------------------------------------------------------------------------------
 
 # Written by older transformers into each part of a configuration.
@@ -271,6 +293,25 @@ def gemma4_config(size: Size, *, mobile: bool = False) -> dict[str, Any]:
     if mobile:
         return top | {"quantization_config": _quantization(size)}
     return top | {"architectures": ["Gemma4ForConditionalGeneration"], "dtype": "bfloat16"}
+
+
+def assistant_config() -> dict[str, Any]:
+    """The released config.json of E2B's drafter."""
+    target = gemma4_config(E2B)["text_config"]
+    own = {
+        "final_logit_softcapping": None, "hidden_size": 256, "hidden_size_per_layer_input": 0,
+        "intermediate_size": 2048, "layer_types": ["sliding_attention"] * 3 + ["full_attention"],
+        "num_attention_heads": 4, "num_hidden_layers": 4, "num_kv_shared_layers": 4, "moe_intermediate_size": None,
+        "tie_word_embeddings": True, "use_double_wide_mlp": False, "vocab_size_per_layer_input": 0,
+    }  # fmt: skip
+    text = {key: value for key, value in (target | _BOOKKEEPING | own).items() if key != "expert_intermediate_size"}
+    return {
+        "architectures": ["Gemma4AssistantForCausalLM"], "audio_token_id": 258881, "backbone_hidden_size": 1536,
+        "boa_token_id": 256000, "boi_token_id": 255999, "centroid_intermediate_top_k": 32, "dtype": "bfloat16",
+        "eoa_token_id": 258883, "eoi_token_id": 258882, "image_token_id": 258880, "model_type": "gemma4_assistant",
+        "num_centroids": 2048, "text_config": text, "tie_word_embeddings": True,
+        "transformers_version": "5.7.0.dev0", "use_ordered_embeddings": True,
+    }  # fmt: skip
 
 
 def _quantization(size: Size) -> dict[str, Any]:
@@ -404,10 +445,21 @@ def write_safetensors(path: Path, tensors: Tensors, metadata: dict[str, str] | N
         for name, (dtype, shape) in tensors.items():
             count, value = math.prod(shape), np.float32(_value(name))
             small = count <= 1 << 18 or name.endswith("embedding_scale")
+            if dtype == "I64":  # an ordering of the vocabulary
+                file.seek(base + offsets[name])
+                file.write(np.arange(count)[::-1].astype("<i8").tobytes())
             if value and small and dtype in ("F32", "BF16"):
                 file.seek(base + offsets[name])
                 bits = value if dtype == "F32" else np.uint16(value.view(np.uint32) >> 16)
                 file.write(np.full(count, bits).tobytes())
+
+
+def write_assistant_release(dest: Path) -> Path:
+    """The folder of E2B's drafter: config.json and model.safetensors. Returns `dest`."""
+    dest.mkdir(parents=True, exist_ok=True)
+    (dest / "config.json").write_text(json.dumps(assistant_config(), indent=2))
+    write_safetensors(dest / "model.safetensors", assistant_tensors(), {"format": "pt"})
+    return dest
 
 
 def write_release(dest: Path, name: str) -> Path:

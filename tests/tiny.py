@@ -199,7 +199,7 @@ def write_safetensors(path: Path, tensors: dict[str, np.ndarray], dtype: str) ->
     """A safetensors file: u64 header length, JSON header padded to 8 bytes, data in the header's order.
 
     Floats are stored as `dtype`; integers as they are, uint16 being the bits of bfloat16."""
-    stored_as = {"int8": "I8", "uint8": "U8", "uint16": "BF16"}
+    stored_as = {"int8": "I8", "int64": "I64", "uint8": "U8", "uint16": "BF16"}
     code = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}[dtype]
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     blobs, offset = [], 0

@@ -9,13 +9,16 @@ from collections.abc import Callable
 from edge_gemma import kernels
 from edge_gemma.arguments import integer, is_one_of, require
 from edge_gemma.batch import Batch
+from edge_gemma.folder.drafter_folder import DrafterFolder
 from edge_gemma.folder.folder import ModelFolder
 from edge_gemma.folder.prefix_files import PrefixFiles
 from edge_gemma.host import places
 from edge_gemma.kernels import sources
 from edge_gemma.model.decoder import Decoder
+from edge_gemma.model.drafter import Drafter
+from edge_gemma.model.drafter import bind as bind_drafter
 from edge_gemma.model.prefix_cache import PrefixCache
-from edge_gemma.model.weights import bind
+from edge_gemma.model.weights import FolderBinder, bind
 from edge_gemma.session import CHUNK, Session
 
 KV_DTYPES = ("float16", "float32")
@@ -63,6 +66,11 @@ class NativeModel:
             self.decoder, context, self._kv_dtype, self._identity, self._soft_ids, self._threads, prefixes,
             between=lambda: self.between(), batch=self._batch,
         )  # fmt: skip
+
+    def drafter(self, folder: DrafterFolder) -> Drafter:
+        """The drafter in `folder`. Raises UsageError if it was made for another model, ModelFolderError."""
+        weights = bind_drafter(FolderBinder(folder.path, folder.tensors), folder.drafter)
+        return Drafter(folder.drafter, weights, self.decoder)
 
     def close(self) -> None:
         """Close the files read on demand; mapped weights go when the last session does."""

@@ -88,6 +88,10 @@ class OnnxModel:
             self._graphs, self._config, context, self._identity, self._soft_ids, between=lambda: self.between()
         )
 
+    def drafter(self, folder: ModelFolder) -> None:
+        """Raises UsageError: a drafter reads the keys and values that the native decoder keeps."""
+        raise UsageError("a drafter means nothing beside backend onnx: leave one of them out")
+
     def close(self) -> None:
         """Drop the graphs; their memory goes when the last session does."""
         self._graphs = {}

@@ -90,16 +90,20 @@ def export(
 
 
 @click.command()
+@options.refuse("audio vision", beside="drafter")
 @click.argument("size", type=click.Choice(["e2b", "e4b", "tiny"]))
 @click.argument("dest", type=click.Path(path_type=Path))
 @click.option("--recipe", type=click.Choice(["q4", "q8", "q5mix", "q3mix", "q2mix", "mobile", "float"]),
-              default="q4", show_default=True,
-              help="How weights are stored; mobile has the bit widths of the official QAT checkpoints.")  # fmt: skip
+              help="How weights are stored; mobile has the bit widths of the official QAT checkpoints "
+              "[default: q4, of a drafter q8].")  # fmt: skip
 @click.option("--seed", type=click.IntRange(0), default=0, metavar="S", help="The same seed gives the same folder.")
 @click.option("--audio", is_flag=True, help="With a random audio tower, at full size except in tiny.")
 @click.option("--vision", is_flag=True, help="With a random vision tower, at full size except in tiny.")
+@click.option("--drafter", is_flag=True, help="The drafter of a model of this size instead.")
 @options.force
-def synth(size: str, dest: Path, recipe: str, seed: int, audio: bool, vision: bool, force: bool) -> None:
+def synth(
+    size: str, dest: Path, recipe: str | None, seed: int, audio: bool, vision: bool, drafter: bool, force: bool
+) -> None:
     """Write a model of random weights to the folder DEST, to measure this machine before a download.
 
     \b
@@ -107,10 +111,15 @@ def synth(size: str, dest: Path, recipe: str, seed: int, audio: bool, vision: bo
     """
     from edge_gemma.cli.screen import progress_bar
     from edge_gemma.export.synth import synthesize
+    from edge_gemma.export.synth_drafter import synthesize_drafter
 
     with progress_bar("writing") as progress:
-        folder = synthesize(size, dest, recipe, audio=audio, vision=vision, seed=seed, force=force, progress=progress)
-    _say_written(folder)
+        if drafter:
+            synthesize_drafter(size, dest, recipe, seed=seed, force=force, progress=progress)
+        else:
+            towers = {"audio": audio, "vision": vision}
+            synthesize(size, dest, recipe or "q4", **towers, seed=seed, force=force, progress=progress)
+    _say_written(dest)
 
 
 def _say_written(folder: Path) -> None:

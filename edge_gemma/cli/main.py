@@ -300,8 +300,13 @@ def perplexity(
 
 
 @cli.command()
+@options.refuse("draft drafts", beside="reference")
+@options.refuse("drafts", without="draft")
 @options.model
-@click.option("--reference", metavar="MODEL", required=True, help="The float model folder that MODEL was made from.")
+@click.option("--reference", metavar="MODEL", help="The float model folder that MODEL was made from.")
+@click.option("--draft", metavar="DRAFTER", help="The folder of a drafter of MODEL.")
+@click.option("--drafts", type=click.IntRange(1, 16), default=4, show_default=True, metavar="N",
+              help="Drafts after each token.")  # fmt: skip
 @click.argument("file", type=click.Path(path_type=Path))
 @click.option("--context", type=click.IntRange(4), default=512, show_default=True, metavar="N",
               help="Window in tokens.")  # fmt: skip
@@ -309,13 +314,17 @@ def perplexity(
 @options.threads
 @options.as_json
 def score(
-    model: str | None, reference: str, file: Path, context: int, windows: int | None, threads: int | None, as_json: bool
-) -> None:
+    model: str | None, reference: str | None, draft: str | None, drafts: int, file: Path, context: int,
+    windows: int | None, threads: int | None, as_json: bool,
+) -> None:  # fmt: skip
     """What rounding has cost: a model beside the float model it was made from, on the text in FILE.
+
+    With --draft: how many of a drafter's drafts the model takes on that text, where it takes the likeliest tokens.
 
     \b
     edge-gemma export ~/gemma-4-E2B-it ./float --recipe float
     edge-gemma score -m ./gemma-4-e2b --reference ./float wiki.txt
+    edge-gemma score -m ./gemma-4-e2b --draft ./gemma-4-e2b-drafter letters.txt
     """
     from dataclasses import asdict
 
@@ -323,7 +332,14 @@ def score(
     from edge_gemma.cli.screen import progress_bar
     from edge_gemma.quant import score as scoring
 
+    if reference is None and draft is None:
+        raise click.UsageError("expected --reference or --draft, one thing to score the model with.")
     text = read_text(file)
+    if draft is not None:
+        _score_drafter(
+            options.load_engine(model, threads=threads, draft=draft), text, context, drafts, windows, as_json
+        )
+        return
     kernels.announce_compiling(options.tell_compiling)
     kernels.set_threads(threads)
     with progress_bar("scoring", unit="windows") as progress:
@@ -335,6 +351,22 @@ def score(
         return
     errors = result.pop("layer_errors")
     _print_facts(result | {"layer errors": " ".join(f"{error:.3f}" for error in errors)}, False)
+
+
+def _score_drafter(engine: "Engine", text: str, context: int, drafts: int, windows: int | None, as_json: bool) -> None:
+    """Print how many drafts a model takes on a text."""
+    from edge_gemma.cli.screen import progress_bar
+    from edge_gemma.quant.draft_score import acceptance
+
+    ids = engine.tokenizer.encode(text)
+    with progress_bar("drafting", unit="tokens") as progress:
+        found = acceptance(engine, ids, context, drafts, stop_after=windows, progress=progress)
+    result = {"rates": list(found.rates), "tokens_per_pass": found.tokens_per_pass, "tokens": found.tokens}
+    if as_json:
+        options.print_json(result)
+        return
+    rates = " ".join(f"{rate:.3f}" for rate in found.rates)
+    click.echo(f"taken {rates}: {found.tokens_per_pass:.2f} tokens a pass, over {found.tokens} tokens")
 
 
 @cli.command()

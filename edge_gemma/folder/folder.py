@@ -16,7 +16,7 @@ A folder holds
     vision_encoder.safetensors   in models that see, tensors as above; the manifest's section `vision` has their table
 
 Layouts of a tensor's parts (layouts.py draws them):
-    dense   values: F32 or BF16, row-major
+    dense   values: F32 or BF16, row-major; U32 in a drafter's ordering
     panels  packed: U8 [panels, chunks, 8, 4]; scales: F16 [panels, groups, 8] or F32 [panels, 1, 8]; with a minimum,
             scales: U8, U16 or U32 [panels, groups, 8]; factors: F16 [panels, blocks, 2, 8]
     rows    records: U8 [rows, record bytes]
@@ -42,6 +42,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from edge_gemma.config import GemmaConfig
+from edge_gemma.drafter_config import ORDERING
 from edge_gemma.errors import ConfigError, ModelFolderError
 from edge_gemma.folder import layouts
 from edge_gemma.folder.file_names import (  # noqa: F401 (those that only others use belong to the contract too)
@@ -64,7 +65,9 @@ from edge_gemma.vision_config import VisionConfig
 
 FORMAT, VERSION = "edge_gemma model folder", 2  # the newest; older ones are read too
 ONNX_FORMAT, ONNX_VERSION = "edge_gemma ONNX folder", 1  # backends/onnx.py
+DRAFTER_FORMAT, DRAFTER_VERSION = "edge_gemma drafter folder", 1  # folder/drafter_folder.py
 _HOW_TO_RUN = {
+    DRAFTER_FORMAT: " but of a drafter, which guesses for another model: give that model with -m, this one as --draft",
     FORMAT: " but of a model folder: run it without --backend onnx, or export it with --onnx first",
     ONNX_FORMAT: " but of an ONNX folder: run it with --backend onnx",
 }
@@ -193,13 +196,14 @@ class ModelFolder:
     audio: AudioSection | None = None  # None: the model does not listen
     vision: VisionSection | None = None  # None: the model does not see
     graphs_in: ClassVar[str] = ""  # where below `path` the encoders' graphs lie
+    needs: ClassVar[tuple[str, ...]] = (TOKENIZER,)  # files without which there is no such folder
 
     @classmethod
     def open(cls, path: Path | str) -> "ModelFolder":
         """Check version, configuration, tensor table and file sizes. Raises ModelFolderError, one line."""
         path = Path(path)
         manifest, config = read_manifest(path, FORMAT, VERSION)
-        tensors = _read_tensors(manifest, config.tensor_shapes(), path)
+        tensors = read_tensors(manifest, config.tensor_shapes(), path)
         folder = cls(path, config, tensors, manifest, read_audio(manifest, config), read_vision(manifest, config, path))
         folder._check_files()
         return folder
@@ -218,8 +222,8 @@ class ModelFolder:
                 raise ModelFolderError(
                     f"{self.path / name} has {actual} bytes, expected {expected}: copy or export it again"
                 )
-        if TOKENIZER not in sizes:
-            raise ModelFolderError(f"{self.path}: the manifest lacks {TOKENIZER}")
+        if missing := [name for name in self.needs if name not in sizes]:
+            raise ModelFolderError(f"{self.path}: the manifest lacks {missing[0]}")
         for name, part in self.parts():
             end = part.offset + part.nbytes
             if part.file not in sizes or part.offset < 0 or part.offset % ALIGNMENT or end > sizes[part.file]["bytes"]:
@@ -332,7 +336,17 @@ def read_manifest(path: Path, kind: str, newest: int) -> tuple[dict[str, Any], G
     """The manifest of a folder of this kind and of a version up to `newest`, and its configuration. Raises
     ModelFolderError.
     """
-    file, name = path / MANIFEST, {FORMAT: "a model folder", ONNX_FORMAT: "an ONNX folder"}[kind]
+    manifest = checked_manifest(path, kind, newest)
+    try:
+        return manifest, GemmaConfig.from_text_config(_field(manifest, "config", dict))
+    except ConfigError as error:
+        raise ModelFolderError(f"{path / MANIFEST}: {error}") from None
+
+
+def checked_manifest(path: Path, kind: str, newest: int) -> dict[str, Any]:
+    """The manifest, whatever its configuration says. Raises ModelFolderError as `read_manifest`."""
+    names = {FORMAT: "a model folder", ONNX_FORMAT: "an ONNX folder", DRAFTER_FORMAT: "a drafter"}
+    file, name = path / MANIFEST, names[kind]
     try:
         if file.stat().st_size > _MANIFEST_LIMIT:
             raise ModelFolderError(f"{file} has {file.stat().st_size} bytes, expected at most {_MANIFEST_LIMIT}")
@@ -343,7 +357,7 @@ def read_manifest(path: Path, kind: str, newest: int) -> tuple[dict[str, Any], G
         raise ModelFolderError(f"{file} is not JSON ({error}): copy or export the model again") from None
     found = manifest.get("format") if isinstance(manifest, dict) else None
     if found != kind:
-        advice = _HOW_TO_RUN.get(found, "") if isinstance(found, str) else ""
+        advice = _HOW_TO_RUN.get(found, "") if isinstance(found, str) and kind != DRAFTER_FORMAT else ""
         raise ModelFolderError(f"{file} is not the manifest of {name}{advice}")
     version = manifest.get("version")
     if type(version) is not int or not 1 <= version <= newest:
@@ -351,10 +365,7 @@ def read_manifest(path: Path, kind: str, newest: int) -> tuple[dict[str, Any], G
         raise ModelFolderError(f"{file} has format version {version!r}, expected {expected}: export the model again")
     if manifest.get("digest") != manifest_digest(manifest):
         raise ModelFolderError(f"{file} was altered (its digest differs): copy or export the model again")
-    try:
-        return manifest, GemmaConfig.from_text_config(_field(manifest, "config", dict))
-    except ConfigError as error:
-        raise ModelFolderError(f"{file}: {error}") from None
+    return manifest
 
 
 def _field(entry: dict[str, Any], key: str, kind: type, of: str = "the manifest") -> Any:
@@ -371,7 +382,7 @@ def _shape(name: str, entry: dict[str, Any]) -> tuple[int, ...]:
     return tuple(shape)
 
 
-def _read_tensors(holder: dict[str, Any], expected: dict[str, tuple[int, ...]], path: Path) -> dict[str, Tensor]:
+def read_tensors(holder: dict[str, Any], expected: dict[str, tuple[int, ...]], path: Path) -> dict[str, Tensor]:
     """The table of tensors in a part of the manifest, which has to hold those expected."""
     tensors = {name: _read_tensor(name, entry) for name, entry in _field(holder, "tensors", dict).items()}
     for what, names in (("lacks", expected.keys() - tensors), ("has unknown", tensors.keys() - expected)):
@@ -391,8 +402,8 @@ def _read_tensor(name: str, entry: Any) -> Tensor:
     bits, group, minimum, dtype = 0, 0, 0, "F32"
     if layout == "dense":
         dtype = _field(_field(parts, "values", dict, of), "dtype", str, of)
-        if dtype not in ("F32", "BF16"):
-            raise ModelFolderError(f"tensor {name}: dtype is {dtype!r}, expected F32 or BF16")
+        if dtype not in (expected := ("U32",) if name == ORDERING else ("F32", "BF16")):
+            raise ModelFolderError(f"tensor {name}: dtype is {dtype!r}, expected {' or '.join(expected)}")
     else:
         bits, group = _field(entry, "bits", int, of), _field(entry, "group", int, of)
         minimum = _field(entry, "minimum", int, of) if "minimum" in entry else 0
@@ -453,7 +464,7 @@ def read_vision(manifest: dict[str, Any], config: GemmaConfig, path: Path, graph
         raise ModelFolderError(f"{of}: {error}") from None
     tensors: dict[str, Tensor] = {}
     if not graphs_in:
-        tensors = _read_tensors(entry, vision.stored_shapes(config.hidden_size), path)
+        tensors = read_tensors(entry, vision.stored_shapes(config.hidden_size), path)
     elif missing := {f"{graphs_in}/{name}" for name in (VISION_GRAPH, VISION_DATA)} - manifest["files"].keys():
         raise ModelFolderError(f"the manifest has a vision section and lacks {min(missing)}: export the model again")
     ids = {field.name: _token(entry, field.name, of, config) for field in fields(VisionSection)[2:]}

@@ -123,6 +123,10 @@ class KVCache:
         """Whether a query at `position` would find every key of its window."""
         return position <= self.position and (self.floor == 0 or position - self._window + 1 >= self.floor)
 
+    def has_all(self, first: int) -> bool:
+        """Whether every ring still has all positions from `first` up to its own."""
+        return self.floor <= first
+
     def truncate(self, position: int) -> None:
         """Go back to `position`, which `holds` must allow. Later rows are overwritten before they are seen."""
         self.position = position

@@ -11,15 +11,21 @@ from edge_gemma.config import FULL, SLIDING, GemmaConfig
 from edge_gemma.errors import ConfigError, UsageError
 from edge_gemma.export.audio_tower import AudioConfig
 from edge_gemma.export.checkpoint import open_checkpoint
+from edge_gemma.export.convert import export_checkpoint
+from edge_gemma.folder.drafter_folder import DrafterFolder
 from edge_gemma.vision_config import VisionConfig
 from tests import ROOT
 from tests.released import (
     E2B,
+    E4B,
     GEMMA3_1B_CONFIG,
     GEMMA3_4B_CONFIG,
+    VOCAB,
+    assistant_config,
     gemma4_config,
     header_bytes,
     releases,
+    write_assistant_release,
     write_release,
 )
 from tests.released_gguf import gguf_parameters, gguf_towers, write_gguf_release
@@ -94,6 +100,25 @@ def test_configurations_equal_the_recorded_ones(config: dict[str, Any], folder: 
     text = dict(recorded.get("text_config") or {})
     text.pop("moe_intermediate_size", None)  # Unsloth's has both spellings
     assert config.get("text_config", {}) == text
+
+
+def test_the_drafters_configuration_equals_the_recorded_one() -> None:
+    path = SHARED / "google+gemma-4-E2B-it-assistant" / "config.json"
+    if not path.is_file():
+        pytest.skip(f"{path} is not there: the recorded files are kept beside the repository")
+    assert assistant_config() == json.loads(path.read_bytes())
+
+
+def test_the_released_drafter_exports_and_fits_its_model(tmp_path: Path) -> None:
+    folder = DrafterFolder.open(export_checkpoint(write_assistant_release(tmp_path / "in"), tmp_path / "out"))
+    config = folder.drafter
+    assert sum(math.prod(tensor.shape) for tensor in folder.tensors.values()) == 77_731_332 + VOCAB
+    assert (config.num_centroids, config.group_size, config.centroid_intermediate_top_k) == (2048, 128, 32)
+    assert (folder.manifest["recipe"], folder.tensors["embed_tokens.weight"].bits) == ("q8", 8)
+    layers = config.on_target(GemmaConfig.from_text_config(gemma4_config(E2B)["text_config"]))
+    assert [layer.kv_source for layer in layers] == [13, 13, 13, 14]
+    with pytest.raises(UsageError, match="hidden_size is 1536, the model's is 2560"):
+        config.on_target(GemmaConfig.from_text_config(gemma4_config(E4B)["text_config"]))
 
 
 @pytest.mark.parametrize("name", RELEASES)
