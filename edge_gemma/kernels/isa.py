@@ -340,7 +340,7 @@ class Avx512Vnni(AvxVnni):
     streams = 4
     float_lanes = 16
     float_sums = 16
-    float_tile = 12, 2
+    float_tile = 6, 4
 
     @staticmethod
     def supported(cpu, features):
