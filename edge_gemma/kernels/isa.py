@@ -289,16 +289,16 @@ class _DotProduct(Portable):
     def finish(self, builder, total):
         return total
 
+    def step(self, builder, total, weights, activations):
+        """As Avx2.step, but for one word each: the products themselves."""
+        return self.dot(builder, total, weights[0], activations[0])
+
     def prepare(self, builder, field, bits):
         return field
 
     def unpacked(self, builder, field, bits):
         """32-bit words of a chunk, `columns` columns each, for `dot`."""
         return [self.prepare(builder, field, bits)]
-
-    def step(self, builder, total, weights, activations):
-        """As Avx2.step, but for one word each: the products themselves."""
-        return self.dot(builder, total, weights[0], activations[0])
 
     def dots(self, builder, totals, fields, activations, bits, group):
         totals = [list(row) for row in totals]
