@@ -234,7 +234,7 @@ class Avx2(Portable):
 
     @staticmethod
     def block(bits, group):
-        return (4, 3) if bits == 8 and not group else None
+        return (4, 2) if bits == 8 and not group else None
 
     def unpacked(self, builder, field, bits):
         """Bytes + 128 as 16 bits: the even columns of each four, then the odd ones."""
@@ -245,6 +245,12 @@ class Avx2(Portable):
 
     def dot(self, builder, total, weights, activation):
         pairs = [builder.bitcast(v, vector(I16, 16)) for v in (weights, activation)]
+        return builder.add(total, call(builder, "llvm.x86.avx2.pmadd.wd", total.type, *pairs))
+
+    def step(self, builder, total, weights, activations):
+        """total + (w0 + x1)(w1 + x0), 2 of them a lane: even columns w0, x0 are the first word, odd ones the second."""
+        pairs = [builder.bitcast(v, vector(I16, 16)) for v in (*weights, *activations)]
+        pairs = [builder.add(pairs[0], pairs[3]), builder.add(pairs[1], pairs[2])]
         return builder.add(total, call(builder, "llvm.x86.avx2.pmadd.wd", total.type, *pairs))
 
     def chain(self, bits):
@@ -305,6 +311,10 @@ class _DotProduct(Portable):
 
     def finish(self, builder, total):
         return total
+
+    def step(self, builder, total, weights, activations):
+        """As Avx2.step, but for one word each: the products themselves."""
+        return self.dot(builder, total, weights[0], activations[0])
 
     def prepare(self, builder, field, bits):
         return field
@@ -373,7 +383,7 @@ class Avx512Vnni(AvxVnni):
     sums = 16
     float_lanes = 16
     float_sums = 16
-    float_tile = 12, 2
+    float_tile = 6, 4
 
     @staticmethod
     def supported(cpu, features):

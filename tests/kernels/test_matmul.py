@@ -112,6 +112,21 @@ def test_matmul_integers_are_exact_at_the_extremes(variant, bits, group, minimum
             assert np.array_equal(out[:, :10], np.broadcast_to(a * value * k, (n, 10)))
 
 
+def test_sums_that_wrap_on_the_way_are_exact(variant):
+    """32768 columns of the largest values: products of sums of two columns (prefill.py) go beyond 2^31, their rest not.
+
+    Neighbours differ, so that even and odd columns cannot be exchanged unnoticed.
+    """
+    n, k = PREFILL_FROM, 32768
+    w, x = np.full((9, k), 127, np.int8), np.full((n, k), 127, np.int8)
+    w[3, ::4], w[5, 1::4], w[7] = -128, 17, -128
+    x[2, 1::2], x[4, 2::4], x[6] = 96, -3, -128
+    packed, scales = layouts.pack_panels(w, 8), layouts.pack_scales(np.ones((9, 1)), 0)
+    out, sums = np.empty((n, 16), np.float32), x.sum(1, dtype=np.int32, keepdims=True)
+    kernels.matmul(x, np.ones((n, 1), np.float32), sums, packed, scales, 8, 0, out)
+    assert np.array_equal(out[:, :9], (x.astype(np.int64) @ w.astype(np.int64).T).astype(np.float32))
+
+
 @pytest.mark.parametrize(("bits", "group", "minimum"), LAYOUTS)
 def test_a_row_is_the_same_in_every_tile_and_for_every_thread_count(variant, bits, group, minimum):
     case = Case(61, 67, 1056, bits, group, minimum, per_group=minimum != 0)

@@ -21,6 +21,7 @@ from numba.core import types
 from numba.extending import intrinsic
 
 from edge_gemma.kernels import isa
+from edge_gemma.kernels.attend.ir import exp
 from edge_gemma.kernels.compiler import array, compiled, launch
 from edge_gemma.kernels.gates import exp32
 from edge_gemma.kernels.isa import F32, I64, at, load, loop, multiply_add, splat, store, vector
@@ -77,26 +78,66 @@ def _make_tile(variant):
     return tile, rows, lanes * registers
 
 
-@numba.njit(fastmath={"contract", "reassoc", "nsz"}, error_model="numpy")
-def _weigh(scores, top, total, values):
-    """A row's softmax goes on: scores become exp(score - highest so far). Returns (highest so far, total so far)."""
-    best = top
-    for i in range(scores.shape[0]):
-        best = max(best, scores[i])
-    shrink = exp32(top - best)
-    added = np.float32(0)
-    for i in range(scores.shape[0]):
-        scores[i] = exp32(scores[i] - best)
-        added += scores[i]
-    for d in range(values.shape[0]):
-        values[d] *= shrink
-    return best, total * shrink + added
+def _make_softmax(variant):
+    """(highest, weigh) of an instruction set; scores float32 [rows, keys], `count` a multiple of its float_lanes.
+
+    highest(scores, row, count, top): the largest of top and of scores[row, :count]. weigh(scores, row, count, top):
+    scores[row, :count] become exp(score - top), top the highest; their sum.
+    """
+    lanes = isa.SETS[variant].float_lanes
+    kind = vector(F32, lanes)
+
+    def over_row(context, builder, signature, args, start, step):
+        """Folds step(state, pointer to a vector of the row) over the row; state is one vector."""
+        scores = context.make_array(signature.args[0])(context, builder, args[0])
+        row = at(builder, scores.data, F32, builder.mul(args[1], builder.extract_value(scores.shape, 1)))
+
+        def body(index, state):
+            return [step(state[0], at(builder, row, F32, builder.mul(index, I64(lanes))))]
+
+        return loop(builder, builder.udiv(args[2], I64(lanes)), [start], body)[0]
+
+    def folded(builder, v, combine):
+        while v.type.count > 1:
+            v = combine(*isa.halves(builder, v, 2))
+        return builder.extract_element(v, isa.I32(0))
+
+    def codegen_highest(context, b, signature, args):
+        def larger(a, c):
+            return b.select(b.fcmp_ordered(">", a, c), a, c)
+
+        start = splat(b, args[3], lanes)
+        best = over_row(context, b, signature, args, start, lambda best, p: larger(best, load(b, p, kind)))
+        return folded(b, best, larger)
+
+    def codegen_weigh(context, b, signature, args):
+        top = splat(b, args[3], lanes)
+
+        def step(total, place):
+            weight = exp(b, b.fsub(load(b, place, kind), top))
+            store(b, weight, place)
+            return b.fadd(total, weight)
+
+        total = over_row(context, b, signature, args, isa.splat_constant(F32, lanes, 0.0), step)
+        return folded(b, total, b.fadd)
+
+    @intrinsic
+    def highest(typingctx, scores, row, count, top):
+        return types.float32(scores, types.int64, types.int64, types.float32), codegen_highest
+
+    @intrinsic
+    def weigh(typingctx, scores, row, count, top):
+        return types.float32(scores, types.int64, types.int64, types.float32), codegen_weigh
+
+    return highest, weigh
 
 
 @functools.cache
 def _make(variant):
     """The kernel of an instruction set."""
     tile, rows, width = _make_tile(variant)
+    highest, weigh = _make_softmax(variant)
+    lanes = isa.SETS[variant].float_lanes
     group = -(-GROUP // rows) * rows
 
     @numba.njit(error_model="numpy")
@@ -115,6 +156,7 @@ def _make(variant):
         top, total = np.full(q.shape[0], -np.inf, np.float32), np.zeros(q.shape[0], np.float32)
         for begin in range(0, count, BLOCK):
             size = min(BLOCK, count - begin)
+            padded = (size + lanes - 1) // lanes * lanes
             for first in range(0, q.shape[0], rows):
                 scores[:] = 0
                 for column in range(0, size, width):
@@ -122,7 +164,15 @@ def _make(variant):
                     tile(q, first, keys, place, 0, q.shape[1], scores, 0, column)
                 for t in range(rows):
                     r = first + t
-                    top[r], total[r] = _weigh(scores[t, :size], top[r], total[r], out[r])
+                    scores[t, size:padded] = -np.inf
+                    best = highest(scores, t, padded, top[r])
+                    if best > top[r]:
+                        shrink = exp32(top[r] - best)
+                        total[r] *= shrink
+                        for d in range(out.shape[1]):
+                            out[r, d] *= shrink
+                        top[r] = best
+                    total[r] += weigh(scores, t, padded, best)
                 for column in range(0, out.shape[1], width):
                     tile(scores, 0, values, begin, column, size, out, first, column)
         for r in range(q.shape[0]):

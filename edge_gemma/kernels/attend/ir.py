@@ -42,26 +42,25 @@ def rows_of(variant: str, rows: int) -> int:
 
 
 def exp(builder, x):
-    """exp of a float32 vector, as kernels.elementwise.exp32."""
+    """exp of a float32 vector with x <= 0, as gates.exp32 but for x below -87: that is exp(-87), 1.6e-38. NaN stays."""
     count = x.type.count
 
     def c(value):
         return splat_constant(F32, count, value)
 
-    def f(name, *args):
-        return call(builder, f"llvm.{name}.v{count}f32", x.type, *args)
-
-    n = f("rint", builder.fmul(x, c(1.4426950408889634)))
-    n = f("minnum", f("maxnum", n, c(-127.0)), c(127.0))
+    x = builder.select(builder.fcmp_ordered("<", x, c(-87.0)), c(-87.0), x)
+    # The sum rounds x / ln 2 to a whole number n, and its last bits are n + 127: the exponent of 2^n.
+    shift = 1.5 * 2**23 + 127
+    shifted = multiply_add(builder, x, c(1.4426950408889634), c(shift))
+    n = builder.fsub(shifted, c(shift))
     r = multiply_add(builder, n, c(-0.693359375), x)
     r = multiply_add(builder, n, c(2.12194440e-4), r)
-    r = f("minnum", f("maxnum", r, c(-1.0)), c(1.0))
     p = c(1.9875691500e-4)
     for coefficient in (1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1):
         p = multiply_add(builder, p, r, c(coefficient))
     y = multiply_add(builder, builder.fmul(p, r), r, builder.fadd(r, c(1.0)))
-    power = builder.add(builder.fptosi(n, vector(I32, count)), splat_constant(I32, count, 127))
-    return builder.fmul(y, builder.bitcast(builder.shl(power, splat_constant(I32, count, 23)), x.type))
+    power = builder.shl(builder.bitcast(shifted, vector(I32, count)), splat_constant(I32, count, 23))
+    return builder.fmul(y, builder.bitcast(power, x.type))
 
 
 def fold(builder, four):

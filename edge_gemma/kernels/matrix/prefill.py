@@ -14,6 +14,15 @@ A core is fastest when all it multiplies lies in its smallest cache, in order. S
 A word is 4 columns of 8 bits or 2 of 16 bits (isa's `columns`). A step is R loads of weights, T broadcasts of
 activations and R x T products. The sums are those of ir.py, rounded in the same order, minima included: which of the
 two computed a product cannot be seen in the result.
+
+With words of 16 bits half the multiplications do (Winograd, A new algorithm for inner product, 1968): for weights w and
+activations x of two columns
+
+    w0 x0 + w1 x1 = (w0 + x1) (w1 + x0) - w0 w1 - x0 x1
+
+Of 4 columns the even ones are a word and the odd ones the next. The sums of the two last terms belong to a row and to a
+token alone (`alone`); they are made once and subtracted at the end. w is within 0 and 255, x within -128 and 127: w + x
+fits 16 bits. 32-bit sums may wrap on the way: what is left at the end is exact, because it fits 32 bits.
 """
 
 import functools
@@ -55,16 +64,18 @@ def _length(context, builder, kind, value, axis):
 
 
 def _make_unpack(variant, bits, panels, minimum):
-    """unpack(packed, first, chunk, fields): from `chunk` on, of panels first, first + 1, ..., as much as fields hold.
+    """unpack(packed, first, chunk, fields, alone): from `chunk` on, of panels first, first + 1, ..., as much as fields
+    hold. With words of 16 bits their products w0 w1 are added to `alone`, int32 [R, lanes].
 
     Panels beyond the matrix's last are the last.
     """
     chosen = isa.SETS[variant]
     side, per_byte = chosen.panels, 8 // bits
     words = per_byte * 4 // chosen.columns  # of a chunk
+    pairs = chosen.columns == 2
 
     def codegen(context, builder, signature, args):
-        b, (packed, fields) = builder, ((signature.args[i], args[i]) for i in (0, 3))
+        b, (packed, fields, alone) = builder, ((signature.args[i], args[i]) for i in (0, 3, 4))
         last = b.sub(_length(context, b, *packed, 0), I64(1))
         sources = []
         for i in range(panels):
@@ -72,24 +83,32 @@ def _make_unpack(variant, bits, panels, minimum):
             panel = b.select(b.icmp_signed("<", panel, last), panel, last)
             sources.append(_place(context, b, *packed, panel, args[2]))
 
-        def chunk(index, _):
+        def chunk(index, terms):
+            terms = list(terms)
             here, target = b.mul(index, I64(32)), _place(context, b, *fields, b.mul(index, I64(words)))
             for p in range(0, panels, side):
                 raw = join(b, [load(b, at(b, source, I8, here), vector(I8, 32)) for source in sources[p : p + side]])
                 for j in range(per_byte):
                     field = b.lshr(raw, splat_constant(I8, 32 * side, bits * j)) if j else raw
                     field = b.and_(field, splat_constant(I8, 32 * side, (1 << bits) - 1))
-                    for i, word in enumerate(chosen.unpacked(b, field, field_bits(bits, minimum))):
+                    unpacked = chosen.unpacked(b, field, field_bits(bits, minimum))
+                    if pairs:
+                        terms[p] = chosen.dot(b, terms[p], *unpacked)
+                    for i, word in enumerate(unpacked):
                         place = panels * (words // per_byte * j + i) + p
                         isa.store(b, word, at(b, target, I8, I64(32 * place)))
-            return []
+            return terms
 
-        loop(b, b.udiv(_length(context, b, *fields, 0), I64(words)), [], chunk)
+        places = [_place(context, b, *alone, I64(p)) for p in range(panels if pairs else 0)]
+        terms = [load(b, place, vector(I32, 8)) for place in places]
+        terms = loop(b, b.udiv(_length(context, b, *fields, 0), I64(words)), terms, chunk)
+        for place, term in zip(places, terms, strict=True):
+            isa.store(b, term, place)
         return context.get_dummy_value()
 
     @intrinsic
-    def unpack(typingctx, packed, first, chunk, fields):
-        return types.none(packed, types.int64, types.int64, fields), codegen
+    def unpack(typingctx, packed, first, chunk, fields, alone):
+        return types.none(packed, types.int64, types.int64, fields, alone), codegen
 
     return unpack
 
@@ -119,14 +138,18 @@ class _Tile:
         """sums [T x R] + the products of `count` words from `first` on."""
         b, size, sums = self.builder, 4 * self.lanes, list(sums)
         fields = at(b, self.p["fields"], I8, b.mul(first, I64(size * self.registers)))
-        for d in range(count):
-            places = [at(b, fields, I8, I64(size * (self.registers * d + r))) for r in range(self.registers)]
-            weights = [load(b, place, vector(I8, size)) for place in places]
+
+        def weight(word, r):
+            return load(b, at(b, fields, I8, I64(size * (self.registers * word + r))), vector(I8, size))
+
+        together = 4 // self.isa.columns
+        for d in range(0, count, together):
+            weights = [[weight(d + i, r) for i in range(together)] for r in range(self.registers)]
             for t in range(self.tokens):
-                word = self.repeated("activations", I32, b.add(first, I64(d)), t)
-                for r, weight in enumerate(weights):
+                here = [self.repeated("activations", I32, b.add(first, I64(d + i)), t) for i in range(together)]
+                for r, words in enumerate(weights):
                     i = t * self.registers + r
-                    sums[i] = self.isa.dot(b, sums[i], weight, word)
+                    sums[i] = self.isa.step(b, sums[i], words, here)
         return sums
 
     def group_step(self, index, sums):
@@ -169,6 +192,7 @@ class _Tile:
                 place = at(b, self.p["running"], F32, I64(self.lanes * (t * self.registers + r)))
                 value = load(b, place, vector(F32 if self.group else I32, self.lanes))
                 if not self.group:
+                    value = b.sub(value, load(b, at(b, self.p["alone"], I32, I64(self.lanes * r)), value.type))
                     value = b.add(value, self.repeated("correction", I32, I64(0), t))
                     value = b.fmul(b.sitofp(value, vector(F32, self.lanes)), scales[r])
                 if not self.scale_groups:
@@ -182,8 +206,8 @@ def _make_tile(*spec):
 
     tile(activations, correction, a_scale, fields, scales, minima, running, index, first, last) adds the products of
     words first to last - 1, which `fields` hold, to the running sums of tile `index`; finish(correction, a_scale,
-    scales, running, out, index, token, panel) writes them to the rows of `out` from `token` on and the columns from
-    `panel` on. Panels beyond the last are the last, as in unpack.
+    scales, alone, running, out, index, token, panel) writes them to the rows of `out` from `token` on and the columns
+    from `panel` on. Panels beyond the last are the last, as in unpack.
     """
     group, scale_groups = spec[1:3]
 
@@ -198,16 +222,16 @@ def _make_tile(*spec):
         return context.get_dummy_value()
 
     def codegen_finish(context, builder, signature, args):
-        b, given = builder, list(zip(signature.args[:5], args[:5], strict=True))
-        index, token, first = args[5:]
-        names = "correction", "a_scale", "scales", "running"
-        starts = (index,), (index,), (), (index,)
+        b, given = builder, list(zip(signature.args[:6], args[:6], strict=True))
+        index, token, first = args[6:]
+        names = "correction", "a_scale", "scales", "alone", "running"
+        starts = (index,), (index,), (), (), (index,)
         pointers = {n: _place(context, b, *a, *s) for n, a, s in zip(names, given, starts, strict=False)}
-        last = b.sub(b.udiv(_length(context, b, *given[4], 1), I64(8)), I64(1))
+        last = b.sub(b.udiv(_length(context, b, *given[5], 1), I64(8)), I64(1))
         for t, p, eight in _Tile(b, *spec, pointers).results():
             panel = b.add(first, I64(p))
             panel = b.select(b.icmp_signed("<", panel, last), panel, last)
-            isa.store(b, eight, _place(context, b, *given[4], b.add(token, I64(t)), b.mul(panel, I64(8))))
+            isa.store(b, eight, _place(context, b, *given[5], b.add(token, I64(t)), b.mul(panel, I64(8))))
         return context.get_dummy_value()
 
     @intrinsic
@@ -216,8 +240,8 @@ def _make_tile(*spec):
         return types.none(*arrays, *[types.int64] * 3), codegen_tile
 
     @intrinsic
-    def finish(typingctx, correction, a_scale, scales, running, out, index, token, panel):
-        return types.none(correction, a_scale, scales, running, out, *[types.int64] * 3), codegen_finish
+    def finish(typingctx, correction, a_scale, scales, alone, running, out, index, token, panel):
+        return types.none(correction, a_scale, scales, alone, running, out, *[types.int64] * 3), codegen_finish
 
     return tile, finish
 
@@ -272,6 +296,7 @@ def _make_unit(variant, bits, group, scale_groups, minimum):
         running = np.zeros((tiles, tokens, registers, lanes), sum_type)
         scales = np.empty((correction.shape[1], registers, lanes), np.float32)
         minima = np.empty((scales.shape[0] if minimum else 0, registers, lanes), np.float32)
+        alone = np.zeros((registers, lanes), np.int32)
         for p in range(panels):
             panel = min(first + p, w_scale.shape[0] - 1)
             here = p // side, slice(p % side * 8, p % side * 8 + 8)
@@ -281,26 +306,32 @@ def _make_unit(variant, bits, group, scale_groups, minimum):
         for d0 in range(0, words, block):
             d1 = min(words, d0 + block)
             fields = np.empty((d1 - d0, panels, 32), np.uint8)
-            unpack(packed, first, d0 * columns * bits // 32, fields)
+            unpack(packed, first, d0 * columns * bits // 32, fields, alone)
             for i in range(tiles):
                 tile(activations, correction, a_scale, fields, scales, minima, running, i, d0, d1)
                 if d1 == words:  # here, so that memory takes a tile's results during the next one's products
-                    finish(correction, a_scale, scales, running, out, i, min(n0 + i * tokens, n1 - tokens), first)
+                    token = min(n0 + i * tokens, n1 - tokens)
+                    finish(correction, a_scale, scales, alone, running, out, i, token, first)
 
     return unit, panels
 
 
 @numba.njit(error_model="numpy")
 def _words(q, columns, words):
-    """A token's activations as a set multiplies them: 4 bytes a word, or the even and the odd of them as 16 bits."""
-    dwords = q.view(np.int32)
+    """A token's activations as a set multiplies them: 4 bytes a word, or the even and the odd of them as 16 bits.
+
+    Returns the sum of the products x0 x1 of 16 bits, else 0.
+    """
+    dwords, alone = q.view(np.int32), np.int32(0)
     if columns == 4:
         for d in range(len(dwords)):
             words[d] = dwords[d]
-        return
+        return alone
     for d in range(len(dwords)):
         for odd in range(2):
             words[2 * d + odd] = (q[4 * d + odd] & 0xFFFF) | (np.int32(q[4 * d + odd + 2]) << 16)
+            alone += np.int32(q[4 * d + 2 * odd]) * np.int32(q[4 * d + 2 * odd + 1])
+    return alone
 
 
 @compiled(array("i1", 2), array("f4", 2), array("i4", 2), types.int64, types.boolean,
@@ -313,15 +344,16 @@ def _interleave(q, a_scale, sums, zero, minimum, activations, correction, scale)
         return False
     for i in numba.prange(activations.shape[0]):
         first = min(i * tokens, n - tokens)
+        alone = np.empty(tokens, np.int32)
         for t in range(tokens):
-            _words(q[first + t], columns, activations[i, :, t])
+            alone[t] = _words(q[first + t], columns, activations[i, :, t])
         for g in range(sums.shape[1]):
             for t in range(tokens):
                 if minimum:
                     factor = a_scale[first + t, g] if a_scale.shape[1] > 1 else np.float32(1)
                     correction[i, g, t] = bits_of_float(np.float32(-sums[first + t, g]) * factor)
                 else:
-                    correction[i, g, t] = -np.int32(zero) * sums[first + t, g]
+                    correction[i, g, t] = -np.int32(zero) * sums[first + t, g] - alone[t]
         for g in range(a_scale.shape[1]):
             for t in range(tokens):
                 scale[i, g, t] = a_scale[first + t, g]
