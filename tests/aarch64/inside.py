@@ -63,6 +63,7 @@ CHOICE = {
         "test_attention_is_the_oracle": _attention,
         "test_full_attention_is_the_oracle": lambda variant, **sizes: variant == BEST,
     },
+    "kernels/test_program": {"test_a_rewind_undoes_a_few_tokens": _any},
     "model/test_goldens": {
         "test_forward_equals_the_golden": _any,
         "test_greedy_continuation_equals_the_golden": _any,
