@@ -1,6 +1,7 @@
-"""float16 bits to float32 and back to bits, for CPUs with and without the instruction.
+"""float16 bits to float32 and back to bits, for CPUs with and without the instruction; rows filled and copied.
 
-Owns: `as_float` and `to_half`, for use inside kernels. numba takes no float16 arrays, so kernels see uint16.
+Owns: `as_float`, `to_half`, `fill` and `copy`, for use inside kernels. numba takes no float16 arrays, so kernels see
+uint16.
 """
 
 import numba
@@ -91,3 +92,17 @@ def to_half(value):
     half = small if bits < np.int32(113 << 23) else large
     half = np.int32(0x7E00) if magnitude > np.int32(0x7F800000) else half
     return np.uint16(half | sign)
+
+
+@numba.njit(error_model="numpy")
+def fill(x, value):
+    """x[...] = value for one axis. NumPy's own assignment takes numba half a second to compile, wherever it stands."""
+    for i in range(x.shape[0]):
+        x[i] = value
+
+
+@numba.njit(error_model="numpy")
+def copy(x, out):
+    """out[...] = x for one axis."""
+    for i in range(x.shape[0]):
+        out[i] = x[i]

@@ -10,7 +10,7 @@ import numpy as np
 from numba.core import types
 
 from edge_gemma.kernels.compiler import SERIAL_ELEMENTS, array, chunk_function, compiled, launch
-from edge_gemma.kernels.convert import float_of_bits
+from edge_gemma.kernels.convert import copy, float_of_bits
 from edge_gemma.kernels.recording.operation import Operation, element_chunks, elements, floats, operands
 from edge_gemma.kernels.registry import Array, kernel
 
@@ -184,7 +184,7 @@ def _layers_first(x, out):
         return False
     for i in range(n):
         for j in range(layers):
-            out[j, i] = x[i, j]
+            copy(x[i, j], out[j, i])
     return True
 
 
@@ -194,7 +194,7 @@ def _layers_first_chunk(row, chunk):
     w, _ = operands(row)
     x, out = floats(w[0], (w[2], w[3], w[4])), floats(w[1], (w[3], w[2], w[4]))
     for j in range(w[3]):
-        out[j, chunk] = x[chunk, j]
+        copy(x[chunk, j], out[j, chunk])
 
 
 def _record_layers_first(_, x, out):

@@ -10,7 +10,7 @@ from numba.extending import intrinsic
 
 from edge_gemma.kernels import isa
 from edge_gemma.kernels.compiler import SERIAL_ELEMENTS, array, chunk_function, compiled
-from edge_gemma.kernels.convert import float_of_bits
+from edge_gemma.kernels.convert import fill, float_of_bits
 from edge_gemma.kernels.recording.operation import (
     ELEMENTS,
     NotRecordableError,
@@ -49,9 +49,9 @@ def _quantize_block(x, q):
     if usable:
         for i in range(k):
             q[i] = np.int8(min(max(np.rint(x[i] * inverse), np.float32(-127)), np.float32(127)))
-        q[k:] = 0
+        fill(q[k:], 0)
     else:
-        q[:] = 0
+        fill(q, 0)
     if usable:
         return amax / np.float32(127)
     return np.float32(0) if finite else np.float32(np.nan)
@@ -196,7 +196,7 @@ def _to_steps(x, step):
 @numba.njit(error_model="numpy")
 def _quantize_static_row(x, step, q, scale, sums):
     k = x.shape[0]
-    q[k:] = 0
+    fill(q[k:], 0)
     total, damaged = np.int32(0), False
     for i in range(k):
         value = _to_steps(x[i], step)
@@ -205,7 +205,7 @@ def _quantize_static_row(x, step, q, scale, sums):
         q[i] = np.int8(value)
         total += np.int32(q[i])
     if damaged:
-        q[:] = 0
+        fill(q, 0)
     scale[0] = np.float32(np.nan) if damaged else step
     sums[0] = np.int32(0) if damaged else total
 
