@@ -11,7 +11,7 @@ scales of groups, and within -128 and 127 where rows have one scale:
     avx-vnni       vpdpbusd, 8 rows a register                    the same
     avx2           pmaddubsw, 8 sums of 4-bit products, pmaddwd   bytes: |w| times the activation with w's sign, or
                                                                   (rows with one scale) two fields of 4 bits, and for
-                                                                  many tokens pmaddwd of 16 bits, which no sum leaves
+                                                                  many tokens pmaddwd of sums of two (prefill.py)
     neon-dotprod   sdot, 4 rows a register
     neon           smull and smlal, sadalp
     portable       whatever LLVM makes of the same in plain vector operations
