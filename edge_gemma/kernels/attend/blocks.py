@@ -17,7 +17,7 @@ from numba.core import types
 
 from edge_gemma.kernels.attend.ir import make_block, rows_of
 from edge_gemma.kernels.compiler import array, chunk_function, compiled, launch
-from edge_gemma.kernels.convert import as_float, copy, fill
+from edge_gemma.kernels.convert import as_float, fill
 from edge_gemma.kernels.gates import exp32
 from edge_gemma.kernels.recording.operation import Operation, floats, one_row, operands, pointer, position_of
 from edge_gemma.kernels.registry import Array, kernel
@@ -154,15 +154,13 @@ def _make(variant, half, group_rows, plain):
             b0 = low // BLOCK + part
             b1 = position // BLOCK + 1 if parts == 1 else b0 + 1
             mine = _scaled_rows(q[i], kv * rows, rows, scale, padded)
-            top, total = np.empty(padded, np.float32), np.empty(padded, np.float32)
-            values = np.empty((padded, hd), np.float32)
-            span(mine, k_cache, v_cache, kv, low, position, b0, b1, top, total, values)
             if parts > 1:
-                copy(top, tops[part, kv])
-                copy(total, totals[part, kv])
-                for h in range(padded):
-                    copy(values[h], everything[part, kv, h])
+                span(mine, k_cache, v_cache, kv, low, position, b0, b1,
+                     tops[part, kv], totals[part, kv], everything[part, kv])  # fmt: skip
             else:
+                top, total = np.empty(padded, np.float32), np.empty(padded, np.float32)
+                values = np.empty((padded, hd), np.float32)
+                span(mine, k_cache, v_cache, kv, low, position, b0, b1, top, total, values)
                 _finish(total, values, out[i], kv * rows, rows)
         if parts > 1:
             for kv in range(kv_heads):
