@@ -90,11 +90,8 @@ class Ahead:
         rows, before = padded(len(tokens) + len(draft)), time.perf_counter()
         logits = session.forward([*tokens, *draft]) if draft else self._plain(tokens)[None]
         seconds = time.perf_counter() - before
-        comparable = rows in self._seen and (
-            bool(draft) or rows == 1
-        )  # a prompt has other kernels, and one row of logits
+        gain.ran(len(tokens), len(draft), seconds, first=rows not in self._seen)
         self._seen.add(rows)
-        gain.ran(len(tokens), len(draft), seconds if comparable else None)
         self.drafted += len(draft)
         self._draft, self._rows = draft, logits[-1 - len(draft) :]
         return self._rows[0]

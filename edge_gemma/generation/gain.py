@@ -15,7 +15,7 @@ ROWS = (1, 2, 4, 8, 16)  # rows of a pass; another number costs as much as the n
 LONGEST_DRAFT = ROWS[-1] - 1
 
 _MEASURED = 9  # passes of which the median counts
-_GUESSED = {1: 1.0, 2: 1.15, 4: 1.3, 8: 2.2, 16: 4.2}  # steps, until it was measured
+_MORE = {2: 0.15, 4: 0.15, 8: 0.9, 16: 2.0}  # steps that more rows cost beyond the number before, until measured
 _FORGOTTEN, _LONGEST_FORGOTTEN = 128, 8192  # passes after which a price is measured again
 _SAME = 0.9  # share of the price before that counts as the same
 _STALE = 64  # passes without one of one row, after which its time is measured again
@@ -40,39 +40,52 @@ class Prices:
         self._measured = dict.fromkeys(ROWS, 0)  # the pass of the latest measurement
         self._remembered = dict.fromkeys(ROWS, _FORGOTTEN)
 
-    def add(self, rows: int, seconds: float) -> None:
-        """A pass of so many rows, one of ROWS, took so long."""
+    def add(self, rows: int, seconds: float, *, first: bool = False) -> None:
+        """A pass of so many rows, one of ROWS, took so long. first: of its timeline, which takes longer than others.
+
+        A first pass counts only where it was quicker than those before.
+        """
         self._passes += 1
         times = self._seconds[rows]
+        worse = not times or seconds >= _SAME * statistics.median(times)
+        if first and worse and not times:
+            return
         if rows > 1 and times and self._passes - self._measured[rows] >= self._remembered[rows]:
-            same = seconds >= _SAME * statistics.median(times)
-            self._remembered[rows] = min(2 * self._remembered[rows], _LONGEST_FORGOTTEN) if same else _FORGOTTEN
-            times.clear()
-        times.append(seconds)
+            self._remembered[rows] = min(2 * self._remembered[rows], _LONGEST_FORGOTTEN) if worse else _FORGOTTEN
+            if not (first and worse):
+                times.clear()
+        if not (first and worse):
+            times.append(seconds)
+            self._steps.clear()
         self._measured[rows] = self._passes
-        self._steps.clear()
 
     @property
     def ready(self) -> bool:
         """Whether it is known lately enough what a step costs."""
         return bool(self._seconds[1]) and self._passes - self._measured[1] < _STALE
 
+    def measured(self, rows: int) -> bool:
+        """Whether a pass of so many rows, one of ROWS, was ever measured."""
+        return bool(self._seconds[rows])
+
     def steps(self, rows: int) -> float:
-        """What a pass of so many rows, one of ROWS, costs: 1 or more; a guess until it was measured."""
-        if rows == 1:
-            return 1.0
-        if not self._seconds[rows] or self._passes - self._measured[rows] >= self._remembered[rows]:
-            return max(_GUESSED[rows], self._known(ROWS[ROWS.index(rows) - 1]))
+        """What a pass of so many rows, one of ROWS, costs: 1 or more; a guess if it was not measured lately."""
+        if rows > 1 and self._passes - self._measured[rows] >= self._remembered[rows]:
+            return min(self._known(rows), self._guessed(rows))
         return self._known(rows)
 
     def _known(self, rows: int) -> float:
-        """The price by the latest measurements; 1 without."""
-        if not self._seconds[rows] or not self._seconds[1]:
-            return 1.0
+        """The price by the latest measurements, however old they are."""
+        one, times = self._seconds[1], self._seconds[rows]
+        if rows == 1 or not one or not times:
+            return self._guessed(rows)
         if rows not in self._steps:
-            one = statistics.median(self._seconds[1])
-            self._steps[rows] = max(1.0, statistics.median(self._seconds[rows]) / one) if one > 0 else 1.0
+            step = statistics.median(one)
+            self._steps[rows] = max(1.0, statistics.median(times) / step) if step > 0 else 1.0
         return self._steps[rows]
+
+    def _guessed(self, rows: int) -> float:
+        return 1.0 if rows == 1 else self._known(ROWS[ROWS.index(rows) - 1]) + _MORE[rows]
 
 
 _LENGTHS = (2, 3, 4, 6, 9, 12)  # lengths of a match that are told apart; shorter ones are resumed texts
@@ -177,15 +190,15 @@ class Gain:
             promised = (tokens + coming[drafted]) / self.prices.steps(rows)
             if promised > speed:
                 best, speed = drafted, promised
-            if drafted == most:
+            if drafted == most or not self.prices.measured(rows):  # one unknown price at a time
                 break
         return best
 
-    def ran(self, tokens: int, drafted: int, seconds: float | None) -> None:
-        """A pass has run `tokens` that were certain, and a draft. seconds: None for a pass that cannot be compared."""
+    def ran(self, tokens: int, drafted: int, seconds: float, *, first: bool = False) -> None:
+        """A pass has run `tokens` that were certain, and a draft. first: as in Prices.add."""
         rows = padded(tokens + drafted)
-        if seconds is not None and rows in ROWS:
-            self.prices.add(rows, seconds)
+        if drafted or rows == 1:  # several tokens without a draft are run as a prompt, with one row of logits
+            self.prices.add(rows, seconds, first=first)
         if drafted:
             self._account -= self.prices.steps(rows) - self.prices.steps(padded(tokens))
             if self._account < _MOST_LOST:

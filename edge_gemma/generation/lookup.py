@@ -84,10 +84,10 @@ class Lookup:
             length = 2
             while length < min(at, LONGEST) and text[at - 1 - length] == text[-1 - length]:
                 length += 1
-            if best is None or length > best.length:
+            if text[at] != _END and (best is None or length > best.length):
                 best = Match(at, length)
-            if length == LONGEST:
-                break
+                if length == LONGEST:
+                    break
             at = before[at - 1]
         return best
 
