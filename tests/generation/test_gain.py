@@ -150,6 +150,17 @@ def test_it_learns_the_chance_without_running_a_draft(chance):
         assert statistics.mean(sums[n] for sums in learnt) == pytest.approx(expected[n], rel=0.15, abs=0.1)
 
 
+def test_a_token_after_a_wrong_one_is_no_token_of_the_draft():
+    acceptance = Acceptance()
+    for came in ((1, 0), (0, 1)) * 100:
+        acceptance.guess(5, [1, 1])
+        for token in came:
+            acceptance.came(token)
+    sums = acceptance.expected(5)
+    assert sums[1] == pytest.approx(0.5, abs=0.05)
+    assert sums[2] - sums[1] < 0.03
+
+
 def test_matches_of_different_lengths_are_told_apart():
     acceptance = Acceptance()
     for _ in range(100):
