@@ -36,9 +36,9 @@ class Spare:
             yield item
 
     def use(self, work: Callable[[float], None]) -> None:
-        """Call `work` with the seconds that it may take, if that is worth it. What it takes is spent."""
+        """Call `work` with the seconds that it may take, if that is worth it. All that it takes is spent."""
         allowed = min(_SHARE * self._seconds, _LONGEST_S)
         if allowed >= _SHORTEST_S:
             start = self._clock()
             work(allowed)
-            self._seconds = max(0.0, min(self._seconds, _LONGEST_S / _SHARE) - (self._clock() - start) / _SHARE)
+            self._seconds = min(self._seconds, _LONGEST_S / _SHARE) - (self._clock() - start) / _SHARE
