@@ -7,6 +7,7 @@ A pass checks a draft of k tokens with k + 1 rows. Its price is in steps: 1 is t
 worth its price if the tokens that come of it take less than as many steps.
 """
 
+import bisect
 import statistics
 from collections import deque
 from collections.abc import Sequence
@@ -23,7 +24,7 @@ _STALE = 64  # passes without one of one row, after which its time is measured a
 
 def padded(rows: int) -> int:
     """The rows that a pass of so many costs as much as; more than ROWS knows stay as they are."""
-    return next((n for n in ROWS if n >= rows), rows)
+    return 1 << (rows - 1).bit_length() if rows <= ROWS[-1] else rows
 
 
 class Prices:
@@ -74,14 +75,18 @@ class Prices:
             return min(self._known(rows), self._guessed(rows))
         return self._known(rows)
 
+    def in_steps(self, seconds: float) -> float:
+        """How many passes of one row take so long; 1 until it is known."""
+        step = statistics.median(self._seconds[1]) if self._seconds[1] else 0.0
+        return seconds / step if step > 0 else 1.0
+
     def _known(self, rows: int) -> float:
         """The price by the latest measurements, however old they are."""
         one, times = self._seconds[1], self._seconds[rows]
         if rows == 1 or not one or not times:
             return self._guessed(rows)
         if rows not in self._steps:
-            step = statistics.median(one)
-            self._steps[rows] = max(1.0, statistics.median(times) / step) if step > 0 else 1.0
+            self._steps[rows] = max(1.0, self.in_steps(statistics.median(times)))
         return self._steps[rows]
 
     def _guessed(self, rows: int) -> float:
@@ -116,6 +121,8 @@ class Acceptance:
 
     def came(self, token: int) -> None:
         """The next token of the text."""
+        if not self._open:
+            return
         still = []
         for group, tokens, at in self._open:
             tried, came = self._tried[group], self._came[group]
@@ -142,10 +149,11 @@ class Acceptance:
 
 
 def _group(length: int) -> int:
-    return sum(length >= shortest for shortest in _LENGTHS)
+    return bisect.bisect_right(_LENGTHS, length)
 
 
-_MARGIN = 1.03  # times more tokens in the same time that a draft has to promise
+_MARGIN = 1.06  # times more tokens in the same time that a draft has to promise
+_MOST_STEPS = 2.0  # times its price that a pass counts at most: others may have kept the machine busy
 _MOST_LOST, _MOST_WON = (
     -4.0,
     6.0,
@@ -200,7 +208,10 @@ class Gain:
         if drafted or rows == 1:  # several tokens without a draft are run as a prompt, with one row of logits
             self.prices.add(rows, seconds, first=first)
         if drafted:
-            self._account -= self.prices.steps(rows) - self.prices.steps(padded(tokens))
+            price = self.prices.steps(rows)
+            if not first:  # what it took, not what such passes take: a price that is too low by chance tempts to draft
+                price = min(max(1.0, self.prices.in_steps(seconds)), _MOST_STEPS * price)
+            self._account -= price - self.prices.steps(padded(tokens))
             if self._account < _MOST_LOST:
                 self._account, self._resting = 0.0, self._rest
                 self._rest = min(2 * self._rest, _LONGEST_REST)
