@@ -18,6 +18,8 @@ from edge_gemma.generation.gain import LONGEST_DRAFT, Gain, padded
 from edge_gemma.generation.lookup import Lookup
 from edge_gemma.session import Timeline, common_prefix
 
+_NOTHING = np.empty((0, 0), np.float32)
+
 
 class Ahead:
     """A timeline at the end of a prompt. `run` the reply's tokens in order, then `close`."""
@@ -37,7 +39,7 @@ class Ahead:
         self._stop_ids, self._expected = stop_ids, expected
         self._lookup: Lookup | None = None
         self._draft: list[int] = []  # tokens that the timeline holds and nobody has chosen yet
-        self._rows = np.empty((0, 0), np.float32)  # logits before the first of them, and after each
+        self._rows = _NOTHING  # logits before the first of them, and after each
         self._seen: set[int] = set()  # rows of passes that were run here: the first of each takes longer
         self.drafted = self.accepted = 0  # tokens
 
@@ -71,6 +73,7 @@ class Ahead:
 
     def close(self) -> None:
         """Forget the draft: the timeline holds only what was run."""
+        self._rows = _NOTHING
         if self._draft:
             session, rest = self._session, len(self._draft)
             self._draft = []

@@ -236,6 +236,7 @@ class Generation:
                 yield token
                 if self._stopping.is_set():
                     return
+            del logits  # a view of as many rows as the next pass needs memory for: 1 MB each
             logits = ahead.run(tokens, most=self._limit - len(self.result.tokens) - 1)
             tokens = []
 
