@@ -19,6 +19,7 @@ from edge_gemma.arguments import integer, require, texts
 from edge_gemma.errors import EdgeGemmaError, UsageError
 from edge_gemma.generation.bounds import Bounds
 from edge_gemma.generation.constraint import Constraint
+from edge_gemma.generation.gain import Gain
 from edge_gemma.generation.generate import (
     Encoded,
     Generation,
@@ -58,6 +59,7 @@ class ChatEngine(Protocol):
     def watch(self, source: Any) -> tuple[tuple[str, np.ndarray], ...]: ...  # noqa: D102
     def see(self, source: Any, tokens: Any = ..., *, note: Callable[[str], None] = ...) -> np.ndarray: ...  # noqa: D102
     def session(self, context: int | None = None, *, shared: bool = False) -> Timeline: ...  # noqa: D102
+    def drafts(self) -> Gain | None: ...  # noqa: D102
 
 
 class Conversation:
@@ -96,7 +98,7 @@ class Conversation:
         self.last: Result | None = None
         self.chances: int | None = None  # as in Generation
         self.must_call, self.only = False, ""  # whether a reply has to begin with a call, and of which tool
-        self._sampler = Sampler(sampling)
+        self._sampler, self._drafts = Sampler(sampling), engine.drafts()
         self._stop_ids = stop_ids_of(engine.generation_config, engine.tokenizer)
         self._stop_strings, self._progress = texts("stop", stop), progress
         self._replying, self._sending = threading.Lock(), threading.Lock()
@@ -268,6 +270,7 @@ class Conversation:
             held=self._held,
             bounds=bounds,
             chances=self.chances,
+            drafts=self._drafts,
         )
         before, self.messages = self.messages, [*self.messages, *asked]
         try:

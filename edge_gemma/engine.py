@@ -23,6 +23,7 @@ from edge_gemma.folder.drafter_folder import DrafterFolder
 from edge_gemma.folder.folder import GENERATION, TEMPLATE, TOKENIZER, ModelFolder
 from edge_gemma.folder.folder import Progress as LoadProgress
 from edge_gemma.generation.constraint import Constraint
+from edge_gemma.generation.gain import Gain, Prices
 from edge_gemma.generation.reply import Reply
 from edge_gemma.generation.sampler import Sampling, Settings
 from edge_gemma.host import heap
@@ -65,6 +66,7 @@ class Engine:
         kv_dtype: str | None = None,
         cache_size: int | None = None,
         draft: DrafterFolder | None = None,
+        drafts: bool = True,
     ) -> None:
         """folder: opened by `runner.folder_type`. runner: the class that runs it. The other arguments as in `load`."""
         from edge_gemma import kernels
@@ -73,6 +75,7 @@ class Engine:
         self._threads = kernels.checked_threads(threads)
         self._model = runner(folder, threads=self._threads, kv_dtype=kv_dtype, cache_size=cache_size)
         self.drafter = None if draft is None else self._model.drafter(draft)
+        self._prices = Prices() if drafts and runner.several_rows_are_cheap else None
 
     def _read(self, folder: ModelFolder, context: int | None) -> None:
         """Read everything except the weights."""
@@ -105,6 +108,7 @@ class Engine:
         cache_size: int | None = None,
         backend: str | None = None,
         draft: Path | str | None = None,
+        drafts: bool = True,
         progress: LoadProgress | None = None,
     ) -> "Engine":
         """Open a model folder, a GGUF file (converted once into the user's cache), or the default model (None).
@@ -113,7 +117,8 @@ class Engine:
         container's quota gives time on;
         kv_dtype: "float16" (default) or "float32"; cache_size: MB of computed instructions kept on disk for later
         starts, 256 by default (all models together), and a quarter of that in memory; 0 for none;
-        backend: "onnx" runs a folder that was exported for onnxruntime; draft: the folder of a drafter of this model.
+        backend: "onnx" runs a folder that was exported for onnxruntime; draft: the folder of a drafter of this model;
+        drafts: False runs a token at a time, and guesses none ahead, which changes no reply (to measure).
         progress: while a GGUF file is converted, told (bytes done, bytes in all, what).
         Raises EdgeGemmaError subclasses, one line each.
         """
@@ -121,20 +126,16 @@ class Engine:
         if threads is not None:
             integer("threads", threads, 1)
         require("backend", backend, backend is None or is_one_of(backend, ("onnx",)), "onnx or none")
+        require("drafts", drafts, isinstance(drafts, bool), "True or False")
         try:
             runner = _BACKENDS[backend or "native"]
             runner.check(kv_dtype, cache_size)
             folder = runner.folder_type.open(find.resolve(model, progress))
             drafter = draft if draft is None else DrafterFolder.open(file_path("the drafter", draft).expanduser())
             return cls(
-                folder,
-                runner,
-                context=context,
-                threads=threads,
-                kv_dtype=kv_dtype,
-                cache_size=cache_size,
-                draft=drafter,
-            )
+                folder, runner, context=context, threads=threads, kv_dtype=kv_dtype, cache_size=cache_size,
+                draft=drafter, drafts=drafts,
+            )  # fmt: skip
         except OSError as error:
             raise ModelFolderError(f"{error.filename or model}: {error.strerror or error}") from None
 
@@ -142,6 +143,10 @@ class Engine:
         """A new, empty timeline. shared: it takes what other shared ones have computed, and gives them its own."""
         # an OnnxSession has the part of Session that the rest of the package uses
         return self._model.session(self._checked_context(context, self.context), shared)  # type: ignore[return-value]
+
+    def drafts(self) -> Gain | None:
+        """A new estimate for one conversation of whether guessing tokens ahead pays; None: nothing is guessed."""
+        return None if self._prices is None else Gain(self._prices)
 
     @property
     def name(self) -> str:

@@ -454,6 +454,10 @@ class Timeline(Protocol):
         """Append one token. Returns the logits after it: float32 [vocab_size]."""
         ...
 
+    def forward(self, ids: list[int]) -> np.ndarray:
+        """Append ids. Returns the logits after each of them: float32 [len(ids), vocab_size]."""
+        ...
+
     def prefill_soft(
         self, embeddings: np.ndarray, *, placeholder: int | None = None, logits: bool = True
     ) -> np.ndarray | None:

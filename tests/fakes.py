@@ -163,3 +163,6 @@ class FakeEngine:
 
     def session(self, context: int | None = None, *, shared: bool = False) -> FakeSession:
         return self.timeline
+
+    def drafts(self) -> None:
+        return None

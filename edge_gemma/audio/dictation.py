@@ -46,13 +46,18 @@ class Dictation:
         self._task, self._max_tokens, self._note = task, max_tokens, note
         self._transcriber = Transcriber(engine, task, num_beams=num_beams, note=note)
         self._scribe = self._transcriber.scribe
-        self.begin, self.hear = self._scribe.begin, self._scribe.hear
+        self.begin, self.hear, self.guess = self._scribe.begin, self._scribe.hear, self._scribe.guess
         self._texts, self._translations = Telling(), Telling()
 
     @property
     def heard(self) -> int:
         """Soft tokens of the segment so far."""
         return self._scribe.heard
+
+    @property
+    def guesses(self) -> bool:
+        """Whether `guess` is of use now."""
+        return self._scribe.guesses
 
     def goes_on(self, stream: Stream) -> bool:
         """A segment never goes on in another clip."""

@@ -35,6 +35,7 @@ from edge_gemma.audio.recogniser import (
     check_context,
 )
 from edge_gemma.audio.samples import Note, Samples, checked_rate, live_blocks, silent
+from edge_gemma.audio.spare import Spare
 from edge_gemma.audio.spoken import SpokenTurn, WrittenTurn
 from edge_gemma.audio.talk import Talk
 from edge_gemma.audio.vad import Detector, open_detector
@@ -99,13 +100,15 @@ class Listener:
             chat.begin_sound(1)  # the system prompt, before anybody speaks
             check_context(engine.context, chat.session.position + SEGMENT_TOKENS + _CLOSING)
         self._job: Dictation | Talk
+        dictation = None
         if chat is None or by_text:
             self._job = dictation = Dictation(
                 engine, self.task, num_beams=None if ask else num_beams, max_tokens=max_tokens, note=note
             )
         if chat is not None:
-            turn = WrittenTurn(chat, note, dictation) if by_text else SpokenTurn(chat, note)
+            turn = SpokenTurn(chat, note) if dictation is None else WrittenTurn(chat, note, dictation)
             self._job = Talk(chat, turn, note=note, assistant=assistant, speaker=speaker, own=ask)
+        self._dictation, self._spare = dictation, Spare()
         self._pauses = pauses
         self._live, self._gates = live and chat is not None, list(gates)
         self._floor = self._job.floor
@@ -119,7 +122,7 @@ class Listener:
         stream: Stream | None = None
         heard: list[np.ndarray] = []
         start, again = 0, 0  # where the utterance began; samples of it that a cut has heard twice
-        for step in self._steps(live_blocks(blocks, rate, self._note)):
+        for step in self._spare.waiting(self._steps(live_blocks(blocks, rate, self._note))):
             if isinstance(step, cut.Opened) and stream is None:
                 stream, heard, start, again = self._encoder.stream(STEP_MS), [], step.start, 0
                 self._job.begin()
@@ -129,6 +132,8 @@ class Listener:
                 heard.append(step.samples[again:])
                 again = max(0, again - len(step.samples))
                 self._job.hear(stream.feed(heard[-1]))
+                if self._dictation is not None and self._dictation.guesses:
+                    self._spare.use(self._dictation.guess)
             elif isinstance(step, cut.Closed) and step.segment.speech:
                 assert stream is not None
                 more = step.segment.cut or not self._floor.answer()

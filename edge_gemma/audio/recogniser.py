@@ -1,7 +1,8 @@
 """Speech written down: one session prefills the instruction once, then transcribes segment after segment.
 
-Owns: the order in the session (instruction, soft tokens, closing marks, reply), rewinding to the instruction, stopping
-a text that repeats itself. Does not know: samples, files, microphones.
+Owns: the order in the session (instruction, soft tokens, closing marks, reply), rewinding to the instruction, what is
+guessed of a text before its sound has ended, stopping a text that repeats itself. Does not know: samples, files,
+microphones.
 
 Spoken messages of a chat do not come this way (spoken.py): they are answered by the chat itself. Transcription is no
 chat, because each segment has its own limit of tokens, a retry is no message, and its session is as small as 30 s of
@@ -28,6 +29,7 @@ STEP_MS = 640  # sound encoded at a time while listening; a shorter step reads a
 STEP_TOKENS = STEP_MS // 40
 _BATCH = STEP_TOKENS  # soft tokens prefilled at a time
 _LEAST_REPLY = 64  # tokens
+_LONGEST_GUESS = 96  # tokens: with the closing marks no more than a session forgets cheaply (session.CHUNK)
 
 
 class Stream(Protocol):
@@ -115,11 +117,52 @@ class Scribe(Hearing):
         self._pending: list[np.ndarray] = []
         self.heard = 0  # soft tokens of this segment
         self.last: Written | None = None
+        self._drafts = engine.drafts()
+        self._expected: list[int] = []  # tokens that the text probably has: those of a shorter part of the sound
+        self._guessed = self.session.position  # where the latest guess began
 
-    def begin(self) -> None:
-        """A new segment: back to the instruction."""
+    def begin(self, *, again: bool = False) -> None:
+        """A new segment: back to the instruction. again: it is a part of the segment before, or all of it."""
         self.session.rewind(len(self._prompt.before))
         self._pending, self.heard, self.last = [], 0, None
+        self._guessed = self.session.position
+        if not again:
+            self._expected = []
+
+    @property
+    def guesses(self) -> bool:
+        """Whether `guess` is of use: drafts are made, and something was heard that no guess has heard."""
+        return self._drafts is not None and self._sampling.num_beams == 1 and self._guessed < self.session.position
+
+    def guess(self, seconds: float) -> None:
+        """Write what was heard so far, for so long at most, so that `write` finds most of its text guessed.
+
+        The session is left as it was. Each guess goes on from the one before it, so they become cheap.
+        """
+        start, at = time.perf_counter(), self.session.position
+        self._guessed = at
+        generation = self._generation(_LONGEST_GUESS)
+        try:
+            for _ in generation:
+                if time.perf_counter() - start >= seconds:
+                    break
+        finally:
+            generation.close()
+            written = generation.result.tokens
+            self._expected = written + self._expected[len(written) :]
+            self.session.rewind(at)
+
+    def _generation(self, max_tokens: int | None) -> Generation:
+        return Generation(
+            self.session,
+            [*self.session.ids, *self._prompt.after],
+            tokenizer=self._tokenizer,
+            sampler=Sampler(self._sampling),
+            max_tokens=max_tokens,
+            stop_ids=self._stop_ids,
+            drafts=self._drafts,
+            expected=self._expected,
+        )
 
     def write(self, max_tokens: int | None = None, *, since: float | None = None) -> Iterator[str]:
         """End the segment. Yields the text in pieces; afterwards `last` is complete.
@@ -128,14 +171,7 @@ class Scribe(Hearing):
         """
         start = time.perf_counter() if since is None else since
         self._prefill()
-        generation = Generation(
-            self.session,
-            [*self.session.ids, *self._prompt.after],
-            tokenizer=self._tokenizer,
-            sampler=Sampler(self._sampling),
-            max_tokens=max_tokens,
-            stop_ids=self._stop_ids,
-        )
+        generation = self._generation(max_tokens)
         waited = time.perf_counter() - start
         result, repeated = generation.result, 0
         try:
@@ -147,6 +183,7 @@ class Scribe(Hearing):
         finally:
             generation.close()
             text = without_loop(result, repeated, self._tokenizer)
+            self._expected = result.tokens
             first = waited + result.timings.ttft_s
             reason: FinishReason = "length" if repeated else result.finish_reason
             self.last = Written(text, bool(repeated), reason, first, len(result.tokens))

@@ -246,8 +246,8 @@ class Transcriber:
         enough = _LEAST_CHARACTERS * seconds
         if seconds > _SPLIT_FROM_S and (looped or len(text) < enough):
             middle = quietest(samples)
-            (a, a_translated, a_looped), (b, b_translated, b_looped) = map(
-                self._try, (samples[:middle], samples[middle:])
+            (a, a_translated, a_looped), (b, b_translated, b_looped) = (
+                self._try(half, again=True) for half in (samples[:middle], samples[middle:])
             )
             if looped or len(a + b) >= enough:
                 text, looped = glue(a, b), a_looped or b_looped
@@ -257,8 +257,8 @@ class Transcriber:
             text, translation, looped = self._try(np.concatenate([padding, samples, padding]))
         return text, translation, "looped" if looped else None if text or translation else "empty"
 
-    def _try(self, samples: np.ndarray) -> tuple[str, str | None, bool]:
-        self.scribe.begin()
+    def _try(self, samples: np.ndarray, *, again: bool = False) -> tuple[str, str | None, bool]:
+        self.scribe.begin(again=again)
         self.scribe.hear(self._encoder.encode(samples))
         if not self.scribe.heard:
             return "", None, False

@@ -30,6 +30,7 @@ class NativeModel:
     """An opened model folder, its weights bound. Read-only: sessions hold all state."""
 
     folder_type = ModelFolder
+    several_rows_are_cheap = True  # a pass of a few tokens costs little more than one of a single token
 
     def __init__(
         self, folder: ModelFolder, *, threads: int | None, kv_dtype: str | None, cache_size: int | None

@@ -54,6 +54,7 @@ class OnnxModel:
     """An ONNX folder, its graphs loaded. Takes the place of `edge_gemma.backends.native.NativeModel`."""
 
     folder_type = OnnxFolder
+    several_rows_are_cheap = False
 
     def __init__(
         self, folder: ModelFolder, *, threads: int | None, kv_dtype: str | None, cache_size: int | None

@@ -85,6 +85,7 @@ def _sampling_of(engine: "Engine", given: dict[str, Any]) -> "Sampling":
 @options.memory_limit
 @options.threads
 @options.cache_size
+@options.drafts
 @tools.tools
 def chat(model: str | None, session_file: Path | None, **given: Any) -> None:
     """Talk with a model; /help inside lists the commands.
@@ -142,6 +143,7 @@ def chat(model: str | None, session_file: Path | None, **given: Any) -> None:
 @options.memory_limit
 @options.threads
 @options.cache_size
+@options.drafts
 @options.backend
 @tools.run_tools
 @options.as_json

@@ -110,6 +110,10 @@ cache_size = click.option(
     "--cache-size", type=click.IntRange(0), metavar="MB",
     help="Disk for computed instructions, which later starts need not compute; 0: none [default: 256].",
 )  # fmt: skip
+drafts = click.option(
+    "--no-drafts", "drafts", is_flag=True, flag_value=False, default=True,
+    help="Run a token at a time, guess none ahead: the answer is the same (to measure).",
+)  # fmt: skip
 backend = click.option(
     "--backend", type=click.Choice(["onnx"]), help="Run a folder made by export --onnx with onnxruntime, to compare."
 )
@@ -245,7 +249,7 @@ def load(model: str | None, options: dict[str, Any]) -> "Engine":
 
     size = options["cache_size"] if options["cache_size"] is not None else DEFAULT_CACHE_MB
     check_memory(model, options["context"], options["memory_limit"], cache_size=size, **seen(options))
-    names = ("context", "threads", "backend", "cache_size")
+    names = ("context", "threads", "backend", "cache_size", "drafts")
     return load_engine(model, **{name: options[name] for name in names if name in options})
 
 

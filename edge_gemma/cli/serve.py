@@ -67,6 +67,7 @@ DEFAULT_CONTEXT = 8192  # tokens; memory is taken as a conversation grows
 @options.memory_limit
 @options.threads
 @options.cache_size
+@options.drafts
 def serve(model: str | None, host: str, port: int, api_key: str | None, no_key: bool, **given: Any) -> None:
     """Let other programs use a model: OpenAI's, Ollama's and Wyoming's protocols.
 
@@ -125,8 +126,9 @@ def _desk(model: str | None, given: dict[str, Any]) -> "Desk":
     turns = Turns()
     idle = FOR_EVER if given["idle_release"] is None else given["idle_release"]
     models = Models(
-        folder.path, keep_s=idle, between=turns.between, context=context, threads=given["threads"], cache_size=size
-    )
+        folder.path, keep_s=idle, between=turns.between, context=context, threads=given["threads"], cache_size=size,
+        drafts=given["drafts"],
+    )  # fmt: skip
     rules = None if given["moderation"] is None else Moderation.load(given["moderation"])
     return Desk(
         models, turns, seats=given["parallel"], most_waiting=given["queue"], moderation=rules,

@@ -47,11 +47,12 @@ def _tell(text: str) -> None:
 @options.context
 @options.threads
 @options.memory_limit
+@options.drafts
 @options.as_json
 def transcribe(
     model: str | None, files: tuple[Path, ...], srt: bool, force: bool, as_json: bool, context: int | None,
     threads: int | None, memory_limit: int | None, language: str | None, translate_to: str | None,
-    num_beams: int | None, track: int | None,
+    num_beams: int | None, track: int | None, drafts: bool,
 ) -> None:  # fmt: skip
     """Write down the speech in sound files (or videos) of any length.
 
@@ -71,7 +72,7 @@ def transcribe(
             _refuse_to_replace(_subtitle_file(path))
     task = Task(language, translate_to)
     options.check_memory(model, context, memory_limit, audio=True)
-    engine = options.load_engine(model, context=context, threads=threads)
+    engine = options.load_engine(model, context=context, threads=threads, drafts=drafts)
     transcriber = Transcriber(engine, task, num_beams=num_beams, note=_tell)
     failed = 0
     for path in files:
@@ -159,6 +160,7 @@ def _refuse_to_replace(path: Path) -> None:
 @options.context
 @options.threads
 @options.memory_limit
+@options.drafts
 @tools.tools
 @voice.voice
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object a line for each event.")
@@ -193,7 +195,7 @@ def listen(
         chosen, spoken = tools.Chosen(given), voice.Spoken(given)
         speaker = stack.enter_context(spoken.speaker(screen))
         gates = spoken.gates(speaker, screen)
-        engine = options.load_engine(model, context=context, threads=threads)
+        engine = options.load_engine(model, context=context, threads=threads, drafts=given["drafts"])
         chosen.aloud = speaker.announce if speaker else None
         listener = Listener(
             engine, task, ask=ask, system=system, num_beams=num_beams, rules=live_rules(pause), note=screen.note,

@@ -13,8 +13,10 @@ from typing import Any, Literal, Protocol
 import numpy as np
 
 from edge_gemma.errors import ContextFullError, UsageError
+from edge_gemma.generation.ahead import Ahead
 from edge_gemma.generation.beams import search
 from edge_gemma.generation.bounds import Bounds
+from edge_gemma.generation.gain import Gain
 from edge_gemma.generation.sampler import Sampler, TokenChance
 from edge_gemma.session import Timeline, common_prefix
 from edge_gemma.text.prompt import ChatTokenizer
@@ -58,6 +60,8 @@ class Timings:
     ttft_s: float = 0.0  # from the start to the first token
     asked_s: float = 0.0  # before the prefill: the model was asked what the message needs (need.py); in `ttft_s` too
     asked_tokens: int = 0  # tokens run for that; what the prompt shares with them is in `reused_tokens`
+    drafted_tokens: int = 0  # tokens that were guessed and run before they were chosen
+    accepted_tokens: int = 0  # of these, the ones that were chosen then
 
 
 @dataclass
@@ -99,6 +103,8 @@ class Generation:
         held: list[Encoded] | None = None,
         bounds: Bounds | None = None,
         chances: int | None = None,
+        drafts: Gain | None = None,
+        expected: Sequence[int] = (),
     ) -> None:
         """max_tokens: None continues until the context is full. stop_strings end the answer and are no part of it.
 
@@ -106,9 +112,10 @@ class Generation:
         filled. stopping: when it is set, the reply ends at the next token, with finish_reason "interrupted". encoded:
         the soft tokens of the prompt, which has placeholders in their place. held: the soft tokens in the session; it
         is updated here, and two are equal if they are the same array. bounds: what the reply must be; None for
-        anything. chances: the likeliest tokens told beside each token in `result.chances`; None tells nothing. Raises
-        ContextFullError if the prompt is longer than the context, UsageError for an empty prompt or limit, and for
-        chances beside beams. The session is then as it was.
+        anything. chances: the likeliest tokens told beside each token in `result.chances`; None tells nothing. drafts:
+        decides how many tokens are guessed and run ahead, which changes no text; None: none. expected: tokens that the
+        reply probably has, for the guesses. Raises ContextFullError if the prompt is longer than the context,
+        UsageError for an empty prompt or limit, and for chances beside beams. The session is then as it was.
         """
         if not prompt_ids:
             raise UsageError("the prompt is empty, expected at least one token")
@@ -136,6 +143,7 @@ class Generation:
         self._progress, self._mark = progress, mark
         self._bounds = bounds or Bounds(tokenizer)
         self._sounds, self._held = list(encoded), [] if held is None else held
+        self._ahead = Ahead(session, drafts, stop_ids=self._stop_ids, expected=expected)
         self._pieces = self._run()
 
     def __iter__(self) -> Iterator[Piece]:
@@ -184,8 +192,10 @@ class Generation:
         finally:
             if reason == "interrupted":
                 self._finish()
+            timings.drafted_tokens, timings.accepted_tokens = self._ahead.drafted, self._ahead.accepted
             result.finish_reason = reason
             result.reasoning = result.reasoning.strip()
+            self._ahead.close()
 
     def _prefill(self) -> np.ndarray:
         """Bring the session to the end of the prompt. Returns the last logits: float32 [vocab_size].
@@ -204,28 +214,30 @@ class Generation:
     def _tokens(self, logits: np.ndarray) -> Iterator[int]:
         """Yields the tokens, also the stop token. Without beams and bounds it ends only if the reply is stopped.
 
-        Tokens that are certain are not chosen. They are run in one pass with the token before them.
+        Tokens that are certain are not chosen. They are run in one pass with the token before them, and with a draft
+        where that pays.
         """
-        session, sampler, bounds = self._session, self._sampler, self._bounds
+        ahead, sampler, bounds = self._ahead, self._sampler, self._bounds
         if self._searches:
             yield from search(
-                session, logits, sampler=sampler, limit=self._limit, stop_ids=self._stop_ids, bounds=bounds,
+                self._session, logits, sampler=sampler, limit=self._limit, stop_ids=self._stop_ids, bounds=bounds,
                 stopping=self._stopping,
             )  # fmt: skip
             return
         tokens = bounds.forced()
         while not self._stopping.is_set() and not (bounds.complete and not tokens):
             if not tokens:
-                token = sampler.sample(logits, session.ids, bounds.allowed())
+                token = sampler.sample(logits, ahead.ids, bounds.allowed())
                 if self._chances is not None:
-                    self._chance = sampler.chance(logits, token, self._chances, session.ids)
+                    self._chance = sampler.chance(logits, token, self._chances, ahead.ids)
                 bounds.accept(token)
                 tokens = [token, *bounds.forced()]
             for token in tokens:
                 yield token
                 if self._stopping.is_set():
                     return
-            logits = session.step(tokens[0]) if len(tokens) == 1 else session.prefill(tokens)
+            del logits  # a view of as many rows as the next pass needs memory for: 1 MB each
+            logits = ahead.run(tokens, most=self._limit - len(self.result.tokens) - 1)
             tokens = []
 
     def _is_complete(self) -> bool:

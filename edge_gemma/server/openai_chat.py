@@ -184,4 +184,6 @@ def timings(result: Result) -> dict[str, Any]:
         "predicted_ms": round(t.decode_s * 1000, 3),
         "predicted_per_second": round(t.decode_tokens / t.decode_s, 3) if t.decode_s else None,
         "ttft_ms": round(t.ttft_s * 1000, 3),
+        "draft_n": t.drafted_tokens,
+        "draft_n_accepted": t.accepted_tokens,
     }

@@ -157,3 +157,18 @@ def test_a_calibration_text_is_refused_where_nothing_is_calibrated(tmp_path):
     folder = export_checkpoint(source, tmp_path / "out", "q8", calibration=bundled_text())  # the command's default
     with pytest.raises(UsageError, match="means nothing with a model folder"):
         export_onnx(folder, tmp_path / "onnx", calibration="It was the best of times. " * 99)
+
+
+@pytest.mark.parametrize("command", ["run hi", "chat", "transcribe x.wav", "listen"])
+@pytest.mark.parametrize("off", [False, True])
+def test_drafts_are_made_unless_they_are_not_wanted(command, off, monkeypatch):
+    given = []
+
+    def load(model, **options):
+        given.append(options["drafts"])
+        raise UsageError("that is all")
+
+    monkeypatch.setattr(Engine, "load", load)
+    result = CliRunner().invoke(cli, [*command.split(), *(["--no-drafts"] if off else [])])
+    assert "that is all" in result.output
+    assert given == [not off]

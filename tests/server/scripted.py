@@ -35,10 +35,11 @@ def scripted(served: Served, reply: str) -> Iterator[None]:
     with served.desk.models.lease(None) as engine:
         ids = engine.tokenizer.encode_prompt(reply)
         engine.session = lambda context=None, shared=False: Scripted(ids, engine.context, engine.config.vocab_size)
+        engine.drafts = lambda: None  # it plays one token after another
         try:
             yield
         finally:
-            del engine.session
+            del engine.session, engine.drafts
 
 
 @contextlib.contextmanager

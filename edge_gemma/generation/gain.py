@@ -1,0 +1,223 @@
+"""Whether guessing ahead pays: accepted tokens against the measured price of extra rows.
+
+Owns: the estimates, the length of the next draft, when nothing is drafted. Does not know: models, what tokens mean,
+where guesses come from (lookup.py), how they are checked (ahead.py). Nothing here reads a clock.
+
+A pass checks a draft of k tokens with k + 1 rows. Its price is in steps: 1 is the time of a pass of one row. A draft is
+worth its price if the tokens that come of it take less than as many steps.
+"""
+
+import bisect
+import statistics
+from collections import deque
+from collections.abc import Sequence
+
+ROWS = (1, 2, 4, 8, 16)  # rows of a pass; another number costs as much as the next of these
+LONGEST_DRAFT = ROWS[-1] - 1
+
+_MEASURED = 9  # passes of which the median counts
+_MORE = {2: 0.15, 4: 0.15, 8: 0.9, 16: 2.0}  # steps that more rows cost beyond the number before, until measured
+_FORGOTTEN, _LONGEST_FORGOTTEN = 128, 8192  # passes after which a price is measured again
+_SAME = 0.9  # share of the price before that counts as the same
+_STALE = 64  # passes without one of one row, after which its time is measured again
+
+
+def padded(rows: int) -> int:
+    """The rows that a pass of so many costs as much as; more than ROWS knows stay as they are."""
+    return 1 << (rows - 1).bit_length() if rows <= ROWS[-1] else rows
+
+
+class Prices:
+    """What passes of some rows cost on this machine, in steps. One for a model: all conversations tell it their times.
+
+    A price that is not used is forgotten after some time, and then measured again. Each time that it is the same, it is
+    remembered twice as long.
+    """
+
+    def __init__(self) -> None:
+        self._seconds: dict[int, deque[float]] = {n: deque(maxlen=_MEASURED) for n in ROWS}
+        self._steps: dict[int, float] = {}
+        self._passes = 0
+        self._measured = dict.fromkeys(ROWS, 0)  # the pass of the latest measurement
+        self._remembered = dict.fromkeys(ROWS, _FORGOTTEN)
+
+    def add(self, rows: int, seconds: float, *, first: bool = False) -> None:
+        """A pass of so many rows, one of ROWS, took so long. first: of its timeline, which takes longer than others.
+
+        A first pass counts only where it was quicker than those before.
+        """
+        self._passes += 1
+        times = self._seconds[rows]
+        worse = not times or seconds >= _SAME * statistics.median(times)
+        if first and worse and not times:
+            return
+        if rows > 1 and times and self._passes - self._measured[rows] >= self._remembered[rows]:
+            self._remembered[rows] = min(2 * self._remembered[rows], _LONGEST_FORGOTTEN) if worse else _FORGOTTEN
+            if not (first and worse):
+                times.clear()
+        if not (first and worse):
+            times.append(seconds)
+            self._steps.clear()
+        self._measured[rows] = self._passes
+
+    @property
+    def ready(self) -> bool:
+        """Whether it is known lately enough what a step costs."""
+        return bool(self._seconds[1]) and self._passes - self._measured[1] < _STALE
+
+    def measured(self, rows: int) -> bool:
+        """Whether a pass of so many rows, one of ROWS, was ever measured."""
+        return bool(self._seconds[rows])
+
+    def steps(self, rows: int) -> float:
+        """What a pass of so many rows, one of ROWS, costs: 1 or more; a guess if it was not measured lately."""
+        if rows > 1 and self._passes - self._measured[rows] >= self._remembered[rows]:
+            return min(self._known(rows), self._guessed(rows))
+        return self._known(rows)
+
+    def in_steps(self, seconds: float) -> float:
+        """How many passes of one row take so long; 1 until it is known."""
+        step = statistics.median(self._seconds[1]) if self._seconds[1] else 0.0
+        return seconds / step if step > 0 else 1.0
+
+    def _known(self, rows: int) -> float:
+        """The price by the latest measurements, however old they are."""
+        one, times = self._seconds[1], self._seconds[rows]
+        if rows == 1 or not one or not times:
+            return self._guessed(rows)
+        if rows not in self._steps:
+            self._steps[rows] = max(1.0, self.in_steps(statistics.median(times)))
+        return self._steps[rows]
+
+    def _guessed(self, rows: int) -> float:
+        return 1.0 if rows == 1 else self._known(ROWS[ROWS.index(rows) - 1]) + _MORE[rows]
+
+
+_LENGTHS = (2, 3, 4, 6, 9, 12)  # lengths of a match that are told apart; shorter ones are resumed texts
+# The chance of a draft's first token after each, until there is experience. The Brown corpus has 0.04, 0.18, 0.31,
+# 0.39, 0.52, 0.53, 0.64, copied texts have more.
+_FIRST_CHANCE = (0.1, 0.2, 0.35, 0.45, 0.6, 0.75, 0.9)
+_PRIOR = 2.0  # guesses that such an assumption counts as
+_FADING = 0.97  # weight of a guess beside the next one
+
+
+class Acceptance:
+    """How often guessed tokens come, by the length of the match. Guesses that were not checked by a pass teach it too.
+
+    The chances of a draft's later tokens are those that its tokens before came.
+    """
+
+    def __init__(self) -> None:
+        groups = range(len(_LENGTHS) + 1)
+        self._tried = [[0.0] * LONGEST_DRAFT for _ in groups]
+        self._came = [[0.0] * LONGEST_DRAFT for _ in groups]
+        self._sums: list[list[float] | None] = [None for _ in groups]
+        self._open: list[tuple[int, Sequence[int], int]] = []  # group, guess, how many of its tokens came
+
+    def guess(self, length: int, tokens: Sequence[int]) -> None:
+        """After a match of this length these tokens are expected next."""
+        if tokens:
+            self._open.append((_group(length), tokens, 0))
+
+    def came(self, token: int) -> None:
+        """The next token of the text."""
+        if not self._open:
+            return
+        still = []
+        for group, tokens, at in self._open:
+            tried, came = self._tried[group], self._came[group]
+            same = tokens[at] == token
+            tried[at] = tried[at] * _FADING + 1
+            came[at] = came[at] * _FADING + same
+            self._sums[group] = None
+            if same and at + 1 < len(tokens):
+                still.append((group, tokens, at + 1))
+        self._open = still
+
+    def expected(self, length: int) -> list[float]:
+        """How many tokens of a draft after such a match will come, by its length: of 0 first, of LONGEST_DRAFT last."""
+        group = _group(length)
+        sums = self._sums[group]
+        if sums is None:
+            sums, alive, chance = [0.0], 1.0, _FIRST_CHANCE[group]
+            for tried, came in zip(self._tried[group], self._came[group], strict=True):
+                chance = (came + _PRIOR * chance) / (tried + _PRIOR)  # what is not known yet is as it was before
+                alive *= chance
+                sums.append(sums[-1] + alive)
+            self._sums[group] = sums
+        return sums
+
+
+def _group(length: int) -> int:
+    return bisect.bisect_right(_LENGTHS, length)
+
+
+_MARGIN = 1.06  # times more tokens in the same time that a draft has to promise
+_MOST_STEPS = 2.0  # times its price that a pass counts at most: others may have kept the machine busy
+_MOST_LOST, _MOST_WON = (
+    -4.0,
+    6.0,
+)  # steps: a longer loss ends drafting for a while; what was won long ago does not count
+_REST, _LONGEST_REST = 128, 8192  # tokens without a draft; twice as many each time
+
+
+class Gain:
+    """Chooses the length of drafts for one conversation, and keeps an account of what they cost and saved.
+
+    For each pass: `draft` before it, `ran` after it. For each token of the text, in order: `came`.
+    """
+
+    def __init__(self, prices: Prices) -> None:
+        self.prices = prices
+        self._acceptance = Acceptance()
+        self._account = 0.0  # steps that drafts have saved, less what they have cost
+        self._resting, self._rest = 0, _REST
+
+    def guess(self, length: int, tokens: Sequence[int]) -> None:
+        """What a look-up expects after a match of this length, whether it is drafted or not."""
+        self._acceptance.guess(length, tokens)
+
+    def came(self, token: int) -> None:
+        """The next token of the text."""
+        self._acceptance.came(token)
+        self._resting = max(0, self._resting - 1)
+
+    def draft(self, length: int, most: int, tokens: int = 1) -> int:
+        """How many tokens to draft after a match of this length, 0 to most. tokens: those that have to be run anyway.
+
+        The pass is the one of ROWS that gives the most tokens in its time.
+        """
+        if self._resting or not self.prices.ready or tokens > LONGEST_DRAFT or most < 1:
+            return 0
+        coming = self._acceptance.expected(length)
+        best, speed = 0, _MARGIN * tokens / self.prices.steps(padded(tokens))
+        for rows in ROWS:
+            if rows <= tokens:
+                continue
+            drafted = min(rows - tokens, most)
+            promised = (tokens + coming[drafted]) / self.prices.steps(rows)
+            if promised > speed:
+                best, speed = drafted, promised
+            if drafted == most or not self.prices.measured(rows):  # one unknown price at a time
+                break
+        return best
+
+    def ran(self, tokens: int, drafted: int, seconds: float, *, first: bool = False) -> None:
+        """A pass has run `tokens` that were certain, and a draft. first: as in Prices.add."""
+        rows = padded(tokens + drafted)
+        if drafted or rows == 1:  # several tokens without a draft are run as a prompt, with one row of logits
+            self.prices.add(rows, seconds, first=first)
+        if drafted:
+            price = self.prices.steps(rows)
+            if not first:  # what it took, not what such passes take: a price that is too low by chance tempts to draft
+                price = min(max(1.0, self.prices.in_steps(seconds)), _MOST_STEPS * price)
+            self._account -= price - self.prices.steps(padded(tokens))
+            if self._account < _MOST_LOST:
+                self._account, self._resting = 0.0, self._rest
+                self._rest = min(2 * self._rest, _LONGEST_REST)
+
+    def accepted(self, drafted: int) -> None:
+        """So many drafted tokens came, each a step saved."""
+        self._account = min(self._account + drafted, _MOST_WON)
+        if self._account == _MOST_WON:
+            self._rest = _REST
