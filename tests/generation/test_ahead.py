@@ -269,7 +269,7 @@ def test_chunks_shorter_than_a_draft(engine, monkeypatch):
     assert drafted.tokens == plain.tokens
 
 
-@pytest.mark.parametrize("after", [3, 17, 40])
+@pytest.mark.parametrize("after", [1, 3, 9])
 def test_work_that_is_called_off_leaves_a_session_that_can_go_on(engine, after):
     sampling = Sampling(temperature=0)
     plain, _ = continued(engine, None, tokens=60, sampling=sampling)
