@@ -9,19 +9,22 @@ Owns: who goes into which pass, and when. Does not know: what a pass does (model
 
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
 
 from edge_gemma import kernels
+from edge_gemma.host import interrupts
 from edge_gemma.host.pace import Pace
 from edge_gemma.model.decoder import Decoder
 from edge_gemma.model.kv_cache import KVCache
 from edge_gemma.model.recorded import MOST, NOBODY, PAD, Pass
 
-_PATIENCE = 0.25  # of a pass's duration: how long a pass waits for threads that were in the one before
+_PATIENCE = 0.25  # of a pass's duration: how long the next waits for threads that were in it
+_MOST_PATIENCE = 0.1  # seconds
 
 
 class Member(Protocol):
@@ -40,7 +43,7 @@ class Member(Protocol):
         ...
 
 
-@dataclass
+@dataclass(eq=False)
 class _Asked:
     """A token that waits for a pass."""
 
@@ -49,11 +52,6 @@ class _Asked:
     thread: int = field(default_factory=threading.get_ident)
     since: float = field(default_factory=time.perf_counter)
     logits: np.ndarray | None = None
-    error: BaseException | None = None
-
-    @property
-    def done(self) -> bool:
-        return self.logits is not None or self.error is not None
 
 
 class Batch:
@@ -66,7 +64,7 @@ class Batch:
         self._passes: dict[int, Pass] = {}
         self._places = 0  # of the caches that the passes were made for
         self._changed = threading.Condition()
-        self._busy = False
+        self._leader: object = None  # who runs a pass
         self._asked: list[_Asked] = []
         self._before: set[int] = set()  # threads whose tokens were in the last pass
         self._took = 0.0  # seconds of the last pass
@@ -74,69 +72,83 @@ class Batch:
     def step(self, member: Member, token: int) -> np.ndarray:
         """Append a token to a session, together with those of other threads. Returns its logits: float32 [vocab_size].
 
-        Raises what the pass raises.
+        Raises what the pass raises, if this thread ran it; the others' tokens then go into the next.
         """
         asked = _Asked(member, token)
-        with self._changed:
-            self._asked.append(asked)
-            self._changed.notify_all()
-            try:
-                while not asked.done and (left := self._left()) != 0:
-                    self._changed.wait(left)
-            except BaseException:
-                if asked in self._asked:
-                    self._asked.remove(asked)
-                raise
-            if not asked.done:
-                mine = self._asked[:MOST]
-                del self._asked[:MOST]
-                self._busy = True
-        if not asked.done:
-            self._lead(mine)
-        if asked.error is not None:
-            raise asked.error
-        assert asked.logits is not None
+        with self._left_whole(asked):
+            while asked.logits is None:
+                if others := self._wait(asked):
+                    self._lead(others)
         return asked.logits
+
+    def steps(self, tokens: Sequence[tuple[Member, int]]) -> list[np.ndarray]:
+        """Append a token to each of several sessions of this thread. Returns the logits: float32 [vocab_size] each."""
+        me = object()
+        with self._left_whole(me):
+            with self._changed:
+                while self._leader is not None:
+                    self._changed.wait()
+                self._leader = me
+            parts = [tokens[first : first + MOST] for first in range(0, len(tokens), MOST)]
+            return [logits for part in parts for logits in self._run(part)]
+
+    @contextmanager
+    def _left_whole(self, me: object) -> Iterator[None]:
+        """However this thread leaves, by Ctrl-C too, nobody waits for it."""
+        try:
+            yield
+        finally:
+            with self._changed:
+                if me in self._asked:
+                    self._asked.remove(me)
+                if self._leader is me:
+                    self._leader = None
+                self._changed.notify_all()
+
+    def _wait(self, asked: _Asked) -> list[_Asked]:
+        """Wait until the token was run: no tokens. Or until this thread is to run a pass: the tokens of that pass."""
+        with self._changed:
+            if asked not in self._asked:
+                self._asked.append(asked)
+                self._changed.notify_all()
+            while asked.logits is None and (left := self._left()) != 0:
+                self._changed.wait(left)
+            if asked.logits is not None:
+                return []
+            self._leader = asked
+            self._asked.remove(asked)
+            others = self._asked[: MOST - 1]
+            del self._asked[: MOST - 1]
+            return [asked, *others]
 
     def _left(self) -> float | None:
         """Seconds until the next pass should begin: for so long it waits for threads that were in the one before.
 
-        None: a pass runs, or a thread that was woken takes these tokens along.
+        None: as long as the present pass takes.
         """
-        if self._busy or not self._asked:
+        if self._leader is not None:
             return None
         missing = self._before - {asked.thread for asked in self._asked}
         if not missing or len(self._asked) >= MOST:
             return 0
-        return max(0.0, self._asked[0].since + _PATIENCE * self._took - time.perf_counter())
+        patience = min(_PATIENCE * self._took, _MOST_PATIENCE)
+        return max(0.0, self._asked[0].since + patience - time.perf_counter())
 
     def _lead(self, asked: list[_Asked]) -> None:
         begin = time.perf_counter()
         try:
-            for one, logits in zip(asked, self._run([(a.member, a.token) for a in asked]), strict=True):
-                one.logits = logits
-        except BaseException as error:
-            for one in asked:
-                one.error = error
+            found = self._run([(one.member, one.token) for one in asked])
+        except BaseException:
+            with self._changed:
+                self._asked[:0] = asked[1:]
+            raise
         with self._changed:
-            self._busy = False
+            for one, logits in zip(asked, found, strict=True):
+                one.logits = logits
+            self._leader = None
             self._took = time.perf_counter() - begin
             self._before = {one.thread for one in asked}
             self._changed.notify_all()
-
-    def steps(self, tokens: Sequence[tuple[Member, int]]) -> list[np.ndarray]:
-        """Append a token to each of several sessions of this thread. Returns the logits: float32 [vocab_size] each."""
-        with self._changed:
-            while self._busy:
-                self._changed.wait()
-            self._busy = True
-        try:
-            parts = [tokens[first : first + MOST] for first in range(0, len(tokens), MOST)]
-            return [logits for part in parts for logits in self._run(part)]
-        finally:
-            with self._changed:
-                self._busy = False
-                self._changed.notify_all()
 
     def _run(self, tokens: Sequence[tuple[Member, int]]) -> Sequence[np.ndarray]:
         if len(tokens) == 1:
@@ -152,9 +164,10 @@ class Batch:
             for cache in caches:
                 cache.reserve(1)
             logits = self._decoder.logits(run(ids, positions)[: len(tokens)])
-        for (member, token), cache in zip(tokens, caches, strict=True):
-            cache.advance(1)
-            member.stepped(token)
+        with interrupts.held():  # all of them, or none
+            for (member, token), cache in zip(tokens, caches, strict=True):
+                cache.advance(1)
+                member.stepped(token)
         return list(logits)
 
     def _pass(self, rows: int, places: int) -> Pass:

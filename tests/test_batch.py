@@ -117,6 +117,10 @@ def test_threads_meet_in_a_pass(engine: Engine, monkeypatch: pytest.MonkeyPatch)
         session.prefill(prompt)
         other.prefill(prompt)
     batch = together(engine)
+    for n in (2, 3, 4):  # compiled and recorded before anybody waits
+        batch.steps([(engine.session(), 1) for _ in range(n)])
+    monkeypatch.setattr(batch, "_before", set())
+    monkeypatch.setattr(batch, "_took", 0.0)
     sizes, run = [], batch._run
 
     def counted(tokens):
@@ -151,31 +155,60 @@ def test_one_thread_with_two_sessions_never_waits(engine: Engine, monkeypatch: p
         second.step(token)
 
 
-def test_an_error_in_a_pass_reaches_everybody_in_it_and_the_next_pass_runs(engine: Engine) -> None:
-    sessions = [engine.session() for _ in range(2)]
+@pytest.mark.parametrize("error", [MemoryError, KeyboardInterrupt])
+def test_an_error_in_a_pass_is_raised_once_and_the_others_go_on(engine: Engine, error: type[BaseException]) -> None:
+    sessions = [engine.session() for _ in range(20)]  # more than fit into a pass
     batch = together(engine)
-    run, start = batch._run, threading.Barrier(2)
+    run, start = batch._run, threading.Barrier(len(sessions))
+    sizes = []
 
     def broken(tokens):
+        sizes.append(len(tokens))
         time.sleep(0.05)
-        raise MemoryError
+        if len(sizes) == 2:
+            raise error
+        return run(tokens)
 
-    def speak(session: Session) -> str:
+    def speak(session: Session) -> np.ndarray | None:
         start.wait()
         try:
-            session.step(3)
-        except MemoryError:
-            return "failed"
-        return "ran"
+            return session.step(3)
+        except error:
+            return None
 
     batch._run = broken
     try:
-        with ThreadPoolExecutor(2) as pool:
-            assert list(pool.map(speak, sessions)) == ["failed", "failed"]
+        with ThreadPoolExecutor(len(sessions)) as pool:
+            found = list(pool.map(speak, sessions))
     finally:
         batch._run = run
-    assert all(session.position == 0 for session in sessions)
-    assert np.array_equal(sessions[0].step(3), sessions[1].step(3))
+    assert max(sizes) == 16
+    expected = alone(engine.session()).step(3)
+    assert sum(logits is None for logits in found) == 1
+    assert all(np.array_equal(logits, expected) for logits in found if logits is not None)
+    assert [session.position for session in sessions] == [int(logits is not None) for logits in found]
+    assert batch._asked == []
+    assert np.array_equal(sessions[-1].branch().step(7), sessions[-1].step(7))
+
+
+def test_a_thread_that_is_interrupted_while_it_waits_is_not_waited_for(engine: Engine) -> None:
+    batch, session, other = together(engine), engine.session(), engine.session()
+    with batch._changed:
+        batch._leader = object()  # a pass that takes long
+
+    class Interrupted(threading.Condition):
+        def wait(self, timeout=None):
+            raise KeyboardInterrupt
+
+    changed, batch._changed = batch._changed, Interrupted()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            session.step(3)
+    finally:
+        batch._changed, batch._leader = changed, None
+    assert batch._asked == []
+    assert session.position == 0
+    assert np.array_equal(session.step(3), other.step(3))
 
 
 def test_a_branch_is_the_session_it_came_from(engine: Engine) -> None:
