@@ -154,10 +154,8 @@ def _group(length: int) -> int:
 
 _MARGIN = 1.06  # times more tokens in the same time that a draft has to promise
 _MOST_STEPS = 2.0  # times its price that a pass counts at most: others may have kept the machine busy
-_MOST_LOST, _MOST_WON = (
-    -4.0,
-    6.0,
-)  # steps: a longer loss ends drafting for a while; what was won long ago does not count
+_MOST_LOST = -4.0  # steps: a larger loss ends drafting for a while
+_MOST_WON = 6.0  # steps: what was won long ago does not count
 _REST, _LONGEST_REST = 128, 8192  # tokens without a draft; twice as many each time
 
 
