@@ -11,6 +11,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, precondition, rule, run_state_machine_as_test
 
+from benchmarks import together as together_benchmark
 from edge_gemma import batch as batch_module
 from edge_gemma.batch import Batch
 from edge_gemma.engine import Engine
@@ -241,3 +242,13 @@ def test_beams_abreast_are_beams_in_turn(engine: Engine, num_beams: int, monkeyp
         assert found(engine.session(), seed) == found(alone(engine.session()), seed)
     assert max(passes) == num_beams
     assert len(passes) <= 3 * 40
+
+
+def test_the_benchmark_prints_ratios_and_writes_what_it_measured(tmp_path, capsys) -> None:
+    synthesize("tiny", tmp_path / "model", "mobile")
+    together_benchmark.main([str(tmp_path / "model"), "--rounds", "2", "--out", str(tmp_path / "rows.csv")])
+    printed = capsys.readouterr().out.splitlines()
+    kinds = [("rows", (1, 2, 4, 8, 16)), ("sessions", (1, 2, 4, 8)), ("beams", (1, 2, 4, 8))]
+    assert [line.split(":")[0] for line in printed] == [f"{kind} {n}" for kind, numbers in kinds for n in numbers]
+    assert "times 1.00 (1.00 to 1.00)" in printed[0]
+    assert len((tmp_path / "rows.csv").read_text().splitlines()) == 1 + 2 * len(printed)
