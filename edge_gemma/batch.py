@@ -9,7 +9,7 @@ Owns: who goes into which pass, and when. Does not know: what a pass does (model
 
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -57,8 +57,11 @@ class _Asked:
 class Batch:
     """All sessions of a model. Any number of threads may use it, each with sessions of its own."""
 
-    def __init__(self, decoder: Decoder, slack: int, kv_dtype: str, threads: int | None) -> None:
-        """slack, kv_dtype: of the sessions' caches. threads: as in `Pace`."""
+    def __init__(
+        self, decoder: Decoder, slack: int, kv_dtype: str, threads: int | None, between: Callable[[], None]
+    ) -> None:
+        """slack, kv_dtype: of the sessions' caches. threads: as in `Pace`. between: Engine.between."""
+        self._between = between
         self._decoder, self._slack, self._kv_dtype = decoder, slack, kv_dtype
         self._pace = Pace(threads, kernels.threads())
         self._passes: dict[int, Pass] = {}
@@ -82,7 +85,11 @@ class Batch:
         return asked.logits
 
     def steps(self, tokens: Sequence[tuple[Member, int]]) -> list[np.ndarray]:
-        """Append a token to each of several sessions of this thread. Returns the logits: float32 [vocab_size] each."""
+        """Append a token to each of several sessions of this thread. Returns the logits: float32 [vocab_size] each.
+
+        Raises what `between` or a pass raises.
+        """
+        self._between()
         me = object()
         with self._left_whole(me):
             with self._changed:

@@ -15,6 +15,7 @@ from benchmarks import together as together_benchmark
 from edge_gemma import batch as batch_module
 from edge_gemma.batch import Batch
 from edge_gemma.engine import Engine
+from edge_gemma.errors import EdgeGemmaError
 from edge_gemma.export.convert import export_checkpoint
 from edge_gemma.export.synth import synthesize
 from edge_gemma.generation.beams import search
@@ -210,6 +211,27 @@ def test_a_thread_that_is_interrupted_while_it_waits_is_not_waited_for(engine: E
     assert batch._asked == []
     assert session.position == 0
     assert np.array_equal(session.step(3), other.step(3))
+
+
+def test_others_may_go_first_before_every_pass_of_a_search(engine: Engine) -> None:
+    """A server stops a search that nobody waits for there."""
+    calls: list[int] = []
+
+    def between() -> None:
+        calls.append(1)
+        if len(calls) == 20:
+            raise EdgeGemmaError("nobody waits")
+
+    session = engine.session()
+    logits, sampler = session.prefill([5] * 4), Sampler(Sampling(temperature=0, num_beams=3))
+    engine.between = between
+    try:
+        with pytest.raises(EdgeGemmaError, match="nobody waits"):
+            list(search(session, logits, sampler=sampler, limit=40, stop_ids=()))
+    finally:
+        engine.between = lambda: None
+    assert len(calls) == 20
+    assert session.position == 4 + 19
 
 
 def test_a_branch_is_the_session_it_came_from(engine: Engine) -> None:

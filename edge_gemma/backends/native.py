@@ -50,7 +50,7 @@ class NativeModel:
         megabytes = DEFAULT_CACHE_MB if cache_size is None else cache_size
         self.between: Callable[[], None] = lambda: None  # Engine.between
         self._prefixes = _prefixes(self._identity, self._kv_dtype, megabytes) if megabytes else None
-        self._batch = Batch(self.decoder, CHUNK, self._kv_dtype, threads)
+        self._batch = Batch(self.decoder, CHUNK, self._kv_dtype, threads, lambda: self.between())
 
     @staticmethod
     def check(kv_dtype: str | None, cache_size: int | None) -> None:

@@ -78,7 +78,7 @@ def test_sdot_is_in_the_code_of_a_pi_5_and_not_in_that_of_a_pi_4(board):
     best = {name: n for name, n in counts.items() if name.startswith(f"matmul_{board.variant}_")}
     assert len(best) >= 14  # every width and layout
     if board.name == "pi5":
-        assert min(best.values()) >= 16
+        assert min(best.values()) >= 8  # one token's step of 16 columns: 4 dwords times two registers of 4 rows
     else:
         assert sum(counts.values()) == 0
 
