@@ -21,7 +21,7 @@ from edge_gemma.host import interrupts
 from edge_gemma.host.pace import Pace
 from edge_gemma.model.decoder import Decoder
 from edge_gemma.model.kv_cache import KVCache
-from edge_gemma.model.recorded import MOST, NOBODY, PAD, Pass
+from edge_gemma.model.recorded import MOST, NOBODY, PAD, Pass, padded
 
 _PATIENCE = 0.25  # of a pass's duration: how long the next waits for threads that were in it
 _MOST_PATIENCE = 0.1  # seconds
@@ -161,7 +161,7 @@ class Batch:
         if len(tokens) == 1:
             return [tokens[0][0].step_alone(tokens[0][1])]
         caches = [member.settled() for member, _ in tokens]
-        rows = 1 << (len(tokens) - 1).bit_length()
+        rows = padded(len(tokens))
         empty = rows - len(tokens)
         ids = np.array([token for _, token in tokens] + [PAD] * empty, np.int64)
         positions = np.array([cache.position for cache in caches] + [NOBODY] * empty, np.int64)

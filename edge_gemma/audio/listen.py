@@ -91,8 +91,7 @@ class Listener:
         require("chat", chat, good, "a Chat of this engine: engine.chat() makes one")
         own = {"ask": ask, "num_beams": num_beams is not None, "language or translate_to": self.task != Task()}
         _refuse_what_means_nothing(own, chat=chat is not None, system=system, speaker=speaker, by_text=by_text)
-        self._detector = detector or (lambda: open_detector(note))
-        self._encoder = engine.audio
+        self._detector, self._encoder = detector or (lambda: open_detector(note)), engine.audio
         if ask:
             sampling = Sampling.from_generation_config(engine.generation_config, num_beams=num_beams)
             chat = Chat(engine, system=system, sampling=sampling, max_tokens=max_tokens)
@@ -109,9 +108,8 @@ class Listener:
             turn = SpokenTurn(chat, note) if dictation is None else WrittenTurn(chat, note, dictation)
             self._job = Talk(chat, turn, note=note, assistant=assistant, speaker=speaker, own=ask)
         self._dictation, self._spare = dictation, Spare()
-        self._pauses = pauses
         self._live, self._gates = live and chat is not None, list(gates)
-        self._floor = self._job.floor
+        self._pauses, self._floor = pauses, self._job.floor
         self._quiet = False  # that the sound is very quiet was told
 
     def events(self, blocks: Iterable[Samples], rate: int = SAMPLE_RATE) -> Iterator[Event]:

@@ -12,6 +12,8 @@ import statistics
 from collections import deque
 from collections.abc import Sequence
 
+from edge_gemma.model import recorded
+
 ROWS = (1, 2, 4, 8, 16)  # rows of a pass; another number costs as much as the next of these
 LONGEST_DRAFT = ROWS[-1] - 1
 
@@ -24,7 +26,7 @@ _STALE = 64  # passes without one of one row, after which its time is measured a
 
 def padded(rows: int) -> int:
     """The rows that a pass of so many costs as much as; more than ROWS knows stay as they are."""
-    return 1 << (rows - 1).bit_length() if rows <= ROWS[-1] else rows
+    return recorded.padded(rows) if rows <= ROWS[-1] else rows
 
 
 class Prices:

@@ -19,6 +19,11 @@ NOBODY = -1  # the position of a row that has no token
 PAD = 0  # the token of such a row
 
 
+def padded(tokens: int) -> int:
+    """The rows of the recorded pass that so many tokens go through: the next power of two."""
+    return 1 << (tokens - 1).bit_length()
+
+
 class Pass:
     """The forward pass of a fixed number of tokens. The first goes through the decoder and is written down."""
 
@@ -91,8 +96,7 @@ class Steps:
 
     def several(self, ids: Sequence[int]) -> np.ndarray:
         """Append 2 to MOST tokens. Returns the rows that enter the head: float32 [n, D]."""
-        rows = 1 << (len(ids) - 1).bit_length()
-        return self._run(ids, rows)[: len(ids)].copy()
+        return self._run(ids, padded(len(ids)))[: len(ids)].copy()
 
     def _run(self, ids: Sequence[int], rows: int) -> np.ndarray:
         if rows not in self._passes:

@@ -132,22 +132,22 @@ def _make_softmax(variant):
     return highest, weigh
 
 
-@functools.cache
-def _make(variant):
-    """The kernel of an instruction set."""
+@numba.njit(error_model="numpy")
+def _laid_out(k, v, head, keys, values):
+    """A head's keys, transposed, in panels; its values, row by row. What is beyond them is 0."""
+    width = keys.shape[1]
+    for i in range(k.shape[0]):
+        panel, lane = i // width, i % width
+        for d in range(k.shape[2]):
+            keys[panel * k.shape[2] + d, lane] = k[i, head, d]
+            values[i, d] = v[i, head, d]
+
+
+def _make_attend(variant):
+    """(attend, rows T, columns W) of an instruction set."""
     tile, rows, width = _make_tile(variant)
     highest, weigh = _make_softmax(variant)
     lanes = isa.SETS[variant].float_lanes
-    group = -(-GROUP // rows) * rows
-
-    @numba.njit(error_model="numpy")
-    def laid_out(k, v, head, keys, values):
-        """A head's keys, transposed, in panels of `width`; its values, row by row. What is beyond them is 0."""
-        for i in range(k.shape[0]):
-            panel, lane = i // width, i % width
-            for d in range(k.shape[2]):
-                keys[panel * k.shape[2] + d, lane] = k[i, head, d]
-                values[i, d] = v[i, head, d]
 
     @numba.njit(error_model="numpy")
     def attend(q, keys, values, count, out):
@@ -180,6 +180,15 @@ def _make(variant):
             for d in range(out.shape[1]):
                 out[r, d] *= inverse
 
+    return attend, rows, width
+
+
+@functools.cache
+def _make(variant):
+    """The kernel of an instruction set."""
+    attend, rows, width = _make_attend(variant)
+    group = -(-GROUP // rows) * rows
+
     def full_attention(q, k, v, out):
         n, heads, hd = q.shape
         count = k.shape[0]
@@ -189,7 +198,7 @@ def _make(variant):
         keys = np.zeros((heads, panels * hd, width), np.float32)
         values = np.zeros((heads, count, padded), np.float32)
         for head in numba.prange(heads):
-            laid_out(k, v, head, keys[head], values[head])
+            _laid_out(k, v, head, keys[head], values[head])
         groups = (n + group - 1) // group
         for task in numba.prange(heads * groups):
             head, first = task // groups, task % groups * group
