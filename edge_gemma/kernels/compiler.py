@@ -265,21 +265,28 @@ def compiled(*signature, parallel=False, fastmath=False, key=None):
     return decorate
 
 
-class ChunkFunction:
-    """A C function void(int64 operation, int64 chunk), compiled when its address is first asked for.
+def inner(**options):
+    """Decorator: a function for use inside others alone. numba would make entrances from Python and C, which take it a
+    tenth of the time.
+    """
+    options = {"error_model": "numpy", "no_cpython_wrapper": True, "no_cfunc_wrapper": True} | options
+    return lambda function: numba.njit(**options)(function)
 
-    What programs are made of (recording/program.py).
+
+class ChunkFunction:
+    """A C function void(int64, int64), compiled when its address is first asked for.
+
+    What operations are made of (recording/operation.py): it gets an operation's address and a chunk's number.
     """
 
     def __init__(self, function, key: str) -> None:
         self._compiled = CFunc(function, (CHUNK_ARGUMENTS, types.void), {}, {"error_model": "numpy"})
         self._compiled._cache = _KernelCache(function, key)
 
-    @property
+    @functools.cached_property
     def address(self) -> int:
-        if self._compiled.address is None:
-            with interrupts.held():
-                self._compiled.compile()
+        with interrupts.held():
+            self._compiled.compile()
         return self._compiled.address
 
 

@@ -4,13 +4,12 @@ Owns: `as_float`, `to_half`, `fill` and `copy`, for use inside kernels. numba ta
 uint16.
 """
 
-import numba
 import numpy as np
 from llvmlite import ir
 from numba.core import types
 from numba.extending import intrinsic
 
-from edge_gemma.kernels.compiler import target
+from edge_gemma.kernels.compiler import inner, target
 
 
 def _has_half(context, builder) -> bool:
@@ -79,7 +78,7 @@ def bits_of_float(typingctx, value):
     return types.int32(types.float32), codegen
 
 
-@numba.njit(error_model="numpy")
+@inner()
 def to_half(value):
     """float16 bits of a float32, rounded half to even; beyond +-65504 the largest finite value, NaN stays NaN."""
     magnitude = bits_of_float(value) & np.int32(0x7FFFFFFF)
@@ -94,14 +93,14 @@ def to_half(value):
     return np.uint16(half | sign)
 
 
-@numba.njit(error_model="numpy")
+@inner()
 def fill(x, value):
     """x[...] = value for one axis. NumPy's own assignment takes numba half a second to compile, wherever it stands."""
     for i in range(x.shape[0]):
         x[i] = value
 
 
-@numba.njit(error_model="numpy")
+@inner()
 def copy(x, out):
     """out[...] = x for one axis."""
     for i in range(x.shape[0]):

@@ -5,26 +5,21 @@ Owns: everything about these kernels: compiled code, definition, operation; exp(
 which layer calls them. The loops are plain, LLVM vectorises them.
 """
 
-import numba
 import numpy as np
-from numba.core import types
 
-from edge_gemma.kernels.compiler import SERIAL_ELEMENTS, array, chunk_function, compiled, launch
+from edge_gemma.kernels.compiler import chunk_function, inner
 from edge_gemma.kernels.convert import copy, float_of_bits
 from edge_gemma.kernels.recording.operation import Operation, element_chunks, elements, floats, operands
 from edge_gemma.kernels.registry import Array, kernel
 
 __all__ = ["add_scaled", "gelu_tanh_mul", "layers_first", "scale", "softcap"]
 
-_READ_2D, _WRITTEN_1D, _WRITTEN_2D = array("f4", 2), array("f4", 1, True), array("f4", 2, True)
-_F64 = types.float64
-
 _LOG2E = np.float32(1.4426950408889634)
 _LN2_HIGH = np.float32(0.693359375)
 _LN2_LOW = np.float32(-2.12194440e-4)
 
 
-@numba.njit(fastmath={"contract", "nsz"}, error_model="numpy")
+@inner(fastmath={"contract", "nsz"})
 def exp32(x):
     """exp(x) in float32: 2^n times a polynomial on [-ln2/2, ln2/2] (Cephes expf); relative error below 2e-7, and 0
     below -87.
@@ -47,17 +42,10 @@ def exp32(x):
 # --- scale ------------------------------------------------------------------------------------------------------------
 
 
-@numba.njit(fastmath={"contract"}, error_model="numpy")
+@inner(fastmath={"contract"})
 def _scale_row(x, factor):
     for i in range(x.shape[0]):
         x[i] *= factor
-
-
-@compiled(_WRITTEN_2D, _F64)
-def _scale(x, factor):
-    for n in range(x.shape[0]):
-        _scale_row(x[n], np.float32(factor))
-    return True
 
 
 @chunk_function("scale")
@@ -68,11 +56,11 @@ def _scale_chunk(row, chunk):
     _scale_row(floats(w[0], w[1])[begin:end], np.float32(f[2]))
 
 
-def _record_scale(_, x, factor):
-    yield Operation(_scale_chunk, (x, x.size, float(factor)), (x,), (x,), element_chunks(x.size))
+def _scale(_, x, factor):
+    return [Operation(_scale_chunk, (x, x.size, float(factor)), (x,), (x,), element_chunks(x.size))]
 
 
-@kernel(_scale, "x float32 [n, d]", _record_scale)
+@kernel("x float32 [n, d]", _scale)
 def scale(x: Array, factor: float) -> None:
     """x *= factor, in place."""
     x *= np.float32(factor)
@@ -81,24 +69,10 @@ def scale(x: Array, factor: float) -> None:
 # --- add_scaled -------------------------------------------------------------------------------------------------------
 
 
-@numba.njit(error_model="numpy")  # not contracted: the reference rounds the product
+@inner()  # not contracted: the reference rounds the product
 def _add_scaled_row(x, y, factor, scale):
     for i in range(x.shape[0]):
         x[i] = (x[i] + y[i] * factor) * scale
-
-
-@compiled(_WRITTEN_2D, _READ_2D, _F64, _F64, parallel=True)
-def _add_scaled(x, y, factor, scale):
-    if x.shape != y.shape:
-        return False
-    narrow = np.float32(factor), np.float32(scale)
-    if x.size < SERIAL_ELEMENTS:
-        for n in range(x.shape[0]):
-            _add_scaled_row(x[n], y[n], narrow[0], narrow[1])
-    else:
-        for n in numba.prange(x.shape[0]):
-            _add_scaled_row(x[n], y[n], narrow[0], narrow[1])
-    return True
 
 
 @chunk_function("add_scaled")
@@ -110,12 +84,12 @@ def _add_scaled_chunk(row, chunk):
     _add_scaled_row(x[begin:end], y[begin:end], np.float32(f[3]), np.float32(f[4]))
 
 
-def _record_add_scaled(_, x, y, factor, scale):
+def _add_scaled(_, x, y, factor, scale):
     operand = x, y, x.size, float(factor), float(scale)
-    yield Operation(_add_scaled_chunk, operand, (x, y), (x,), element_chunks(x.size))
+    return [Operation(_add_scaled_chunk, operand, (x, y), (x,), element_chunks(x.size))]
 
 
-@kernel(_add_scaled, "x, y float32 [n, d]", _record_add_scaled)
+@kernel("x, y float32 [n, d]", _add_scaled)
 def add_scaled(x: Array, y: Array, factor: float, scale: float) -> None:
     """x = (x + y * factor) * scale, in place; each step rounded, as the reference does."""
     x[...] = (x + y * np.float32(factor)) * np.float32(scale)
@@ -124,14 +98,14 @@ def add_scaled(x: Array, y: Array, factor: float, scale: float) -> None:
 # --- gelu_tanh_mul ----------------------------------------------------------------------------------------------------
 
 
-@numba.njit(fastmath={"contract", "nsz"}, error_model="numpy")
+@inner(fastmath={"contract", "nsz"})
 def _gelu(x):
     """x * sigmoid(2 u): the tanh form without its cancellation for negative x."""
     u = np.float32(1.5957691216057308) * x * (np.float32(1) + np.float32(0.044715) * x * x)
     return x / (np.float32(1) + exp32(-u))
 
 
-@numba.njit(fastmath={"contract", "nsz"}, error_model="numpy")
+@inner(fastmath={"contract", "nsz"})
 def _gelu_row(gate, up, out):
     if gate.ctypes.data == out.ctypes.data:  # a loop of its own: LLVM does not vectorise one whose arrays may overlap
         for i in range(out.shape[0]):
@@ -139,19 +113,6 @@ def _gelu_row(gate, up, out):
     else:
         for i in range(out.shape[0]):
             out[i] = _gelu(gate[i]) * up[i]
-
-
-@compiled(_READ_2D, _READ_2D, _WRITTEN_2D, parallel=True)
-def _gelu_tanh_mul(gate, up, out):
-    if gate.shape != up.shape or gate.shape != out.shape:
-        return False
-    if gate.size < SERIAL_ELEMENTS:
-        for n in range(gate.shape[0]):
-            _gelu_row(gate[n], up[n], out[n])
-    else:
-        for n in numba.prange(gate.shape[0]):
-            _gelu_row(gate[n], up[n], out[n])
-    return True
 
 
 @chunk_function("gelu_tanh_mul")
@@ -163,11 +124,11 @@ def _gelu_tanh_mul_chunk(row, chunk):
     _gelu_row(gate[begin:end], up[begin:end], out[begin:end])
 
 
-def _record_gelu_tanh_mul(_, gate, up, out):
-    yield Operation(_gelu_tanh_mul_chunk, (gate, up, out, out.size), (gate, up), (out,), element_chunks(out.size))
+def _gelu_tanh_mul(_, gate, up, out):
+    return [Operation(_gelu_tanh_mul_chunk, (gate, up, out, out.size), (gate, up), (out,), element_chunks(out.size))]
 
 
-@kernel(_gelu_tanh_mul, "gate, up, out float32 [n, d]", _record_gelu_tanh_mul)
+@kernel("gate, up, out float32 [n, d]", _gelu_tanh_mul)
 def gelu_tanh_mul(gate: Array, up: Array, out: Array) -> None:
     """out = 0.5 gate (1 + tanh(sqrt(2/pi) (gate + 0.044715 gate^3))) * up; out may be gate or up."""
     x = gate.astype(np.float64)
@@ -175,17 +136,6 @@ def gelu_tanh_mul(gate: Array, up: Array, out: Array) -> None:
 
 
 # --- layers_first -----------------------------------------------------------------------------------------------------
-
-
-@compiled(array("f4", 3), array("f4", 3, True))
-def _layers_first(x, out):
-    n, layers, d = x.shape
-    if out.shape != (layers, n, d):
-        return False
-    for i in range(n):
-        for j in range(layers):
-            copy(x[i, j], out[j, i])
-    return True
 
 
 @chunk_function("layers_first")
@@ -197,11 +147,11 @@ def _layers_first_chunk(row, chunk):
         copy(x[chunk, j], out[j, chunk])
 
 
-def _record_layers_first(_, x, out):
-    yield Operation(_layers_first_chunk, (x, out, *x.shape), (x,), (out,), len(x))
+def _layers_first(_, x, out):
+    return [Operation(_layers_first_chunk, (x, out, *x.shape), (x,), (out,), len(x))]
 
 
-@kernel(_layers_first, "x float32 [n, layers, d]; out float32 [layers, n, d]", _record_layers_first)
+@kernel("x float32 [n, layers, d]; out float32 [layers, n, d]", _layers_first)
 def layers_first(x: Array, out: Array) -> None:
     """out[l, i] = x[i, l]."""
     out[...] = x.transpose(1, 0, 2)
@@ -210,7 +160,7 @@ def layers_first(x: Array, out: Array) -> None:
 # --- softcap ----------------------------------------------------------------------------------------------------------
 
 
-@numba.njit(fastmath={"contract", "nsz"}, error_model="numpy")
+@inner(fastmath={"contract", "nsz"})
 def _softcap_row(x, cap):
     inverse = np.float32(1) / np.float32(cap)
     for i in range(x.shape[0]):
@@ -224,12 +174,6 @@ def _softcap_row(x, cap):
         x[i] = np.float32(cap) * (near if abs(y) < np.float32(0.625) else far)
 
 
-@compiled(_WRITTEN_1D, _F64)
-def _softcap(x, cap):
-    _softcap_row(x, cap)
-    return True
-
-
 @chunk_function("softcap")
 def _softcap_chunk(row, chunk):
     """x, d, cap."""
@@ -238,15 +182,11 @@ def _softcap_chunk(row, chunk):
     _softcap_row(floats(w[0], w[1])[begin:end], f[2])
 
 
-def _launch_softcap(x, cap):
-    return x.flags.c_contiguous and launch(_softcap, x.reshape(-1), cap)
+def _softcap(_, x, cap):
+    return [Operation(_softcap_chunk, (x, x.size, float(cap)), (x,), (x,), element_chunks(x.size))]
 
 
-def _record_softcap(_, x, cap):
-    yield Operation(_softcap_chunk, (x, x.size, float(cap)), (x,), (x,), element_chunks(x.size))
-
-
-@kernel(_launch_softcap, "x float32 [n, d]", _record_softcap)
+@kernel("x float32 [...]", _softcap)
 def softcap(x: Array, cap: float) -> None:
-    """x = cap * tanh(x / cap), in place; x may have any shape."""
+    """x = cap * tanh(x / cap), in place."""
     x[...] = cap * np.tanh(x.astype(np.float64) / cap)

@@ -8,25 +8,24 @@ import numpy as np
 from numba.core import types
 from numba.extending import intrinsic
 
+from edge_gemma.folder import layouts
 from edge_gemma.kernels import isa
-from edge_gemma.kernels.compiler import SERIAL_ELEMENTS, array, chunk_function, compiled
+from edge_gemma.kernels.compiler import chunk_function, inner
 from edge_gemma.kernels.convert import fill, float_of_bits
 from edge_gemma.kernels.recording.operation import (
     ELEMENTS,
-    NotRecordableError,
     Operation,
     element_chunks,
     elements,
     floats,
     operands,
+    part,
     pointer,
+    rows_together,
 )
 from edge_gemma.kernels.registry import Array, kernel
 
 __all__ = ["quantize_activations", "quantize_static", "round_to_step"]
-
-_READ_2D, _WRITTEN_2D = array("f4", 2), array("f4", 2, True)
-_F64 = types.float64
 
 _SMALLEST = np.float32(2.0**-100)  # below it 127 / amax is no longer a float32
 _INFINITY_BITS = np.int32(0x7F800000)
@@ -34,7 +33,7 @@ _INFINITY_BITS = np.int32(0x7F800000)
 # --- quantize_activations ---------------------------------------------------------------------------------------------
 
 
-@numba.njit(fastmath={"contract"}, error_model="numpy")
+@inner(fastmath={"contract"})
 def _quantize_block(x, q):
     """One scale's worth of a row, k <= q.shape[0] values; returns the scale. q beyond k becomes 0."""
     k = x.shape[0]
@@ -98,7 +97,7 @@ def _make_quantize_group(width):
 _quantize_32, _quantize_16 = _make_quantize_group(32), _make_quantize_group(16)
 
 
-@numba.njit(error_model="numpy")
+@inner()
 def _quantize_row(x, q, scale, sums):
     k, width = x.shape[0], q.shape[0] // scale.shape[0]
     first = k // width if scale.shape[0] == sums.shape[0] and (width == 32 or width == 16) else 0
@@ -118,49 +117,35 @@ def _quantize_row(x, q, scale, sums):
         sums[g] = total
 
 
-@compiled(_READ_2D, types.int64, array("i1", 2, True), _WRITTEN_2D, array("i4", 2, True), parallel=True)
-def _quantize_activations(x, group, q, scale, sums):
-    n, kpad = q.shape
-    groups = kpad // group if group else 1
-    if kpad != (x.shape[1] + 31) // 32 * 32 or x.shape[0] != n or sums.shape != (n, groups) or 32 % max(group, 1):
-        return False
-    if scale.shape[0] != n or (scale.shape[1] != groups and scale.shape[1] != 1):
-        return False
-    if x.size < SERIAL_ELEMENTS:
-        for n in range(x.shape[0]):
-            _quantize_row(x[n], q[n], scale[n], sums[n])
-    else:
-        for n in numba.prange(x.shape[0]):
-            _quantize_row(x[n], q[n], scale[n], sums[n])
-    return True
-
-
 @chunk_function("quantize_activations")
 def _quantize_activations_chunk(row, chunk):
-    """x, q, scale, sums, rows, k, kpad, groups, groups a chunk: a row in several chunks."""
+    """x, q, scale, sums, rows, k, kpad, groups, scales, groups a chunk: a row in several chunks, where it has a scale
+    for each group.
+    """
     w, _ = operands(row)
-    rows, k, width, a_row = w[4], w[5], w[6] // w[7], (w[7] + w[8] - 1) // w[8]
-    n, part = chunk // a_row, chunk % a_row
-    g0, g1 = part * w[8], min(w[7], (part + 1) * w[8])
+    rows, k, width, a_row = w[4], w[5], w[6] // w[7], (w[7] + w[9] - 1) // w[9]
+    n = chunk // a_row
+    g0, g1 = part(chunk % a_row, w[9], w[7])
     q = numba.carray(pointer(w[1]), (rows, w[6]), np.int8)[n, g0 * width : g1 * width]
     sums = numba.carray(pointer(w[3]), (rows, w[7]), np.int32)[n, g0:g1]
     x = floats(w[0], (rows, k))[n, min(k, g0 * width) : min(k, g1 * width)]
-    _quantize_row(x, q, floats(w[2], (rows, w[7]))[n, g0:g1], sums)
+    _quantize_row(x, q, floats(w[2], (rows, w[8]))[n, g0 : min(g1, w[8])], sums)
 
 
-def _record_quantize_activations(_, x, group, q, scale, sums):
-    if scale.shape != sums.shape:
-        raise NotRecordableError("one scale a token for weights in groups")
-    groups = sums.shape[1]
-    together = max(1, ELEMENTS // (q.shape[1] // groups))
-    operand = x, q, scale, sums, *x.shape, q.shape[1], groups, together
-    yield Operation(_quantize_activations_chunk, operand, (x,), (q, scale, sums), len(x) * -(-groups // together))
+def _quantize_activations(_, x, group, q, scale, sums):
+    (n, kpad), groups, scales = q.shape, sums.shape[1], scale.shape[1]
+    if kpad != layouts.padded_k(x.shape[1]) or 32 % max(group, 1) or groups != (kpad // group if group else 1):
+        return None
+    if scales not in (1, groups):
+        return None
+    together = max(1, ELEMENTS // (kpad // groups)) if scales == groups else groups
+    operand = x, q, scale, sums, *x.shape, kpad, groups, scales, together
+    return [Operation(_quantize_activations_chunk, operand, (x,), (q, scale, sums), n * -(-groups // together))]
 
 
 @kernel(
-    _quantize_activations,
     "x float32 [n, k]; q int8 [n, kpad]; scale float32 [n, groups or 1]; sums int32 [n, groups]",
-    _record_quantize_activations,
+    _quantize_activations,
 )
 def quantize_activations(x: Array, group: int, q: Array, scale: Array, sums: Array) -> None:
     """Symmetric int8: q = round_half_even(x * 127 / max|x|), within +-127.
@@ -187,13 +172,13 @@ def quantize_activations(x: Array, group: int, q: Array, scale: Array, sums: Arr
 # --- quantize_static --------------------------------------------------------------------------------------------------
 
 
-@numba.njit(error_model="numpy")
+@inner()
 def _to_steps(x, step):
     """x in whole steps, half to even, within -128 and 127; NaN stays NaN."""
     return max(min(np.rint(x / step), np.float32(127)), np.float32(-128))
 
 
-@numba.njit(error_model="numpy")
+@inner()
 def _quantize_static_row(x, step, q, scale, sums):
     k = x.shape[0]
     fill(q[k:], 0)
@@ -210,41 +195,26 @@ def _quantize_static_row(x, step, q, scale, sums):
     sums[0] = np.int32(0) if damaged else total
 
 
-@compiled(_READ_2D, _F64, array("i1", 2, True), _WRITTEN_2D, array("i4", 2, True), parallel=True)
-def _quantize_static(x, step, q, scale, sums):
-    n, kpad = q.shape
-    if kpad != (x.shape[1] + 31) // 32 * 32 or x.shape[0] != n or sums.shape != (n, 1) or scale.shape != (n, 1):
-        return False
-    narrow = np.float32(step)
-    if x.size < SERIAL_ELEMENTS:
-        for i in range(n):
-            _quantize_static_row(x[i], narrow, q[i], scale[i], sums[i])
-    else:
-        for i in numba.prange(n):
-            _quantize_static_row(x[i], narrow, q[i], scale[i], sums[i])
-    return True
-
-
 @chunk_function("quantize_static")
 def _quantize_static_chunk(row, chunk):
-    """x, q, scale, sums, rows, k, kpad, step: a row."""
+    """x, q, scale, sums, rows, k, kpad, step, rows a chunk."""
     w, f = operands(row)
     rows = w[4]
-    q = numba.carray(pointer(w[1]), (rows, w[6]), np.int8)[chunk]
-    sums = numba.carray(pointer(w[3]), (rows, 1), np.int32)[chunk]
-    _quantize_static_row(floats(w[0], (rows, w[5]))[chunk], np.float32(f[7]), q, floats(w[2], (rows, 1))[chunk], sums)
+    x, scale = floats(w[0], (rows, w[5])), floats(w[2], (rows, 1))
+    q, sums = numba.carray(pointer(w[1]), (rows, w[6]), np.int8), numba.carray(pointer(w[3]), (rows, 1), np.int32)
+    for n in range(*part(chunk, w[8], rows)):
+        _quantize_static_row(x[n], np.float32(f[7]), q[n], scale[n], sums[n])
 
 
-def _record_quantize_static(_, x, step, q, scale, sums):
-    operand = x, q, scale, sums, *x.shape, q.shape[1], float(step)
-    yield Operation(_quantize_static_chunk, operand, (x,), (q, scale, sums), len(x))
+def _quantize_static(_, x, step, q, scale, sums):
+    if q.shape[1] != layouts.padded_k(x.shape[1]):
+        return None
+    together = rows_together(x.shape[1])
+    operand = x, q, scale, sums, *x.shape, q.shape[1], float(step), together
+    return [Operation(_quantize_static_chunk, operand, (x,), (q, scale, sums), -(-len(x) // together))]
 
 
-@kernel(
-    _quantize_static,
-    "x float32 [n, k]; q int8 [n, kpad]; scale float32 [n, 1]; sums int32 [n, 1]",
-    _record_quantize_static,
-)
+@kernel("x float32 [n, k]; q int8 [n, kpad]; scale float32 [n, 1]; sums int32 [n, 1]", _quantize_static)
 def quantize_static(x: Array, step: float, q: Array, scale: Array, sums: Array) -> None:
     """int8 in steps that training fixed: q = round_half_even(x / step), within -128 and 127, zero beyond k.
 
@@ -261,22 +231,10 @@ def quantize_static(x: Array, step: float, q: Array, scale: Array, sums: Array) 
 # --- round_to_step ----------------------------------------------------------------------------------------------------
 
 
-@numba.njit(error_model="numpy")
+@inner()
 def _round_row(x, step):
     for i in range(x.shape[0]):
         x[i] = _to_steps(x[i], step) * step
-
-
-@compiled(_WRITTEN_2D, _F64, parallel=True)
-def _round_to_step(x, step):
-    narrow = np.float32(step)
-    if x.size < SERIAL_ELEMENTS:
-        for n in range(x.shape[0]):
-            _round_row(x[n], narrow)
-    else:
-        for n in numba.prange(x.shape[0]):
-            _round_row(x[n], narrow)
-    return True
 
 
 @chunk_function("round_to_step")
@@ -287,11 +245,11 @@ def _round_to_step_chunk(row, chunk):
     _round_row(floats(w[0], w[1])[begin:end], np.float32(f[2]))
 
 
-def _record_round_to_step(_, x, step):
-    yield Operation(_round_to_step_chunk, (x, x.size, float(step)), (x,), (x,), element_chunks(x.size))
+def _round_to_step(_, x, step):
+    return [Operation(_round_to_step_chunk, (x, x.size, float(step)), (x,), (x,), element_chunks(x.size))]
 
 
-@kernel(_round_to_step, "x float32 [n, d]", _record_round_to_step)
+@kernel("x float32 [n, d]", _round_to_step)
 def round_to_step(x: Array, step: float) -> None:
     """x = round_half_even(x / step) * step, the integer within -128 and 127, in place."""
     x[...] = np.clip(np.rint(x / np.float32(step)), -128, 127) * np.float32(step)

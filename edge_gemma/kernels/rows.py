@@ -12,14 +12,15 @@ from numba.extending import intrinsic
 
 from edge_gemma.folder import layouts
 from edge_gemma.kernels import isa
-from edge_gemma.kernels.compiler import array, compiled, launch
+from edge_gemma.kernels.compiler import chunk_function, inner
 from edge_gemma.kernels.convert import as_float, float_of_bits
+from edge_gemma.kernels.recording.operation import Operation, floats, operands, part, pointer, rows_together
 from edge_gemma.kernels.registry import Array, kernel
 
 __all__ = ["dequantize_records", "gather_panels"]
 
 
-@numba.njit(error_model="numpy")
+@inner()
 def _little_endian(data, first, count):
     value = np.int32(0)
     for i in range(count):
@@ -58,7 +59,7 @@ def _make_scaled(bits):
 _scaled_4, _scaled_2 = _make_scaled(4), _make_scaled(2)
 
 
-@numba.njit(error_model="numpy")
+@inner()
 def _record(record, bits, group, out):
     """One row record: its scales, then its fields."""
     columns, per_byte = out.shape[0], 8 // bits
@@ -87,22 +88,27 @@ def _record(record, bits, group, out):
             out[i] = np.float32(np.int32(field) - zero) * scale
 
 
-@compiled(array("u1", 2), types.int64, types.int64, array("f4", 2, True), parallel=True)
-def _dequantize_records(records, bits, group, out):
+@chunk_function("dequantize_records")
+def _dequantize_records_chunk(row, chunk):
+    """records, out, n, bytes a record, columns, bits, group, rows a chunk."""
+    w, _ = operands(row)
+    records, out = numba.carray(pointer(w[0]), (w[2], w[3]), np.uint8), floats(w[1], (w[2], w[4]))
+    for n in range(*part(chunk, w[7], w[2])):
+        _record(records[n], w[5], w[6], out[n])
+
+
+def _dequantize_records(_, records, bits, group, out):
     n, columns = out.shape
-    groups = (columns + group - 1) // group if group else 1
+    groups = -(-columns // group) if group else 1
     head = records.shape[1] - (columns * bits + 7) // 8
-    if records.shape[0] != n or (head != 2 * groups and head != 4 * groups) or 8 % bits:
-        return False
-    if n == 1:
-        _record(records[0], bits, group, out[0])
-    else:
-        for i in numba.prange(n):
-            _record(records[i], bits, group, out[i])
-    return True
+    if head not in (2 * groups, 4 * groups) or 8 % bits:
+        return None
+    together = rows_together(columns)
+    operand = records, out, *records.shape, columns, bits, group, together
+    return [Operation(_dequantize_records_chunk, operand, (records,), (out,), -(-n // together))]
 
 
-@kernel(_dequantize_records, "records uint8 [n, record_bytes]; out float32 [n, columns]; 2, 4 or 8 bits")
+@kernel("records uint8 [n, record_bytes]; out float32 [n, columns]; 2, 4 or 8 bits", _dequantize_records)
 def dequantize_records(records: Array, bits: int, group: int, out: Array) -> None:
     """float32 rows out of row records (folder/layouts.py). group: 0 (one scale a row), 16, 32 or 256."""
     out[...] = layouts.dequantize_rows(records, out.shape[1], bits, group)
@@ -110,43 +116,50 @@ def dequantize_records(records: Array, bits: int, group: int, out: Array) -> Non
 
 @functools.cache
 def _make_gather_panels(half):
-    """The kernel that takes rows out of panels, with float16 bits or float32 as scales."""
+    """packed, scales, ids, out, n, columns, panels, bits, group, rows a chunk. half: scales are float16 bits."""
+    scale_type = np.uint16 if half else np.float32
 
-    def gather_panels(packed, scales, ids, bits, group, out):
-        chunks, per_byte = packed.shape[1], 8 // bits
+    def gather_panels(row, chunk):
+        w, _ = operands(row)
+        columns, panels, bits, group = w[5], w[6], w[7], w[8]
+        per_byte, kpad = 8 // bits, (columns + 31) // 32 * 32
         mask, zero = np.uint8((1 << bits) - 1), np.int32(0 if bits == 8 else 1 << (bits - 1))
-        n, columns = out.shape
-        kpad = (columns + 31) // 32 * 32
-        if packed.shape[1:] != (kpad * bits // 32, 8, 4) or ids.shape[0] != n:
-            return False
-        if scales.shape != (packed.shape[0], kpad // group if group else 1, 8):
-            return False
-        for i in range(n):
-            if not 0 <= ids[i] < 8 * packed.shape[0]:
-                return False
-        for i in range(n):
-            panel, row = ids[i] // 8, ids[i] % 8
-            for chunk in range(chunks):
+        packed = numba.carray(pointer(w[0]), (panels, kpad * bits // 32, 8, 4), np.uint8)
+        scales = numba.carray(pointer(w[1]), (panels, kpad // group if group else 1, 8), scale_type)
+        ids, out = numba.carray(pointer(w[2]), w[4], np.int64), floats(w[3], (w[4], columns))
+        for i in range(*part(chunk, w[9], w[4])):
+            panel, row_of_panel = ids[i] // 8, ids[i] % 8
+            for word in range(packed.shape[1]):
                 for j in range(per_byte):
-                    first = (chunk * per_byte + j) * 4
-                    scale = as_float(scales[panel, first // group if group else 0, row])
+                    first = (word * per_byte + j) * 4
+                    scale = as_float(scales[panel, first // group if group else 0, row_of_panel])
                     for k in range(min(4, columns - first)):
-                        byte = packed[panel, chunk, row, k]
+                        byte = packed[panel, word, row_of_panel, k]
                         field = np.int32(np.int8(byte)) if bits == 8 else np.int32((byte >> np.uint8(bits * j)) & mask)
                         out[i, first + k] = np.float32(field - zero) * scale
-        return True
 
-    gather_panels.__name__ = f"gather_panels_{'half' if half else 'float'}"
-    scales = array("u2" if half else "f4", 3)
-    signature = array("u1", 4), scales, array("i8", 1), types.int64, types.int64, array("f4", 2, True)
-    return compiled(*signature, key=gather_panels.__name__)(gather_panels)
+    return chunk_function(f"gather_panels {half}")(gather_panels)
 
 
-def _launch_gather_panels(packed, w_scale, ids, bits, group, out):
-    return launch(_make_gather_panels(w_scale.dtype == np.uint16), packed, w_scale, ids, bits, group, out)
+def _gather_panels(_, packed, w_scale, ids, bits, group, out):
+    n, columns = out.shape
+    kpad, half = layouts.padded_k(columns), w_scale.dtype == np.uint16
+    if packed.shape[1:] != (kpad * bits // 32, 8, 4) or (not half and w_scale.dtype != np.float32):
+        return None
+    if w_scale.shape != (len(packed), kpad // group if group else 1, 8) or not w_scale.flags.c_contiguous:
+        return None
+    if n and not 0 <= ids.min() <= ids.max() < 8 * len(packed):
+        return None
+    together = rows_together(columns)
+    operand = packed, w_scale, ids, out, n, columns, len(packed), bits, group, together
+    return [Operation(_make_gather_panels(half), operand, (packed, w_scale, ids), (out,), -(-n // together))]
 
 
-@kernel(_launch_gather_panels, "a packed matrix (see matmul); ids int64 [n], rows it has; out float32 [n, columns]")
+@kernel(
+    "a packed matrix (see matmul): packed uint8 [panels, chunks, 8, 4]; ids int64 [n], rows it has; out float32 "
+    "[n, columns]",
+    _gather_panels,
+)
 def gather_panels(packed: Array, w_scale: Array, ids: Array, bits: int, group: int, out: Array) -> None:
     """float32 rows `ids` of a panel-packed matrix; packed, w_scale as in `matmul`."""
     out[...] = layouts.dequantize_panels(packed, w_scale, bits, group, ids, out.shape[1])

@@ -4,15 +4,15 @@ Owns: one pass over the logits, a number a block. Does not know: how a token is 
 takes less time than waking the others.
 """
 
-import numba
 import numpy as np
 from numba.core import types
 from numba.extending import intrinsic
 
 from edge_gemma.kernels import isa
-from edge_gemma.kernels.compiler import array, compiled
+from edge_gemma.kernels.compiler import chunk_function, inner
 from edge_gemma.kernels.gates import exp32
 from edge_gemma.kernels.isa import F32, I32
+from edge_gemma.kernels.recording.operation import Operation, floats, operands
 from edge_gemma.kernels.registry import Array, kernel
 
 __all__ = ["LOGITS_BLOCK", "block_maxima", "exp_sums"]
@@ -40,46 +40,62 @@ def _largest_of_block(typingctx, x, first):
     return types.float32(x, types.int64), codegen
 
 
-@numba.njit(error_model="numpy")
-def _fits(x, out):
-    return out.shape[0] == (x.shape[0] + LOGITS_BLOCK - 1) // LOGITS_BLOCK
+def _blocks(x):
+    return -(-len(x) // LOGITS_BLOCK)
 
 
-@compiled(array("f4", 1), array("f4", 1, True))
-def _block_maxima(x, out):
-    if not _fits(x, out):
-        return False
-    whole = x.shape[0] // LOGITS_BLOCK
+@chunk_function("block_maxima")
+def _block_maxima_chunk(row, chunk):
+    """x, out, n, blocks."""
+    w, _ = operands(row)
+    x, out = floats(w[0], w[2]), floats(w[1], w[3])
+    whole = w[2] // LOGITS_BLOCK
     for block in range(whole):
         out[block] = _largest_of_block(x, block * LOGITS_BLOCK)
-    if whole < out.shape[0]:
+    if whole < w[3]:
         value = x[whole * LOGITS_BLOCK]
-        for i in range(whole * LOGITS_BLOCK, x.shape[0]):
+        for i in range(whole * LOGITS_BLOCK, w[2]):
             value = x[i] if x[i] > value or x[i] != x[i] else value
         out[whole] = value
-    return True
 
 
-@kernel(_block_maxima, "x float32 [n]; out float32 [blocks of 128]")
+def _block_maxima(_, x, out):
+    return (
+        [Operation(_block_maxima_chunk, (x, out, len(x), len(out)), (x,), (out,))] if len(out) == _blocks(x) else None
+    )
+
+
+@kernel("x float32 [n]; out float32 [blocks of 128]", _block_maxima)
 def block_maxima(x: Array, out: Array) -> None:
     """out[b] = the largest of x[128 b : 128 (b + 1)], NaN where one of these is NaN; the last block may be shorter."""
     for b in range(len(out)):
         out[b] = x[b * LOGITS_BLOCK : (b + 1) * LOGITS_BLOCK].max()
 
 
-@compiled(array("f4", 1), types.float32, types.float32, array("f4", 1, True), fastmath={"contract", "reassoc"})
-def _exp_sums(x, top, factor, out):
-    if not _fits(x, out):
-        return False
-    for block in range(out.shape[0]):
-        total = np.float32(0)
-        for i in range(block * LOGITS_BLOCK, min(x.shape[0], (block + 1) * LOGITS_BLOCK)):
-            total += exp32((x[i] - top) * factor)
-        out[block] = total
-    return True
+@inner(fastmath={"contract", "reassoc"})
+def _exp_sum(x, top, factor):
+    total = np.float32(0)
+    for i in range(x.shape[0]):
+        total += exp32((x[i] - top) * factor)
+    return total
 
 
-@kernel(_exp_sums, "x float32 [n]; out float32 [blocks of 128]")
+@chunk_function("exp_sums")
+def _exp_sums_chunk(row, chunk):
+    """x, out, n, blocks, top, factor."""
+    w, f = operands(row)
+    x, out = floats(w[0], w[2]), floats(w[1], w[3])
+    for block in range(w[3]):
+        here = x[block * LOGITS_BLOCK : min(w[2], (block + 1) * LOGITS_BLOCK)]
+        out[block] = _exp_sum(here, np.float32(f[4]), np.float32(f[5]))
+
+
+def _exp_sums(_, x, top, factor, out):
+    operand = x, out, len(x), len(out), float(top), float(factor)
+    return [Operation(_exp_sums_chunk, operand, (x,), (out,))] if len(out) == _blocks(x) else None
+
+
+@kernel("x float32 [n]; out float32 [blocks of 128]", _exp_sums)
 def exp_sums(x: Array, top: float, factor: float, out: Array) -> None:
     """out[b] = sum of exp((x - top) factor) over x[128 b : 128 (b + 1)]; the last block may be shorter."""
     for b in range(len(out)):

@@ -21,7 +21,6 @@ import numpy as np
 
 from edge_gemma.drafter_config import CENTROIDS, ORDERING, DrafterConfig
 from edge_gemma.errors import ModelFolderError
-from edge_gemma.kernels.recording.operation import NotRecordableError
 from edge_gemma.kernels.recording.program import Program, record
 from edge_gemma.model.decoder import Decoder, Rows
 from edge_gemma.model.kv_cache import KVCache
@@ -95,7 +94,6 @@ class DraftSteps:
         )  # the last position whose K and V are visible; only RoPE knows the query's own
         self._rope = drafter.decoder.rope(self._last)
         self._program: Program | None = None
-        self._recordable = True
         self._y = self._row = self._scores = np.empty((0, 0), np.float32)  # what the pass writes
         embed_tokens = drafter.weights.decoder.lm_head
         self._groups = None
@@ -135,16 +133,10 @@ class DraftSteps:
     def _pass(self) -> None:
         if self._program is not None:
             self._program.run()
-        elif self._recordable:
-            try:
-                with record() as recorder:
-                    self._forward()
-                self._program = recorder.program()
-            except NotRecordableError:
-                self._recordable = False
-                self._forward()
         else:
-            self._forward()
+            with record() as recorder:
+                self._forward()
+            self._program = recorder.program()
 
     def _forward(self) -> None:
         """The pass, on a page. It happens in kernels altogether, so that it can be recorded."""

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from edge_gemma.kernels.recording.operation import NotRecordableError
 from edge_gemma.kernels.recording.program import Program, record
 from edge_gemma.model.decoder import Decoder, Inputs
 from edge_gemma.model.kv_cache import KVCache, TokenCaches
@@ -36,7 +35,6 @@ class Pass:
         self._program: Program | None = None
         self._inputs: Inputs  # what the program reads
         self._out: np.ndarray  # what it writes
-        self._recordable = True
 
     def __call__(self, ids: np.ndarray, positions: np.ndarray) -> np.ndarray:
         """Run a token of each cache; ids and positions: int64 [tokens].
@@ -48,10 +46,10 @@ class Pass:
         if self._program is not None:
             _refill(self._inputs, inputs)
             self._program.run()
-        elif self._recordable:
-            self._record(inputs)
         else:
-            self._out = self._forward(inputs)
+            with record() as recorder:
+                self._out = self._forward(inputs)
+            self._program, self._inputs = recorder.program(), inputs
         return self._out
 
     def move(self, caches: Sequence[KVCache]) -> None:
@@ -66,16 +64,6 @@ class Pass:
     def _forward(self, inputs: Inputs) -> np.ndarray:
         rows = self._decoder.run(inputs, self._caches, self._state, keep=len(inputs.h))
         return self._decoder.logits(rows) if self._logits else rows
-
-    def _record(self, inputs: Inputs) -> None:
-        kept = Inputs(inputs.positions, inputs.h.copy(), inputs.per_layer, inputs.rope)
-        try:
-            with record() as recorder:
-                self._out = self._forward(inputs)
-            self._program, self._inputs = recorder.program(), inputs
-        except NotRecordableError:
-            self._recordable = False
-            self._out = self._forward(kept)
 
 
 class Steps:

@@ -1,7 +1,5 @@
 """Recorded steps: the same bits as the forward pass they were recorded from, whoever runs them."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +10,10 @@ from edge_gemma.engine import Engine
 from edge_gemma.export.convert import export_checkpoint
 from edge_gemma.export.synth import synthesize
 from edge_gemma.kernels.recording import program
-from edge_gemma.kernels.recording.operation import WAITS, NotRecordableError
+from edge_gemma.kernels.recording.operation import WAITS
 from edge_gemma.session import Session
-from tests import ROOT
 from tests.tiny import write_checkpoint
+from tests.tolerance import assert_attention_rounding
 
 
 def plain_step(session: Session, token: int) -> np.ndarray:
@@ -90,14 +88,22 @@ def test_a_rewind_undoes_a_few_tokens(tmp_path: Path) -> None:
         assert np.array_equal(tried.step(9), plain.step(9))
 
 
-def test_keys_of_several_tokens_cannot_be_recorded() -> None:
-    """They would be stored one after another, from one position on."""
-    cache, rows = np.zeros((2, 4, 1, 8), np.float32), np.ones((2, 1, 8), np.float32)
-    with program.record() as recorder, pytest.raises(NotRecordableError):
-        kernels.store_kv(rows, rows, *cache, np.zeros(1, np.int64))
-    assert recorder.operations == []
-    kernels.store_kv(rows, rows, *cache, np.zeros(1, np.int64))
-    assert recorder.operations == []  # nothing is written down any more
+def test_keys_of_several_tokens_are_recorded_from_one_position_on() -> None:
+    """They are stored, and attended to, from wherever the position says by then."""
+    rng, position = np.random.default_rng(3), np.zeros(1, np.int64)
+    cache, k, v, q = np.zeros((2, 64, 1, 64), np.float32), *rng.standard_normal((3, 5, 1, 64)).astype(np.float32)
+    out, expected = np.empty_like(q), np.empty_like(q)
+    with program.record() as recorder:
+        kernels.store_kv(k, v, *cache, position)
+        kernels.attention(q, *cache, position, 0, 0.125, out)
+    recorded = recorder.program()
+    for first in (5, 10, 40):
+        k *= -1.5
+        position[0] = first
+        recorded.run()
+        assert np.array_equal(cache[0, first : first + 5], k)
+        kernels.attention.definition(q, *cache, position, 0, 0.125, expected)
+        assert_attention_rounding(out, expected, 64, first + 5, spread=60)
 
 
 def chain(length: int) -> tuple[program.Program, np.ndarray, list[np.ndarray]]:
@@ -142,27 +148,3 @@ def test_independent_operations_do_not_wait() -> None:
         kernels.gelu_tanh_mul(a, b, out)  # reads both
         kernels.scale(a[:, :32], 3.0)  # writes part of what is being read
     assert recorder.program()._rows[:, WAITS].tolist() == [0, 0, 1, 1]
-
-
-def test_one_thread_alone_does_everything_in_numbas_own_layer() -> None:
-    """Nobody waits for a thread that has not come: more workers than threads, one after another."""
-    script = """
-import numpy as np
-from tests.kernels.test_program import chain
-from edge_gemma.kernels import compiler
-from edge_gemma.kernels.recording import program
-from edge_gemma.kernels.recording.operation import NotRecordableError
-recorded, x, outs = chain(5)
-expected = x.copy()
-x[...] = 0
-for out in outs:
-    out[...] = 1
-recorded._counters[:] = 0
-compiler.set_threads(1)
-assert compiler.launch(program.replay, recorded._rows, recorded._counters, 5)
-import numba
-print(numba.threading_layer(), np.array_equal(x, expected))
-"""
-    environment = {"NUMBA_THREADING_LAYER": "workqueue", "PYTHONPATH": str(ROOT), "PATH": ""}
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment, timeout=300)
-    assert done.stdout.split() == ["workqueue", "True"], done.stderr

@@ -9,13 +9,14 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+import hypothesis.strategies as st
 import numpy as np
 import pytest
+from hypothesis import given
 
 from edge_gemma import kernels
 from edge_gemma.kernels.recording import program
-from edge_gemma.kernels.recording.operation import NotRecordableError
-from edge_gemma.kernels.registry import Kernel, kernel, registered
+from edge_gemma.kernels.registry import Expected, Kernel, registered
 from tests.tolerance import assert_rounding
 
 # Kernels with other arrays than float32, and the file that tests them.
@@ -40,7 +41,7 @@ def arguments_of(made: Kernel[Any], size: dict[str, int]) -> list[Any]:
     rng, arrays = np.random.default_rng(7), {}
     for part in made.expected.split("; "):
         names, shape = re.fullmatch(r"([\w, ]+) float32 \[(.*)\](?: or None)?", part).groups()
-        dimensions = [d.partition(" / ") for d in shape.split(", ")]
+        dimensions = [d.partition(" / ") for d in shape.replace("...", "n, d").split(", ")]
         lengths = [size[name] // int(divisor or 1) for name, _, divisor in dimensions]
         for name in names.split(", "):
             arrays[name] = (rng.standard_normal(lengths) * 3).astype(np.float32)
@@ -113,12 +114,26 @@ def test_a_kernel_is_what_its_definition_says_and_editors_see() -> None:
     assert all(getattr(kernels, name) is made for name, made in registered.items())
 
 
-def test_a_kernel_without_operation_cannot_be_recorded() -> None:
-    @kernel(lambda x: True, "x float32 [n]")
-    def nothing(x: np.ndarray) -> None:
-        """Nothing."""
+def test_what_is_read_only_is_not_written() -> None:
+    x = np.ones((2, 8), np.float32)
+    x.flags.writeable = False
+    with pytest.raises(ValueError, match="arguments do not fit"):
+        kernels.scale(x, 2.0)
+    cache = np.zeros((4, 1, 8), np.float32)
+    cache.flags.writeable = False
+    with pytest.raises(ValueError, match="arguments do not fit"):
+        kernels.store_kv(x[:, None], x[:, None], cache, cache, np.zeros(1, np.int64))
+    out = np.empty_like(x)
+    kernels.gelu_tanh_mul(x, x, out)
+    assert out.all()
 
-    del registered["nothing"]
-    nothing(np.zeros(1, np.float32))
-    with program.record(), pytest.raises(NotRecordableError, match="nothing"):
-        nothing(np.zeros(1, np.float32))
+
+@given(st.lists(st.integers(0, 3), max_size=3), st.sampled_from(["f4", "f8", "i4"]))
+def test_what_is_expected_is_read_off_its_text(shape: list[int], dtype: str) -> None:
+    expected = Expected("a thing: x, y float32 [n, 2]; w int32 [n or 1] or None; 3 bits", ["x", "w", "y", "bits"])
+    array, fits = np.zeros(shape, dtype), (dtype, len(shape)) == ("f4", 2) and shape[1] == 2
+    y = np.zeros((shape[0] if fits else 1, 2), np.float32)
+    assert expected.are((array, None, y, 3)) == fits
+    assert expected.are((y, np.zeros(7, np.int32), y))
+    assert not expected.are((y, np.zeros(7, np.int64), y))
+    assert not expected.are((np.zeros((len(y) + 1, 2), np.float32), None, y))

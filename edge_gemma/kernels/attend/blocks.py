@@ -13,26 +13,23 @@ import functools
 
 import numba
 import numpy as np
-from numba.core import types
 
 from edge_gemma.kernels.attend.ir import make_block, rows_of
-from edge_gemma.kernels.compiler import array, chunk_function, compiled, launch
+from edge_gemma.kernels.attend.store import fit
+from edge_gemma.kernels.compiler import chunk_function, inner
 from edge_gemma.kernels.convert import as_float, fill
 from edge_gemma.kernels.gates import exp32
-from edge_gemma.kernels.recording.operation import Operation, floats, one_row, operands, pointer, position_of
+from edge_gemma.kernels.recording.operation import BLOCK, Operation, floats, operands, pointer, position_of
 from edge_gemma.kernels.registry import Array, kernel
 from edge_gemma.kernels.variants import variant
 
 __all__ = ["attention"]
 
-BLOCK = 128
-"""Keys of a block."""
-
 HEAD_MULTIPLE = 64
 """Head sizes that the vector block takes; any other goes through plain loops."""
 
 
-@numba.njit(fastmath={"contract", "reassoc", "nsz"}, error_model="numpy")
+@inner(fastmath={"contract", "reassoc", "nsz"})
 def _dot(q, k):
     total = np.float32(0)
     for d in range(q.shape[0]):
@@ -40,7 +37,7 @@ def _dot(q, k):
     return total
 
 
-@numba.njit(error_model="numpy")
+@inner()
 def _plain_block(q, k_cache, v_cache, kv, slot, count, first, scores, top, total, values):
     """One query row against `count` keys from `slot` on; the arguments are those of block.make_block with one row."""
     capacity = k_cache.shape[0]
@@ -58,7 +55,7 @@ def _plain_block(q, k_cache, v_cache, kv, slot, count, first, scores, top, total
     top[first], total[first] = best, norm
 
 
-@numba.njit(fastmath={"contract"}, error_model="numpy")
+@inner(fastmath={"contract"})
 def _merge(top, total, values, new_top, new_total, new_values):
     """Fold one block's (maximum, sum, values) into the running ones, head by head."""
     for h in range(top.shape[0]):
@@ -70,7 +67,7 @@ def _merge(top, total, values, new_top, new_total, new_values):
             values[h, d] = values[h, d] * old + new_values[h, d] * new
 
 
-@numba.njit(error_model="numpy")
+@inner()
 def _scaled_rows(q, first, rows, scale, padded):
     """float32 [padded, hd]: rows of q times the attention scale, then zeros."""
     result = np.zeros((padded, q.shape[1]), np.float32)
@@ -80,7 +77,7 @@ def _scaled_rows(q, first, rows, scale, padded):
     return result
 
 
-@numba.njit(error_model="numpy")
+@inner()
 def _finish(total, values, out, first, rows):
     for h in range(rows):
         inverse = np.float32(1) / total[h]
@@ -97,7 +94,7 @@ def _make_span(variant, half, group_rows, plain):
     tile = 1 if plain else rows_of(variant, group_rows)
     block = _plain_block if plain else make_block(variant, half, tile)
 
-    @numba.njit(error_model="numpy")
+    @inner()
     def span(q, k_cache, v_cache, kv, low, position, b0, b1, top, total, values):
         """Blocks [b0, b1) of the keys low..position for all rows of a KV head, into (top, total, values)."""
         scores = np.empty((BLOCK, tile), np.float32)
@@ -116,85 +113,42 @@ def _make_span(variant, half, group_rows, plain):
     return span, tile
 
 
-def _make(variant, half, group_rows, plain):
-    """The attention kernel; arguments as in _make_span."""
-    span, tile = _make_span(variant, half, group_rows, plain)
-
-    def attention(q, k_cache, v_cache, first, window, scale, out):
-        n, heads, hd = q.shape
-        kv_heads = k_cache.shape[1]
-        if first.shape[0] != 1:
-            return False
-        first_position = first[0]
-        if k_cache.shape != v_cache.shape or k_cache.shape[2] != hd or out.shape != q.shape or heads % max(kv_heads, 1):
-            return False
-        oldest = max(0, first_position - window + 1) if window else 0
-        if (
-            min(n, hd, kv_heads) < 1
-            or min(first_position + 1, window) < 0
-            or n > k_cache.shape[0] - (first_position - oldest)
-        ):
-            return False
-        if first_position < 0:
-            return True
-        rows = heads // kv_heads
-        padded = (rows + tile - 1) // tile * tile
-        parts = 1
-        if n == 1:
-            low = max(0, first_position - window + 1) if window else 0
-            parts = first_position // BLOCK + 1 - low // BLOCK
-        shared = parts if parts > 1 else 0
-        tops = np.empty((shared, kv_heads, padded), np.float32)
-        totals = np.empty((shared, kv_heads, padded), np.float32)
-        everything = np.empty((shared, kv_heads, padded, hd), np.float32)
-        for task in numba.prange(n * kv_heads * parts):
-            part, kv, i = task % parts, task // parts % kv_heads, task // parts // kv_heads
-            position = first_position + i
-            low = max(0, position - window + 1) if window else 0
-            b0 = low // BLOCK + part
-            b1 = position // BLOCK + 1 if parts == 1 else b0 + 1
-            mine = _scaled_rows(q[i], kv * rows, rows, scale, padded)
-            if parts > 1:
-                span(mine, k_cache, v_cache, kv, low, position, b0, b1,
-                     tops[part, kv], totals[part, kv], everything[part, kv])  # fmt: skip
-            else:
-                top, total = np.empty(padded, np.float32), np.empty(padded, np.float32)
-                values = np.empty((padded, hd), np.float32)
-                span(mine, k_cache, v_cache, kv, low, position, b0, b1, top, total, values)
-                _finish(total, values, out[i], kv * rows, rows)
-        if parts > 1:
-            for kv in range(kv_heads):
-                for part in range(1, parts):
-                    _merge(tops[0, kv], totals[0, kv], everything[0, kv],
-                           tops[part, kv], totals[part, kv], everything[part, kv])  # fmt: skip
-                _finish(totals[0, kv], everything[0, kv], out[0], kv * rows, rows)
-
-        return True
-
-    attention.__name__ = f"attention_{'plain' if plain else variant}_{'half' if half else 'float'}_{tile}"
-    cache = array("u2" if half else "f4", 3)
-    signature = array("f4", 3), cache, cache, array("i8", 1), types.int64, types.float32, array("f4", 3, True)
-    return compiled(*signature, parallel=True, key=attention.__name__)(attention)
-
-
-@functools.cache
-def _kernel(variant_name, half, many_rows, plain):
-    return _make(variant_name, half, 8 if many_rows else 4, plain)
-
-
 def _choice(q, k_cache):
     """What the compiled code depends on: the arguments of _make_span, many_rows in place of the number."""
     rows = q.shape[1] // max(k_cache.shape[1], 1)
     return variant(), k_cache.dtype == np.uint16, rows > 4, q.shape[2] % HEAD_MULTIPLE != 0
 
 
-def _launch(q, k_cache, v_cache, first_position, window, scale, out):
-    return launch(_kernel(*_choice(q, k_cache)), q, k_cache, v_cache, first_position, window, scale, out)
+@functools.cache
+def _make_rows(variant_name, half, many_rows, plain):
+    """q, ring, out, n, H, KV, hd, window, scale: the keys of one KV head for one of several queries."""
+    span, tile = _make_span(variant_name, half, 8 if many_rows else 4, plain)
+    dtype = np.uint16 if half else np.float32
+
+    def attention(row, chunk):
+        w, f = operands(row)
+        n, heads, kv_heads, hd, window = w[3], w[4], w[5], w[6], w[7]
+        ring = numba.carray(pointer(w[1]), 3, np.int64)
+        cache = ring[2], kv_heads, hd
+        k_cache, v_cache = numba.carray(pointer(ring[0]), cache, dtype), numba.carray(pointer(ring[1]), cache, dtype)
+        rows = heads // kv_heads
+        padded = (rows + tile - 1) // tile * tile
+        kv, i = chunk % kv_heads, chunk // kv_heads
+        if position_of(row) < 0:
+            return
+        position = position_of(row) + i
+        low = max(0, position - window + 1) if window else 0
+        mine = _scaled_rows(floats(w[0], (n, heads, hd))[i], kv * rows, rows, np.float32(f[8]), padded)
+        top, total, values = np.empty(padded, np.float32), np.empty(padded, np.float32), np.empty_like(mine)
+        span(mine, k_cache, v_cache, kv, low, position, low // BLOCK, position // BLOCK + 1, top, total, values)
+        _finish(total, values, floats(w[2], (n, heads, hd))[i], kv * rows, rows)
+
+    return chunk_function(f"attention of rows {variant_name} {half} {tile}")(attention)
 
 
 @functools.cache
 def _make_chunk(variant_name, half, many_rows, plain):
-    """q, ring, tops, totals, values, H, KV, hd, window, scale: a block of keys of one KV head."""
+    """q, ring, tops, totals, values, H, KV, hd, window, scale: a block of keys of one KV head, for one query."""
     span, tile = _make_span(variant_name, half, 8 if many_rows else 4, plain)
     dtype = np.uint16 if half else np.float32
 
@@ -237,25 +191,39 @@ def _merge_chunk(row, chunk):
     _finish(total, value, floats(w[3], (heads, hd)), chunk * rows, rows)
 
 
-def _record(recorder, q, k_cache, v_cache, first_position, window, scale, out):
-    one_row(q)
-    (_, heads, hd), (capacity, kv_heads, _) = q.shape, k_cache.shape
+def _attention(memory, q, k_cache, v_cache, first_position, window, scale, out):
+    (n, heads, hd), capacity, first = q.shape, len(k_cache), int(first_position[0])
+    kv_heads = k_cache.shape[1] if k_cache.ndim == 3 else 0
+    if not (n and hd and kv_heads) or heads % kv_heads or not fit(k_cache, v_cache, kv_heads, hd):
+        return None
+    seen_before = min(first, window - 1) if window else first
+    if first < -1 or window < 0 or n > capacity - max(seen_before, 0):
+        return None
+    choice, ring = _choice(q, k_cache), memory.ring(first_position, k_cache, v_cache)
+    inputs, shape, last = (q, k_cache, v_cache), (heads, kv_heads, hd), (window, float(scale))
+    if n > 1:
+        operand = q, ring, out, n, *shape, *last
+        return [Operation(_make_rows(*choice), operand, inputs, (out,), n * kv_heads, position=first_position)]
+    function, tile = _make_chunk(*choice)
     rows = heads // kv_heads
-    function, tile = _make_chunk(*_choice(q, k_cache))
-    padded = -(-rows // tile) * tile
-    scratch = recorder.attention_scratch(first_position, (window or capacity) // BLOCK + 2, kv_heads, padded, hd)
-    ring = recorder.ring(first_position, k_cache, v_cache)
-    operand = q, ring, *scratch, heads, kv_heads, hd, window, float(scale)
-    yield Operation(function, operand, (q, k_cache, v_cache), scratch, kv_heads, window, first_position)
-    operand = *scratch, out, heads, kv_heads, hd, padded, window
-    yield Operation(_merge_chunk, operand, scratch, (out, *scratch), kv_heads, position=first_position)
+    padded, blocks = -(-rows // tile) * tile, (window or capacity) // BLOCK + 2
+    many = blocks, kv_heads, padded
+    scratch = (
+        *(memory.of_token(name, first_position, many) for name in ("tops", "totals")),
+        memory.of_token("values", first_position, (*many, hd)),
+    )
+    operand = q, ring, *scratch, *shape, *last
+    of_blocks = Operation(function, operand, inputs, scratch, kv_heads, window, first_position)
+    operand = *scratch, out, *shape, padded, window
+    return [
+        of_blocks, Operation(_merge_chunk, operand, scratch, (out, *scratch), kv_heads, position=first_position)
+    ]  # fmt: skip
 
 
 @kernel(
-    _launch,
     "q, out float32 [n, heads, hd]; caches [capacity, kv_heads, hd] of one type that hold the window of every row; "
     "first_position int64 [1]",
-    _record,
+    _attention,
 )
 def attention(
     q: Array, k_cache: Array, v_cache: Array, first_position: Array, window: int, scale: float, out: Array

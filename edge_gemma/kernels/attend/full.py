@@ -15,16 +15,17 @@ result.
 
 import functools
 
-import numba
 import numpy as np
 from numba.core import types
 from numba.extending import intrinsic
 
 from edge_gemma.kernels import isa
 from edge_gemma.kernels.attend.ir import exp
-from edge_gemma.kernels.compiler import array, compiled, launch
+from edge_gemma.kernels.compiler import chunk_function, inner
+from edge_gemma.kernels.convert import copy
 from edge_gemma.kernels.gates import exp32
 from edge_gemma.kernels.isa import F32, I64, at, load, loop, multiply_add, splat, store, vector
+from edge_gemma.kernels.recording.operation import Operation, floats, operands
 from edge_gemma.kernels.registry import Array, kernel
 from edge_gemma.kernels.variants import variant
 
@@ -132,15 +133,25 @@ def _make_softmax(variant):
     return highest, weigh
 
 
-@numba.njit(error_model="numpy")
-def _laid_out(k, v, head, keys, values):
+@inner()
+def _lay_out(k, v, head, keys, values):
     """A head's keys, transposed, in panels; its values, row by row. What is beyond them is 0."""
-    width = keys.shape[1]
-    for i in range(k.shape[0]):
-        panel, lane = i // width, i % width
-        for d in range(k.shape[2]):
-            keys[panel * k.shape[2] + d, lane] = k[i, head, d]
-            values[i, d] = v[i, head, d]
+    (count, _, hd), width = k.shape, keys.shape[1]
+    for i in range(keys.shape[0] // hd * width):
+        for d in range(hd):
+            keys[i // width * hd + d, i % width] = k[i, head, d] if i < count else np.float32(0)
+    for i in range(count):
+        for d in range(values.shape[1]):
+            values[i, d] = v[i, head, d] if d < hd else np.float32(0)
+
+
+@chunk_function("lay_out")
+def _lay_out_chunk(row, chunk):
+    """k, v, keys, values, count, H, hd, panels, W, hd padded: a head."""
+    w, _ = operands(row)
+    given = w[4], w[5], w[6]
+    keys, values = floats(w[2], (w[5], w[7] * w[6], w[8])), floats(w[3], (w[5], w[4], w[9]))
+    _lay_out(floats(w[0], given), floats(w[1], given), chunk, keys[chunk], values[chunk])
 
 
 def _make_attend(variant):
@@ -149,7 +160,7 @@ def _make_attend(variant):
     highest, weigh = _make_softmax(variant)
     lanes = isa.SETS[variant].float_lanes
 
-    @numba.njit(error_model="numpy")
+    @inner()
     def attend(q, keys, values, count, out):
         """out [group, hd padded]: the group's rows of q [group, hd] attend to `count` keys."""
         scores = np.empty((rows, BLOCK), np.float32)
@@ -185,40 +196,46 @@ def _make_attend(variant):
 
 @functools.cache
 def _make(variant):
-    """The kernel of an instruction set."""
+    """(chunk function, query rows of a task, columns W) of an instruction set.
+
+    q, keys, values, out, n, count, H, hd, panels, hd padded: a group of queries of a head.
+    """
     attend, rows, width = _make_attend(variant)
     group = -(-GROUP // rows) * rows
 
-    def full_attention(q, k, v, out):
-        n, heads, hd = q.shape
-        count = k.shape[0]
-        if k.shape != v.shape or k.shape[1:] != q.shape[1:] or out.shape != q.shape or min(n, heads, hd, count) < 1:
-            return False
-        panels, padded = (count + width - 1) // width, (hd + width - 1) // width * width
-        keys = np.zeros((heads, panels * hd, width), np.float32)
-        values = np.zeros((heads, count, padded), np.float32)
-        for head in numba.prange(heads):
-            _laid_out(k, v, head, keys[head], values[head])
+    def full_attention(row, chunk):
+        w, _ = operands(row)
+        n, count, heads, hd, padded = w[4], w[5], w[6], w[7], w[9]
         groups = (n + group - 1) // group
-        for task in numba.prange(heads * groups):
-            head, first = task // groups, task % groups * group
-            mine, result = np.zeros((group, hd), np.float32), np.zeros((group, padded), np.float32)
-            last = min(n - first, group)
-            mine[:last] = q[first : first + last, head]
-            attend(mine, keys[head], values[head], count, result)
-            out[first : first + last, head] = result[:last, :hd]
-        return True
+        head, first = chunk // groups, chunk % groups * group
+        q, out = floats(w[0], (n, heads, hd)), floats(w[3], (n, heads, hd))
+        keys, values = floats(w[1], (heads, w[8] * hd, width)), floats(w[2], (heads, count, padded))
+        mine, result = np.zeros((group, hd), np.float32), np.zeros((group, padded), np.float32)
+        last = min(n - first, group)
+        for i in range(last):
+            copy(q[first + i, head], mine[i])
+        attend(mine, keys[head], values[head], count, result)
+        for i in range(last):
+            copy(result[i, :hd], out[first + i, head])
 
-    full_attention.__name__ = f"full_attention_{variant}"
-    signature = *[array("f4", 3)] * 3, array("f4", 3, True)
-    return compiled(*signature, parallel=True, key=full_attention.__name__)(full_attention)
-
-
-def _launch(q, k, v, out):
-    return launch(_make(variant()), q, k, v, out)
+    return chunk_function(f"full_attention {variant}")(full_attention), group, width
 
 
-@kernel(_launch, "q, out float32 [n, heads, hd]; k, v float32 [keys, heads, hd]")
+def _full_attention(memory, q, k, v, out):
+    (n, heads, hd), count = q.shape, len(k)
+    if min(n, heads, hd, count) < 1:
+        return None
+    function, group, width = _make(variant())
+    panels, padded = -(-count // width), -(-hd // width) * width
+    keys = memory.array("keys of full attention", (heads, panels * hd, width))
+    values = memory.array("values of full attention", (heads, count, padded))
+    operand = k, v, keys, values, count, heads, hd, panels, width, padded
+    laid_out = Operation(_lay_out_chunk, operand, (k, v), (keys, values), heads)
+    operand = q, keys, values, out, n, count, heads, hd, panels, padded
+    return [laid_out, Operation(function, operand, (q, keys, values), (out,), heads * -(-n // group))]
+
+
+@kernel("q, out float32 [n, heads, hd]; k, v float32 [keys, heads, hd]", _full_attention)
 def full_attention(q: Array, k: Array, v: Array, out: Array) -> None:
     """out = softmax(q k^T) v for each head, in float32, the maximum subtracted. Every query sees every key."""
     for head in range(q.shape[1]):

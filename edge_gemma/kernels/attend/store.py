@@ -8,9 +8,17 @@ import functools
 import numba
 import numpy as np
 
-from edge_gemma.kernels.compiler import array, chunk_function, compiled, launch
+from edge_gemma.kernels.compiler import chunk_function, inner
 from edge_gemma.kernels.convert import to_half
-from edge_gemma.kernels.recording.operation import Operation, floats, one_row, operands, pointer, position_of
+from edge_gemma.kernels.recording.operation import (
+    Operation,
+    floats,
+    operands,
+    part,
+    pointer,
+    position_of,
+    rows_together,
+)
 from edge_gemma.kernels.registry import Array, kernel
 
 __all__ = ["store_kv"]
@@ -20,7 +28,7 @@ __all__ = ["store_kv"]
 def _make_store_row(half):
     """store_row(rows float32 [KV, hd], slot [KV, hd])."""
 
-    @numba.njit(error_model="numpy")
+    @inner()
     def store_row(rows, slot):
         for h in range(rows.shape[0]):
             for d in range(rows.shape[1]):
@@ -30,38 +38,8 @@ def _make_store_row(half):
 
 
 @functools.cache
-def _make_store(half):
-    """The kernel that writes rows into ring caches."""
-    store_row = _make_store_row(half)
-
-    def store_kv(k, v, k_cache, v_cache, first_position):
-        n, kv_heads, hd = k.shape
-        capacity = k_cache.shape[0]
-        if first_position.shape[0] != 1:
-            return False
-        first = first_position[0]
-        if v.shape != k.shape or v_cache.shape != k_cache.shape or k_cache.shape[1:] != (kv_heads, hd):
-            return False
-        if n > capacity or first < -1:
-            return False
-        for i in range(n if first >= 0 else 0):
-            slot = (first + i) % capacity
-            store_row(k[i], k_cache[slot])
-            store_row(v[i], v_cache[slot])
-        return True
-
-    store_kv.__name__ = f"store_kv_{'half' if half else 'float'}"
-    rows, cache = array("f4", 3), array("u2" if half else "f4", 3, True)
-    return compiled(rows, rows, cache, cache, array("i8", 1), key=store_kv.__name__)(store_kv)
-
-
-def _launch(k, v, k_cache, v_cache, first_position):
-    return launch(_make_store(k_cache.dtype == np.uint16), k, v, k_cache, v_cache, first_position)
-
-
-@functools.cache
 def _make_chunk(half):
-    """k, v, ring, KV, hd."""
+    """k, v, ring, n, KV, hd, rows a chunk."""
     store_row = _make_store_row(half)
     dtype = np.uint16 if half else np.float32
 
@@ -70,25 +48,34 @@ def _make_chunk(half):
         position, ring = position_of(row), numba.carray(pointer(w[2]), 3, np.int64)
         if position < 0:
             return
-        shape, cache = (w[3], w[4]), (ring[2], w[3], w[4])
-        slot = position % ring[2]
+        shape, cache = (w[3], w[4], w[5]), (ring[2], w[4], w[5])
         for source, target in ((w[0], ring[0]), (w[1], ring[1])):
-            store_row(floats(source, shape), numba.carray(pointer(target), cache, dtype)[slot])
+            rows, slots = floats(source, shape), numba.carray(pointer(target), cache, dtype)
+            for i in range(*part(chunk, w[6], w[3])):
+                store_row(rows[i], slots[(position + i) % ring[2]])
 
     return chunk_function(f"store_kv {half}")(store_kv)
 
 
-def _record(recorder, k, v, k_cache, v_cache, first_position):
-    one_row(k)
-    operand = k, v, recorder.ring(first_position, k_cache, v_cache), *k.shape[1:]
-    function = _make_chunk(k_cache.dtype == np.uint16)
-    yield Operation(function, operand, (k, v), (), position=first_position, appends=(k_cache, v_cache))
+def fit(k_cache, v_cache, kv_heads, hd):
+    """Whether these are the caches of a layer with such heads."""
+    if k_cache.shape != v_cache.shape or k_cache.shape[1:] != (kv_heads, hd) or k_cache.dtype != v_cache.dtype:
+        return False
+    return k_cache.dtype in (np.uint16, np.float32) and k_cache.flags.c_contiguous and v_cache.flags.c_contiguous
+
+
+def _store_kv(memory, k, v, k_cache, v_cache, first_position):
+    n, kv_heads, hd = k.shape
+    if not fit(k_cache, v_cache, kv_heads, hd) or n > len(k_cache) or first_position[0] < -1:
+        return None
+    function, together = _make_chunk(k_cache.dtype == np.uint16), rows_together(kv_heads * hd)
+    operand = k, v, memory.ring(first_position, k_cache, v_cache), n, kv_heads, hd, together
+    caches = k_cache, v_cache
+    return [Operation(function, operand, (k, v), (), -(-n // together), position=first_position, appends=caches)]
 
 
 @kernel(
-    _launch,
-    "k, v float32 [n, kv_heads, hd]; caches of one type, [n or more, kv_heads, hd]; first_position int64 [1]",
-    _record,
+    "k, v float32 [n, kv_heads, hd]; caches of one type, [n or more, kv_heads, hd]; first_position int64 [1]", _store_kv
 )
 def store_kv(k: Array, v: Array, k_cache: Array, v_cache: Array, first_position: Array) -> None:
     """Write the keys and values of positions first_position, first_position + 1, ... into slots position % capacity.

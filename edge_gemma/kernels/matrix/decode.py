@@ -19,8 +19,9 @@ import numpy as np
 
 from edge_gemma.folder.layouts import FACTOR_COLUMNS
 from edge_gemma.kernels import isa
-from edge_gemma.kernels.compiler import array, compiled
+from edge_gemma.kernels.compiler import chunk_function, inner, threads
 from edge_gemma.kernels.matrix.ir import TileSpec, make_tile
+from edge_gemma.kernels.recording.operation import CHUNK_BYTES, Operation, floats, operands, part, pointer
 
 TOKEN_BLOCK_BYTES = 1 << 18
 """Activations that are kept in a core's cache while all its panels pass by."""
@@ -31,7 +32,7 @@ def scale_type(group, minimum):
     return np.dtype(f"u{2 * minimum // 8 or 2}" if group else "f4")
 
 
-@numba.njit(error_model="numpy")
+@inner()
 def factor_blocks(kpad, minimum):
     """Pairs of factors a row."""
     return (kpad + FACTOR_COLUMNS - 1) // FACTOR_COLUMNS if minimum in (4, 8) else 0
@@ -54,7 +55,7 @@ def make_correction(variant, bits, group, scale_groups, minimum):
     """correction(sums, a_scale): what a tile adds for the fields' offset (int32), or times the minima (float32)."""
     zero = np.int32(isa.SETS[variant].zero_point(bits, group))
 
-    @numba.njit(error_model="numpy")
+    @inner()
     def of_zero_point(sums, a_scale):
         result = np.empty_like(sums)
         for i in range(sums.shape[0]):
@@ -62,7 +63,7 @@ def make_correction(variant, bits, group, scale_groups, minimum):
                 result[i, g] = -zero * sums[i, g]
         return result
 
-    @numba.njit(error_model="numpy")
+    @inner()
     def of_minima(sums, a_scale):
         result = np.empty(sums.shape, np.float32)
         for i in range(sums.shape[0]):
@@ -74,38 +75,45 @@ def make_correction(variant, bits, group, scale_groups, minimum):
 
 
 @functools.cache
-def make(variant, bits, group, scale_groups, minimum, tokens):
-    """The matmul kernel of an instruction set, width, group size, kind of activation scale, minimum, and a tile's
-    tokens, of which there are at least so many.
+def _make(variant, bits, group, scale_groups, minimum, tokens):
+    """q, a_scale, sums, packed, w_scale, factors, out, kpad, panels, units, units a chunk, n, tokens a block: a run of
+    panels for a block of tokens.
     """
-    tile, streams = make_few_tokens(variant, bits, group, scale_groups, minimum, tokens)
+    tile, _ = make_few_tokens(variant, bits, group, scale_groups, minimum, tokens)
     correct = make_correction(variant, bits, group, scale_groups, minimum)
+    w_scale_type = scale_type(group, minimum)
 
-    def matmul(q, a_scale, sums, packed, w_scale, factors, out):
-        n, kpad = q.shape
-        panels = packed.shape[0]
+    def matmul(row, chunk):
+        w, _ = operands(row)
+        kpad, panels, units, n = w[7], w[8], w[9], w[11]
         groups = kpad // group if group else 1
-        if n < tokens or kpad % 32 or sums.shape != (n, groups) or a_scale.shape != (n, groups if scale_groups else 1):
-            return False
-        if packed.shape != (panels, kpad * bits // 32, 8, 4) or w_scale.shape != (panels, groups, 8):
-            return False
-        if out.shape != (n, 8 * panels):
-            return False
-        if factors.shape != (panels if minimum else 0, factor_blocks(kpad, minimum), 2, 8):
-            return False
+        a_block = (units + w[10] - 1) // w[10]
+        n0, n1 = part(chunk // a_block, w[12], n)
+        q = numba.carray(pointer(w[0]), (n, kpad), np.int8)[n0:n1]
+        a_scale = floats(w[1], (n, groups if scale_groups else 1))[n0:n1]
+        sums = numba.carray(pointer(w[2]), (n, groups), np.int32)[n0:n1]
+        packed = numba.carray(pointer(w[3]), (panels, kpad * bits // 32, 8, 4), np.uint8)
+        w_scale = numba.carray(pointer(w[4]), (panels, groups, 8), w_scale_type)
+        factors = numba.carray(pointer(w[5]), (panels, factor_blocks(kpad, minimum), 2, 8), np.uint16)
+        out = floats(w[6], (n, 8 * panels))[n0:n1]
         correction = correct(sums, a_scale)
-        units = (panels + streams - 1) // streams
-        block = tokens * max(1, TOKEN_BLOCK_BYTES // (q.shape[1] * tokens))
-        blocks = max(1, n // block)
-        for task in numba.prange(blocks * units):
-            b, unit = task // units, task % units
-            n0, n1 = b * block, n if b == blocks - 1 else (b + 1) * block
-            for token in range(n0, n1, tokens):
-                first = min(token, n1 - tokens)
-                tile(q, a_scale, correction, packed, w_scale, factors, out, first, unit, units)
-        return True
+        u0, u1 = part(chunk % a_block, w[10], units)
+        for unit in range(u0, u1):
+            for token in range(0, n1 - n0, tokens):
+                tile(q, a_scale, correction, packed, w_scale, factors, out, min(token, n1 - n0 - tokens), unit, units)
 
-    matmul.__name__ = f"matmul_{variant}_{bits}_{group}_{'groups' if scale_groups else 'tokens'}_{minimum}_{tokens}"
-    signature = array("i1", 2), array("f4", 2), array("i4", 2), array("u1", 4)
-    signature += array(scale_type(group, minimum), 3), array("u2", 4), array("f4", 2, True)
-    return compiled(*signature, parallel=True, key=matmul.__name__)(matmul)
+    return chunk_function(f"matmul {variant} {bits} {group} {scale_groups} {minimum} {tokens}")(matmul)
+
+
+def product(choice, q, a_scale, sums, packed, w_scale, factors, out):
+    """The operation. choice: what make_few_tokens takes, but for the tokens."""
+    variant, group = choice[0], choice[2]
+    (n, kpad), panels = q.shape, len(packed)
+    tokens = tile_tokens(variant, group, n)
+    units = -(-panels // make_few_tokens(*choice, tokens)[1])
+    together = max(1, min(CHUNK_BYTES * units // packed.nbytes, units // (2 * threads())))
+    block = max(tokens, min(n, TOKEN_BLOCK_BYTES // kpad)) // tokens * tokens
+    block = n if n < 2 * block else block
+    operand = q, a_scale, sums, packed, w_scale, factors, out, kpad, panels, units, together, n, block
+    chunks = -(-n // block) * -(-units // together)
+    return Operation(_make(*choice, tokens), operand, (q, a_scale, sums), (out,), chunks)

@@ -14,7 +14,7 @@ from numba.extending import intrinsic, overload
 
 from edge_gemma.kernels import isa
 from edge_gemma.kernels.attend.ir import fold
-from edge_gemma.kernels.compiler import array, chunk_function, compiled, launch
+from edge_gemma.kernels.compiler import chunk_function, inner
 from edge_gemma.kernels.convert import float_of_bits
 from edge_gemma.kernels.isa import F32, I16, I32, I64, at, load, loop, multiply_add, splat_constant, store, vector
 from edge_gemma.kernels.recording.operation import CHUNK_BYTES, Operation, floats, operands, pointer
@@ -39,7 +39,7 @@ def _overload_widen(w):
     return lambda w: w
 
 
-@numba.njit(fastmath={"contract", "reassoc", "nsz"}, error_model="numpy")
+@inner(fastmath={"contract", "reassoc", "nsz"})
 def dot(x, w):
     total = np.float32(0)
     for i in range(x.shape[0]):
@@ -92,7 +92,7 @@ def _make_rows(variant, half):
     lanes, tokens = chosen.float_lanes, chosen.float_sums // ROWS
     one, many = _make_tile(variant, half, 1), _make_tile(variant, half, tokens)
 
-    @numba.njit(error_model="numpy")
+    @inner()
     def rows(x, w, out, begin, end):
         n, k = x.shape
         if k == 0 or k % lanes or w.shape[0] < ROWS:
@@ -113,23 +113,6 @@ def _make_rows(variant, half):
 
 
 @functools.cache
-def _make(variant, half):
-    """The kernel of an instruction set for bfloat16 (half) or float32 rows."""
-    rows = _make_rows(variant, half)
-
-    def matmul(x, w, out):
-        if x.shape[1] != w.shape[1] or out.shape != (x.shape[0], w.shape[0]):
-            return False
-        for task in numba.prange((w.shape[0] + ROWS - 1) // ROWS):
-            rows(x, w, out, task * ROWS, min(w.shape[0], (task + 1) * ROWS))
-        return True
-
-    matmul.__name__ = f"matmul_{'bfloat16' if half else 'float'}_{variant}"
-    signature = array("f4", 2), array("u2" if half else "f4", 2), array("f4", 2, True)
-    return compiled(*signature, parallel=True, key=matmul.__name__)(matmul)
-
-
-@functools.cache
 def _make_chunk(variant, half):
     """x, w, out, rows, k, rows a chunk, n."""
     dtype = np.uint16 if half else np.float32
@@ -144,27 +127,19 @@ def _make_chunk(variant, half):
     return chunk_function(f"dense {variant} {half}")(dense)
 
 
-def _record(_, x, w, out):
-    rows = ROWS * max(1, CHUNK_BYTES // (ROWS * w.itemsize * w.shape[1]))
-    function = _make_chunk(variant(), w.dtype == np.uint16)
-    yield Operation(function, (x, w, out, *w.shape, rows, len(x)), (x,), (out,), -(-len(w) // rows))
+def _matmul(_, x, w, out):
+    rows = ROWS * max(1, min(CHUNK_BYTES // max(ROWS * w.itemsize * w.shape[1], 1), len(w) // (8 * ROWS)))
+    operand = x, w, out, *w.shape, rows, len(x)
+    return [Operation(_make_chunk(variant(), w.dtype == np.uint16), operand, (x,), (out,), -(-len(w) // rows))]
 
 
-def _launch_float(x, w, out):
-    return launch(_make(variant(), False), x, w, out)
-
-
-def _launch_bfloat16(x, w, out):
-    return launch(_make(variant(), True), x, w, out)
-
-
-@kernel(_launch_float, "x float32 [n, k]; w float32 [rows, k]; out float32 [n, rows]", _record)
+@kernel("x float32 [n, k]; w float32 [rows, k]; out float32 [n, rows]", _matmul)
 def matmul_float(x: Array, w: Array, out: Array) -> None:
     """out = x w^T, the same for every n and every number of threads."""
     out[...] = x.astype(np.float64) @ w.astype(np.float64).T
 
 
-@kernel(_launch_bfloat16, "x float32 [n, k]; w uint16 [rows, k]; out float32 [n, rows]", _record)
+@kernel("x float32 [n, k]; w uint16 [rows, k]; out float32 [n, rows]", _matmul)
 def matmul_bfloat16(x: Array, w: Array, out: Array) -> None:
     """The same with w in bfloat16: the upper halves of float32."""
     out[...] = x.astype(np.float64) @ (w.astype(np.uint32) << 16).view(np.float32).astype(np.float64).T

@@ -4,17 +4,12 @@ Owns: the choice between a few tokens' code (decode.py) and many tokens' (prefil
 Does not know: the arithmetic of a tile, how weights were quantised.
 """
 
-import functools
-
-import numba
 import numpy as np
 
 from edge_gemma.folder import layouts
 from edge_gemma.kernels import isa
-from edge_gemma.kernels.compiler import chunk_function, launch, threads
 from edge_gemma.kernels.matrix import decode, prefill
-from edge_gemma.kernels.matrix.decode import factor_blocks, make_correction, make_few_tokens, scale_type, tile_tokens
-from edge_gemma.kernels.recording.operation import CHUNK_BYTES, Operation, floats, operands, pointer
+from edge_gemma.kernels.matrix.decode import factor_blocks, scale_type
 from edge_gemma.kernels.registry import Array, kernel
 from edge_gemma.kernels.variants import variant
 
@@ -36,75 +31,41 @@ def _choice(a_scale, w_scale, bits, group, factors):
     return variant(), bits, group, group != 0 and a_scale.shape[1] != 1, _minimum_bits(w_scale, factors)
 
 
-@functools.cache
-def _few(variant_name, bits, group, scale_groups, minimum, tokens):
+def _matmul(memory, q, a_scale, sums, packed, w_scale, bits, group, out, factors=None):
     if bits not in (2, 4, 8) or group not in (0, 16, 32):
         raise ValueError(f"weights of {bits} bits in groups of {group}, expected 2, 4 or 8 bits and 0, 16 or 32")
-    return functools.partial(launch, decode.make(variant_name, bits, group, scale_groups, minimum, tokens))
-
-
-@functools.cache
-def _many(variant_name, bits, group, scale_groups, minimum):
-    """The same for many tokens; None where the instruction set has no such code."""
-    if isa.SETS[variant_name].block(bits, group) is None:
-        return None
-
-    def run(q, a_scale, sums, packed, w_scale, factors, out):
-        activations = prefill.interleaved(variant_name, bits, group, minimum, q, a_scale, sums)
-        if activations is None or len(q) != len(out):
-            return False
-        function = prefill.make(variant_name, bits, group, scale_groups, minimum)
-        return launch(function, *activations, packed, w_scale, factors, out)
-
-    return run
-
-
-def _launch(q, a_scale, sums, packed, w_scale, bits, group, out, factors=None):
     choice = _choice(a_scale, w_scale, bits, group, factors)
-    many = _many(*choice) if len(q) >= PREFILL_FROM else None
-    run = many or _few(*choice, tile_tokens(choice[0], group, len(q)))
-    return run(q, a_scale, sums, packed, w_scale, _NO_FACTORS if factors is None else factors, out)
+    if not _fit(choice, q, a_scale, sums, packed, w_scale, out, _NO_FACTORS if factors is None else factors):
+        return None
+    if not len(q):
+        return []
+    arrays = q, a_scale, sums, packed, w_scale, factors, out
+    if len(q) >= PREFILL_FROM and isa.SETS[choice[0]].block(bits, group) is not None:
+        return prefill.product(memory, choice, *arrays)
+    return [decode.product(choice, *arrays)]
 
 
-@functools.cache
-def _make_chunk(variant_name, bits, group, scale_groups, minimum, tokens):
-    """q, a_scale, sums, packed, w_scale, factors, out, kpad, panels, panels apart, units a chunk, rows."""
-    tile, _ = make_few_tokens(variant_name, bits, group, scale_groups, minimum, tokens)
-    correct = make_correction(variant_name, bits, group, scale_groups, minimum)
-    w_scale_type = scale_type(group, minimum)
-
-    def matmul(row, chunk):
-        w, _ = operands(row)
-        kpad, panels, n = w[7], w[8], w[11]
-        groups = kpad // group if group else 1
-        q, a_scale = numba.carray(pointer(w[0]), (n, kpad), np.int8), floats(w[1], (n, groups if scale_groups else 1))
-        sums = numba.carray(pointer(w[2]), (n, groups), np.int32)
-        packed = numba.carray(pointer(w[3]), (panels, kpad * bits // 32, 8, 4), np.uint8)
-        w_scale = numba.carray(pointer(w[4]), (panels, groups, 8), w_scale_type)
-        factors = numba.carray(pointer(w[5]), (panels, factor_blocks(kpad, minimum), 2, 8), np.uint16)
-        out = floats(w[6], (n, 8 * panels))
-        correction = correct(sums, a_scale)
-        for unit in range(chunk * w[10], min(w[9], (chunk + 1) * w[10])):
-            for token in range(0, n, tokens):
-                tile(q, a_scale, correction, packed, w_scale, factors, out, min(token, n - tokens), unit, w[9])
-
-    return chunk_function(f"matmul {variant_name} {bits} {group} {scale_groups} {minimum} {tokens}")(matmul)
-
-
-def _record(_, q, a_scale, sums, packed, w_scale, bits, group, out, factors=None):
-    choice, panels = _choice(a_scale, w_scale, bits, group, factors), len(packed)
-    choice += (tile_tokens(choice[0], group, len(q)),)
-    apart = -(-panels // make_few_tokens(*choice)[1])
-    units = max(1, min(CHUNK_BYTES * apart // packed.nbytes, apart // (2 * threads())))
-    operand = q, a_scale, sums, packed, w_scale, factors, out, q.shape[1], panels, apart, units, len(q)
-    yield Operation(_make_chunk(*choice), operand, (q, a_scale, sums), (out,), -(-apart // units))
+def _fit(choice, q, a_scale, sums, packed, w_scale, out, factors):
+    _, bits, group, scale_groups, minimum = choice
+    (n, kpad), panels = q.shape, len(packed)
+    groups = kpad // group if group else 1
+    return (
+        panels > 0
+        and kpad % 32 == 0
+        and (sums.shape, a_scale.shape[1]) == ((n, groups), groups if scale_groups else 1)
+        and out.shape == (n, 8 * panels)
+        and packed.shape == (panels, kpad * bits // 32, 8, 4)
+        and (w_scale.shape, w_scale.dtype) == ((panels, groups, 8), scale_type(group, minimum))
+        and w_scale.flags.c_contiguous
+        and factors.shape == (panels if minimum else 0, factor_blocks.py_func(kpad, minimum), 2, 8)
+        and (factors.dtype, factors.flags.c_contiguous) == (np.uint16, True)
+    )
 
 
 @kernel(
-    _launch,
     "a packed matrix: q int8 [n, kpad]; a_scale float32 [n, 1 or groups]; sums int32 [n, groups]; packed uint8 "
     "[panels, chunks, 8, 4]; w_scale [panels, groups, 8]; out float32 [n, 8 panels]",
-    _record,
+    _matmul,
 )
 def matmul(
     q: Array,

@@ -26,8 +26,6 @@ fits 16 bits. 32-bit sums may wrap on the way: what is left at the end is exact,
 """
 
 import functools
-import math
-import threading
 
 import numba
 import numpy as np
@@ -36,11 +34,12 @@ from numba.extending import intrinsic
 
 from edge_gemma.folder.layouts import FACTOR_COLUMNS
 from edge_gemma.kernels import isa
-from edge_gemma.kernels.compiler import array, compiled, launch
+from edge_gemma.kernels.compiler import chunk_function, inner
 from edge_gemma.kernels.convert import as_float, bits_of_float
 from edge_gemma.kernels.isa import F32, I8, I32, I64, at, join, load, loop, multiply_add, splat, splat_constant, vector
 from edge_gemma.kernels.matrix.decode import factor_blocks, scale_type
 from edge_gemma.kernels.matrix.ir import field_bits
+from edge_gemma.kernels.recording.operation import Operation, floats, operands, part, pointer
 
 BLOCK_BYTES = 24 << 10
 """Unpacked weights that tokens pass by: half of a 48 kB cache."""
@@ -251,20 +250,20 @@ def _make_read_scales(group, minimum):
     float32 [groups, 8] both.
     """
 
-    @numba.njit(error_model="numpy")
+    @inner()
     def plain(w_scale, factors, scales, minima):
         for g in range(scales.shape[0]):
             for j in range(8):
                 scales[g, j] = as_float(w_scale[g, j])
 
-    @numba.njit(error_model="numpy")
+    @inner()
     def halves(w_scale, factors, scales, minima):
         for g in range(scales.shape[0]):
             for j in range(8):
                 scales[g, j] = as_float(np.uint16(w_scale[g, j] & 0xFFFF))
                 minima[g, j] = as_float(np.uint16(w_scale[g, j] >> 16))
 
-    @numba.njit(error_model="numpy")
+    @inner()
     def words(w_scale, factors, scales, minima):
         for g in range(scales.shape[0]):
             block = g * group // FACTOR_COLUMNS
@@ -290,7 +289,7 @@ def _make_unit(variant, bits, group, scale_groups, minimum):
     tile, finish = _make_tile(variant, group, scale_groups, minimum, tokens, registers)
     read_scales = _make_read_scales(group, minimum)
 
-    @numba.njit(error_model="numpy")
+    @inner()
     def unit(activations, correction, a_scale, packed, w_scale, factors, out, n0, n1, first):
         tiles, words = activations.shape[:2]
         running = np.zeros((tiles, tokens, registers, lanes), sum_type)
@@ -316,7 +315,7 @@ def _make_unit(variant, bits, group, scale_groups, minimum):
     return unit, panels
 
 
-@numba.njit(error_model="numpy")
+@inner()
 def _words(q, columns, words):
     """A token's activations as a set multiplies them: 4 bytes a word, or the even and the odd of them as 16 bits.
 
@@ -334,99 +333,81 @@ def _words(q, columns, words):
     return alone
 
 
-@compiled(array("i1", 2), array("f4", 2), array("i4", 2), types.int64, types.boolean,
-        array("i4", 3, True), array("i4", 3, True), array("f4", 3, True), parallel=True)  # fmt: skip
-def _interleave(q, a_scale, sums, zero, minimum, activations, correction, scale):
-    n, tokens = q.shape[0], activations.shape[2]
-    words = activations.shape[1]
-    columns = q.shape[1] // words
-    if a_scale.shape != (n, scale.shape[1]) or sums.shape != (n, correction.shape[1]) or n < tokens:
-        return False
-    for i in numba.prange(activations.shape[0]):
-        first = min(i * tokens, n - tokens)
-        alone = np.empty(tokens, np.int32)
-        for t in range(tokens):
-            alone[t] = _words(q[first + t], columns, activations[i, :, t])
-        for g in range(sums.shape[1]):
-            for t in range(tokens):
-                if minimum:
-                    factor = a_scale[first + t, g] if a_scale.shape[1] > 1 else np.float32(1)
-                    correction[i, g, t] = bits_of_float(np.float32(-sums[first + t, g]) * factor)
-                else:
-                    correction[i, g, t] = -np.int32(zero) * sums[first + t, g] - alone[t]
-        for g in range(a_scale.shape[1]):
-            for t in range(tokens):
-                scale[i, g, t] = a_scale[first + t, g]
-    return True
+@functools.cache
+def _make_interleave(columns, tokens, scale_groups, minimum):
+    """q, a_scale, sums, activations, correction, scale, n, kpad, groups, zero: a tile's tokens side by side.
 
-
-_interleaved = threading.local()  # what this thread's last product used: name -> flat array
-
-
-def _memory(name, shape, dtype):
-    """An array in memory that this thread's next product uses again."""
-    memory, size = vars(_interleaved), math.prod(shape)
-    if name not in memory or len(memory[name]) < size:
-        memory[name] = np.empty(size, dtype)
-    return memory[name][:size].reshape(shape)
-
-
-def interleaved(variant, bits, group, minimum, q, a_scale, sums):
-    """Activations as `make`'s kernels take them: q, a_scale and sums of each tile's tokens side by side. None for
-    arrays that do not fit each other.
-
-    Returns int32 [tiles, words, T], int32 [tiles, groups, T] (times minus the zero point; with a minimum the bits of
-    panels.make_correction's floats), float32 [tiles, groups or 1, T]. The last tile ends with the last token.
+    Into int32 [tiles, words, T], int32 [tiles, groups, T] (times minus the zero point; with a minimum the bits of
+    decode.make_correction's floats), float32 [tiles, groups or 1, T]. The last tile ends with the last token.
     """
-    tokens, _ = isa.SETS[variant].block(bits, group)
-    if q.ndim != 2 or a_scale.ndim != 2 or sums.ndim != 2 or q.shape[1] % 32:
-        return None
-    tiles = -(-len(q) // tokens)
-    widths = {
-        "words": (q.shape[1] // isa.SETS[variant].columns, "i4"),
-        "sums": (sums.shape[1], "i4"),
-        "scales": (a_scale.shape[1], "f4"),
-    }
-    result = [_memory(name, (tiles, width, tokens), dtype) for name, (width, dtype) in widths.items()]
-    zero = isa.SETS[variant].zero_point(bits, group)
-    return result if launch(_interleave, q, a_scale, sums, zero, minimum != 0, *result) else None
+
+    def interleave(row, chunk):
+        w, _ = operands(row)
+        n, kpad, groups = w[6], w[7], w[8]
+        scales, words, tiles = groups if scale_groups else 1, kpad // columns, (n + tokens - 1) // tokens
+        q, a_scale = numba.carray(pointer(w[0]), (n, kpad), np.int8), floats(w[1], (n, scales))
+        sums = numba.carray(pointer(w[2]), (n, groups), np.int32)
+        activations = numba.carray(pointer(w[3]), (tiles, words, tokens), np.int32)[chunk]
+        correction = numba.carray(pointer(w[4]), (tiles, groups, tokens), np.int32)[chunk]
+        scale = floats(w[5], (tiles, scales, tokens))[chunk]
+        first = min(chunk * tokens, n - tokens)
+        for t in range(tokens):
+            alone = _words(q[first + t], columns, activations[:, t])
+            for g in range(groups):
+                if minimum:
+                    factor = a_scale[first + t, g] if scale_groups else np.float32(1)
+                    correction[g, t] = bits_of_float(np.float32(-sums[first + t, g]) * factor)
+                else:
+                    correction[g, t] = -np.int32(w[9]) * sums[first + t, g] - alone
+            for g in range(scales):
+                scale[g, t] = a_scale[first + t, g]
+
+    return chunk_function(f"interleave {columns} {tokens} {scale_groups} {minimum}")(interleave)
 
 
 @functools.cache
-def make(variant, bits, group, scale_groups, minimum):
-    """The kernel of an instruction set, width, group size, kind of activation scale, and minimum.
-
-    matmul(activations, correction, a_scale, packed, w_scale, factors, out): the first three from `interleaved`, the
-    others as in kernels.matmul.
+def _make(variant, bits, group, scale_groups, minimum):
+    """activations, correction, a_scale, packed, w_scale, factors, out, n, kpad, panels, units: TILES tiles of tokens
+    times a unit of panels.
     """
     tokens, _ = isa.SETS[variant].block(bits, group)
     columns = isa.SETS[variant].columns
     unit, panels_a_unit = _make_unit(variant, bits, group, scale_groups, minimum)
+    w_scale_type = scale_type(group, minimum)
 
-    def matmul(activations, correction, a_scale, packed, w_scale, factors, out):
-        tiles, words, width = activations.shape
-        n, panels = out.shape[0], packed.shape[0]
-        groups = columns * words // group if group else 1
-        if width != tokens or n < tokens or tiles != (n + tokens - 1) // tokens or words % 8:
-            return False
-        if correction.shape != (tiles, groups, tokens) or out.shape[1] != 8 * panels:
-            return False
-        if packed.shape != (panels, columns * words * bits // 32, 8, 4) or w_scale.shape != (panels, groups, 8):
-            return False
-        if a_scale.shape != (tiles, groups if scale_groups else 1, tokens):
-            return False
-        if factors.shape != (panels if minimum else 0, factor_blocks(columns * words, minimum), 2, 8):
-            return False
-        passes = (tiles + TILES - 1) // TILES
-        units = (panels + panels_a_unit - 1) // panels_a_unit
-        for task in numba.prange(passes * units):
-            t0 = task // units * TILES
-            t1 = min(tiles, t0 + TILES)
-            unit(activations[t0:t1], correction[t0:t1], a_scale[t0:t1], packed, w_scale, factors, out,
-                 t0 * tokens, min(n, t1 * tokens), task % units * panels_a_unit)  # fmt: skip
-        return True
+    def matmul(row, chunk):
+        w, _ = operands(row)
+        n, kpad, panels, units = w[7], w[8], w[9], w[10]
+        groups, tiles = kpad // group if group else 1, (n + tokens - 1) // tokens
+        activations = numba.carray(pointer(w[0]), (tiles, kpad // columns, tokens), np.int32)
+        correction = numba.carray(pointer(w[1]), (tiles, groups, tokens), np.int32)
+        a_scale = floats(w[2], (tiles, groups if scale_groups else 1, tokens))
+        packed = numba.carray(pointer(w[3]), (panels, kpad * bits // 32, 8, 4), np.uint8)
+        w_scale = numba.carray(pointer(w[4]), (panels, groups, 8), w_scale_type)
+        factors = numba.carray(pointer(w[5]), (panels, factor_blocks(kpad, minimum), 2, 8), np.uint16)
+        t0, t1 = part(chunk // units, TILES, tiles)
+        out = floats(w[6], (n, 8 * panels))
+        unit(activations[t0:t1], correction[t0:t1], a_scale[t0:t1], packed, w_scale, factors, out,
+             t0 * tokens, min(n, t1 * tokens), chunk % units * panels_a_unit)  # fmt: skip
 
-    matmul.__name__ = f"matmul_blocked_{variant}_{bits}_{group}_{'groups' if scale_groups else 'tokens'}_{minimum}"
-    signature = array("i4", 3), array("i4", 3), array("f4", 3), array("u1", 4)
-    signature += array(scale_type(group, minimum), 3), array("u2", 4), array("f4", 2, True)
-    return compiled(*signature, parallel=True, key=matmul.__name__)(matmul)
+    return chunk_function(f"matmul_blocked {variant} {bits} {group} {scale_groups} {minimum}")(matmul), panels_a_unit
+
+
+def product(memory, choice, q, a_scale, sums, packed, w_scale, factors, out):
+    """The operations: activations side by side, then their product. choice: what _make takes."""
+    variant, bits, group, scale_groups, minimum = choice
+    (tokens, _), columns = isa.SETS[variant].block(bits, group), isa.SETS[variant].columns
+    (n, kpad), groups, panels = q.shape, sums.shape[1], len(packed)
+    tiles = -(-n // tokens)
+    activations = memory.array("words", (tiles, kpad // columns, tokens), np.int32)
+    correction = memory.array("sums", (tiles, groups, tokens), np.int32)
+    scale = memory.array("scales", (tiles, a_scale.shape[1], tokens))
+    interleaved = activations, correction, scale
+    zero = isa.SETS[variant].zero_point(bits, group)
+    operand = q, a_scale, sums, *interleaved, n, kpad, groups, zero
+    function = _make_interleave(columns, tokens, scale_groups, minimum != 0)
+    side_by_side = Operation(function, operand, (q, a_scale, sums), interleaved, tiles)
+    function, panels_a_unit = _make(*choice)
+    units = -(-panels // panels_a_unit)
+    operand = *interleaved, packed, w_scale, factors, out, n, kpad, panels, units
+    return [side_by_side, Operation(function, operand, interleaved, (out,), -(-tiles // TILES) * units)]

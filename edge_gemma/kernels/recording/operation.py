@@ -1,13 +1,14 @@
-"""One operation of a recorded program: a kernel cut into chunks for one or several tokens.
+"""One operation: a kernel's work cut into chunks that any thread may do.
 
 Owns: the layout of an operation, how compiled code reads it, and how a kernel describes its own (kernels/registry.py).
-Does not know: any kernel, the order of operations, threads (program.py).
+Does not know: any kernel, the order of operations (program.py), threads (workers.py).
 
 An operation is a row of int64 words: the address of its function, its chunks and window, the address of its token's
 position, whether it waits, then its operands: the addresses of arrays, sizes, and float64 in the same bits. The
 function is called with (address of the row, chunk). What differs from run to run, a position too, lies in arrays.
 """
 
+import struct
 from dataclasses import dataclass
 
 import numba
@@ -15,13 +16,15 @@ import numpy as np
 from numba.core import types
 from numba.extending import intrinsic
 
-from edge_gemma.kernels.compiler import ChunkFunction
+from edge_gemma.kernels.compiler import ChunkFunction, inner
 
 FUNCTION, CHUNKS, WINDOW, POSITION, WAITS, OPERANDS = range(6)
 """Words of an operation. CHUNKS: how many chunks, or, where WINDOW is not -1, how many for each block of keys that the
 token at the position sees (window 0: all keys; position -1: no token). WAITS: whether everything before must be
 finished. OPERANDS: where its operands begin."""
 WORDS = 20
+BLOCK = 128
+"""Keys of a block of attention."""
 
 ELEMENTS = 4096
 """Elements of a chunk of an elementwise operation."""
@@ -29,11 +32,7 @@ CHUNK_BYTES = 1 << 18
 """Weights of a chunk of a large product, which begins without prefetch: a quarter of it costs 8% of a token."""
 
 
-class NotRecordableError(Exception):
-    """What was called cannot be repeated as a program: arithmetic outside the kernels."""
-
-
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Operation:
     """An operation before it is laid out."""
 
@@ -46,16 +45,28 @@ class Operation:
     position: np.ndarray | None = None  # int64 [1], of the token whose keys are meant
     appends: tuple[np.ndarray, ...] = ()  # written where no other operation that appends to them writes
 
+    def words(self, waits: bool) -> list[int]:
+        """The operation's row, without zeros behind it."""
+        head = [self.function.address, self.chunks, self.window, _word(self.position), int(waits)]
+        return head + [_word(operand) for operand in self.operands]
 
-def one_row(rows: np.ndarray) -> None:
-    """Raises NotRecordableError where there are more rows than one token's."""
-    if len(rows) != 1:
-        raise NotRecordableError(f"{len(rows)} rows")
+
+def _word(value: object) -> int:
+    if isinstance(value, np.ndarray):
+        return value.ctypes.data
+    if isinstance(value, float):
+        return struct.unpack("q", struct.pack("d", value))[0]
+    return int(value or 0)  # type: ignore[call-overload]
 
 
 def element_chunks(size: int) -> int:
     """Chunks of an elementwise operation on `size` elements."""
     return -(-size // ELEMENTS)
+
+
+def rows_together(width: int) -> int:
+    """Rows of a chunk of an operation that takes rows of so many elements."""
+    return max(1, ELEMENTS // max(width, 1))
 
 
 # --- for compiled code ------------------------------------------------------------------------------------------------
@@ -71,13 +82,13 @@ def pointer(typing_context, address):
     return types.voidptr(types.int64), emit
 
 
-@numba.njit(error_model="numpy")
+@inner()
 def position_of(row):
     """The position that an operation has. row: its address."""
     return numba.carray(pointer(numba.carray(pointer(row), WORDS, np.int64)[POSITION]), 1, np.int64)[0]
 
 
-@numba.njit(error_model="numpy")
+@inner()
 def operands(row):
     """The operands of an operation as integers and as floats. row: its address."""
     first = row + 8 * OPERANDS
@@ -85,13 +96,19 @@ def operands(row):
     return numba.carray(pointer(first), count, np.int64), numba.carray(pointer(first), count, np.float64)
 
 
-@numba.njit(error_model="numpy")
+@inner()
 def floats(address, shape):
     """The float32 array at an address."""
     return numba.carray(pointer(address), shape, np.float32)
 
 
-@numba.njit(error_model="numpy")
+@inner()
+def part(chunk, together, size):
+    """(begin, end) of what a chunk takes of `size` things, so many together."""
+    return chunk * together, min(size, (chunk + 1) * together)
+
+
+@inner()
 def elements(chunk, size):
     """(begin, end) of a chunk's elements."""
-    return chunk * ELEMENTS, min(size, (chunk + 1) * ELEMENTS)
+    return part(chunk, ELEMENTS, size)
