@@ -148,7 +148,7 @@ def _gather_panels(_, packed, w_scale, ids, bits, group, out):
         return None
     if w_scale.shape != (len(packed), kpad // group if group else 1, 8) or not w_scale.flags.c_contiguous:
         return None
-    if n and not 0 <= ids.min() <= ids.max() < 8 * len(packed):
+    if not all(0 <= i < 8 * len(packed) for i in ids.tolist()):
         return None
     together = rows_together(columns)
     operand = packed, w_scale, ids, out, n, columns, len(packed), bits, group, together

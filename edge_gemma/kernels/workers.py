@@ -1,6 +1,6 @@
 """The threads that kernels share: a fixed few for the whole process, which wait where they disturb nobody.
 
-    workers.run(rows, counters, 2)     # operations in order, by this thread and one more
+    workers.run(operations, length, 2, keep)     # operations in order, by this thread and one more
 
 Every thread goes through the whole list and claims chunks of an operation until none is left; before an operation that
 reads what earlier ones wrote it waits for their claimed chunks to be finished. So a slow core takes fewer chunks,
@@ -32,11 +32,11 @@ from edge_gemma.kernels.compiler import ChunkFunction, chunk_function, inner
 from edge_gemma.kernels.isa import I32, I64, call
 from edge_gemma.kernels.recording.operation import BLOCK, CHUNKS, FUNCTION, POSITION, WAITS, WINDOW, WORDS
 
-LINE = 8
-"""int64 in a cache line: counters of two operations share none."""
-_CLAIMED, _FINISHED, _COUNT = 0, 8, 16  # bytes in an operation's line: run << 32 | chunks claimed; finished; all chunks
-_RUN, _ROWS, _COUNTERS, _OPERATIONS, _THREADS = 0, 64, 72, 80, 88  # bytes in the state: 2 run + 1 while one is on
-_INSIDE = 128  # bytes in the state: a line for each worker, the run that it is in
+_LINE = 64  # bytes of a cache line: claims of two operations share none
+_CLAIMED, _FINISHED = 0, 8  # bytes in an operation's line: run << 32 | chunks claimed; chunks finished
+_ROWS, _LINES, _COUNTS, _LENGTH, _THREADS, _INSIDE = range(0, 48, 8)  # bytes in a list's head
+_RUN, _LIST, _WORKERS = 0, 64, 72  # bytes in the state: 2 run + 1 while one is on; its list's head; slots
+_SLOTS = 128  # bytes in the state: a line for each worker, the run that it is in, -1 for none
 _RUNS = 1 << 30  # numbers of runs
 _SPINS = 4000  # turns a thread waits for chunks of others before it offers its core to someone else
 _SPIN_S = 0.0005  # a worker waits so long for the next run before it sleeps: longer than a sampler takes
@@ -82,13 +82,13 @@ def count_one(typing_context, address):
 
 @intrinsic
 def swap(typing_context, address, old, new):
-    """Put `new` at an address if `old` is there; whether it was."""
+    """Put `new` at an address if `old` is there. What was there."""
 
     def emit(context, builder, signature, arguments):
         place = _place(builder, arguments[0])
-        return builder.extract_value(builder.cmpxchg(place, arguments[1], arguments[2], "acq_rel", "acquire"), 1)
+        return builder.extract_value(builder.cmpxchg(place, arguments[1], arguments[2], "acq_rel", "acquire"), 0)
 
-    return types.boolean(types.int64, types.int64, types.int64), emit
+    return types.int64(types.int64, types.int64, types.int64), emit
 
 
 @intrinsic
@@ -144,23 +144,22 @@ def _chunks(row):
 
 
 @inner()
-def _claim(line, run):
-    """The next chunk of an operation; -1 when all are claimed, or when the counters count for another run."""
-    count = read(line + _COUNT)
-    while True:
-        claimed = read(line + _CLAIMED)
-        chunk = claimed & 0xFFFFFFFF
-        if claimed >> 32 != run or chunk >= count:
-            return -1
-        if swap(line + _CLAIMED, claimed, claimed + 1):
+def _claim(line, run, chunk, count):
+    """The next chunk of an operation, `chunk` or a later one; `count` when all are claimed, or in another run."""
+    while chunk < count:
+        expected = run << 32 | chunk
+        found = swap(line + _CLAIMED, expected, expected + 1)
+        if found == expected:
             return chunk
+        chunk = found & 0xFFFFFFFF if found >> 32 == run else count
+    return count
 
 
 @inner()
-def _wait(state, line, run):
+def _wait(state, line, count, run):
     """Until all chunks of an operation are finished; False when the run is over."""
     turns = 0
-    while read(line + _FINISHED) < read(line + _COUNT):
+    while read(line + _FINISHED) < count:
         if read(state + _RUN) >> 1 != run:
             return False
         turns += 1
@@ -172,56 +171,60 @@ def _wait(state, line, run):
 
 
 @inner()
-def _work_through(state, rows, counters, operations, run):
+def _work_through(state, head, run):
+    rows, lines, counts = read(head + _ROWS), read(head + _LINES), read(head + _COUNTS)
     begin = 0
-    for i in range(operations):
-        row, line = rows + i * 8 * WORDS, counters + i * 8 * LINE
+    for i in range(read(head + _LENGTH)):
+        row, line, count = rows + i * 8 * WORDS, lines + i * _LINE, read(counts + i * 8)
         if read(row + 8 * WAITS):
             for j in range(begin, i):
-                if not _wait(state, counters + j * 8 * LINE, run):
+                if not _wait(state, lines + j * _LINE, read(counts + j * 8), run):
                     return
             begin = i
-        chunk = _claim(line, run)
-        while chunk >= 0:
+        chunk = _claim(line, run, 0, count)
+        while chunk < count:
             invoke(row, chunk)
             count_one(line + _FINISHED)
-            chunk = _claim(line, run)
+            chunk = _claim(line, run, chunk + 1, count)
 
 
 @chunk_function("lead")
-def _lead(state, workers):
-    """A run, from its beginning to its end. Afterwards _THREADS says how many of the workers have not left yet."""
+def _lead(state, head):
+    """A run, from its beginning to its end. _INSIDE becomes the number of workers that have not left then."""
     run = ((read(state + _RUN) >> 1) + 1) % _RUNS
-    rows, counters, operations = read(state + _ROWS), read(state + _COUNTERS), read(state + _OPERATIONS)
-    for i in range(operations):
-        line = counters + i * 8 * LINE
-        write(line + _CLAIMED, run << 32)
-        write(line + _FINISHED, 0)
-        write(line + _COUNT, _chunks(rows + i * 8 * WORDS))
+    rows, lines, counts, length = read(head + _ROWS), read(head + _LINES), read(head + _COUNTS), read(head + _LENGTH)
+    for i in range(length):
+        write(lines + i * _LINE + _CLAIMED, run << 32)
+        write(lines + i * _LINE + _FINISHED, 0)
+        write(counts + i * 8, _chunks(rows + i * 8 * WORDS))
+    write(state + _LIST, head)
     write(state + _RUN, 2 * run + 1)
-    _work_through(state, rows, counters, operations, run)
-    for i in range(operations):
-        _wait(state, counters + i * 8 * LINE, run)
+    _work_through(state, head, run)
+    for i in range(length):
+        _wait(state, lines + i * _LINE, read(counts + i * 8), run)
     write(state + _RUN, 2 * run)
     inside = 0
-    for worker in range(workers):
-        inside += read(state + _INSIDE + worker * 8 * LINE) != -1
-    write(state + _THREADS, inside)
+    for worker in range(read(state + _WORKERS)):
+        inside += read(state + _SLOTS + worker * _LINE) != -1
+    write(head + _INSIDE, inside)
 
 
 @chunk_function("follow")
 def _follow(request, worker):
     """A worker's part in every run, until there was none for some turns. request: the state's address, those turns."""
     state, turns = read(request), read(request + 8)
-    mine = state + _INSIDE + worker * 8 * LINE
+    mine = state + _SLOTS + worker * _LINE
     last, idle = -1, 0
     while idle < turns:
         run = read(state + _RUN)
-        if run & 1 and run != last and read(state + _THREADS) > worker + 1:
+        if run & 1 and run != last:
             write(mine, run >> 1)
             if read(state + _RUN) == run:
-                _work_through(state, read(state + _ROWS), read(state + _COUNTERS), read(state + _OPERATIONS), run >> 1)
-                last, idle = run, 0
+                head = read(state + _LIST)
+                if read(head + _THREADS) > worker + 1:
+                    _work_through(state, head, run >> 1)
+                    idle = 0
+                last = run
             write(mine, -1)
         else:
             pause()
@@ -229,6 +232,27 @@ def _follow(request, worker):
 
 
 # --- Python's side ----------------------------------------------------------------------------------------------------
+
+
+class List:
+    """Rows of operations (recording/operation.py) as the workers take them: int64 [most, WORDS]."""
+
+    def __init__(self, most: int) -> None:
+        self.rows = np.zeros((most, WORDS), np.int64)
+        self._lines = np.zeros((most, _LINE // 8), np.int64)
+        self._counts = np.zeros(most, np.int64)
+        addresses = (array.ctypes.data for array in (self.rows, self._lines, self._counts))
+        self._head = np.array([*addresses, most, 1, 0], np.int64)
+        self.address = self._head.ctypes.data
+
+    def begin(self, length: int, threads: int) -> None:
+        """So many of the rows are to be done by so many threads."""
+        self._head[_LENGTH // 8], self._head[_THREADS // 8] = length, threads
+
+    @property
+    def inside(self) -> bool:
+        """Whether a worker still looked at some list when the last run of this one ended."""
+        return self._head[_INSIDE // 8] != 0
 
 
 def _callable(function: ChunkFunction) -> ctypes._CFuncPtr:
@@ -240,29 +264,27 @@ class Workers:
 
     def __init__(self, most: int) -> None:
         """most: threads, with the caller's."""
-        self._state = np.full(_INSIDE // 8 + most * LINE, -1, np.int64)
-        self._state[: _INSIDE // 8] = 0
+        self._state = np.full((_SLOTS + most * _LINE) // 8, -1, np.int64)
+        self._state[: _SLOTS // 8] = 0
+        self._state[_WORKERS // 8] = most
         self._address = self._state.ctypes.data
         self._one_at_a_time = threading.Lock()
         self._changed = threading.Condition()
         self._runs = 0  # that workers were asked to take part in
         self._asleep = 0
         self._started = 0
-        self._lead = None
-        self._kept: dict[int, object] = {}  # what a worker that came too late may still look at
+        self._lead = _callable(_lead)
+        self._kept: set[object] = set()  # what a worker that came too late may still look at
 
-    def run(self, rows: np.ndarray, counters: np.ndarray, threads: int) -> None:
-        """Do operations in their order. rows: int64 [n, WORDS]; counters: int64 [n, LINE], of no meaning."""
+    def run(self, operations: List, length: int, threads: int, keep: object) -> None:
+        """Do the first operations, so many, in their order. keep: what stays alive as long as a worker may look."""
         with self._one_at_a_time:
-            if self._lead is None:
-                self._lead = _callable(_lead)
             if threads > 1:
                 self._wake(threads - 1)
-            state = self._state
-            state[_ROWS // 8 : _THREADS // 8 + 1] = rows.ctypes.data, counters.ctypes.data, len(rows), threads
-            self._lead(self._address, self._started)
-            if state[_THREADS // 8]:
-                self._kept[rows.ctypes.data] = rows, counters
+            operations.begin(length, threads)
+            self._lead(self._address, operations.address)
+            if operations.inside:
+                self._kept.add(keep)
             elif self._kept:
                 self._kept.clear()
 
@@ -297,13 +319,13 @@ _workers: Workers | None = None
 _making = threading.Lock()
 
 
-def run(rows: np.ndarray, counters: np.ndarray, threads: int) -> None:
-    """Do operations in their order, by this thread and others. rows, counters: as `Workers.run` takes them."""
+def run(operations: List, length: int, threads: int, keep: object) -> None:
+    """Do operations in their order, by this thread and others: as `Workers.run`."""
     global _workers
     if _workers is None:
         with _making:
             _workers = _workers or Workers(numba.config.NUMBA_NUM_THREADS)
-    _workers.run(rows, counters, threads)
+    _workers.run(operations, length, threads, keep)
 
 
 def _after_fork() -> None:

@@ -8,6 +8,7 @@ position, whether it waits, then its operands: the addresses of arrays, sizes, a
 function is called with (address of the row, chunk). What differs from run to run, a position too, lies in arrays.
 """
 
+import ctypes
 import struct
 from dataclasses import dataclass
 
@@ -45,18 +46,32 @@ class Operation:
     position: np.ndarray | None = None  # int64 [1], of the token whose keys are meant
     appends: tuple[np.ndarray, ...] = ()  # written where no other operation that appends to them writes
 
-    def words(self, waits: bool) -> list[int]:
-        """The operation's row, without zeros behind it."""
-        head = [self.function.address, self.chunks, self.window, _word(self.position), int(waits)]
-        return head + [_word(operand) for operand in self.operands]
+    def lay_out(self, rows: np.ndarray, i: int, waits: bool) -> None:
+        """Write the operation into rows[i], int64 [WORDS]."""
+        words = [self.function.address, self.chunks, self.window, _word(self.position), waits]
+        words += map(_word, self.operands)
+        _PACK[len(words)](rows, 8 * WORDS * i, *words)
+
+
+_PACK = [struct.Struct(f"{length}q").pack_into for length in range(WORDS + 1)]
+_BITS = struct.Struct("q").unpack, struct.Struct("d").pack
+_HEAD = object.__basicsize__
+
+
+def address(array: np.ndarray) -> int:
+    """Where an array's data lie. `array.ctypes.data` says so too, in a microsecond.
+
+    NumPy's structure of an array begins with the pointer (ndarraytypes.h, PyArrayObject_fields).
+    """
+    return ctypes.c_int64.from_address(id(array) + _HEAD).value
 
 
 def _word(value: object) -> int:
     if isinstance(value, np.ndarray):
-        return value.ctypes.data
+        return address(value)
     if isinstance(value, float):
-        return struct.unpack("q", struct.pack("d", value))[0]
-    return int(value or 0)  # type: ignore[call-overload]
+        return _BITS[0](_BITS[1](value))[0]
+    return 0 if value is None else value  # type: ignore[return-value]
 
 
 def element_chunks(size: int) -> int:

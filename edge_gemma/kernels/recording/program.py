@@ -19,7 +19,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import numpy as np
 
 from edge_gemma.kernels import compiler, workers
-from edge_gemma.kernels.recording.operation import WORDS, Operation
+from edge_gemma.kernels.recording.operation import Operation
 
 
 class Memory:
@@ -70,14 +70,12 @@ class Program:
 
     def __init__(self, operations: Sequence[Operation], rings: dict[tuple[int, int], np.ndarray] | None = None) -> None:
         self._operations, self._rings = operations, rings or {}
-        self._rows = np.zeros((len(operations), WORDS), np.int64)
-        self._counters = np.zeros((len(operations), workers.LINE), np.int64)
-        for row, operation, waits in zip(self._rows, operations, _waits(operations), strict=True):
-            words = operation.words(waits)
-            row[: len(words)] = words
+        self._list = workers.List(len(operations))
+        for i, (operation, waits) in enumerate(zip(operations, _waits(operations), strict=True)):
+            operation.lay_out(self._list.rows, i, waits)
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self._operations)
 
     def move(self, position: np.ndarray, recorded: np.ndarray, k_cache: np.ndarray, v_cache: np.ndarray) -> None:
         """Let the token at `position` use another cache than the one whose keys are `recorded`, from now on.
@@ -88,7 +86,7 @@ class Program:
 
     def run(self) -> None:
         """Repeat the operations."""
-        workers.run(self._rows, self._counters, compiler.threads())
+        workers.run(self._list, len(self), compiler.threads(), self)
 
 
 @contextlib.contextmanager
@@ -107,8 +105,7 @@ class _Mine(threading.local):
     def __init__(self) -> None:
         self.recorder: Recorder | None = None
         self.memory = Memory()
-        self.rows = np.zeros((_MOST_ALONE, WORDS), np.int64)
-        self.counters = np.zeros((_MOST_ALONE, workers.LINE), np.int64)
+        self.list = workers.List(_MOST_ALONE)
 
 
 _MOST_ALONE = 4  # operations of a kernel
@@ -124,10 +121,9 @@ def call(operations: Sequence[Operation]) -> None:
     """Do the operations of a kernel, each after the one before, and write them down if this thread is recorded."""
     mine, alone = _mine, True
     for i, operation in enumerate(operations):
-        words = operation.words(i > 0)
-        mine.rows[i, : len(words)] = words
+        operation.lay_out(mine.list.rows, i, i > 0)
         alone &= operation.chunks == 1 and operation.window < 0
-    workers.run(mine.rows[: len(operations)], mine.counters, 1 if alone else compiler.threads())
+    workers.run(mine.list, len(operations), 1 if alone else compiler.threads(), mine.list)
     if mine.recorder is not None:
         mine.recorder.operations += operations
 
