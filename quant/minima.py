@@ -104,7 +104,6 @@ def _pair(
 @compiled(
     array(np.float32, 2), array(np.float32, 1), numba.float32, numba.float32, numba.int64, numba.int64,
     array(np.uint8, 3, written=True), array(np.float32, 3, written=True),
-    parallel=True,
 )  # fmt: skip
 def _search(
     weights: np.ndarray,
@@ -119,7 +118,7 @@ def _search(
     rows, columns = weights.shape
     if len(importance) != columns or pairs.shape[0] != rows or factors.shape[0] != rows:
         return False
-    for row in numba.prange(rows):
+    for row in range(rows):
         lines = np.empty((FACTOR_COLUMNS // group, 2), np.float32)
         for block in range(factors.shape[1]):
             first = block * (FACTOR_COLUMNS // group)

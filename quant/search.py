@@ -33,7 +33,7 @@ _REACH = {2: (0.8, 2.6), 4: (5.0, 9.5)}
 
 @compiled(
     array(np.float32, 2), array(np.float32, 1), numba.int64, numba.int64, numba.float32, numba.float32,
-    array(np.float32, 2, written=True), parallel=True, fastmath={"reassoc", "contract", "nsz"},
+    array(np.float32, 2, written=True), fastmath={"reassoc", "contract", "nsz"},
 )  # fmt: skip
 def _search(
     weights: np.ndarray,
@@ -49,7 +49,7 @@ def _search(
         return False
     highest = np.float32(-lowest - 1)
     low = np.float32(lowest)
-    for row in numba.prange(rows):
+    for row in range(rows):
         for g in range(scales.shape[1]):
             start = g * group
             stop = min(start + group, columns)
@@ -75,11 +75,11 @@ def _search(
 
 @compiled(
     array(np.float32, 2), array(np.float32, 3), numba.int64, numba.int64, numba.int64,
-    array(np.int8, 2, written=True), parallel=True,
+    array(np.int8, 2, written=True),
 )  # fmt: skip
 def _nearest(weights: np.ndarray, lines: np.ndarray, lowest: int, highest: int, group: int, values: np.ndarray) -> bool:
     low, high = np.float32(lowest), np.float32(highest)
-    for row in numba.prange(weights.shape[0]):
+    for row in range(weights.shape[0]):
         for g in range(lines.shape[1]):
             scale, minimum = lines[row, g, 0], lines[row, g, 1]
             inverse = np.float32(0) if abs(scale) < np.float32(1e-30) else np.float32(1) / scale

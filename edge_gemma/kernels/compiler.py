@@ -1,7 +1,7 @@
 """Compiling kernels, and keeping the machine code on disk.
 
-Owns: the `compiled` decorator (numba, compiled at the first call), the on-disk cache, the number of threads, and what
-must not happen meanwhile: Ctrl-C and fork. Does not know: what any kernel computes.
+Owns: chunk functions and the `compiled` decorator (numba, compiled at the first call), the on-disk cache, and the
+number of threads a call uses. Does not know: what any kernel computes, the threads themselves (workers.py).
 
 This is the one door to numba's internals. What is taken for granted about them, each with a test of its own in
 tests/kernels/test_compiler.py; pyproject.toml admits no numba that was not tested:
@@ -13,9 +13,7 @@ tests/kernels/test_compiler.py; pyproject.toml admits no numba that was not test
 4. CFunc(function, (arguments, result), locals, options) compiles at compile(); before, its address is None.
 5. dispatcher.compile(signature), then disable_compile(): other arguments raise TypeError and compile nothing.
 6. A read-only array type takes writeable arrays as well, without a second compilation.
-7. set_num_threads holds for the calling thread alone.
-8. threading_layer() raises ValueError until a kernel with threads was used.
-9. codegen().magic_tuple() is (target triple, CPU name, "+feature,-feature,...").
+7. codegen().magic_tuple() is (target triple, CPU name, "+feature,-feature,...").
 
 The cache is a folder of the user's cache, named after a digest of the kernels' sources (sources.py), the numba and
 llvmlite versions and Python's: an edited intrinsic never meets old code (numba's own cache would not notice). One file
@@ -70,21 +68,13 @@ log = logging.getLogger(__name__)
 # from a random start. (Seen: a kernel for scales a group that ran the code for scales a token.)
 FunctionIdentity._unique_ids = itertools.count(secrets.randbits(60))
 
-recording = threading.local()  # .recorder: who writes down this thread's kernel calls (recording/program.py), or None
 CHUNK_ARGUMENTS = (types.int64, types.int64)
-_caller = threading.local()  # .threads: what this thread told numba; .limit: what `use_threads` asks for here
-# Turns a thread of libgomp spins for the others before it sleeps, half a millisecond at most. The default, thirty times
-# more, is as fast on an idle machine and 4 to 8 times slower on a busy one: a thread that spins keeps its partner off
-# the core. With a tenth of it, waking costs 50 us a launch on some virtual machines.
-_SPIN_COUNT = "10000"
+_caller = threading.local()  # .limit: what `use_threads` asks for here
 _announce: Callable[[], object] | None = None
-_launch = threading.Lock()  # numba's workqueue layer aborts the process when two threads launch at once
+_compiling = threading.RLock()  # a function is compiled once
 _threads: int | None = None
-_orphaned = False  # forked from a process that had started OpenMP's threads: they are not here, and it waits for them
 _cache_root: Path | None = None
 _KEEP_DAYS = 14
-SERIAL_ELEMENTS = 1 << 15
-"""Elements below which an elementwise kernel runs on the calling thread: a launch costs microseconds."""
 _FOLDER_NAME = re.compile(r"[0-9a-f]{24}")
 _unwritable = False
 
@@ -249,15 +239,16 @@ def array(dtype, axes: int, written: bool = False) -> types.Array:
     return types.Array(numba.from_dtype(np.dtype(dtype)), axes, "C", readonly=not written)
 
 
-def compiled(*signature, parallel=False, fastmath=False, key=None):
-    """Decorator: a function compiled for one signature, at its first launch or from the cache. It releases the GIL.
+def compiled(*signature, fastmath=False, key=None):
+    """Decorator: a function compiled for one signature, at its first launch or from the cache. It releases the GIL, and
+    knows no threads: it is for work that threads share out among themselves.
 
     It returns False for shapes that do not fit each other, before touching anything, and else True. `key` names the
     choices a closure was made with: functions of one module with the same key are the same code.
     """
 
     def decorate(function):
-        dispatcher = numba.njit(parallel=parallel, fastmath=fastmath, nogil=True, error_model="numpy")(function)
+        dispatcher = numba.njit(fastmath=fastmath, nogil=True, error_model="numpy")(function)
         dispatcher._cache = _KernelCache(function, key)
         dispatcher.kernel_signature = signature
         return dispatcher
@@ -285,8 +276,9 @@ class ChunkFunction:
 
     @functools.cached_property
     def address(self) -> int:
-        with interrupts.held():
-            self._compiled.compile()
+        with _compiling, interrupts.held():
+            if self._compiled.address is None:
+                self._compiled.compile()
         return self._compiled.address
 
 
@@ -295,47 +287,28 @@ def chunk_function(key: str):
     return lambda function: ChunkFunction(function, key)
 
 
-def is_compiled(function) -> bool:
-    """Whether this is what `compiled` returns."""
-    return hasattr(function, "kernel_signature")
-
-
 def make_ready(dispatcher) -> None:
-    """Compile a kernel, or load it, if it was not used yet."""
-    if not dispatcher.overloads:
-        os.environ.setdefault("GOMP_SPINCOUNT", _SPIN_COUNT)  # read when libgomp is loaded, with the first kernel
-        with interrupts.held():
-            dispatcher.compile(dispatcher.kernel_signature)
-        dispatcher.disable_compile()
+    """Compile what `compiled` returned, or load it, if it was not used yet."""
+    with _compiling:
+        if not dispatcher.overloads:
+            with interrupts.held():
+                dispatcher.compile(dispatcher.kernel_signature)
+            dispatcher.disable_compile()
 
 
 def launch(dispatcher, *args) -> bool:
-    """Call a kernel with the chosen number of threads, one launch at a time. False: the arguments do not fit.
-
-    Raises UsageError in a process that cannot launch any more, because it was forked.
-    """
-    if _orphaned:
-        raise UsageError(
-            "this process was forked from one that had used a model, and GNU OpenMP does not work here: start it with "
-            "multiprocessing's method 'spawn', or fork before the first use"
-        )
-    with _launch:
-        make_ready(dispatcher)
-        if getattr(_caller, "threads", 0) != (wanted := threads()):  # numba keeps the number per calling thread
-            numba.set_num_threads(wanted)
-            _caller.threads = wanted
-        try:
-            return dispatcher(*args)
-        except TypeError:  # another dtype, number of axes or memory order
-            return False
+    """Call what `compiled` returned. False: the arguments do not fit."""
+    make_ready(dispatcher)
+    try:
+        return dispatcher(*args)
+    except TypeError:  # another dtype, number of axes or memory order
+        return False
 
 
 def _after_fork() -> None:
     """In the child. Its parent's other threads are gone, and with them whoever holds the lock."""
-    global _launch, _orphaned
-    _launch = threading.Lock()
-    with contextlib.suppress(ValueError):  # no kernel has run yet
-        _orphaned = _orphaned or numba.threading_layer() == "omp"
+    global _compiling
+    _compiling = threading.RLock()
 
 
 if hasattr(os, "register_at_fork"):

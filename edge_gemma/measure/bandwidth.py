@@ -19,7 +19,9 @@ from numba.extending import intrinsic
 from edge_gemma import kernels
 from edge_gemma.errors import UsageError
 from edge_gemma.kernels import isa
-from edge_gemma.kernels.compiler import array, compiled, launch
+from edge_gemma.kernels.compiler import chunk_function
+from edge_gemma.kernels.recording import program
+from edge_gemma.kernels.recording.operation import Operation, operands, pointer
 
 _PASS_BYTES = 256_000_000  # the fewest bytes of one timed pass
 _PASSES = 4
@@ -52,7 +54,7 @@ class ReadBandwidth:
 
     def _sum(self) -> None:
         with kernels.use_threads(self._parts):
-            launch(_sum, self._words, self._parts, np.empty(1, np.uint64))
+            sum_of(self._words, self._parts)
 
     @property
     def _read(self) -> int:
@@ -70,19 +72,25 @@ def _prefetch(typing_context, array, index):  # type: ignore[no-untyped-def]
     return types.void(array, types.int64), emit
 
 
-@compiled(array("u8", 1), types.int64, array("u8", 1, True), parallel=True)
-def _sum(words, parts, out):  # type: ignore[no-untyped-def]
-    """out[0] = the sum of words, uint64 [n]. Each of `parts` threads reads a part, in _STREAMS runs at a time."""
-    run = len(words) // (parts * _STREAMS * _LINE) * _LINE
+@chunk_function("sum_of")
+def _sum_chunk(row, chunk):  # type: ignore[no-untyped-def]
+    """words, sums, n, parts: a part, in _STREAMS runs at a time."""
+    w, _ = operands(row)
+    words = numba.carray(pointer(w[0]), w[2], np.uint64)  # type: ignore[call-arg]
+    sums = numba.carray(pointer(w[1]), w[3], np.uint64)
+    run = w[2] // (w[3] * _STREAMS * _LINE) * _LINE
     total = np.uint64(0)
-    for part in numba.prange(parts):
-        partial = np.uint64(0)
-        for line in range(part * _STREAMS * run, (part * _STREAMS + 1) * run, _LINE):
-            for stream in range(_STREAMS):
-                first = line + stream * run
-                _prefetch(words, first + _AHEAD)  # type: ignore[call-arg]  # ignored beyond the end
-                for word in range(_LINE):
-                    partial += words[first + word]
-        total += partial
-    out[0] = total
-    return True
+    for line in range(chunk * _STREAMS * run, (chunk * _STREAMS + 1) * run, _LINE):
+        for stream in range(_STREAMS):
+            first = line + stream * run
+            _prefetch(words, first + _AHEAD)  # ignored beyond the end
+            for word in range(_LINE):
+                total += words[first + word]
+    sums[chunk] = total
+
+
+def sum_of(words: np.ndarray, parts: int) -> int:
+    """The sum of words, uint64 [n], modulo 2^64, but for the last that do not fill `parts` parts evenly."""
+    sums = np.empty(parts, np.uint64)
+    program.call([Operation(_sum_chunk, (words, sums, len(words), parts), (words,), (sums,), parts)])
+    return int(sums.sum())

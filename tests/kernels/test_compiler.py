@@ -6,7 +6,6 @@ import itertools
 import pickle
 import subprocess
 import sys
-import threading
 
 import numba
 import numpy as np
@@ -132,30 +131,7 @@ def test_6_arrays_that_are_only_read_may_be_writeable_or_not() -> None:
     assert dispatcher(x) == 3
 
 
-@pytest.mark.skipif(numba.config.NUMBA_NUM_THREADS < 2, reason="one thread")
-def test_7_the_number_of_threads_holds_for_the_calling_thread() -> None:
-    outside, found = numba.get_num_threads(), []
-
-    def other() -> None:
-        numba.set_num_threads(1)
-        found.append(numba.get_num_threads())
-
-    numba.set_num_threads(2)
-    try:
-        thread = threading.Thread(target=other)
-        thread.start()
-        thread.join()
-        assert [*found, numba.get_num_threads()] == [1, 2]
-    finally:
-        numba.set_num_threads(outside)
-
-
-def test_8_the_threading_layer_is_unknown_until_a_kernel_used_it() -> None:
-    script = "import numba\ntry: numba.threading_layer()\nexcept ValueError: print('unknown')"
-    assert subprocess.check_output([sys.executable, "-c", script], text=True, timeout=120) == "unknown\n"
-
-
-def test_9_the_target_is_a_triple_a_cpu_and_its_features() -> None:
+def test_7_the_target_is_a_triple_a_cpu_and_its_features() -> None:
     triple, cpu, features = compiler.target(cpu_target.target_context)
     assert triple.count("-") >= 2
     assert cpu
