@@ -13,7 +13,10 @@ from edge_gemma.folder.drafter_folder import DrafterFolder
 from edge_gemma.folder.folder import ModelFolder
 from edge_gemma.folder.prefix_files import PrefixFiles
 from edge_gemma.host import places
-from edge_gemma.kernels import sources
+from edge_gemma.kernels import preparing, sources, workers
+from edge_gemma.kernels.compiler import ChunkFunction
+from edge_gemma.kernels.matrix.packed import PREFILL_FROM
+from edge_gemma.kernels.recording import program
 from edge_gemma.model.decoder import Decoder
 from edge_gemma.model.drafter import Drafter
 from edge_gemma.model.drafter import bind as bind_drafter
@@ -51,6 +54,7 @@ class NativeModel:
         self.between: Callable[[], None] = lambda: None  # Engine.between
         self._prefixes = _prefixes(self._identity, self._kv_dtype, megabytes) if megabytes else None
         self._batch = Batch(self.decoder, CHUNK, self._kv_dtype, threads, lambda: self.between())
+        preparing.opened.add(self)
 
     @staticmethod
     def check(kv_dtype: str | None, cache_size: int | None) -> None:
@@ -67,6 +71,14 @@ class NativeModel:
             self.decoder, context, self._kv_dtype, self._identity, self._soft_ids, self._threads, prefixes,
             between=lambda: self.between(), batch=self._batch,
         )  # fmt: skip
+
+    def needed(self) -> set[ChunkFunction]:
+        """What the first answer is computed with: a long prompt or a short one, then single tokens."""
+        session = Session(self.decoder, 2 * PREFILL_FROM, self._kv_dtype, self._identity)
+        with program.collect() as functions:
+            for length in (PREFILL_FROM, PREFILL_FROM - 1, 1):
+                session.prefill([0] * length)
+        return functions | workers.functions()
 
     def drafter(self, folder: DrafterFolder) -> Drafter:
         """The drafter in `folder`. Raises UsageError if it was made for another model, ModelFolderError."""

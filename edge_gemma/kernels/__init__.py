@@ -9,6 +9,7 @@ All arrays are C-contiguous (anything else is a ValueError); floats are float32.
 uint16 view. Results do not depend on the number of threads, nor on how many rows are computed in one call.
 """
 
+from edge_gemma.kernels import compiler, preparing
 from edge_gemma.kernels.attend.blocks import *
 from edge_gemma.kernels.attend.full import *
 from edge_gemma.kernels.attend.store import *
@@ -21,3 +22,5 @@ from edge_gemma.kernels.quantize import *
 from edge_gemma.kernels.rows import *
 from edge_gemma.kernels.select import *
 from edge_gemma.kernels.variants import *
+
+compiler.before_compiling = preparing.prepare

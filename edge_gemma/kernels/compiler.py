@@ -71,6 +71,7 @@ FunctionIdentity._unique_ids = itertools.count(secrets.randbits(60))
 CHUNK_ARGUMENTS = (types.int64, types.int64)
 _caller = threading.local()  # .limit: what `use_threads` asks for here
 _announce: Callable[[], object] | None = None
+before_compiling: Callable[[], object] | None = None  # called when a chunk function is not on disk (preparing.py)
 _compiling = threading.RLock()  # a function is compiled once
 _threads: int | None = None
 _cache_root: Path | None = None
@@ -116,6 +117,17 @@ def announce_compiling(announce: Callable[[], object] | None) -> None:
     _announce = announce
 
 
+def announce() -> None:
+    """Say that something is about to be compiled."""
+    if _announce is not None:
+        _announce()
+
+
+def keeps() -> bool:
+    """Whether compiled kernels are kept on disk, as far as is known."""
+    return cache_directory() is not None and not _unwritable
+
+
 def cache_note() -> str | None:
     """One line for the user when compiled kernels cannot be kept, else None."""
     if not _unwritable:
@@ -157,6 +169,12 @@ class _KernelCache(_Cache):
             raise FileNotFoundError
         return folder / f"{self._name}-{hashlib.sha256(key.encode()).hexdigest()[:32]}.bin"
 
+    def has(self, sig) -> bool:
+        """Whether there is a file, whole or not."""
+        with contextlib.suppress(OSError):
+            return self._path(sig, cpu_target.target_context.codegen()).exists()
+        return False
+
     def load_overload(self, sig, target_context):
         if not self._enabled:
             return None
@@ -170,8 +188,7 @@ class _KernelCache(_Cache):
                 return None
             return compiler.CompileResult._rebuild(target_context, *pickle.loads(body))
         except OSError:
-            if _announce is not None:
-                _announce()
+            announce()
             return None
 
     def save_overload(self, sig, data):
@@ -272,10 +289,18 @@ class ChunkFunction:
 
     def __init__(self, function, key: str) -> None:
         self._compiled = CFunc(function, (CHUNK_ARGUMENTS, types.void), {}, {"error_model": "numpy"})
-        self._compiled._cache = _KernelCache(function, key)
+        self._compiled._cache = self._cache = _KernelCache(function, key)
+        self.name = function.__name__
+
+    @property
+    def kept(self) -> bool:
+        """Whether it is compiled, or on disk."""
+        return self._compiled.address is not None or self._cache.has(self._compiled._sig)
 
     @functools.cached_property
     def address(self) -> int:
+        if before_compiling is not None and not self.kept:
+            before_compiling()
         with _compiling, interrupts.held():
             if self._compiled.address is None:
                 self._compiled.compile()

@@ -234,6 +234,11 @@ def _follow(request, worker):
 # --- Python's side ----------------------------------------------------------------------------------------------------
 
 
+def functions() -> set[ChunkFunction]:
+    """What the workers themselves are compiled from."""
+    return {_lead, _follow}
+
+
 class List:
     """Rows of operations (recording/operation.py) as the workers take them: int64 [most, WORDS]."""
 

@@ -19,6 +19,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import numpy as np
 
 from edge_gemma.kernels import compiler, workers
+from edge_gemma.kernels.compiler import ChunkFunction
 from edge_gemma.kernels.recording.operation import Operation
 
 
@@ -99,11 +100,22 @@ def record() -> Iterator[Recorder]:
         _mine.recorder = None
 
 
+@contextlib.contextmanager
+def collect() -> Iterator[set[ChunkFunction]]:
+    """Note what the kernels are made of that this thread calls. Nothing is computed: what they write becomes 0."""
+    _mine.collected = set()
+    try:
+        yield _mine.collected
+    finally:
+        _mine.collected = None
+
+
 class _Mine(threading.local):
     """What a thread has: who writes its kernels down, and what it needs to call one alone."""
 
     def __init__(self) -> None:
         self.recorder: Recorder | None = None
+        self.collected: set[ChunkFunction] | None = None
         self.memory = Memory()
         self.list = workers.List(_MOST_ALONE)
 
@@ -120,6 +132,12 @@ def memory() -> Memory:
 def call(operations: Sequence[Operation]) -> None:
     """Do the operations of a kernel, each after the one before, and write them down if this thread is recorded."""
     mine, alone = _mine, True
+    if mine.collected is not None:
+        for operation in operations:
+            mine.collected.add(operation.function)
+            for array in operation.writes:
+                array.fill(0)
+        return
     for i, operation in enumerate(operations):
         operation.lay_out(mine.list.rows, i, i > 0)
         alone &= operation.chunks == 1 and operation.window < 0
