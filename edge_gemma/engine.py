@@ -50,11 +50,7 @@ _BACKENDS: dict[str, type[NativeModel | OnnxModel]] = {"native": NativeModel, "o
 
 
 class Engine:
-    """A loaded model. Read-only: sessions hold all state, and any number may be open.
-
-    After `fork` a child cannot use what its parent has used: its calls raise UsageError. multiprocessing's method
-    "spawn" has no such trouble.
-    """
+    """A loaded model. Read-only: sessions hold all state, and any number may be open. A forked child may use it too."""
 
     def __init__(
         self,
