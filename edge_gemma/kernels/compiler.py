@@ -141,7 +141,7 @@ class _KernelCache(_Cache):
     """numba's cache interface over one digest-checked file a compiled function."""
 
     def __init__(self, py_func, key):
-        self._name = py_func.__name__
+        self._name = re.sub(r"\W", "_", key or py_func.__name__)
         self._module = py_func.__module__
         self._sources = _sources_at_import(self._module)
         self._key = f"{self._module} {self._sources} {key or self._name}"
@@ -290,7 +290,7 @@ class ChunkFunction:
     def __init__(self, function, key: str) -> None:
         self._compiled = CFunc(function, (CHUNK_ARGUMENTS, types.void), {}, {"error_model": "numpy"})
         self._compiled._cache = self._cache = _KernelCache(function, key)
-        self.name = function.__name__
+        self.name = key
 
     @property
     def kept(self) -> bool:
@@ -308,7 +308,7 @@ class ChunkFunction:
 
 
 def chunk_function(key: str):
-    """Decorator: a ChunkFunction. `key` as in `compiled`."""
+    """Decorator: a ChunkFunction. `key` as in `compiled`; it begins with a name, and behind that has the choices."""
     return lambda function: ChunkFunction(function, key)
 
 

@@ -59,7 +59,7 @@ def prepare() -> None:
 
 def _comes_later(function: ChunkFunction) -> tuple[bool, str]:
     """Those that are made for a model's choices are the large ones, and come first."""
-    return function.name.startswith("_"), function.name
+    return " " not in function.name, function.name
 
 
 def _can_fork() -> bool:

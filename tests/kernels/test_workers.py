@@ -6,13 +6,15 @@ import sys
 import threading
 import time
 
+import numba
 import numpy as np
 import pytest
 
 from edge_gemma import kernels
 from edge_gemma.kernels import workers
+from edge_gemma.kernels.compiler import chunk_function
 from edge_gemma.kernels.recording import program
-from edge_gemma.kernels.recording.operation import WORDS, address
+from edge_gemma.kernels.recording.operation import WORDS, Operation, address, operands, pointer
 from tests import ROOT
 
 CROWD = """
@@ -121,6 +123,49 @@ def test_a_late_worker_finds_nothing_and_what_it_looks_at_is_kept(pool: workers.
         pool.run(second._list, 1, 1, second)
     assert not pool._kept
     assert not np.any(x > 0.125)
+
+
+@chunk_function("late")
+def late(request, _):
+    """A worker that was stopped before it looked for chunks: of a run that is over."""
+    workers._work_through(workers.read(request), workers.read(request + 8), workers.read(request + 16))
+
+
+@pytest.mark.parametrize("length", [1, 3])
+def test_a_late_worker_does_nothing(pool: workers.Workers, length: int) -> None:
+    """The list is about to be done again, with other operations in it, when a worker of the last run comes."""
+    x = np.ones((1, 40 * 4096), np.float32)
+    made = halves(x, length)
+    pool.run(made._list, length, 1, made)
+    x[...] = 1
+    run = int(pool._state[0]) >> 1
+    lines, counts = made._list._lines, made._list._counts
+    for now, count in [(run + 1, 40), (run + 1, 39), (run, 40)]:
+        lines[:, 0], lines[:, 1], counts[:] = now << 32, 0, 40  # the next run has begun, or this one is to end
+        lines[:, 0] += 40 - count
+        pool._state[0] = 2 * now + 1
+        request = np.array([pool._address, made._list.address, run], np.int64)
+        workers._callable(late)(request.ctypes.data, 0)
+        assert (x[0, : count * 4096] == 1).all() == (now != run)
+        assert (lines[:, 1] == 0).all() == (now != run)
+
+
+@chunk_function("slow")
+def slow(row, chunk):
+    """sums, n, turns: chunk i counts i * turns times."""
+    w, _ = operands(row)
+    sums, state = numba.carray(pointer(w[0]), w[1], np.uint64), np.uint64(1)
+    for _ in range(chunk * w[2]):
+        state = state * np.uint64(6364136223846793005) + np.uint64(chunk)
+    sums[chunk] = state
+
+
+def test_a_run_ends_when_the_slowest_chunk_does() -> None:
+    sums = np.zeros(6, np.uint64)
+    for _ in range(12):
+        sums[:] = 0
+        program.call([Operation(slow, (sums, len(sums), 1_000_000), (), (sums,), len(sums))])
+        assert sums.all()
 
 
 def test_one_run_at_a_time(pool: workers.Workers) -> None:
