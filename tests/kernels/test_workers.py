@@ -91,6 +91,16 @@ def halves(x: np.ndarray, times: int) -> program.Program:
     return recorder.program()
 
 
+@chunk_function("slow")
+def slow(row, chunk):
+    """sums, n, turns: chunk i counts i * turns times."""
+    w, _ = operands(row)
+    sums, state = numba.carray(pointer(w[0]), w[1], np.uint64), np.uint64(1)
+    for _ in range(chunk * w[2]):
+        state = state * np.uint64(6364136223846793005) + np.uint64(chunk)
+    sums[chunk] = state
+
+
 def test_a_worker_sleeps_and_is_woken(pool: workers.Workers) -> None:
     x = np.ones((1, 40 * 4096), np.float32)
     made = halves(x, 1)
@@ -103,6 +113,17 @@ def test_a_worker_sleeps_and_is_woken(pool: workers.Workers) -> None:
             assert time.monotonic() < end
             time.sleep(0.001)
     assert pool._started == 2
+    sums = np.zeros(6, np.uint64)
+    made = program.Program([Operation(slow, (sums, len(sums), 1_000_000), (), (sums,), len(sums))])
+    others = 0.0
+    while others < 0.005:  # seconds that workers have computed
+        cpu = time.thread_time(), time.process_time()
+        pool.run(made._list, 1, 3, made)
+        others = time.process_time() - cpu[1] - (time.thread_time() - cpu[0])
+        assert time.monotonic() < end
+    while pool._asleep < 2:
+        assert time.monotonic() < end
+        time.sleep(0.001)
     cpu = time.thread_time(), time.process_time()
     time.sleep(0.2)
     assert time.process_time() - cpu[1] < 0.1  # asleep, they take nothing
@@ -148,16 +169,6 @@ def test_a_late_worker_does_nothing(pool: workers.Workers, length: int) -> None:
         workers._callable(late)(request.ctypes.data, 0)
         assert (x[0, : count * 4096] == 1).all() == (now != run)
         assert (lines[:, 1] == 0).all() == (now != run)
-
-
-@chunk_function("slow")
-def slow(row, chunk):
-    """sums, n, turns: chunk i counts i * turns times."""
-    w, _ = operands(row)
-    sums, state = numba.carray(pointer(w[0]), w[1], np.uint64), np.uint64(1)
-    for _ in range(chunk * w[2]):
-        state = state * np.uint64(6364136223846793005) + np.uint64(chunk)
-    sums[chunk] = state
 
 
 def test_a_run_ends_when_the_slowest_chunk_does() -> None:
