@@ -16,6 +16,7 @@ A worker without work spins for _SPIN_S, then sleeps until there is some.
 Owns: the worker threads, claims, waiting. Does not know: what an operation computes (recording/operation.py).
 """
 
+import atexit
 import ctypes
 import os
 import threading
@@ -212,10 +213,10 @@ def _lead(state, head):
 @chunk_function("follow")
 def _follow(request, worker):
     """A worker's part in every run, until there was none for some turns. request: the state's address, those turns."""
-    state, turns = read(request), read(request + 8)
+    state = read(request)
     mine = state + _SLOTS + worker * _LINE
     last, idle = -1, 0
-    while idle < turns:
+    while idle < read(request + 8):
         run = read(state + _RUN)
         if run & 1 and run != last:
             write(mine, run >> 1)
@@ -277,7 +278,10 @@ class Workers:
         self._changed = threading.Condition()
         self._runs = 0  # that workers were asked to take part in
         self._asleep = 0
-        self._started = 0
+        self._threads: list[threading.Thread] = []
+        self._requests = np.zeros((most, 2), np.int64)  # of each worker: the state's address, turns
+        self._requests[:, 0] = self._address
+        self._ended = False
         self._lead = _callable(_lead)
         self._kept: set[object] = set()  # what a worker that came too late may still look at
 
@@ -295,27 +299,41 @@ class Workers:
 
     def _wake(self, workers: int) -> None:
         self._runs += 1
-        while self._started < workers:
-            thread = threading.Thread(target=self._serve, args=(self._started,), name="edge-gemma-kernels", daemon=True)
+        while len(self._threads) < workers and not self._ended:
+            worker = len(self._threads)
             _ = _follow.address  # compiled here, once
-            self._started += 1
+            thread = threading.Thread(target=self._serve, args=(worker,), name="edge-gemma-kernels", daemon=True)
+            self._threads.append(thread)
             thread.start()
         if self._asleep:
             with self._changed:
                 self._changed.notify_all()
 
+    def close(self) -> None:
+        """End the workers; what is run from now on is done by its caller. Compiled code goes with the interpreter, and
+        nobody may be in it then.
+        """
+        with self._one_at_a_time:
+            self._ended = True
+            self._requests[:, 1] = 0
+            self._wake(0)
+        for thread in self._threads:
+            if thread.is_alive():
+                thread.join(1.0)
+
     def _serve(self, worker: int) -> None:
-        follow, request = _callable(_follow), np.array([self._address, 1000], np.int64)
-        follow(request.ctypes.data, worker)  # loaded
+        follow, request = _callable(_follow), self._requests[worker]
         begin = time.perf_counter()
-        follow(request.ctypes.data, worker)
-        request[1] = min(1 << 20, 1000 * _SPIN_S / max(time.perf_counter() - begin, 1e-6))
-        while True:
-            runs = self._runs
+        for request[1] in (1000, 10_000):  # the first time loads pages
+            begin = time.perf_counter()
+            follow(request.ctypes.data, worker)
+        turns = min(1 << 20, int(10_000 * _SPIN_S / max(time.perf_counter() - begin, 1e-6)))
+        while not self._ended:
+            runs, request[1] = self._runs, turns
             follow(request.ctypes.data, worker)
             with self._changed:
                 self._asleep += 1
-                while self._runs == runs:
+                while self._runs == runs and not self._ended:
                     self._changed.wait()
                 self._asleep -= 1
 
@@ -331,6 +349,12 @@ def run(operations: List, length: int, threads: int, keep: object) -> None:
         with _making:
             _workers = _workers or Workers(numba.config.NUMBA_NUM_THREADS)
     _workers.run(operations, length, threads, keep)
+
+
+@atexit.register
+def _close() -> None:
+    if _workers is not None:
+        _workers.close()
 
 
 def _after_fork() -> None:

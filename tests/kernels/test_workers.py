@@ -112,7 +112,7 @@ def test_a_worker_sleeps_and_is_woken(pool: workers.Workers) -> None:
         while pool._asleep < 2:
             assert time.monotonic() < end
             time.sleep(0.001)
-    assert pool._started == 2
+    assert len(pool._threads) == 2
     sums = np.zeros(6, np.uint64)
     made = program.Program([Operation(slow, (sums, len(sums), 1_000_000), (), (sums,), len(sums))])
     others = 0.0
@@ -206,6 +206,25 @@ def test_the_address_of_a_mapped_file(tmp_path) -> None:
     mapped = np.memmap(tmp_path / "file", np.uint8, "r")
     assert address(mapped) == mapped.ctypes.data
     assert address(mapped[7:]) == mapped.ctypes.data + 7
+
+
+def test_closed_workers_leave_their_code_and_the_caller_works_on(pool: workers.Workers) -> None:
+    x = np.ones((1, 40 * 4096), np.float32)
+    made = halves(x, 1)
+    for _ in range(3):
+        pool.run(made._list, 1, 3, made)
+        pool.close()
+        assert not any(thread.is_alive() for thread in pool._threads)
+    assert (x == 1 / 16).all()
+
+
+def test_an_interpreter_that_ends_at_once_ends_well() -> None:
+    """Workers still spin then: their code must not go before them."""
+    script = "import numpy as np\nfrom edge_gemma import kernels\nx = np.ones((1, 1 << 20), np.float32)\n"
+    script += "for _ in range(3): kernels.scale(x, 2.0)\n"
+    for _ in range(5):
+        done = subprocess.run([sys.executable, "-c", script], env=os.environ | {"PYTHONPATH": str(ROOT)}, check=False)
+        assert done.returncode == 0
 
 
 def test_a_list_of_nothing_is_done_at_once(pool: workers.Workers) -> None:
