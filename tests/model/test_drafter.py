@@ -8,7 +8,7 @@ from edge_gemma.engine import Engine
 from edge_gemma.errors import UsageError
 from edge_gemma.export.convert import export_checkpoint
 from edge_gemma.kernels.recording import program
-from edge_gemma.model import drafter as drafter_module
+from edge_gemma.kernels.recording.operation import NotRecordableError
 from tests.make_drafter_goldens import CONTEXTS, DRAFTS
 from tests.make_goldens import GOLDENS
 from tests.reference_drafter import reference_drafts
@@ -108,7 +108,7 @@ def test_a_recorded_pass_says_what_every_kernel_by_itself_says(load, kind, recip
     recorded, expected = draft(engine, ids.tolist(), token)
 
     def never(*_):
-        raise drafter_module.NotRecordableError("not now")
+        raise NotRecordableError("not now")
 
     monkeypatch.setattr(program.Recorder, "add", never)
     plain, logits = draft(engine, ids.tolist(), token)
