@@ -35,6 +35,8 @@ class DrafterFolder(ModelFolder):
         path = Path(path)
         if not (path / MANIFEST).is_file() and (path / "config.json").is_file():
             raise UsageError(f"{path} is a checkpoint, expected a drafter: edge-gemma export {path} ./drafter first")
+        if path.is_file():
+            raise UsageError(f"{path} is a file, expected the folder of a drafter that edge-gemma export or pull made")
         manifest = checked_manifest(path, DRAFTER_FORMAT, DRAFTER_VERSION)
         words = manifest.get("config")
         try:

@@ -84,6 +84,12 @@ def resolve(model: Path | str | None = None, progress: "Progress | None" = None)
     raise _unknown(str(model))
 
 
+def resolve_drafter(drafter: Path | str) -> Path:
+    """The folder that `drafter` means: a path, or the name of a drafter that was pulled. It may not be there."""
+    path = Path(os.path.expanduser(drafter))
+    return path if path.exists() else store.find(str(drafter), folders()) or path
+
+
 def _folder(path: Path) -> Path:
     """The folder itself, also without a manifest: opening it will say what it lacks. Raises UsageError for a
     checkpoint.

@@ -357,7 +357,9 @@ def checked_manifest(path: Path, kind: str, newest: int) -> dict[str, Any]:
         raise ModelFolderError(f"{file} is not JSON ({error}): copy or export the model again") from None
     found = manifest.get("format") if isinstance(manifest, dict) else None
     if found != kind:
-        advice = _HOW_TO_RUN.get(found, "") if isinstance(found, str) and kind != DRAFTER_FORMAT else ""
+        advice = _HOW_TO_RUN.get(found, "") if isinstance(found, str) else ""
+        if advice and kind == DRAFTER_FORMAT:
+            advice = " but of a model: give it with -m, and as --draft the drafter of that model"
         raise ModelFolderError(f"{file} is not the manifest of {name}{advice}")
     version = manifest.get("version")
     if type(version) is not int or not 1 <= version <= newest:
