@@ -171,11 +171,25 @@ def test_work_that_is_called_off_leaves_a_session_that_can_go_on(engine, after):
 def test_nothing_is_drafted_behind_a_stop_token(engine, monkeypatch):
     plain, _ = written(engine, None, tokens=20)
     Knowing(engine, monkeypatch, [*PROMPT, *plain.tokens], wrong=0.0)
+    passes, real = [], Session.hidden
+    monkeypatch.setattr(Session, "hidden", lambda s, ids, last=None: passes.append(ids) or real(s, ids, last))
     stop = next(token for i, token in enumerate(plain.tokens) if i > 3 and token not in plain.tokens[:i])
     ended, session = written(engine, Told([15]), tokens=40, stop_ids={stop})
     assert ended.finish_reason == "stop"
     assert ended.tokens == plain.tokens[: plain.tokens.index(stop)]
     assert session.position <= len(PROMPT) + len(ended.tokens)
+    run = [token for ids in passes if ids[: len(PROMPT)] != PROMPT[: len(ids)] for token in ids]
+    assert len(run) > 3
+    assert stop not in run
+
+
+def test_behind_several_tokens_that_are_certain_no_drafter_is_asked(engine, monkeypatch):
+    monkeypatch.setattr(Session, "draft", lambda *_: pytest.fail("was asked"))
+    session, gain = engine.session(), Told([4])
+    session.prefill(PROMPT)
+    ahead = Ahead(session, gain, drafter=engine.drafter)
+    ahead.run([700, 701, 702], most=9)
+    assert gain.told == []
 
 
 def test_beams_ask_no_drafter(engine, monkeypatch):

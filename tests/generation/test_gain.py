@@ -341,29 +341,45 @@ def test_a_drafter_that_was_wrong_for_long_is_taken_once_it_is_right():
     assert ratio < 1.1 * (400 + 800 * best_drafting(GOOD, 0.8, 0.03)) / 1200
 
 
-def test_the_price_of_a_drafters_tokens_counts():
-    """The dearer they are, the fewer are drafted; none where a token of it takes as long as one of the model."""
-    means = []
-    for cost in (0.01, 0.2, 1.0):
-        _, used = drafted_text(GOOD, lambda place: 0.5, 1500, cost)
-        means.append(statistics.mean(used[100:]))
-    assert means[0] > 1.3 * means[1] > 0
-    assert means[2] == 0
-
-
-def test_of_two_guesses_the_one_that_promises_more_is_drafted():
+def experienced(price):
+    """A gain that knows the prices of a good machine, a drafter's price, and that it is right half of the time."""
     gain = Gain(Prices())
     for rows, steps in GOOD.items():
         for _ in range(3):
             gain.prices.add(rows, steps * STEP_S)
     gain.prices.add(1, STEP_S)
-    for i in range(40):  # the look-up is right after long matches, the drafter half of the time
+    for i in range(40):
+        gain.guess(DRAFTED, [1], price * STEP_S)
+        gain.came(i % 2)
+    return gain
+
+
+@pytest.mark.parametrize(("price", "drafted"), [(0.01, 3), (0.2, 1), (0.45, 0)])
+def test_the_price_of_a_drafters_tokens_counts(price, drafted):
+    """Tokens that come in the time of a step: of one draft 1.5 / (1.1 + price), of three 1.875 / (1.2 + 3 prices)."""
+    assert experienced(price).choose([(DRAFTED, LONGEST_DRAFT)])[1] == drafted
+
+
+def test_what_a_drafter_took_is_on_the_account():
+    """Nothing it says comes, and a pass of two rows costs next to nothing more: it is its own time that ends it."""
+    gain, drafts = experienced(0.3), 0
+    for _ in range(100):
+        gain.prices.add(1, STEP_S)
+        gain.guess(DRAFTED, [1], 0.3 * STEP_S)
+        gain.ran(1, 1, 1.01 * STEP_S)
+        drafts += 1
+        if gain._resting:
+            break
+    assert 10 <= drafts <= 15
+
+
+def test_of_two_guesses_the_one_that_promises_more_is_drafted():
+    gain = experienced(0.02)
+    for _ in range(40):
         gain.guess(12, [1] * LONGEST_DRAFT)
         gain.came(1)
         gain.guess(2, [1] * LONGEST_DRAFT)
         gain.came(0)
-        gain.guess(DRAFTED, [1], 0.02 * STEP_S)
-        gain.came(i % 2)
     assert gain.choose([(12, LONGEST_DRAFT), (DRAFTED, LONGEST_DRAFT)])[0] == 0
     assert gain.choose([(2, LONGEST_DRAFT), (DRAFTED, LONGEST_DRAFT)])[0] == 1
     assert gain.choose([]) == (0, 0)
