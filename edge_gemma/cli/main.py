@@ -71,7 +71,10 @@ def _sampling_of(engine: "Engine", given: dict[str, Any]) -> "Sampling":
     from edge_gemma.generation.sampler import Sampling
 
     names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "num_beams")
-    return Sampling.from_generation_config(engine.generation_config, **{name: given[name] for name in names})
+    chosen = Sampling.from_generation_config(engine.generation_config, **{name: given[name] for name in names})
+    if engine.drafter is not None and chosen.num_beams > 1:
+        raise UsageError(f"--draft means nothing for a search with {chosen.num_beams} beams: add --beams 1")
+    return chosen
 
 
 @cli.command(cls=options.ThinkCommand)
@@ -85,6 +88,7 @@ def _sampling_of(engine: "Engine", given: dict[str, Any]) -> "Sampling":
 @options.memory_limit
 @options.threads
 @options.cache_size
+@options.draft
 @options.drafts
 @tools.tools
 def chat(model: str | None, session_file: Path | None, **given: Any) -> None:
@@ -131,6 +135,7 @@ def chat(model: str | None, session_file: Path | None, **given: Any) -> None:
 
 @cli.command(cls=tools.RunCommand)
 @options.refuse(f"system think think_budget show_thinking {options.MEDIA} {tools.NAMES}", beside="raw")
+@options.refuse("draft", beside="backend")
 @options.refuse("memory_limit cache_size", beside="backend")  # what onnxruntime will need is not known before
 @options.model
 @click.argument("prompt", metavar="PROMPT|-")
@@ -143,6 +148,7 @@ def chat(model: str | None, session_file: Path | None, **given: Any) -> None:
 @options.memory_limit
 @options.threads
 @options.cache_size
+@options.draft
 @options.drafts
 @options.backend
 @tools.run_tools
