@@ -119,7 +119,8 @@ def test_a_drafter_beside_onnxruntime_is_a_usage_error(pair):
     assert "--draft means nothing beside --backend: leave it out" in result.stderr
 
 
-def test_serve_refuses_the_drafter_of_another_model_before_it_serves(pair, others):
+def test_serve_refuses_the_drafter_of_another_model_before_it_serves(pair, others, monkeypatch):
+    monkeypatch.setattr("edge_gemma.server.run.until_signal", lambda *_: pytest.fail("it served"))
     result = run("serve", "-m", pair[0], "--port", "0", "--draft", others[1], code=1)
     assert "the drafter was made for another model" in result.stderr
 

@@ -230,7 +230,7 @@ def test_the_estimate_knows_recorded_passes_and_drafts(tmp_path: Path, context: 
             drafting = tracemalloc.get_traced_memory()[0] - before - all_of_them
             tracemalloc.stop()
     logits = 4 * folder.config.vocab_size
-    assert 0.75 < (without.passes - logits) / one < 1.35
+    assert 0.75 < (without.passes - logits) / one < 1.5
     assert 0.75 < (estimate.passes - 17 * logits) / all_of_them < 1.35
     weights = sum(part.nbytes for _, part in opened.parts())
     assert 0.75 < (estimate.drafter - weights) / drafting < 1.7
