@@ -221,14 +221,15 @@ def _result_json(result: Any) -> dict[str, Any]:
 @options.model
 @options.as_json
 def info(model: str | None, as_json: bool) -> None:
-    """What a model is, where its bits came from, and how this machine runs it."""
+    """What a model or a drafter is, where its bits came from, and how this machine runs it."""
     from dataclasses import asdict
     from math import prod
 
     from edge_gemma import kernels
+    from edge_gemma.folder.drafter_folder import DrafterFolder
     from edge_gemma.folder.provenance import provenance
 
-    folder = options.open_folder(model)
+    folder = options.open_any_folder(model)
     config, manifest = folder.config, folder.manifest
     source = _source(manifest)
     facts: dict[str, Any] = {
@@ -250,6 +251,8 @@ def info(model: str | None, as_json: bool) -> None:
         "threads": kernels.threads(),
         "version": __version__,
     }
+    if isinstance(folder, DrafterFolder):
+        facts |= folder.facts()
     weights = provenance(folder)
     _print_facts(facts | ({"weights": [asdict(entry) for entry in weights]} if as_json else {}), as_json)
     if not as_json:
@@ -263,10 +266,10 @@ def info(model: str | None, as_json: bool) -> None:
 @options.model
 @options.as_json
 def verify(model: str | None, as_json: bool) -> None:
-    """Compare every byte of a model folder with the digests written at export."""
+    """Compare every byte of a model's or a drafter's folder with the digests written at export."""
     from edge_gemma.cli.screen import progress_bar
 
-    folder = options.open_folder(model)
+    folder = options.open_any_folder(model)
     with progress_bar("verifying") as progress:
         checked = folder.verify(progress)
     if as_json:

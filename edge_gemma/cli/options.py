@@ -311,6 +311,16 @@ def open_folder(model: str | None) -> "ModelFolder":
     return ModelFolder.open(resolve(model))
 
 
+def open_any_folder(model: str | None) -> "ModelFolder":
+    """As `open_folder`; a drafter's folder too."""
+    from edge_gemma.folder.drafter_folder import DrafterFolder
+    from edge_gemma.folder.folder import ModelFolder
+    from edge_gemma.folder.store import is_drafter
+
+    path = resolve(model)
+    return DrafterFolder.open(path) if is_drafter(path) else ModelFolder.open(path)
+
+
 def open_drafter(draft: str) -> "DrafterFolder":
     """The folder that --draft means."""
     from edge_gemma.folder.drafter_folder import DrafterFolder

@@ -49,6 +49,7 @@ from edge_gemma.folder.file_names import (  # noqa: F401 (those that only others
     AUDIO_BATCH,
     AUDIO_DATA,
     AUDIO_STREAM,
+    DRAFTER_FORMAT,
     GENERATION,
     MANIFEST,
     PER_LAYER,
@@ -65,7 +66,7 @@ from edge_gemma.vision_config import VisionConfig
 
 FORMAT, VERSION = "edge_gemma model folder", 2  # the newest; older ones are read too
 ONNX_FORMAT, ONNX_VERSION = "edge_gemma ONNX folder", 1  # backends/onnx.py
-DRAFTER_FORMAT, DRAFTER_VERSION = "edge_gemma drafter folder", 1  # folder/drafter_folder.py
+DRAFTER_VERSION = 1  # folder/drafter_folder.py
 _HOW_TO_RUN = {
     DRAFTER_FORMAT: " but of a drafter, which guesses for another model: give that model with -m, this one as --draft",
     FORMAT: " but of a model folder: run it without --backend onnx, or export it with --onnx first",
