@@ -12,7 +12,7 @@ then that is not run, to learn how often it is right.
 import bisect
 import statistics
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from edge_gemma.model import recorded
 
@@ -225,19 +225,32 @@ class Gain:
         that have to be run anyway. The draft is the one that gives the most tokens in the time of the pass and of its
         own making.
         """
-        best, speed = (0, 0), _MARGIN * tokens / self.prices.steps(padded(tokens)) if tokens <= LONGEST_DRAFT else 0.0
-        if self._resting or not self.prices.ready or not speed:
+        best = 0, 0
+        if self._resting or not self.prices.ready or tokens > LONGEST_DRAFT:
             return best
+        speed = _MARGIN * tokens / self.prices.steps(padded(tokens))
         for at, (length, most) in enumerate(offers):
-            coming = self._acceptance.expected(length)
-            for drafted in range(1, min(most, LONGEST_DRAFT + 1 - tokens) + 1):
-                rows = padded(tokens + drafted)
-                if rows > (before := padded(tokens + drafted - 1)) > tokens and not self.prices.measured(before):
-                    break  # one unknown price at a time
-                price = self.prices.steps(rows) + (self.prices.drafting(drafted) if length == DRAFTED else 0)
-                if (promised := (tokens + coming[drafted]) / price) > speed:
+            own = self.prices.drafting(1) if length == DRAFTED else 0.0
+            for drafted, promised in self._promises(length, most, tokens, own):
+                if promised > speed:
                     best, speed = (at, drafted), promised
         return best
+
+    def _promises(self, length: int, most: int, tokens: int, own: float) -> Iterator[tuple[int, float]]:
+        """Lengths of a draft that may be best, and the tokens in the time of a step that each promises.
+
+        own: steps that each of its tokens takes to make. Where that is nothing, a pass is filled.
+        """
+        coming, shorter = self._acceptance.expected(length), 0
+        for rows in ROWS:
+            if rows <= tokens or shorter == most:
+                continue
+            full, price = min(rows - tokens, most), self.prices.steps(rows)
+            for drafted in range(shorter + 1 if own else full, full + 1):
+                yield drafted, (tokens + coming[drafted]) / (price + own * drafted)
+            if not self.prices.measured(rows):  # one unknown price at a time
+                return
+            shorter = full
 
     def ran(self, tokens: int, drafted: int, seconds: float, *, first: bool = False) -> None:
         """A pass has run `tokens` that were certain, and a draft. first: as in Prices.add."""
