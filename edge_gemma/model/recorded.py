@@ -64,8 +64,7 @@ class Pass:
         self._logits = logits
         self._state = RunState(decoder.config, len(caches))
         self.recorded = Recorded()
-        self._given: Inputs  # what the latest call was given
-        self._inputs: Inputs | None = None  # where the pass reads it
+        self._inputs: Inputs | None = None  # what it reads
         self._out: np.ndarray  # what it writes
         self.rows: np.ndarray  # the rows that enter the head, float32 [tokens, D]; the next call overwrites them
 
@@ -75,8 +74,8 @@ class Pass:
         Returns the rows that enter the head, float32 [tokens, D], or the logits; the next call overwrites them.
         Nothing is stored for a token at position NOBODY, and its row has no meaning.
         """
-        self._given = self._decoder.inputs(ids, positions)
-        self.recorded.run(self._forward, self._fill)
+        inputs = self._decoder.inputs(ids, positions)
+        self.recorded.run(self._forward, lambda: self._fill(inputs))
         return self._out
 
     def move(self, caches: Sequence[KVCache]) -> None:
@@ -88,9 +87,8 @@ class Pass:
             for t, (first, cache) in enumerate(zip(old.caches, self._caches.layers[i].caches, strict=True)):
                 self.recorded.program.move(self._inputs.positions[t : t + 1], first.k, cache.k, cache.v)
 
-    def _fill(self) -> None:
-        """Put the tokens' inputs where the pass looks for them. The pass changes them: `_given` stays as it is."""
-        new = self._given
+    def _fill(self, new: Inputs) -> None:
+        """Put tokens' inputs where the pass looks for them. The pass changes what it reads, and `new` stays."""
         if (old := self._inputs) is None:
             self._inputs = copy.deepcopy(new)
             return
