@@ -1,6 +1,7 @@
 """`--draft`: the same answer with a drafter, and every refusal in one line that says what to do."""
 
 import json
+from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
@@ -135,3 +136,18 @@ def test_the_memory_limit_counts_the_drafter(pair, command, monkeypatch):
     monkeypatch.setattr(Engine, "load", lambda *_, **__: pytest.fail("it was loaded"))
     result = run(*command, "-m", pair[0], "--draft", pair[1], "--memory-limit", "600", code=1)
     assert "the limit is 600 MB: without the drafter, 500 MB of it, it would fit" in result.stderr
+
+
+def test_a_server_has_the_drafter_for_its_own_model_alone(pair, tmp_path, monkeypatch):
+    from edge_gemma.server.models import Models
+
+    monkeypatch.setenv(DATA_VARIABLE, str(tmp_path))
+    synthesize("tiny", tmp_path / "edge-gemma" / "models" / "another")
+    synthesize_drafter("tiny", tmp_path / "edge-gemma" / "models" / "guesser")
+    models = Models(Path(pair[0]), name="own", between=lambda: None, draft="guesser", cache_size=0)
+    assert [offer.name for offer in models.offers() if offer.name != "gemma3-270m"] == ["own", "another"]
+    with models.lease(None) as engine:
+        assert engine.drafter is not None
+    with models.lease("another") as engine:
+        assert engine.drafter is None
+    models.release(all_of_them=True)
