@@ -1,4 +1,4 @@
-"""A recorded pass: given up on the way it begins anew with its inputs as they were, and it is freed with its session."""
+"""A recorded pass: given up on the way it begins anew with the inputs it had, and it is freed with its session."""
 
 import gc
 import weakref
@@ -66,7 +66,7 @@ def test_a_session_is_freed_without_the_collector(engine):
         session.prefill([7, 8, 9])
         session.step(5)
         session.forward([5, 6])
-        alive = weakref.ref(session._cache)
+        alive = weakref.ref(session._steps._passes[2])
         del session
         assert alive() is None
     finally:
