@@ -140,10 +140,8 @@ class Generation:
         self._chance: TokenChance | None = None  # of the token that comes next; None: it is certain
         room = session.context - len(prompt_ids) + 1  # the last token is not run
         self._max_tokens, self._limit = max_tokens, min(room, max_tokens or room)
-        self._detokenizer = tokenizer.detokenizer()
-        self._parser = ReplyParser(tokenizer, self._prompt)
-        self._stops = StopStrings(stop_strings)
-        self._progress, self._mark = progress, mark
+        self._detokenizer, self._parser = tokenizer.detokenizer(), ReplyParser(tokenizer, self._prompt)
+        self._stops, self._progress, self._mark = StopStrings(stop_strings), progress, mark
         self._bounds = bounds or Bounds(tokenizer)
         self._sounds, self._held = list(encoded), [] if held is None else held
         self._ahead = Ahead(session, drafts, drafter=drafter, stop_ids=self._stop_ids, expected=expected)
