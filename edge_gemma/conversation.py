@@ -30,6 +30,7 @@ from edge_gemma.generation.generate import (
 )
 from edge_gemma.generation.reply import Reply
 from edge_gemma.generation.sampler import Sampler, Sampling
+from edge_gemma.model.drafter import Drafter
 from edge_gemma.session import Timeline
 from edge_gemma.text.message import Message, as_messages
 from edge_gemma.text.prompt import Prompt
@@ -60,6 +61,8 @@ class ChatEngine(Protocol):
     def see(self, source: Any, tokens: Any = ..., *, note: Callable[[str], None] = ...) -> np.ndarray: ...  # noqa: D102
     def session(self, context: int | None = None, *, shared: bool = False) -> Timeline: ...  # noqa: D102
     def drafts(self) -> Gain | None: ...  # noqa: D102
+    @property
+    def drafter(self) -> Drafter | None: ...  # noqa: D102
 
 
 class Conversation:
@@ -271,6 +274,7 @@ class Conversation:
             bounds=bounds,
             chances=self.chances,
             drafts=self._drafts,
+            drafter=self._engine.drafter,
         )
         before, self.messages = self.messages, [*self.messages, *asked]
         try:

@@ -24,6 +24,7 @@ _DEFAULTS: dict[str, Any] = {
 }  # fmt: skip
 TOP_KNOWN = frozenset(_DEFAULTS)
 TEXT_KNOWN = KNOWN["gemma4_text"]
+_OTHER = "give the drafter of this model, or none"
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,7 @@ class DrafterConfig:
         Raises UsageError if the drafter belongs to another model, one line.
         """
         mine, theirs = self.decoder, target
+        self._expect("the architecture", mine.model_type, theirs.model_type)
         self._expect("hidden_size", self.backbone_hidden_size, theirs.hidden_size)
         self._expect("vocab_size", mine.vocab_size, theirs.vocab_size)
         sources = {layer.layer_type: layer for layer in theirs.layers if layer.owns_kv}
@@ -96,7 +98,7 @@ class DrafterConfig:
 
     def _on_source(self, layer: LayerSpec, sources: Mapping[str, LayerSpec]) -> LayerSpec:
         if (source := sources.get(layer.layer_type)) is None:
-            raise UsageError(f"the drafter has {layer.layer_type} layers and the model has none: take this model's own")
+            raise UsageError(f"the drafter has {layer.layer_type} layers and the model has none: {_OTHER}")
         kind = "full" if layer.layer_type == FULL else "sliding"
         self._expect(f"the head_dim of {kind} layers", layer.head_dim, source.head_dim)
         self._expect(f"the KV heads of {kind} layers", layer.num_key_value_heads, source.num_key_value_heads)
@@ -108,9 +110,8 @@ class DrafterConfig:
         return replace(layer, kv_source=source.index, sliding_window=window)
 
     @staticmethod
-    def _expect(what: str, mine: int, theirs: int) -> None:
+    def _expect(what: str, mine: object, theirs: object) -> None:
         if mine != theirs:
             raise UsageError(
-                f"the drafter was made for another model ({what} is {mine}, the model's is {theirs}): take this "
-                "model's own"
+                f"the drafter was made for another model ({what} is {mine}, the model's is {theirs}): {_OTHER}"
             )

@@ -113,7 +113,8 @@ class Engine:
         container's quota gives time on;
         kv_dtype: "float16" (default) or "float32"; cache_size: MB of computed instructions kept on disk for later
         starts, 256 by default (all models together), and a quarter of that in memory; 0 for none;
-        backend: "onnx" runs a folder that was exported for onnxruntime; draft: the folder of a drafter of this model;
+        backend: "onnx" runs a folder that was exported for onnxruntime; draft: the folder of a drafter of this model,
+        or the name of one that was pulled: it guesses tokens ahead where that pays, which changes no reply;
         drafts: False runs a token at a time, and guesses none ahead, which changes no reply (to measure).
         progress: while a GGUF file is converted, told (bytes done, bytes in all, what).
         Raises EdgeGemmaError subclasses, one line each.
@@ -123,11 +124,15 @@ class Engine:
             integer("threads", threads, 1)
         require("backend", backend, backend is None or is_one_of(backend, ("onnx",)), "onnx or none")
         require("drafts", drafts, isinstance(drafts, bool), "True or False")
+        if draft is not None and not drafts:
+            raise UsageError(
+                "draft is a drafter, and drafts is False, so that nothing is guessed: leave one of them out"
+            )
         try:
             runner = _BACKENDS[backend or "native"]
             runner.check(kv_dtype, cache_size)
+            drafter = None if draft is None else DrafterFolder.open(find.resolve_drafter(file_path("draft", draft)))
             folder = runner.folder_type.open(find.resolve(model, progress))
-            drafter = draft if draft is None else DrafterFolder.open(file_path("the drafter", draft).expanduser())
             return cls(
                 folder, runner, context=context, threads=threads, kv_dtype=kv_dtype, cache_size=cache_size,
                 draft=drafter, drafts=drafts,

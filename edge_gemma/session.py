@@ -62,6 +62,7 @@ class Session:
         self.batch = batch
         self._shared = 0  # positions whose rows `prefixes` has too
         self.ids: list[int] = []
+        self.row: np.ndarray | None = None  # after `prefill`, `step`: the last token's as of `hidden`, if it ran alone
         self.restored = 0  # positions that came from `prefixes`, ever
 
     @property
@@ -86,7 +87,9 @@ class Session:
             self._between()
             return self.batch.step(self, ids[0]) if self.batch else self.step_alone(ids[0])
         with kernels.use_threads(self._pace.limit):
-            return self._decoder.logits(self._run(ids, keep=1))[0]
+            hidden = self._run(ids, keep=1)
+            self.row = hidden[0]
+            return self._decoder.logits(hidden)[0]
 
     def prefill_soft(
         self, embeddings: np.ndarray, *, placeholder: int | None = None, logits: bool = True
@@ -273,7 +276,7 @@ class Session:
         self._settle()
         with kernels.use_threads(self._pace.limit), self._pace.of(1):
             logits = self._steps.one(token)
-        self.stepped(token)
+        self.stepped(token, self._steps.row)
         return logits
 
     def settled(self) -> KVCache:
@@ -281,9 +284,10 @@ class Session:
         self._settle()
         return self._cache
 
-    def stepped(self, token: int) -> None:
-        """A token was appended to the cache; for `Batch`."""
+    def stepped(self, token: int, row: np.ndarray | None = None) -> None:
+        """A token was appended to the cache; for `Batch`, without its row: drafts would part those that go together."""
         self.ids.append(token)
+        self.row = row
         if self.position - self._shared >= CHUNK:
             self._share()
 

@@ -11,8 +11,10 @@ import hashlib
 import json
 from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,8 +47,16 @@ _INTEGERS = {"I64": "<i8", "I32": "<i4"}
 def is_drafter(source: Path) -> bool:
     """Whether a folder holds a drafter's checkpoint, as far as its config.json can be read."""
     try:
-        return json.loads((source / "config.json").read_bytes()[:_MAX_JSON])["model_type"] == MODEL_TYPE
-    except (OSError, ValueError, RecursionError, TypeError, KeyError):
+        return is_drafters((source / "config.json").read_bytes()[:_MAX_JSON])
+    except OSError:
+        return False
+
+
+def is_drafters(config: bytes) -> bool:
+    """Whether a config.json is a drafter's, as far as it can be read."""
+    try:
+        return json.loads(config)["model_type"] == MODEL_TYPE
+    except (ValueError, RecursionError, TypeError, KeyError):
         return False
 
 
@@ -65,25 +75,32 @@ def export_drafter(
     not at all. Raises CheckpointError, ConfigError, UsageError: one line each.
     """
     recipe = checked_recipe(recipe)
-    checkpoint = DrafterCheckpoint(SourceFolder(source), ignore_keys)
-    try:
-        plan = plan_drafter(checkpoint.config, recipe, checkpoint.kept)
-        with (
-            new_folder(dest, force=force, having=REPLACEABLE) as folder,
-            FolderWriter(folder, plan) as writer,
-            ThreadPoolExecutor() as pool,
-        ):
-            if checkpoint.ordering is not None:
-                writer.append(ORDERING, "values", checkpoint.ordering.astype(np.uint32))
-            streamed = {name: tensor for name, tensor in plan.items() if name != ORDERING}
-            content = TensorStream(checkpoint, streamed, {}, writer, pool, progress).put_rest()
-            made_from = {"name": source.name, "digest": checkpoint.digest, "content_sha256": content}
-            ignored = {"ignored_keys": sorted(set(ignore_keys))} if ignore_keys else {}
-            words = dict(checkpoint.config.config)
-            writer.finish(words, recipe, made_from | {"license": checkpoint.license} | ignored, kind=DRAFTER_FORMAT)
-    finally:
-        checkpoint.close()
+    with (
+        closing(DrafterCheckpoint(SourceFolder(source), ignore_keys)) as checkpoint,
+        new_folder(dest, force=force, having=REPLACEABLE) as folder,
+    ):
+        write_drafter(checkpoint, folder, recipe, {"name": source.name}, progress)
     return dest
+
+
+def write_drafter(
+    checkpoint: "DrafterCheckpoint",
+    folder: Path,
+    recipe: str,
+    source: dict[str, Any],
+    progress: Progress | None = None,
+) -> None:
+    """Convert a checkpoint into an empty folder. recipe: of RECIPES; source: where it is from, for the manifest."""
+    plan = plan_drafter(checkpoint.config, recipe, checkpoint.kept)
+    with FolderWriter(folder, plan) as writer, ThreadPoolExecutor() as pool:
+        if checkpoint.ordering is not None:
+            writer.append(ORDERING, "values", checkpoint.ordering.astype(np.uint32))
+        streamed = {name: tensor for name, tensor in plan.items() if name != ORDERING}
+        content = TensorStream(checkpoint, streamed, {}, writer, pool, progress).put_rest()
+        digests = {"digest": checkpoint.digest, "content_sha256": content, "license": checkpoint.license}
+        ignored = {"ignored_keys": sorted(checkpoint.ignored)} if checkpoint.ignored else {}
+        words = dict(checkpoint.config.config)
+        writer.finish(words, recipe, source | digests | ignored, kind=DRAFTER_FORMAT)
 
 
 def checked_recipe(recipe: str | None) -> str:
@@ -119,7 +136,7 @@ class DrafterCheckpoint:
 
     def __init__(self, folder: SourceFolder, ignored: Collection[str] = ()) -> None:
         """Raises CheckpointError for files that cannot be read or do not fit, ConfigError, UsageError."""
-        self._name = folder.name
+        self._name, self.ignored = folder.name, set(ignored)
         config = folder.read("config.json", _MAX_JSON)
         top = parse_json(config, f"{folder.name}/config.json")
         text = top.get("text_config")

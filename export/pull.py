@@ -1,9 +1,11 @@
 """Fetches a model from a hub and converts it while it arrives.
 
 Owns: the order of a pull, what it keeps so that the next run can resume, what can be known of a model before it is
-fetched. Does not know: HTTP (hub.py), the disk's part (spool.py, download.py), conversion (convert.py, stream.py).
+fetched. Does not know: HTTP (hub.py), the disk's part (spool.py, download.py), conversion (convert.py, stream.py,
+drafter.py).
 
-Disk: the folder, and one tensor that is on its way. Everything that has arrived stays where a killed run left it.
+Disk: the folder, and one tensor that is on its way. Everything that has arrived stays where a killed run left it. The
+checkpoint of a drafter is small, and its head's rows are not read in their order: it is fetched as a whole first.
 """
 
 import hashlib
@@ -21,10 +23,11 @@ from typing import Any
 
 from edge_gemma import __version__
 from edge_gemma.engine import DEFAULT_CONTEXT
-from edge_gemma.errors import CheckpointError
+from edge_gemma.errors import CheckpointError, UsageError
 from edge_gemma.export.checkpoint import Checkpoint
 from edge_gemma.export.convert import Conversion
 from edge_gemma.export.download import Download, Unit, in_order, room_needed
+from edge_gemma.export.drafter import DrafterCheckpoint, checked_recipe, is_drafters, write_drafter
 from edge_gemma.export.folder_writer import FolderWriter
 from edge_gemma.export.gguf_reader import GgufCheckpoint
 from edge_gemma.export.hub import ANEW, ChangedError, Hub, HubFile, Repository
@@ -43,6 +46,7 @@ from edge_gemma.measure.memory import footprint
 _FETCHED, _STATE, _ENCODER = "fetched", "state.pull", "encoder.pull"  # names that no file of a checkpoint has
 _SYNC_BYTES = 16 << 20  # of ranges that have been used: then the containers are flushed, and the ranges go
 _ENCODER_UNIT = "encoders"
+_CONFIG_LIMIT = 8 << 20  # bytes
 _SAMPLE, _SAMPLE_S = 64 << 20, 3.0  # bytes and seconds that the speed of the link is measured for
 
 
@@ -73,6 +77,10 @@ class Forecast:
     context: int
     bytes_per_s: float
     seconds: float
+
+
+class _DrafterError(UsageError):
+    """The checkpoint is a drafter's, which is pulled in another way."""
 
 
 @dataclass
@@ -148,6 +156,9 @@ class Puller:
                     return _finished(dest, aside) or self._pull(dest, aside)
             except GlanceError as error:
                 self.note(f"{error}: the pull begins anew, knowing it")
+            except _DrafterError:
+                with self._new_folder(dest, "pull", force) as aside:
+                    return self._pull_drafter(dest, aside)
 
     def forecast(self, dest: Path) -> Forecast:
         """What `pull` to `dest` would take. Fetches headers, a few rows and a sample; leaves nothing.
@@ -192,25 +203,45 @@ class Puller:
         ):
             state = self._state(aside, hub)
             wanted = self._wanted(state.repository)
-            total, had = sum(file.size for file in wanted), 0
-            digests = {}
-            for file in wanted:
-                path = aside / file.name
-                path.parent.mkdir(parents=True, exist_ok=True)
-                have = path.stat().st_size if path.exists() and file.sha256 else 0  # no digest: nothing to trust
-                had += have
-                with path.open("ab" if have else "wb") as out:
-                    for chunk in hub.read(state.repository, file, have, file.size):
-                        out.write(chunk)
-                        if self.progress:
-                            self.progress(had + hub.fetched, total, file.name)
-                with path.open("rb") as whole:
-                    digests[file.name] = hashlib.file_digest(whole, "sha256").hexdigest()
+            digests = self._fetch(hub, state.repository, wanted, aside)
             verified = _verified(wanted, digests)
             sync_tree(aside)
             (aside / _STATE).unlink()
         unverified = tuple(file.name for file in wanted if file.name not in verified)
         return Pulled(dest, state.repository, hub.fetched, verified, unverified)
+
+    def _fetch(self, hub: Hub, repository: Repository, wanted: Sequence[HubFile], folder: Path) -> dict[str, str]:
+        """Fetch whole files into a folder, going on where an earlier run ended. Returns the sha256 of each."""
+        total, had = sum(file.size for file in wanted), 0
+        digests = {}
+        for file in wanted:
+            path = folder / file.name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            have = path.stat().st_size if path.exists() and file.sha256 else 0  # no digest: nothing to trust
+            had += have
+            with path.open("ab" if have else "wb") as out:
+                for chunk in hub.read(repository, file, have, file.size):
+                    out.write(chunk)
+                    if self.progress:
+                        self.progress(had + hub.fetched, total, file.name)
+            with path.open("rb") as whole:
+                digests[file.name] = hashlib.file_digest(whole, "sha256").hexdigest()
+        return digests
+
+    def _pull_drafter(self, dest: Path, aside: Path) -> Pulled:
+        """Fetch the checkpoint of a drafter, and convert it."""
+        recipe, at = checked_recipe(self.recipe), aside / _FETCHED / "checkpoint"
+        with closing(Hub(note=self.note)) as hub:
+            state = self._state(aside, hub)
+            wanted = self._wanted(state.repository)
+            digests = self._fetch(hub, state.repository, wanted, at)
+            verified = _verified(wanted, digests)
+            self._fetched += hub.fetched
+        with closing(DrafterCheckpoint(SourceFolder(at), self.ignore_keys)) as checkpoint:
+            write_drafter(checkpoint, aside, recipe, _source(state.repository))
+        _clear(aside)
+        unverified = tuple(file.name for file in wanted if file.name not in verified)
+        return Pulled(dest, state.repository, self._fetched, verified, unverified)
 
     @contextmanager
     def _new_folder(self, dest: Path, what: str, force: bool) -> Iterator[Path]:
@@ -293,6 +324,8 @@ class Puller:
             if beside and checkpoint.lacks_towers:
                 checkpoint.notes.append(which_mmproj(beside))
             return checkpoint
+        if folder.has("config.json") and is_drafters(folder.read("config.json", _CONFIG_LIMIT)):
+            raise _DrafterError(f"{folder.name} is a drafter: a forecast knows models only, pull it without --dry-run")
         return SafetensorsCheckpoint(folder, self.ignore_keys)
 
     def _key(self, what: str) -> str:

@@ -70,11 +70,16 @@ class Rule:
 
 
 class Told(Gain):
-    """Drafts of these lengths, in turn, wherever there is a match."""
+    """Drafts of these lengths, in turn, wherever there is a guess: of each source in turn, where there are two."""
 
     def __init__(self, lengths: Sequence[int] = (15, 3, 0, 7, 1)) -> None:
         super().__init__(Prices())
-        self._lengths = itertools.cycle(lengths)
+        self._lengths, self._sources = itertools.cycle(lengths), itertools.cycle((0, 1, 1))
+        self.told: list[int] = []  # the lengths of the matches that were drafted
 
-    def draft(self, length: int, most: int, tokens: int = 1) -> int:
-        return max(0, min(next(self._lengths), most, 16 - tokens))
+    def choose(self, offers: Sequence[tuple[int, int]], tokens: int = 1) -> tuple[int, int]:
+        if not offers:
+            return 0, 0
+        at = next(self._sources) % len(offers)
+        self.told.append(offers[at][0])
+        return at, max(0, min(next(self._lengths), offers[at][1], 16 - tokens))

@@ -164,5 +164,7 @@ class FakeEngine:
     def session(self, context: int | None = None, *, shared: bool = False) -> FakeSession:
         return self.timeline
 
+    drafter = None
+
     def drafts(self) -> None:
         return None

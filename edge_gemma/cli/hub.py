@@ -115,8 +115,12 @@ def _print_pulled(pulled: "Pulled", model: str, keep: bool, as_json: bool) -> No
     ):
         if names:
             click.echo(f"{', '.join(names)}: {what}", err=True)
-    command = "export" if keep else "chat -m"
-    click.echo(f"now: edge-gemma {command} {model}{' ./MODEL' if keep else ''}", err=True)
+    from edge_gemma.folder.store import is_drafter
+
+    command = f"export {model} ./MODEL" if keep else f"chat -m {model}"
+    if is_drafter(pulled.folder):
+        command = f"chat -m MODEL --draft {model}, where MODEL is the model that it was made for"
+    click.echo(f"now: edge-gemma {command}", err=True)
 
 
 def _print_forecast(forecast: "Forecast", as_json: bool) -> None:
@@ -172,7 +176,7 @@ def models(ctx: click.Context, as_json: bool) -> None:
         (
             entry.name,
             f"{entry.bytes / 1e6:,.0f} MB",
-            "unfinished" if entry.unfinished else entry.recipe or "-",
+            "unfinished" if entry.unfinished else (entry.recipe or "-") + (", a drafter" if entry.drafter else ""),
             entry.source or "-",
             time.strftime("%Y-%m-%d %H:%M", time.localtime(entry.last_used)) if entry.last_used else "-",
         )

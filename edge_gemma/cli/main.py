@@ -71,7 +71,10 @@ def _sampling_of(engine: "Engine", given: dict[str, Any]) -> "Sampling":
     from edge_gemma.generation.sampler import Sampling
 
     names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "num_beams")
-    return Sampling.from_generation_config(engine.generation_config, **{name: given[name] for name in names})
+    chosen = Sampling.from_generation_config(engine.generation_config, **{name: given[name] for name in names})
+    if engine.drafter is not None and chosen.num_beams > 1:
+        raise UsageError(f"--draft means nothing for a search with {chosen.num_beams} beams: add --beams 1")
+    return chosen
 
 
 @cli.command(cls=options.ThinkCommand)
@@ -85,6 +88,7 @@ def _sampling_of(engine: "Engine", given: dict[str, Any]) -> "Sampling":
 @options.memory_limit
 @options.threads
 @options.cache_size
+@options.draft
 @options.drafts
 @tools.tools
 def chat(model: str | None, session_file: Path | None, **given: Any) -> None:
@@ -131,6 +135,7 @@ def chat(model: str | None, session_file: Path | None, **given: Any) -> None:
 
 @cli.command(cls=tools.RunCommand)
 @options.refuse(f"system think think_budget show_thinking {options.MEDIA} {tools.NAMES}", beside="raw")
+@options.refuse("draft", beside="backend")
 @options.refuse("memory_limit cache_size", beside="backend")  # what onnxruntime will need is not known before
 @options.model
 @click.argument("prompt", metavar="PROMPT|-")
@@ -143,6 +148,7 @@ def chat(model: str | None, session_file: Path | None, **given: Any) -> None:
 @options.memory_limit
 @options.threads
 @options.cache_size
+@options.draft
 @options.drafts
 @options.backend
 @tools.run_tools
@@ -215,14 +221,15 @@ def _result_json(result: Any) -> dict[str, Any]:
 @options.model
 @options.as_json
 def info(model: str | None, as_json: bool) -> None:
-    """What a model is, where its bits came from, and how this machine runs it."""
+    """What a model or a drafter is, where its bits came from, and how this machine runs it."""
     from dataclasses import asdict
     from math import prod
 
     from edge_gemma import kernels
+    from edge_gemma.folder.drafter_folder import DrafterFolder
     from edge_gemma.folder.provenance import provenance
 
-    folder = options.open_folder(model)
+    folder = options.open_any_folder(model)
     config, manifest = folder.config, folder.manifest
     source = _source(manifest)
     facts: dict[str, Any] = {
@@ -244,6 +251,8 @@ def info(model: str | None, as_json: bool) -> None:
         "threads": kernels.threads(),
         "version": __version__,
     }
+    if isinstance(folder, DrafterFolder):
+        facts |= folder.facts()
     weights = provenance(folder)
     _print_facts(facts | ({"weights": [asdict(entry) for entry in weights]} if as_json else {}), as_json)
     if not as_json:
@@ -257,10 +266,10 @@ def info(model: str | None, as_json: bool) -> None:
 @options.model
 @options.as_json
 def verify(model: str | None, as_json: bool) -> None:
-    """Compare every byte of a model folder with the digests written at export."""
+    """Compare every byte of a model's or a drafter's folder with the digests written at export."""
     from edge_gemma.cli.screen import progress_bar
 
-    folder = options.open_folder(model)
+    folder = options.open_any_folder(model)
     with progress_bar("verifying") as progress:
         checked = folder.verify(progress)
     if as_json:

@@ -17,6 +17,7 @@ from edge_gemma.text.files import read_text
 
 if TYPE_CHECKING:
     from edge_gemma.engine import Engine
+    from edge_gemma.folder.drafter_folder import DrafterFolder
     from edge_gemma.folder.folder import ModelFolder
     from edge_gemma.generation.constraint import Constraint
 
@@ -109,6 +110,11 @@ context = click.option(
 cache_size = click.option(
     "--cache-size", type=click.IntRange(0), metavar="MB",
     help="Disk for computed instructions, which later starts need not compute; 0: none [default: 256].",
+)  # fmt: skip
+draft = click.option(
+    "--draft", metavar="DRAFTER",
+    help="The folder of a drafter of MODEL, or the name of one that was pulled: it guesses tokens ahead where that "
+    "pays; the answer is the same.",
 )  # fmt: skip
 drafts = click.option(
     "--no-drafts", "drafts", is_flag=True, flag_value=False, default=True,
@@ -248,23 +254,33 @@ def load(model: str | None, options: dict[str, Any]) -> "Engine":
     from edge_gemma.backends.native import DEFAULT_CACHE_MB
 
     size = options["cache_size"] if options["cache_size"] is not None else DEFAULT_CACHE_MB
-    check_memory(model, options["context"], options["memory_limit"], cache_size=size, **seen(options))
-    names = ("context", "threads", "backend", "cache_size", "drafts")
-    return load_engine(model, **{name: options[name] for name in names if name in options})
+    drafting = drafting_of(options)
+    check_memory(model, options["context"], options["memory_limit"], cache_size=size, **drafting, **seen(options))
+    names = ("context", "threads", "backend", "cache_size")
+    return load_engine(model, **drafting, **{name: options[name] for name in names if name in options})
+
+
+def drafting_of(given: Mapping[str, Any]) -> dict[str, Any]:
+    """What --draft and --no-drafts say, as Engine.load takes it. Raises click.UsageError for both."""
+    if given["draft"] is not None and not given["drafts"]:
+        raise click.UsageError("--draft means nothing beside --no-drafts: leave one of them out.")
+    return {"draft": given["draft"], "drafts": given["drafts"]}
 
 
 def check_memory(
-    model: str | None, context: int | None, memory_limit: int | None, *, cache_size: int = 0, **needed: Any
-) -> None:
-    """Check the memory limit before anything is loaded. memory_limit: in MB, None for no limit. cache_size: as in
-    Engine.load, for a command that talks. needed: audio, vision, frames as in `footprint`.
+    model: str | None, context: int | None, memory_limit: int | None, *, cache_size: int = 0,
+    draft: str | None = None, **needed: Any,
+) -> None:  # fmt: skip
+    """Check the memory limit before anything is loaded. memory_limit: in MB, None for no limit. cache_size, draft: as
+    in Engine.load, for a command that talks. needed: audio, vision, frames, drafts as in `footprint`.
     """
     if memory_limit is not None:
         from edge_gemma.backends.native import MEMORY_SHARE
         from edge_gemma.measure.memory import check_limit
 
+        drafter = None if draft is None else open_drafter(draft)
         prefixes = cache_size * 1_000_000 // MEMORY_SHARE
-        check_limit(open_folder(model), context, memory_limit * 1_000_000, prefixes=prefixes, **needed)
+        check_limit(open_folder(model), context, memory_limit * 1_000_000, prefixes=prefixes, drafter=drafter, **needed)
 
 
 def announce_compiling() -> None:
@@ -293,6 +309,24 @@ def open_folder(model: str | None) -> "ModelFolder":
     from edge_gemma.folder.folder import ModelFolder
 
     return ModelFolder.open(resolve(model))
+
+
+def open_any_folder(model: str | None) -> "ModelFolder":
+    """As `open_folder`; a drafter's folder too."""
+    from edge_gemma.folder.drafter_folder import DrafterFolder
+    from edge_gemma.folder.folder import ModelFolder
+    from edge_gemma.folder.store import is_drafter
+
+    path = resolve(model)
+    return DrafterFolder.open(path) if is_drafter(path) else ModelFolder.open(path)
+
+
+def open_drafter(draft: str) -> "DrafterFolder":
+    """The folder that --draft means."""
+    from edge_gemma.folder.drafter_folder import DrafterFolder
+    from edge_gemma.folder.find import resolve_drafter
+
+    return DrafterFolder.open(resolve_drafter(draft))
 
 
 def check_recipe(given: str | None, *more: str) -> None:

@@ -67,6 +67,7 @@ DEFAULT_CONTEXT = 8192  # tokens; memory is taken as a conversation grows
 @options.memory_limit
 @options.threads
 @options.cache_size
+@options.draft
 @options.drafts
 def serve(model: str | None, host: str, port: int, api_key: str | None, no_key: bool, **given: Any) -> None:
     """Let other programs use a model: OpenAI's, Ollama's and Wyoming's protocols.
@@ -121,13 +122,16 @@ def _desk(model: str | None, given: dict[str, Any]) -> "Desk":
     folder = options.open_folder(model)
     context = given["context"] or min(DEFAULT_CONTEXT, folder.config.max_position_embeddings)
     size = given["cache_size"] if given["cache_size"] is not None else DEFAULT_CACHE_MB
-    options.check_memory(model, context, given["memory_limit"], cache_size=size)
+    drafting = options.drafting_of(given)
+    if drafting["draft"] is not None:
+        options.open_drafter(drafting["draft"]).drafter.on_target(folder.config)
+    options.check_memory(model, context, given["memory_limit"], cache_size=size, **drafting)
     options.announce_compiling()
     turns = Turns()
     idle = FOR_EVER if given["idle_release"] is None else given["idle_release"]
     models = Models(
         folder.path, keep_s=idle, between=turns.between, context=context, threads=given["threads"], cache_size=size,
-        drafts=given["drafts"],
+        **drafting,
     )  # fmt: skip
     rules = None if given["moderation"] is None else Moderation.load(given["moderation"])
     return Desk(

@@ -71,7 +71,7 @@ def transcribe(
         for path in files:
             _refuse_to_replace(_subtitle_file(path))
     task = Task(language, translate_to)
-    options.check_memory(model, context, memory_limit, audio=True)
+    options.check_memory(model, context, memory_limit, audio=True, drafts=drafts)
     engine = options.load_engine(model, context=context, threads=threads, drafts=drafts)
     transcriber = Transcriber(engine, task, num_beams=num_beams, note=_tell)
     failed = 0
@@ -190,7 +190,7 @@ def listen(
 
     task = Task(language, translate_to)
     screen = Screen()
-    options.check_memory(model, context, memory_limit, audio=True)
+    options.check_memory(model, context, memory_limit, audio=True, drafts=given["drafts"])
     with contextlib.ExitStack() as stack:
         chosen, spoken = tools.Chosen(given), voice.Spoken(given)
         speaker = stack.enter_context(spoken.speaker(screen))

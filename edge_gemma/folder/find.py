@@ -52,11 +52,11 @@ def folders() -> tuple[Path, ...]:
 
 
 def named() -> list[store.Entry]:
-    """The user's models that have a name: those that were pulled, and Gemma 3 270M.
+    """The user's models that have a name: those that were pulled, and Gemma 3 270M. A drafter alone is no model.
 
     Models that were converted from a GGUF file are known by its path.
     """
-    whole = (entry for entry in store.entries(folders()) if not entry.unfinished)
+    whole = (entry for entry in store.entries(folders()) if not entry.unfinished and not entry.drafter)
     return [entry for entry in whole if entry.path.parent != cache_folder() or entry.name == GEMMA3_NAME]
 
 
@@ -82,6 +82,12 @@ def resolve(model: Path | str | None = None, progress: "Progress | None" = None)
     if str(model) == GEMMA3_NAME:
         return _gemma3(progress)
     raise _unknown(str(model))
+
+
+def resolve_drafter(drafter: Path | str) -> Path:
+    """The folder that `drafter` means: a path, or the name of a drafter that was pulled. It may not be there."""
+    path = Path(os.path.expanduser(drafter))
+    return path if path.exists() else store.find(str(drafter), folders()) or path
 
 
 def _folder(path: Path) -> Path:

@@ -49,6 +49,7 @@ from edge_gemma.folder.file_names import (  # noqa: F401 (those that only others
     AUDIO_BATCH,
     AUDIO_DATA,
     AUDIO_STREAM,
+    DRAFTER_FORMAT,
     GENERATION,
     MANIFEST,
     PER_LAYER,
@@ -65,7 +66,7 @@ from edge_gemma.vision_config import VisionConfig
 
 FORMAT, VERSION = "edge_gemma model folder", 2  # the newest; older ones are read too
 ONNX_FORMAT, ONNX_VERSION = "edge_gemma ONNX folder", 1  # backends/onnx.py
-DRAFTER_FORMAT, DRAFTER_VERSION = "edge_gemma drafter folder", 1  # folder/drafter_folder.py
+DRAFTER_VERSION = 1  # folder/drafter_folder.py
 _HOW_TO_RUN = {
     DRAFTER_FORMAT: " but of a drafter, which guesses for another model: give that model with -m, this one as --draft",
     FORMAT: " but of a model folder: run it without --backend onnx, or export it with --onnx first",
@@ -357,7 +358,9 @@ def checked_manifest(path: Path, kind: str, newest: int) -> dict[str, Any]:
         raise ModelFolderError(f"{file} is not JSON ({error}): copy or export the model again") from None
     found = manifest.get("format") if isinstance(manifest, dict) else None
     if found != kind:
-        advice = _HOW_TO_RUN.get(found, "") if isinstance(found, str) and kind != DRAFTER_FORMAT else ""
+        advice = _HOW_TO_RUN.get(found, "") if isinstance(found, str) else ""
+        if advice and kind == DRAFTER_FORMAT:
+            advice = " but of a model: give it with -m, and as --draft the drafter of that model"
         raise ModelFolderError(f"{file} is not the manifest of {name}{advice}")
     version = manifest.get("version")
     if type(version) is not int or not 1 <= version <= newest:

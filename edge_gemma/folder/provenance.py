@@ -18,6 +18,8 @@ _CLASSES = (
     ("per-layer gates and projections", "layers.*.per_layer_*.weight"),
     ("attention", "layers.*.self_attn.?_proj.weight"),
     ("MLP", "layers.*.mlp.*.weight"),
+    ("a drafter's projections", "p*_projection.weight"),
+    ("a drafter's groups of tokens", "masked_embedding.*"),
     ("norms and scalars", "*"),
 )
 

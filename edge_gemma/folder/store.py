@@ -15,7 +15,7 @@ from typing import Any
 
 from edge_gemma.errors import UsageError
 from edge_gemma.folder.atomic import unused
-from edge_gemma.folder.file_names import MANIFEST
+from edge_gemma.folder.file_names import DRAFTER_FORMAT, MANIFEST
 from edge_gemma.host import system
 
 _USED = ".used"  # empty files: their times are when the models were last opened
@@ -32,6 +32,7 @@ class Entry:
     source: str | None  # repository@commit, or the file's name
     last_used: float | None
     unfinished: bool = False  # an interrupted pull or conversion
+    drafter: bool = False  # it guesses for another model
 
 
 def find(name: str, folders: Sequence[Path]) -> Path | None:
@@ -51,6 +52,11 @@ def entries(folders: Sequence[Path]) -> list[Entry]:
     """All models, and what interrupted runs have left, sorted by name."""
     found = [entry for folder in folders for entry in _entries(folder)]
     return sorted(found, key=lambda entry: (entry.name, entry.unfinished))
+
+
+def is_drafter(path: Path) -> bool:
+    """Whether a folder holds a drafter, as far as its manifest can be read."""
+    return bool(_source(path).get("drafter"))
 
 
 def remove(name: str, folders: Sequence[Path]) -> list[Entry]:
@@ -81,19 +87,21 @@ def _entries(folder: Path) -> Iterator[Entry]:
     for name in names:
         source = _source(folder / name)
         recipe = source.get("recipe")
-        yield Entry(name, folder / name, _bytes(folder / name), recipe, source.get("from"), _last_used(folder, name))
+        path, used = folder / name, _last_used(folder, name)
+        yield Entry(name, path, _bytes(path), recipe, source.get("from"), used, drafter=source.get("drafter", False))
     for path in left:
         yield Entry(path.name[1:].rpartition(".")[0].rpartition(".")[0], path, _bytes(path), None, None, None, True)
 
 
 def _source(path: Path) -> dict[str, Any]:
-    """Recipe and origin from the manifest. Empty where it cannot be read."""
+    """Recipe, origin and kind from the manifest. Empty where it cannot be read."""
     try:
         manifest = json.loads((path / MANIFEST).read_bytes())
         source = manifest["source"]
         where = source.get("repository")
         revision = str(source.get("revision"))[:12]
-        return {"recipe": manifest["recipe"], "from": f"{where}@{revision}" if where else source.get("name")}
+        named = f"{where}@{revision}" if where else source.get("name")
+        return {"recipe": manifest["recipe"], "from": named, "drafter": manifest.get("format") == DRAFTER_FORMAT}
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return {}
 

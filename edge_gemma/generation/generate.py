@@ -18,6 +18,7 @@ from edge_gemma.generation.beams import search
 from edge_gemma.generation.bounds import Bounds
 from edge_gemma.generation.gain import Gain
 from edge_gemma.generation.sampler import Sampler, TokenChance
+from edge_gemma.model.drafter import Drafter
 from edge_gemma.session import Timeline, common_prefix
 from edge_gemma.text.prompt import ChatTokenizer
 from edge_gemma.text.reply import Piece, ReplyParser
@@ -104,6 +105,7 @@ class Generation:
         bounds: Bounds | None = None,
         chances: int | None = None,
         drafts: Gain | None = None,
+        drafter: Drafter | None = None,
         expected: Sequence[int] = (),
     ) -> None:
         """max_tokens: None continues until the context is full. stop_strings end the answer and are no part of it.
@@ -113,9 +115,10 @@ class Generation:
         the soft tokens of the prompt, which has placeholders in their place. held: the soft tokens in the session; it
         is updated here, and two are equal if they are the same array. bounds: what the reply must be; None for
         anything. chances: the likeliest tokens told beside each token in `result.chances`; None tells nothing. drafts:
-        decides how many tokens are guessed and run ahead, which changes no text; None: none. expected: tokens that the
-        reply probably has, for the guesses. Raises ContextFullError if the prompt is longer than the context,
-        UsageError for an empty prompt or limit, and for chances beside beams. The session is then as it was.
+        decides how many tokens are guessed and run ahead, which changes no text; None: none. drafter: as in Ahead.
+        expected: tokens that the reply probably has, for the guesses. Raises ContextFullError if the prompt is longer
+        than the context, UsageError for an empty prompt or limit, and for chances beside beams. The session is then as
+        it was.
         """
         if not prompt_ids:
             raise UsageError("the prompt is empty, expected at least one token")
@@ -137,13 +140,11 @@ class Generation:
         self._chance: TokenChance | None = None  # of the token that comes next; None: it is certain
         room = session.context - len(prompt_ids) + 1  # the last token is not run
         self._max_tokens, self._limit = max_tokens, min(room, max_tokens or room)
-        self._detokenizer = tokenizer.detokenizer()
-        self._parser = ReplyParser(tokenizer, self._prompt)
-        self._stops = StopStrings(stop_strings)
-        self._progress, self._mark = progress, mark
+        self._detokenizer, self._parser = tokenizer.detokenizer(), ReplyParser(tokenizer, self._prompt)
+        self._stops, self._progress, self._mark = StopStrings(stop_strings), progress, mark
         self._bounds = bounds or Bounds(tokenizer)
         self._sounds, self._held = list(encoded), [] if held is None else held
-        self._ahead = Ahead(session, drafts, stop_ids=self._stop_ids, expected=expected)
+        self._ahead = Ahead(session, drafts, drafter=drafter, stop_ids=self._stop_ids, expected=expected)
         self._pieces = self._run()
 
     def __iter__(self) -> Iterator[Piece]:

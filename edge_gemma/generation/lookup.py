@@ -28,6 +28,8 @@ class Match(NamedTuple):
 class Lookup:
     """Grows with a text. `push` costs the same wherever the text is, `find` at most MOST_PLACES comparisons."""
 
+    free = True  # `follow` costs next to nothing
+
     def __init__(self, ids: Iterable[int], expected: Sequence[int] = ()) -> None:
         """ids: the text so far. expected: how it probably goes on; it is looked up as well."""
         self._text: list[int] = []

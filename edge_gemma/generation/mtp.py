@@ -9,14 +9,18 @@
 `hidden` is the row of the session's last token: the last of `session.hidden(prompt, last=1)` at first, then, after a
 verification, row `accepted` of its rows.
 
-Owns: drawing drafts, and what they were drawn from. Does not know: how many drafts pay, which are taken.
+Owns: drawing drafts, and what they were drawn from; a drafter as a source of guesses for ahead.py. Does not know: how
+many drafts pay, which are taken.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from edge_gemma.generation.acceptance import Distribution, sure
+from edge_gemma.generation.gain import DRAFTED
+from edge_gemma.generation.lookup import Match
 from edge_gemma.generation.sampler import Sampling, candidates
 from edge_gemma.model.drafter import Drafter
 from edge_gemma.session import Session
@@ -65,3 +69,36 @@ class DrafterDrafts:
         cumulative = np.cumsum(probabilities)
         drawn = np.searchsorted(cumulative, self._random.random() * cumulative[-1], side="right")
         return int(some[min(int(drawn), len(some) - 1)]), (some, probabilities)
+
+
+class DrafterGuesses:
+    """A drafter on one timeline, beside `Lookup` as a source of guesses: its likeliest tokens.
+
+    Before each guess it is told where the timeline is: `begin`.
+    """
+
+    free = False  # `follow` takes time
+
+    def __init__(self, drafter: Drafter, session: Session) -> None:
+        self._session, self._drafts = session, DrafterDrafts(drafter)
+        self._row: np.ndarray | None = None
+        self._next: Sequence[int] = ()
+
+    def begin(self, row: np.ndarray | None, tokens: Sequence[int]) -> None:
+        """row: float32 [hidden_size], the timeline's last token's, as of `Session.hidden`; None: it is not known.
+
+        tokens: those that follow the timeline.
+        """
+        self._row, self._next = row, tokens
+
+    def push(self, token: int) -> None:
+        """The text goes on by a token: nothing to do, it is in the timeline."""
+
+    def find(self) -> Match | None:
+        """Whether there are guesses: behind a single token, whose row before is known."""
+        return Match(self._session.position, DRAFTED) if self._row is not None and len(self._next) == 1 else None
+
+    def follow(self, match: Match, most: int) -> list[int]:
+        """So many guesses; none where the session was just rewound far."""
+        assert self._row is not None
+        return self._drafts.draft(self._session, self._row, self._next[0], most).tokens

@@ -5,22 +5,29 @@ how to measure speed (speed.py). MB are 10^6 bytes.
 
 Resident memory counts against a board's memory: the interpreter with its libraries, the vocabulary, the mapped weights
 that a token touches, the KV cache of the whole context, the snapshots of its rings that a chat rewinds to, the
-activations of the longest chunk, the audio encoder if speech is used, and what the encoder of pictures needs if there
-are any: its weights are read layer by layer and let go. Rows of the per-layer-embedding table are
-read from disk. They stay in the system's page cache, which gives way to everything else.
+activations of the longest chunk, those of recorded passes (of a token, and of drafts), a drafter, the audio encoder if
+speech is used, and what the encoder of pictures needs if there are any: its weights are read layer by layer and let go.
+Rows of the per-layer-embedding table are read from disk. They stay in the system's page cache, which gives way to
+everything else.
 """
 
-import functools
 import mmap
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from edge_gemma import kernels
 from edge_gemma.config import GemmaConfig, LayerSpec
 from edge_gemma.engine import DEFAULT_CONTEXT
 from edge_gemma.errors import UsageError
 from edge_gemma.folder import layouts
+from edge_gemma.folder.drafter_folder import DrafterFolder
 from edge_gemma.folder.folder import AUDIO_DATA, PER_LAYER, TOKENIZER, ModelFolder
+from edge_gemma.generation.gain import ROWS
+from edge_gemma.kernels.attend.blocks import BLOCK
+from edge_gemma.model.run_state import RunState
 from edge_gemma.session import CHUNK, MARKS
 from edge_gemma.text.tokenizer import TABLES_FACTOR
 
@@ -28,6 +35,8 @@ from edge_gemma.text.tokenizer import TABLES_FACTOR
 _KERNEL_CODE = 60_000_000  # compiled kernels loaded from their cache, and the parts of LLVM that loading needs
 _COMPILER = 100_000_000  # added if they have to be compiled; kept until the process ends
 _PAGE = mmap.PAGESIZE  # 16 kB on a Raspberry Pi 5
+# Measured: E2B's recorded passes of 1, 2, 4, 8 and 16 rows keep 39.7 MB with a context of 4096, the first draft 1.7 MB.
+_PROGRAM = 32_000  # a layer's part of the list of a recorded pass
 # Measured: an encoder in onnxruntime after 30 s of sound has 93 MB with 6 MB of weights, 553 MB with 303 MB.
 _ENCODER = 83_000_000  # the library and a long step's arrays
 _ENCODER_FACTOR = 1.55  # the weights, and onnxruntime's copy of them in its own order
@@ -43,6 +52,8 @@ class Footprint:
     kv_cache: int
     snapshots: int
     activations: int
+    passes: int  # recorded: of a token, and of drafts with their logits
+    drafter: int
     audio: int
     vision: int
     prefixes: int  # of conversations, computed before (model/prefix_cache.py)
@@ -73,10 +84,13 @@ def footprint(
     vision: int = 0,
     frames: int = 0,
     prefixes: int = 0,
+    drafts: bool = False,
+    drafter: DrafterFolder | None = None,
 ) -> Footprint:
     """The estimate for a session of `context` tokens (None: the default). audio: include the audio encoder. vision:
     soft tokens of the largest picture or frame. frames: those of all frames of videos, which are held together.
-    prefixes: bytes of computed prefixes that are held at most.
+    prefixes: bytes of computed prefixes that are held at most. drafts: tokens are guessed ahead. drafter: one that
+    guesses.
 
     The estimate is within 15% of the measured peak (tests/measure/test_speed.py).
     """
@@ -91,40 +105,38 @@ def footprint(
         kv_cache=_kv_cache(config, context),
         snapshots=MARKS * _rings(config, context),
         activations=_activations(folder, min(context, CHUNK)),
+        passes=_passes(config, context, ROWS if drafts else ROWS[:1]) + 4 * config.vocab_size * (1 + ROWS[-1] * drafts),
+        drafter=0 if drafter is None else _drafter(drafter, context),
         audio=_encoder(folder) if audio else 0,
         vision=_seeing(folder, vision, frames) if vision else 0,
         prefixes=prefixes,
     )
 
 
-def check_limit(
-    folder: ModelFolder,
-    context: int | None,
-    limit: int,
-    *,
-    audio: bool = False,
-    vision: int = 0,
-    frames: int = 0,
-    prefixes: int = 0,
-) -> None:
+def check_limit(folder: ModelFolder, context: int | None, limit: int, **needed: Any) -> None:
     """Raises UsageError if a session of `context` tokens needs more than `limit` bytes.
 
-    The message says which context or recipe would fit. audio, vision, frames, prefixes: as in `footprint`.
+    The message says which context or recipe would fit. needed: the other arguments of `footprint`.
     """
     context = context or min(DEFAULT_CONTEXT, folder.config.max_position_embeddings)
-    estimate = functools.partial(footprint, folder, audio=audio, vision=vision, frames=frames, prefixes=prefixes)
-    needed = estimate(context)
-    if needed.total <= limit:
+
+    def estimate(tokens: int) -> Footprint:
+        return footprint(folder, tokens, **needed)
+
+    found = estimate(context)
+    if found.total <= limit:
         return
-    if shorter := next((c for c in _shorter(context) if estimate(c).total <= limit), None):
+    if found.total - found.drafter <= limit:
+        advice = f"without the drafter, {found.drafter / 1e6:.0f} MB of it, it would fit"
+    elif shorter := next((c for c in _shorter(context) if estimate(c).total <= limit), None):
         advice = f"--context {shorter} would fit"
-    elif (at_4_bits := needed.total - needed.weights + _weights_at_4_bits(folder)) <= limit:
+    elif (at_4_bits := found.total - found.weights + _weights_at_4_bits(folder)) <= limit:
         advice = f"exported with --recipe q4 it needs about {at_4_bits / 1e6:.0f} MB"
     else:
         advice = "no context of this model fits: use a smaller model"
     raise UsageError(
-        f"the model needs about {needed.total / 1e6:.0f} MB of memory for a context of {context} tokens "
-        f"({needed.weights / 1e6:.0f} MB are weights), the limit is {limit / 1e6:.0f} MB: {advice}"
+        f"the model needs about {found.total / 1e6:.0f} MB of memory for a context of {context} tokens "
+        f"({found.weights / 1e6:.0f} MB are weights), the limit is {limit / 1e6:.0f} MB: {advice}"
     )
 
 
@@ -192,3 +204,27 @@ def _activations(folder: ModelFolder, chunk: int) -> int:
     widest = max(layer.intermediate_size for layer in config.layers[: config.last_kv_producer + 1])
     per_layer = config.hidden_size_per_layer_input * config.num_hidden_layers
     return 4 * chunk * (3 * widest + 2 * per_layer + 4 * config.hidden_size) + 4 * config.vocab_size
+
+
+def _passes(config: GemmaConfig, context: int, sizes: tuple[int, ...]) -> int:
+    """Bytes of what recorded passes of so many rows keep: activations, inputs, what attention puts aside, the list."""
+    state = sum(array.nbytes for array in vars(RunState(config, 1)).values() if isinstance(array, np.ndarray))
+    per_layer = 5 * 4 * config.hidden_size_per_layer_input * config.num_hidden_layers  # the table's rows on their way
+    aside = {layer.layer_type: _set_aside(layer, context) for layer in config.layers}
+    row = state + state // 4 + per_layer + sum(aside.values())  # a quarter: the activations as int8
+    return sum(sizes) * row + len(sizes) * config.num_hidden_layers * _PROGRAM
+
+
+def _set_aside(layer: LayerSpec, context: int) -> int:
+    """Bytes of a token's float32 values in the blocks of keys (kernels/attend/blocks.py), which layers share."""
+    blocks = (layer.sliding_window or _slots(layer, context)) // BLOCK + 2
+    return 4 * blocks * layer.num_attention_heads * layer.head_dim
+
+
+def _drafter(folder: DrafterFolder, context: int) -> int:
+    """Bytes of a drafter's weights, of its pass, and of the groups of the head that are copied for a token."""
+    weights = sum(part.nbytes for tensor in folder.tensors.values() for part in tensor.parts.values())
+    config = folder.drafter
+    head = sum(part.nbytes for part in folder.tensors["embed_tokens.weight"].parts.values())
+    copied = head * config.centroid_intermediate_top_k // config.num_centroids if config.num_centroids else 0
+    return weights + copied + _passes(config.decoder, context, (1,))

@@ -21,10 +21,10 @@ import numpy as np
 
 from edge_gemma.drafter_config import CENTROIDS, ORDERING, DrafterConfig
 from edge_gemma.errors import ModelFolderError
-from edge_gemma.kernels.recording.program import Program, record
 from edge_gemma.model.decoder import Decoder, Rows
 from edge_gemma.model.kv_cache import KVCache
 from edge_gemma.model.linear import Activations, DenseMatrix, Matrix, PanelMatrix
+from edge_gemma.model.recorded import Recorded
 from edge_gemma.model.run_state import RunState
 from edge_gemma.model.weights import Binder, Weights, bind_layer
 
@@ -80,7 +80,7 @@ class Drafter:
 
 
 class DraftSteps:
-    """The draft steps of one session: a row of memory, and the pass recorded once (as recorded.Step)."""
+    """The draft steps of one session: a row of memory, and the pass, recorded once."""
 
     def __init__(self, drafter: Drafter, cache: KVCache) -> None:
         """cache: of a session of the drafter's target."""
@@ -89,11 +89,9 @@ class DraftSteps:
         self._cache = cache
         self._state = RunState(drafter.decoder.config, 1)
         self._x = np.zeros((1, 2 * config.backbone_hidden_size), np.float32)
-        self._last = np.zeros(
-            1, np.int64
-        )  # the last position whose K and V are visible; only RoPE knows the query's own
+        self._last = np.zeros(1, np.int64)  # the last position that is seen; only RoPE knows the query's own
         self._rope = drafter.decoder.rope(self._last)
-        self._program: Program | None = None
+        self._recorded = Recorded()
         self._y = self._row = self._scores = np.empty((0, 0), np.float32)  # what the pass writes
         embed_tokens = drafter.weights.decoder.lm_head
         self._groups = None
@@ -122,21 +120,13 @@ class DraftSteps:
         """
         width = self.drafter.config.backbone_hidden_size
         self._x[:, :width] = self.drafter.target.embed(np.array([token], np.int64))
-        self._pass()
+        self._recorded.run(self._forward)
         self._x[:, width:] = self._row
         if self._groups is None:
             return self.drafter.every_token, self._scores[0]
         best = np.argpartition(self._scores[0], -self._groups.count)[-self._groups.count :]
         size = self.drafter.config.group_size
         return self.drafter.every_token.reshape(-1, size)[best].reshape(-1), self._groups(best, self._y)
-
-    def _pass(self) -> None:
-        if self._program is not None:
-            self._program.run()
-        else:
-            with record() as recorder:
-                self._forward()
-            self._program = recorder.program()
 
     def _forward(self) -> None:
         """The pass, on a page. It happens in kernels altogether, so that it can be recorded."""

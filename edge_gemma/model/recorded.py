@@ -1,10 +1,11 @@
 """Decoding a token, or a few together: the forward pass recorded once, then repeated as one launch.
 
-Owns: the arrays a recorded pass reads and writes, and for how many tokens there are passes. Does not know: what the
-pass does (decoder.py), whose tokens they are.
+Owns: recording a pass and repeating it, the arrays that it reads and writes, and for how many tokens there are passes.
+Does not know: what the pass does (decoder.py, drafter.py), whose tokens they are.
 """
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -23,18 +24,35 @@ def padded(tokens: int) -> int:
     return 1 << (tokens - 1).bit_length()
 
 
+class Recorded:
+    """A pass that happens in kernels altogether, over arrays that stay where they are: recorded once, then repeated."""
+
+    def __init__(self) -> None:
+        self.program: Program | None = None
+
+    def run(self, forward: Callable[[], None]) -> None:
+        """Run the pass. forward: the pass, the same each time."""
+        if self.program is not None:
+            self.program.run()
+            return
+        with record() as recorder:
+            forward()
+        self.program = recorder.program()
+
+
 class Pass:
     """The forward pass of a fixed number of tokens. The first goes through the decoder and is written down."""
 
     def __init__(self, decoder: Decoder, caches: Sequence[KVCache], logits: bool = False) -> None:
         """caches: each token's. logits: whether the head is part of the pass."""
         self._decoder = decoder
-        self._caches = self._recorded = TokenCaches(caches)
+        self._caches = self._recorded_on = TokenCaches(caches)
         self._logits = logits
         self._state = RunState(decoder.config, len(caches))
-        self._program: Program | None = None
-        self._inputs: Inputs  # what the program reads
+        self.recorded = Recorded()
+        self._inputs: Inputs | None = None  # what it reads
         self._out: np.ndarray  # what it writes
+        self.rows: np.ndarray  # the rows that enter the head, float32 [tokens, D]; the next call overwrites them
 
     def __call__(self, ids: np.ndarray, positions: np.ndarray) -> np.ndarray:
         """Run a token of each cache; ids and positions: int64 [tokens].
@@ -43,27 +61,35 @@ class Pass:
         Nothing is stored for a token at position NOBODY, and its row has no meaning.
         """
         inputs = self._decoder.inputs(ids, positions)
-        if self._program is not None:
-            _refill(self._inputs, inputs)
-            self._program.run()
-        else:
-            with record() as recorder:
-                self._out = self._forward(inputs)
-            self._program, self._inputs = recorder.program(), inputs
+        self._fill(inputs)
+        self.recorded.run(self._forward)
         return self._out
 
     def move(self, caches: Sequence[KVCache]) -> None:
         """Let the tokens have other caches, of the same model and dtype, none with more places than the first had."""
         self._caches = TokenCaches(caches)
-        if self._program is None:
+        if self.recorded.program is None or self._inputs is None:
             return
-        for i, old in self._recorded.layers.items():
-            for t, (recorded, cache) in enumerate(zip(old.caches, self._caches.layers[i].caches, strict=True)):
-                self._program.move(self._inputs.positions[t : t + 1], recorded.k, cache.k, cache.v)
+        for i, old in self._recorded_on.layers.items():
+            for t, (first, cache) in enumerate(zip(old.caches, self._caches.layers[i].caches, strict=True)):
+                self.recorded.program.move(self._inputs.positions[t : t + 1], first.k, cache.k, cache.v)
 
-    def _forward(self, inputs: Inputs) -> np.ndarray:
-        rows = self._decoder.run(inputs, self._caches, self._state, keep=len(inputs.h))
-        return self._decoder.logits(rows) if self._logits else rows
+    def _fill(self, new: Inputs) -> None:
+        """Put tokens' inputs where the pass looks for them. The pass changes what it reads, and `new` stays."""
+        if (old := self._inputs) is None:
+            self._inputs = copy.deepcopy(new)
+            return
+        old.positions[...], old.h[...] = new.positions, new.h
+        if old.per_layer is not None and new.per_layer is not None:
+            old.per_layer[...] = new.per_layer
+        for kind, arrays in old.rope.items():
+            for array, values in zip(arrays, new.rope[kind], strict=True):
+                array[...] = values
+
+    def _forward(self) -> None:
+        assert self._inputs is not None
+        self.rows = self._decoder.run(self._inputs, self._caches, self._state, keep=len(self._inputs.h))
+        self._out = self._decoder.logits(self.rows) if self._logits else self.rows
 
 
 class Steps:
@@ -72,6 +98,11 @@ class Steps:
     def __init__(self, decoder: Decoder, cache: KVCache) -> None:
         self._decoder, self._cache = decoder, cache
         self._passes: dict[int, Pass] = {}
+
+    @property
+    def row(self) -> np.ndarray:
+        """The row that entered the head of `one`, the latest time: float32 [D]."""
+        return self._passes[1].rows[0].copy()
 
     @property
     def begun(self) -> bool:
@@ -95,13 +126,3 @@ class Steps:
         out = self._passes[rows](np.array([*ids, *[PAD] * (rows - len(ids))], np.int64), positions)
         self._cache.advance(len(ids))
         return out
-
-
-def _refill(old: Inputs, new: Inputs) -> None:
-    """Put tokens' inputs where a recorded pass looks for them."""
-    old.positions[...], old.h[...] = new.positions, new.h
-    if old.per_layer is not None and new.per_layer is not None:
-        old.per_layer[...] = new.per_layer
-    for kind, arrays in old.rope.items():
-        for array, values in zip(arrays, new.rope[kind], strict=True):
-            array[...] = values

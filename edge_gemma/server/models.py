@@ -65,15 +65,15 @@ class Models:
 
     def __init__(
         self, default: Path, *, name: str | None = None, keep_s: float = FOR_EVER, between: Callable[[], None],
-        **options: Any,
+        draft: Path | str | None = None, **options: Any,
     ) -> None:  # fmt: skip
         """default: the folder of the model that requests without a name get; the user's other models are offered too.
 
         name: the default's, None for that of its folder. keep_s: seconds that a model stays open after its last use.
-        between, options: as in Engine.
+        draft: the default's drafter. between, options: as in Engine.
         """
         self.default = _offer(name or default.resolve().name, default)
-        self._keep_s, self._between, self._options = keep_s, between, options
+        self._keep_s, self._between, self._draft, self._options = keep_s, between, draft, options
         self._changed = threading.Condition()
         self.loaded: Loaded | None = None
         self.loading: str | None = None
@@ -149,7 +149,8 @@ class Models:
         opened = None
         try:
             since = time.perf_counter()
-            engine = Engine.load(offer.path, **self._options)
+            draft = self._draft if offer.name == self.default.name else None
+            engine = Engine.load(offer.path, draft=draft, **self._options)
             engine.between = self._between
             opened = Loaded(offer, engine, time.perf_counter() - since)
         finally:

@@ -166,7 +166,7 @@ def test_one_is_not_taken_for_the_other(pair, tmp_path):
     model, drafter = pair
     with pytest.raises(ModelFolderError, match=r"of a drafter.*give that model with -m, this one as --draft$"):
         Engine.load(drafter)
-    with pytest.raises(ModelFolderError, match=r"is not the manifest of a drafter$"):
+    with pytest.raises(ModelFolderError, match=r"manifest of a drafter but of a model: give it with -m, and as --dr"):
         Engine.load(model, draft=model)
     with pytest.raises(ModelFolderError, match=r"is not a drafter$"):
         Engine.load(model, draft=tmp_path / "nowhere")

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edge_gemma.generation.gain import LONGEST_DRAFT, ROWS, Acceptance, Gain, Prices, padded
+from edge_gemma.generation.gain import DRAFTED, LONGEST_DRAFT, ROWS, Acceptance, Gain, Prices, padded
 
 GOOD = {1: 1.0, 2: 1.1, 4: 1.2, 8: 2.0, 16: 4.0}  # steps for passes of some rows
 POOR = {1: 1.0, 2: 1.54, 4: 2.34, 8: 3.04, 16: 5.5}
@@ -27,6 +27,13 @@ def by_turns(length, *kinds):
     return lambda rng: (next(kind) for kind in itertools.cycle([kind(rng) for kind in kinds]) for _ in range(length))
 
 
+def length_of(gain, length, most, tokens=1):
+    """The length of the draft, where one guess is offered."""
+    at, drafted = gain.choose([(length, most)], tokens)
+    assert at == 0
+    return drafted
+
+
 def simulate(machine, text, tokens, *, seed=0, prices=None, noise=0.03, matched=1.0):
     """Steps that so many tokens of a text take, and the draft of each pass. matched: share of tokens with a match."""
     rng = random.Random(seed)
@@ -42,7 +49,7 @@ def simulate(machine, text, tokens, *, seed=0, prices=None, noise=0.03, matched=
         draft = 0
         if rng.random() < matched:
             gain.guess(length, [1] * LONGEST_DRAFT)
-            draft = gain.draft(length, LONGEST_DRAFT)
+            draft = length_of(gain, length, LONGEST_DRAFT)
         rows = padded(1 + draft)
         price = machine[rows] * rng.lognormvariate(0, noise) * (1.5 if rows not in seen else 1)
         gain.ran(1, draft, price * STEP_S, first=rows not in seen)
@@ -222,9 +229,9 @@ def test_a_draft_fits_whatever_was_measured(passes):
     for length, most, price in passes:
         gain.guess(length, [1] * LONGEST_DRAFT)
         for tokens in (1, 3, 15, 16, 200):
-            assert 0 <= gain.draft(length, most, tokens) <= most
-            assert tokens + gain.draft(length, most, tokens) <= max(16, tokens)
-        drafted = gain.draft(length, most)
+            assert 0 <= length_of(gain, length, most, tokens) <= most
+            assert tokens + length_of(gain, length, most, tokens) <= max(16, tokens)
+        drafted = length_of(gain, length, most)
         gain.ran(1, drafted, price * STEP_S)
         gain.came(int(price < 5))
         gain.accepted(drafted if price < 5 else 0)
@@ -239,9 +246,9 @@ def test_tokens_that_are_certain_leave_room_for_a_draft():
     for _ in range(40):
         gain.guess(6, [1] * LONGEST_DRAFT)
         gain.came(1)
-    assert gain.draft(6, LONGEST_DRAFT, tokens=3) in (1, 5, 13)  # 4, 8 or 16 rows
-    assert gain.draft(6, 2, tokens=3) in (1, 2)
-    assert gain.draft(6, LONGEST_DRAFT, tokens=16) == 0
+    assert length_of(gain, 6, LONGEST_DRAFT, tokens=3) in (1, 5, 13)  # 4, 8 or 16 rows
+    assert length_of(gain, 6, 2, tokens=3) in (1, 2)
+    assert length_of(gain, 6, LONGEST_DRAFT, tokens=16) == 0
 
 
 def test_a_loss_ends_drafting_and_the_rest_grows():
@@ -255,7 +262,7 @@ def test_a_loss_ends_drafting_and_the_rest_grows():
         for _ in range(2):  # guesses that are not run come, those that are do not
             gain.guess(12, [1])
             gain.came(1)
-        drafted = gain.draft(12, LONGEST_DRAFT)
+        drafted = length_of(gain, 12, LONGEST_DRAFT)
         if drafted:
             drafts.append(i)
             gain.ran(1, drafted, prices[padded(1 + drafted)] * STEP_S)
@@ -263,3 +270,117 @@ def test_a_loss_ends_drafting_and_the_rest_grows():
     assert len(drafts) < 60
     assert rests == sorted(rests)
     assert rests[-1] > 8 * rests[0]
+
+
+# --- drafters ---------------------------------------------------------------------------------------------------------
+
+
+def drafted_text(machine, comes, tokens, cost, *, seed=0, prices=None, drafter=True):
+    """Steps that a text takes beside a drafter, and the draft of each pass.
+
+    comes: the chance that the drafter is right, a function of the place. cost: steps of a drafter's token. Each time is
+    off by a tenth; first ones take half as long again.
+    """
+    rng = random.Random(seed)
+    gain, steps, draft, used, seen = Gain(prices or Prices()), 0.0, 0, [], set()
+
+    def took(what, usual):
+        first = what not in seen
+        seen.add(what)
+        return usual * rng.lognormvariate(0, 0.1) * (1.5 if first else 1), first
+
+    for place in range(tokens):
+        same = rng.random() < comes(place)
+        gain.came(int(same))
+        if draft and same:
+            draft -= 1
+            gain.accepted(1)
+            continue
+        draft = gain.choose([(DRAFTED, LONGEST_DRAFT)])[1] if drafter else 0
+        if asked := draft or (drafter and gain.asks()):
+            made, first = took("drafter", asked * cost)
+            gain.guess(DRAFTED, [1] * asked, made * STEP_S, first=first)
+            steps += made
+        price, first = took(padded(1 + draft), machine[padded(1 + draft)])
+        gain.ran(1, draft, price * STEP_S, first=first)
+        steps += price
+        used.append(draft)
+    return steps, used
+
+
+def against_plain(machine, comes, tokens, cost, seeds=40):
+    """The mean time of texts with a drafter, in that of the same texts without; prices are known from these texts."""
+    prices, ratios = Prices(), []
+    for seed in range(seeds):
+        steps, _ = drafted_text(machine, comes, tokens, cost, seed=seed, prices=prices)
+        ratios.append(steps / drafted_text(machine, comes, tokens, cost, seed=seed, drafter=False)[0])
+    return statistics.mean(ratios)
+
+
+def best_drafting(machine, chance, cost):
+    """Steps a token of the best fixed length."""
+    speeds = [sum(chance**i for i in range(n + 1)) / (machine[padded(1 + n)] + n * cost) for n in range(16)]
+    return 1 / max(speeds)
+
+
+@MACHINES
+@pytest.mark.parametrize("cost", [0.02, 0.05, 0.3])
+@pytest.mark.parametrize("chance", [0.0, 0.1, 0.3, 0.6, 0.9])
+def test_a_drafter_costs_less_than_two_percent(machine, cost, chance):
+    assert against_plain(machine, lambda place: chance, 300, cost) < 1.02
+
+
+@pytest.mark.parametrize("cost", [0.02, 0.05])
+@pytest.mark.parametrize("chance", [0.5, 0.7, 0.9])
+def test_a_drafter_that_is_right_nearly_reaches_the_best_fixed_length(cost, chance):
+    assert against_plain(GOOD, lambda place: chance, 300, cost) < 1.12 * best_drafting(GOOD, chance, cost)
+
+
+def test_a_drafter_that_was_wrong_for_long_is_taken_once_it_is_right():
+    ratio = against_plain(GOOD, lambda place: 0.8 if place > 400 else 0.0, 1200, 0.03, seeds=10)
+    assert ratio < 1.1 * (400 + 800 * best_drafting(GOOD, 0.8, 0.03)) / 1200
+
+
+def experienced(price):
+    """A gain that knows the prices of a good machine, a drafter's price, and that it is right half of the time."""
+    gain = Gain(Prices())
+    for rows, steps in GOOD.items():
+        for _ in range(3):
+            gain.prices.add(rows, steps * STEP_S)
+    gain.prices.add(1, STEP_S)
+    for i in range(40):
+        gain.guess(DRAFTED, [1], price * STEP_S)
+        gain.came(i % 2)
+    return gain
+
+
+@pytest.mark.parametrize(("price", "drafted"), [(0.01, 3), (0.2, 1), (0.45, 0)])
+def test_the_price_of_a_drafters_tokens_counts(price, drafted):
+    """Tokens that come in the time of a step: of one draft 1.5 / (1.1 + price), of three 1.875 / (1.2 + 3 prices)."""
+    assert experienced(price).choose([(DRAFTED, LONGEST_DRAFT)])[1] == drafted
+
+
+def test_what_a_drafter_took_is_on_the_account():
+    """Nothing it says comes, and a pass of two rows costs next to nothing more: it is its own time that ends it."""
+    gain, drafts = experienced(0.3), 0
+    for _ in range(100):
+        gain.prices.add(1, STEP_S)
+        gain.guess(DRAFTED, [1], 0.3 * STEP_S)
+        gain.ran(1, 1, 1.01 * STEP_S)
+        drafts += 1
+        if gain._resting:
+            break
+    assert 10 <= drafts <= 15
+
+
+def test_of_two_guesses_the_one_that_promises_more_is_drafted():
+    gain = experienced(0.02)
+    for _ in range(40):
+        gain.guess(12, [1] * LONGEST_DRAFT)
+        gain.came(1)
+        gain.guess(2, [1] * LONGEST_DRAFT)
+        gain.came(0)
+    assert gain.choose([(12, LONGEST_DRAFT), (DRAFTED, LONGEST_DRAFT)])[0] == 0
+    assert gain.choose([(2, LONGEST_DRAFT), (DRAFTED, LONGEST_DRAFT)])[0] == 1
+    assert gain.choose([]) == (0, 0)
+    assert gain.choose([(12, 0), (DRAFTED, 0)]) == (0, 0)

@@ -4,6 +4,7 @@ import json
 import statistics
 import subprocess
 import sys
+import tracemalloc
 from dataclasses import fields
 from pathlib import Path
 
@@ -17,6 +18,8 @@ from edge_gemma.config import GemmaConfig
 from edge_gemma.engine import Engine
 from edge_gemma.errors import UsageError
 from edge_gemma.export.synth import AUDIO_CONFIGS, TEXT_CONFIGS, plan_model, synthesize
+from edge_gemma.export.synth_drafter import synthesize_drafter
+from edge_gemma.folder.drafter_folder import DrafterFolder
 from edge_gemma.folder.folder import TOKENIZER, ModelFolder
 from edge_gemma.measure import bandwidth, memory, speed
 from edge_gemma.measure.bandwidth import ReadBandwidth
@@ -202,6 +205,33 @@ def test_the_estimate_counts_the_bytes_there_are(tiny: Path) -> None:
         assert (estimate.snapshots > 0) == (context == 4096)
         assert estimate.weights == sum(p.nbytes for _, p in folder.parts() if p.file == "weights.safetensors")
     assert memory.footprint(folder) == memory.footprint(folder, 4096)
+
+
+@pytest.mark.parametrize("context", [512, 4096])
+def test_the_estimate_knows_recorded_passes_and_drafts(tmp_path: Path, context: int) -> None:
+    model, drafter = synthesize("tiny", tmp_path / "m", "q4"), synthesize_drafter("tiny", tmp_path / "d")
+    folder, opened = ModelFolder.open(model), DrafterFolder.open(drafter)
+    without = memory.footprint(folder, context)
+    estimate = memory.footprint(folder, context, drafts=True, drafter=opened)
+    with Engine.load(model, context=context, draft=drafter, threads=1, cache_size=0) as engine:
+        for session in (engine.session(), engine.session()):  # the first of a process imports and compiles
+            row = session.hidden(list(range(70, 90)), last=1)[0]
+            tracemalloc.start()
+            before, _ = tracemalloc.get_traced_memory()
+            session.step(7)
+            one = tracemalloc.get_traced_memory()[0] - before
+            for rows in (2, 4, 8, 16):
+                session.forward(list(range(70, 70 + rows)))
+            all_of_them = tracemalloc.get_traced_memory()[0] - before
+            session.draft(engine.drafter, row, 7, 2, lambda ids, logits: int(ids[0]))
+            drafting = tracemalloc.get_traced_memory()[0] - before - all_of_them
+            tracemalloc.stop()
+    logits = 4 * folder.config.vocab_size
+    assert 0.75 < (without.passes - logits) / one < 1.5
+    assert 0.75 < (estimate.passes - 17 * logits) / all_of_them < 1.35
+    weights = sum(part.nbytes for _, part in opened.parts())
+    assert 0.75 < (estimate.drafter - weights) / drafting < 1.7
+    assert without.drafter == 0
 
 
 USE = """

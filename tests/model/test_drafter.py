@@ -7,7 +7,7 @@ import pytest
 from edge_gemma.engine import Engine
 from edge_gemma.errors import UsageError
 from edge_gemma.export.convert import export_checkpoint
-from edge_gemma.model import drafter as drafter_module
+from edge_gemma.model.recorded import Recorded
 from tests.make_drafter_goldens import CONTEXTS, DRAFTS
 from tests.make_goldens import GOLDENS
 from tests.reference_drafter import reference_drafts
@@ -106,8 +106,7 @@ def test_a_recorded_pass_says_what_every_kernel_by_itself_says(load, kind, recip
     engine = load(kind, recipe)
     recorded, expected = draft(engine, ids.tolist(), token)
 
-    steps = drafter_module.DraftSteps
-    monkeypatch.setattr(steps, "_pass", steps._forward)
+    monkeypatch.setattr(Recorded, "run", lambda _, forward: forward())
     plain, logits = draft(engine, ids.tolist(), token)
     assert plain == recorded
     np.testing.assert_array_equal(logits, expected)
