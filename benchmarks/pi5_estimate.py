@@ -36,7 +36,14 @@ RECIPES = {"e2b-q4": 32, "e2b-mobile": 0}  # model -> group of the 4-bit matrice
 METHOD = """\
 ## Raspberry Pi 5: an estimate, not a measurement
 
-No Raspberry Pi was at hand. The method:
+No Raspberry Pi was at hand. `{name}` was measured on {cpus}; the rest is arithmetic. The commands:
+
+```
+python benchmarks/peers.py --part speed --pair e2b-mobile --pair e2b-q4 --name {stem}
+python benchmarks/pi5_estimate.py benchmarks/results/{name} --llvm-mca llvm-mca-19
+```
+
+The method:
 
 1. `llvm-mca -mcpu={cpu}` (LLVM's tables for the A76's server twin) gives the cycles of one step of the inner loops that
    are emitted for a Cortex-A76, at {clock} GHz on {cores} cores: what the arithmetic allows when every load hits L1.
@@ -44,8 +51,12 @@ No Raspberry Pi was at hand. The method:
    ([tinymembench, 8 and 4 GB boards](https://github.com/raspberrypi/firmware/issues/1876)), that is 11 to 12 GB/s, and
    later firmware has faster memory timings ([retests](https://github.com/geerlingguy/sbc-reviews/issues/21)). The
    estimate takes {low} to {high} GB/s.
-3. What a whole model loses against such bounds is taken from the machine in `{name}`: there, prefill of {prompt} tokens
+3. What a whole model loses against such bounds is taken from the machine of the CSV: there, prefill of {prompt} tokens
    reached {prefill} of its llvm-mca bound ({host}), and decoding {decode} of the bandwidth measured in the same run.
+
+It assumes that the board loses as much against its bounds as that machine does, though its caches are smaller (512 kB
+of L2 a core, 2 MB of L3) and four cores share its memory; that it is cooled, so that it keeps its clock; that nothing
+else runs; and that the model fits into its memory and has been read from the card before.
 
 As a check from outside: llama.cpp's published 6.0 to 6.7 tokens a second for E2B Q4_K_M on a Pi 5, at about 1.4 GB a
 token, is 8.4 to 9.4 GB/s.
@@ -186,7 +197,8 @@ def main(measured: Path, mca: str, ghz: float | None, out: Path | None) -> None:
         lines.append(estimate(model, rows, *tiles, efficiencies[model], shares[model]))
     text = METHOD.format(
         cpu=MODEL_CPU, clock=CLOCK_GHZ, cores=CORES, peak=PEAK_GB_S, low=REACHED_GB_S[0], high=REACHED_GB_S[1],
-        name=measured.name, prompt=512, host=f"{host['model']} at {ghz:.2f} GHz",
+        name=measured.name, stem=measured.stem, cpus=f"{about.cores} cores of an {about.cpu}", prompt=512,
+        host=f"{host['model']} at {ghz:.2f} GHz",
         prefill=" and ".join(f"{e:.0%}" for e in efficiencies.values()),
         decode=" and ".join(f"{s:.0%}" for s in shares.values()),
     )  # fmt: skip
