@@ -5,8 +5,8 @@
 Owns: how long a neighbour works and sleeps, starting and ending neighbours. Does not know: what is measured beside
 them. It imports nothing else, so that a neighbour is busy as soon as it starts.
 
-A neighbour wants a fixed amount of processor time in each period of 100 ms, and sleeps for what is left of it. What it
-does not get in a period is not made up for, as a program that skips a frame. With a share of 100 it never sleeps.
+A neighbour works for a fixed amount of processor time, then sleeps for what is left of 100 ms. If it takes longer than
+that it goes on without a rest, but makes up for nothing. With a share of 100 it never sleeps.
 """
 
 import argparse
@@ -26,7 +26,7 @@ def work(share: int) -> None:
     wanted = PERIOD_S * share / 100
     while os.getppid() == parent:
         start, spent = time.perf_counter(), time.process_time()
-        while time.process_time() - spent < wanted and time.perf_counter() - start < PERIOD_S:
+        while time.process_time() - spent < wanted:
             pass
         if share < 100:
             time.sleep(max(0.0, start + PERIOD_S - time.perf_counter()))
