@@ -158,17 +158,13 @@ def matmul_table(rows: Sequence[Row]) -> str:
     return table(["rows x columns", "weights", "", "edge_gemma", "onnxruntime", "times better (rounds)"], lines)
 
 
-def alone(row: Row) -> bool:
-    """Whether no neighbour was busy meanwhile."""
-    return ", neighbour " not in row.test
-
-
 def curve(rows: Sequence[Row], model: str, engine: str, form: str, test: str) -> dict[int, float]:
     """The points of "prefill N" or "decode K at N": N -> median tok/s."""
     found: dict[int, list[Row]] = {}
     for row in rows:
-        if (row.model, row.engine, row.form) == (model, engine, form) and row.test.startswith(test) and alone(row):
-            found.setdefault(int(row.test.rpartition(" ")[2]), []).append(row)
+        point = re.fullmatch(rf"{test}(?: \d+ at)? (\d+)", row.test)
+        if point and (row.model, row.engine, row.form) == (model, engine, form):
+            found.setdefault(int(point[1]), []).append(row)
     return {n: median(of) for n, of in sorted(found.items()) if of[0].unit == "tok/s"}
 
 

@@ -16,7 +16,7 @@ PRODUCT_TOKENS = 128
 
 PREFILL = f"prefill {PROMPT}"
 DECODE = f"decode {GENERATE} at 0"
-DECODE_AFTER = f"decode {GENERATE} at {PROMPT}"
+DECODE_AFTER = f"decode {GENERATE} after {PROMPT}"
 FIRST = f"first token, prompt {SHORT_PROMPT}"
 MEMORY_AFTER = f"memory, {PROMPT} read and {GENERATE} written"
 PEAK = f"peak RSS, context {CONTEXT}"

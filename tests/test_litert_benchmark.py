@@ -141,7 +141,7 @@ def test_rounds_alternate_and_compare_the_same_work(tmp_path: Path) -> None:
     compared = report.compare(bench.rows, report.LITERT)
     assert {c.form for c in compared} == {"mobile, KV 1280", "mobile, KV 4096"}
     assert {c.test for c in compared} == {
-        "prefill 512", "decode 128 at 512", "first token, prompt 20", "load", "memory, 512 read and 128 written",
+        "prefill 512", "decode 128 after 512", "first token, prompt 20", "load", "memory, 512 read and 128 written",
     }  # fmt: skip
     assert {c.ratio for c in compared if c.unit == "tok/s"} == {1.5}
     assert {round(c.ratio, 3) for c in compared if c.unit == "s"} == {0.667}
@@ -263,14 +263,14 @@ def test_tables_of_litert_and_of_a_neighbour() -> None:
         sides = ((report.OURS, "mobile", ours), (report.LITERT, "mobile, KV 1280", theirs))
         return [Row(1, "e2b-mobile", *side[:2], test, side[2], "tok/s", 0.0, "command") for side in sides]
 
-    rows = both("decode 128 at 512", 60.0, 40.0) + both("decode 128 at 512, neighbour 50%", 45.0, 36.0)
+    rows = both("decode 128 after 512", 60.0, 40.0) + both("decode 128 after 512, neighbour 50%", 45.0, 36.0)
     rows += [Row(1, "e2b-mobile", report.OURS, "mobile", "decode 128 at 0", 66.0, "tok/s", 0.0, "command")]
     about = Machine("2026-11-30", "A CPU", 2, 2, 25.0, "avx2", "litert-lm 0.18.1")
     text = report.section("a.csv", about, rows)
     assert "### Beside LiteRT-LM\n\n|  | file of LiteRT-LM | edge_gemma | LiteRT-LM | times better (rounds) |" in text
-    assert "| e2b-mobile, decode 128 at 512 (tok/s) | mobile, KV 1280 | 60 | 40 | **1.5** |" in text
-    assert "| e2b-mobile, decode 128 at 512, neighbour 50% (tok/s) | mobile, KV 1280 | 45 | 36 | **1.25** |" in text
-    assert "| e2b-mobile, edge_gemma mobile | 66 | 60 |" in text  # along the context, without a neighbour
+    assert "| e2b-mobile, decode 128 after 512 (tok/s) | mobile, KV 1280 | 60 | 40 | **1.5** |" in text
+    assert "| e2b-mobile, decode 128 after 512, neighbour 50% (tok/s) | mobile, KV 1280 | 45 | 36 | **1.25** |" in text
+    assert "### Along" not in text  # those are no points of a curve
     assert "Side by side" not in text
 
 
