@@ -10,6 +10,7 @@ Needs llvm-mca of LLVM 17 or later: older ones take the Cortex-A57's tables for 
 
 import math
 import re
+import statistics
 import subprocess
 import sys
 import time
@@ -36,7 +37,8 @@ RECIPES = {"e2b-q4": 32, "e2b-mobile": 0}  # model -> group of the 4-bit matrice
 METHOD = """\
 ## Raspberry Pi 5: an estimate, not a measurement
 
-No Raspberry Pi was at hand. `{name}` was measured on {cpus}; the rest is arithmetic. The commands:
+No Raspberry Pi was at hand. `{name}` was measured on {cpus}, while other processes kept {others:.2f} cores busy
+(median); the rest is arithmetic. The commands, of which the last writes this section anew:
 
 ```
 python benchmarks/peers.py --part speed --pair e2b-mobile --pair e2b-q4 --name {stem}
@@ -198,6 +200,7 @@ def main(measured: Path, mca: str, ghz: float | None, out: Path | None) -> None:
     text = METHOD.format(
         cpu=MODEL_CPU, clock=CLOCK_GHZ, cores=CORES, peak=PEAK_GB_S, low=REACHED_GB_S[0], high=REACHED_GB_S[1],
         name=measured.name, stem=measured.stem, cpus=f"{about.cores} cores of an {about.cpu}", prompt=512,
+        others=statistics.median(r.others for r in rows),
         host=f"{host['model']} at {ghz:.2f} GHz",
         prefill=" and ".join(f"{e:.0%}" for e in efficiencies.values()),
         decode=" and ".join(f"{s:.0%}" for s in shares.values()),
