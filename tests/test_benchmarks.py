@@ -298,7 +298,7 @@ def test_the_estimate_is_written_from_the_csv(tmp_path: Path, monkeypatch: pytes
     text = (tmp_path / "pi5-estimate.md").read_text()
     assert result.output.strip() == text.strip()
     assert "an estimate, not a measurement" in text.splitlines()[0]
-    assert "kept 0.25 cores busy (median)" in text
+    assert "kept 0.25 cores busy\n(median)" in text
     assert "--part speed --pair e2b-mobile --pair e2b-q4 --name mine\n" in text
     assert "python benchmarks/pi5_estimate.py benchmarks/results/mine.csv --llvm-mca llvm-mca-19\n" in text
     bound = 2 * 64 * 3e9 / (2 * pi5_estimate.PREFILL_MACS)  # two cores, 64 operations a cycle
