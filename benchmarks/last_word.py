@@ -140,8 +140,8 @@ def main(model: str | None, is_told: bool, repeat: int, threads: int | None) -> 
             for name, drafts in (("with", True), ("without", False))
         }
         listeners = {name: Listener(engine, pauses=True, num_beams=1) for name, engine in engines.items()}
+        tokenizer = engines["with"].tokenizer
         if is_told:
-            tokenizer = engines["with"].tokenizer
             soft_tokens = len(samples) * _SOFT_TOKENS // _RATE
             stack.enter_context(told(tokenizer.encode(text), tokenizer.eos_id, soft_tokens))
         rounds = []
@@ -150,7 +150,8 @@ def main(model: str | None, is_told: bool, repeat: int, threads: int | None) -> 
             rounds.append({name: wait(listeners[name], samples) for name in names})
             click.echo(f"round {i}: {rounds[-1]['with']['after_pause_s']:.3f} s, "
                        f"without {rounds[-1]['without']['after_pause_s']:.3f} s", err=True)  # fmt: skip
-    click.echo(json.dumps(summary(rounds[1:])))
+    found = summary(rounds[1:])
+    click.echo(json.dumps(found | {"tokens": len(tokenizer.encode(rounds[-1]["with"]["text"]))}))
 
 
 if __name__ == "__main__":

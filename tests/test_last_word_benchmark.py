@@ -76,5 +76,5 @@ def test_a_whole_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(last_word, "time", SimpleNamespace(perf_counter=time.perf_counter, sleep=lambda seconds: None))
     result = CliRunner().invoke(last_word.main, ["--told", "--repeat", "1", "--threads", "1"], catch_exceptions=False)
     found = json.loads(result.stdout.splitlines()[-1])
-    assert (found["words"], found["same_text"], len(found["ratios"])) == (30, True, 1)
+    assert (found["words"], found["same_text"], len(found["ratios"]), found["tokens"]) == (30, True, 1, 40)
     assert 0 < found["with"]["after_pause_s"] < found["with"]["after_sound_s"]
