@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from benchmarks import report
+from benchmarks import measure, report
 from benchmarks.measure import words
 from benchmarks.sizes import DECODE_AFTER, FIRST, GENERATE, MEMORY_AFTER, PREFILL, PROMPT, SHORT_PROMPT
 
@@ -44,7 +44,7 @@ def first_start(bench: "Bench", pair: "Pair") -> None:
             raise click.ClickException(
                 f"{path} is missing: python benchmarks/litert_model.py {kind} {path.name} --cache {cache}"
             )
-        _run(bench, path, prompts=[SHORT_PROMPT], generate=[1])
+        measure.run(_command(bench, path, prompts=[SHORT_PROMPT], generate=[1])[0])
 
 
 def steps(bench: "Bench", pair: "Pair", round_: int) -> list[Callable[[], None]]:
@@ -76,7 +76,11 @@ def _theirs(bench: "Bench", pair: "Pair", round_: int, cache: int) -> None:
 
 
 def _run(bench: "Bench", path: Path, **lists: list[int]) -> "Run":
-    options = words(**lists, threads=[bench.threads])
+    return bench.run(*_command(bench, path, **lists))
+
+
+def _command(bench: "Bench", path: Path, **lists: list[int]) -> tuple[list[str], list[str]]:
+    """What is run, and how it is shown."""
     assert bench.litert_python is not None
-    command = [bench.litert_python, str(ROOT / _RUNNER), str(path), *options]
-    return bench.run(command, ["python", _RUNNER, path.name, *options])
+    options = words(**lists, threads=[bench.threads])
+    return [bench.litert_python, str(ROOT / _RUNNER), str(path), *options], ["python", _RUNNER, path.name, *options]

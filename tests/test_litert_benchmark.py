@@ -127,7 +127,7 @@ def models(folder: Path) -> Path:
 
 def run_of(command: str) -> str:
     """Ours at a depth, or LiteRT-LM's file."""
-    found = re.search(r"--depth (\d+)|(e2b-\S+)\.litertlm", command)
+    found = re.search(r"--depth (\d+)|(e2b-[^/\s]+)\.litertlm", command)
     assert found
     return found[1] or found[2]
 
@@ -159,13 +159,15 @@ def test_four_bits_go_beside_four_bits_and_other_models_alone(tmp_path: Path) ->
     assert litert_beside.steps(FakeBench(tmp_path, litert=None), peers.PAIRS["e2b-q4"], 1) == []
 
 
-def test_every_file_is_opened_once_before_anything_is_measured(tmp_path: Path) -> None:
-    bench = FakeBench(models(tmp_path))
+def test_every_file_is_opened_once_before_anything_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench, opened = FakeBench(models(tmp_path)), []
+    monkeypatch.setattr(measure, "run", lambda command: opened.append(command))
     steps = bench.plan([peers.PAIRS["e2b-q4"]], ["speed"], 1)
     for step in steps[:-1]:
         step()
-    assert [run_of(c) for c in bench.commands] == ["e2b-int4-kv1280", "e2b-int4-kv4096"]
-    assert bench.rows == []
+    assert [run_of(" ".join(command)) for command in opened] == ["e2b-int4-kv1280", "e2b-int4-kv4096"]
+    assert {command[0] for command in opened} == {"python"}
+    assert bench.commands == []
 
 
 def test_a_missing_file_names_the_command_that_makes_it(tmp_path: Path) -> None:
