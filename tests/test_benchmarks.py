@@ -308,6 +308,8 @@ def test_the_estimate_is_written_from_the_csv(tmp_path: Path, monkeypatch: pytes
     board = 4 * 64 * 2.4e9 / (2 * pi5_estimate.PREFILL_MACS) * 300 / bound
     lines = [line for line in text.splitlines() if line.startswith("| e2b")]
     assert [line.split(" | ")[2] for line in lines] == [f"{board:.0f} tok/s"] * 2
+    slow = CliRunner().invoke(pi5_estimate.main, [*command[:-1], "1.2"])  # GHz: less than 300 tok/s need
+    assert "prefill is faster than its bound at 1.20 GHz" in slow.output
 
 
 # --- quality ----------------------------------------------------------------------------------------------------------
