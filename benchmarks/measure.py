@@ -13,7 +13,7 @@ import re
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -25,8 +25,8 @@ class RunFailedError(Exception):
 
 @dataclass(frozen=True)
 class Row:
-    """One measured number. engine: edge_gemma, llama.cpp or onnxruntime. round: rows of the same round ran next to each
-    other, so ratios between them are meaningful; those of round 0 did not.
+    """One measured number. engine: edge_gemma, llama.cpp, LiteRT-LM or onnxruntime. round: rows of the same round ran
+    next to each other, so ratios between them are meaningful; those of round 0 did not.
     """
 
     round: int
@@ -101,6 +101,7 @@ class Finished:
     answer: dict[str, Any]  # the last line of its standard output, a JSON object; empty when it printed none
     seconds: float  # from its start to its end
     others: float  # as in Row
+    peak_rss_mb: float = 0.0  # the most memory that its process had
 
 
 def busy_seconds(stat: str) -> float:
@@ -113,22 +114,25 @@ def busy_now() -> float:
     return busy_seconds(Path("/proc/stat").read_text())
 
 
-def run(command: Sequence[str]) -> Finished:
-    """Run a command without showing its messages. Raises RunFailedError with the end of them."""
-    busy, start = busy_now(), time.perf_counter()
+def run(command: Sequence[str], apart: Callable[[], float] = lambda: 0.0) -> Finished:
+    """Run a command without showing its messages. Raises RunFailedError with the end of them.
+
+    apart: processor seconds, so far, of processes that belong to the measurement and do not count as others.
+    """
+    busy, start = busy_now() - apart(), time.perf_counter()
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+", errors="replace") as err:
         process = subprocess.Popen(command, stdout=out, stderr=err, stdin=subprocess.DEVNULL)
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
         seconds = time.perf_counter() - start
-        others = max(0.0, busy_now() - busy - usage.ru_utime - usage.ru_stime) / seconds
+        others = max(0.0, busy_now() - apart() - busy - usage.ru_utime - usage.ru_stime) / seconds
         out.seek(0)
         err.seek(0)
         if process.returncode:
             raise RunFailedError(f"{' '.join(command)}: exit code {process.returncode}: {err.read()[-2000:].strip()}")
         lines = out.read().strip().splitlines()
     answer = json.loads(lines[-1]) if lines and lines[-1].startswith("{") else {}
-    return Finished(answer, seconds, others)
+    return Finished(answer, seconds, others, usage.ru_maxrss * 1024 / 1e6)
 
 
 def words(**options: Iterable[int]) -> list[str]:

@@ -1,25 +1,21 @@
 """Prefill and decode beside a busy neighbour: one thread, all threads, and the number that host/pace.py chooses.
 
-    python -m benchmarks.neighbour MODEL --neighbours 1
+    python -m benchmarks.neighbour MODEL --neighbours 1 --share 50
 
-A neighbour is a process that keeps a CPU busy. Runs alternate; prints medians as JSON, tokens a second.
+A neighbour is a process that keeps a core busy, all of the time or a share of it (busy.py). Runs alternate; prints
+medians as JSON, tokens a second.
 """
 
 import json
-import multiprocessing
 import statistics
 import time
 
 import click
 
+from benchmarks.busy import neighbours as busy_neighbours
 from edge_gemma import Engine, kernels
 
 PROMPT = 128  # tokens
-
-
-def busy() -> None:
-    while True:
-        pass
 
 
 def speeds(engine: Engine, seconds: float) -> tuple[float, float]:
@@ -43,9 +39,10 @@ def speeds(engine: Engine, seconds: float) -> tuple[float, float]:
 @click.command()
 @click.argument("model", required=False)
 @click.option("--neighbours", default=1, show_default=True)
+@click.option("--share", type=click.IntRange(1, 100), default=100, show_default=True, help="Percent of a core, each.")
 @click.option("--seconds", default=2.0, show_default=True, help="Of each run.")
 @click.option("--repeat", default=5, show_default=True)
-def main(model: str | None, neighbours: int, seconds: float, repeat: int) -> None:
+def main(model: str | None, neighbours: int, share: int, seconds: float, repeat: int) -> None:
     most = kernels.threads()
     engines = {
         "one": Engine.load(model, threads=1, cache_size=0),
@@ -55,18 +52,15 @@ def main(model: str | None, neighbours: int, seconds: float, repeat: int) -> Non
     found: dict[str, list[tuple[float, float]]] = {name: [] for name in engines}
     for engine in engines.values():
         speeds(engine, 0.1)  # compiles
-    others = [multiprocessing.get_context("spawn").Process(target=busy, daemon=True) for _ in range(neighbours)]
-    for other in others:
-        other.start()
-    for _ in range(repeat):
-        for name, engine in engines.items():
-            found[name].append(speeds(engine, seconds))
-    for other in others:
-        other.kill()
+    with busy_neighbours(neighbours, share):
+        for _ in range(repeat):
+            for name, engine in engines.items():
+                found[name].append(speeds(engine, seconds))
     medians = {
         name: [round(statistics.median(column)) for column in zip(*runs, strict=True)] for name, runs in found.items()
     }
-    click.echo(json.dumps({"threads": most, "neighbours": neighbours, "prefill_and_decode": medians}))
+    about = {"threads": most, "neighbours": neighbours, "share": share}
+    click.echo(json.dumps(about | {"prefill_and_decode": medians}))
 
 
 if __name__ == "__main__":

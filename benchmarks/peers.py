@@ -1,6 +1,6 @@
 """Measures this project and its peers: the same work, in alternation, each measurement in a process of its own.
 
-    python benchmarks/peers.py --out benchmarks/results --llama-python llama/bin/python
+    python benchmarks/peers.py --llama-python llama/bin/python --litert-python litert/bin/python
 
 Owns: what is compared, and the order of the runs. Does not know: the arithmetic of tables (report.py). Models are
 written on first use to --models (E2B: 12 GB with random weights). Each round runs every pair once; the next round runs
@@ -11,6 +11,7 @@ import itertools
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -20,17 +21,31 @@ import click
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import measure, pictures_beside, plot, random_gguf, report  # noqa: E402
+from benchmarks import litert_beside, measure, pictures_beside, plot, random_gguf, report  # noqa: E402
+from benchmarks.busy import neighbours  # noqa: E402
 from benchmarks.measure import Row, words  # noqa: E402
+from benchmarks.sizes import (  # noqa: E402
+    CONTEXT,
+    CURVE_GENERATE,
+    DECODE,
+    DEPTHS,
+    FIRST,
+    GENERATE,
+    LEFT,
+    LONG_PROMPT,
+    LONG_TEXT,
+    PEAK,
+    PREFILL,
+    PRODUCT_TOKENS,
+    PROMPT,
+    PROMPTS,
+    READ,
+    RUN_PEAK,
+    SHORT_PROMPT,
+    SHORT_TEXT,
+)  # fmt: skip
 
 CLI = [sys.executable, "-m", "edge_gemma"]
-CONTEXT = 4096
-PROMPT, GENERATE = 512, 128
-SHORT_PROMPT = 20
-SHORT_TEXT = " ".join("abcdefghijklmnopqrst")  # 20 tokens in every vocabulary here
-PROMPTS = (20, 64, 128, 256, 512, 1024)
-DEPTHS = (0, 512, 1024, 2048, 4096)
-CURVE_GENERATE = 32
 
 
 @dataclass(frozen=True)
@@ -53,34 +68,46 @@ PAIRS = {
 }
 # rows x columns of E2B: MLP gate and up, MLP down (layers 15-34), attention q and o (full layers), head
 SHAPES = ((12288, 1536), (1536, 12288), (4096, 1536), (1536, 4096), (262144, 1536))
-PRODUCT_TOKENS = 128
-PEAK = f"peak RSS, context {CONTEXT}"
-READ = "read a token"
 PARTS = ("speed", "start", "memory", "products", "curves", "pictures")
-FIRST = f"first token, prompt {SHORT_PROMPT}"
 
 
 class Bench:
     """Runs measurements and collects the rows."""
 
-    def __init__(self, models: Path, llama_python: str, threads: int, quiet: tuple[float, int, int]) -> None:
+    def __init__(
+        self,
+        models: Path,
+        llama_python: str | None,
+        threads: int,
+        quiet: tuple[float, int, int],
+        *,
+        litert_python: str | None = None,
+        neighbour: int = 0,
+    ) -> None:
+        """llama_python, litert_python: a peer's interpreter, None for measuring without that peer. quiet: as the
+        options `disturbed`, `tries` and `patience`. neighbour: percent of a core that another process wants meanwhile.
+        """
         self.models, self.llama_python, self.threads = models, llama_python, threads
+        self.litert_python, self.neighbour = litert_python, neighbour
         self.disturbed, self.tries, self.patience = quiet
         self.rows: list[Row] = []
 
     def run(self, command: Sequence[str], shown: Sequence[str]) -> "Run":
         """Run a command until nothing else disturbs it, at most `tries` times; the least disturbed one counts."""
-        text, best = " ".join(shown), None
+        text, best, left = " ".join(shown), None, None
         for _ in range(self.tries):
             self._wait()
-            finished = measure.run(command)
+            with neighbours(1, self.neighbour) if self.neighbour else nullcontext() as beside:
+                before = beside.seconds() if beside else 0.0
+                finished = measure.run(command, beside.seconds if beside else lambda: 0.0)
+                had = (beside.seconds() - before) / finished.seconds if beside else None
             click.echo(f"  {text}: {finished.seconds:.0f} s, others {finished.others:.2f} cores", err=True)
             if best is None or finished.others < best.others:
-                best = finished
+                best, left = finished, had
             if best.others <= self.disturbed:
                 break
         assert best is not None
-        return Run(best, text, self.rows)
+        return Run(best, text, self.rows, neighbour=self.neighbour, left=left)
 
     def _wait(self) -> None:
         """Wait until other processes are quiet for two seconds, at most `patience` seconds."""
@@ -101,6 +128,12 @@ class Bench:
         command = [*CLI, "bench", "-m", str(self.folder(pair)), *options]
         return self.run(command, ["edge-gemma", "bench", "-m", pair.model, *options])
 
+    def one_token(self, pair: Pair, text: str, shown: str) -> "Run":
+        """`edge-gemma run` with one token after a text. shown: the text as a shell takes it."""
+        options = ["--raw", "--max-tokens", "1", "--temperature", "0", "--json", *words(threads=[self.threads])]
+        command = [*CLI, "run", "-m", str(self.folder(pair)), *options, text]
+        return self.run(command, ["edge-gemma", "run", "-m", pair.model, *options, shown])
+
     def peer(self, pair: Pair, kind: str, *, lazy: bool = False, **lists: list[int]) -> "Run":
         """benchmarks/llama_runner.py with prompts, depths and generate."""
         longest = max([CONTEXT, *lists.get("prompts", [])])
@@ -113,49 +146,57 @@ class Bench:
         command = [self.llama_python, str(ROOT / runner), str(file), *options]
         return self.run(command, ["python", runner, file.name, *options])
 
+    def files(self, pair: Pair) -> tuple[str, ...]:
+        """llama.cpp's files, none if it is not measured."""
+        return pair.files if self.llama_python else ()
+
     # --- what is measured ---------------------------------------------------------------------------------------------
 
     def main_round(self, pair: Pair, round_: int) -> None:
-        """Prefill 512, decode 128 and the first token after 20, ours beside each of the peer's files."""
+        """Prefill 512, decode 128 and the first token after 20, ours beside each of the peers' files."""
 
         def ours() -> None:
             run, who = self.ours(pair, PROMPT, GENERATE, 0), (pair.model, report.OURS, pair.recipe)
-            run.add(round_, *who, f"prefill {PROMPT}", run.answer["prefill_tok_s"], "tok/s")
-            run.add(round_, *who, f"decode {GENERATE} at 0", run.answer["decode_tok_s"], "tok/s")
+            run.add(round_, *who, PREFILL, run.answer["prefill_tok_s"], "tok/s")
+            run.add(round_, *who, DECODE, run.answer["decode_tok_s"], "tok/s")
             run.add(round_, *who, FIRST, run.answer["ttft_20_s"], "s")
             run.add(round_, *who, "load", run.answer["load_s"], "s")
             run.add(round_, *who, "read bandwidth", run.answer["bandwidth_gb_s"], "GB/s")
             run.add(round_, *who, READ, run.answer["bytes_per_token"] / 1e6, "MB")
+            run.add_left(round_, *who)
 
         def peer(kind: str) -> None:
             run = self.peer(pair, kind, prompts=[SHORT_PROMPT, PROMPT], depths=[0], generate=[GENERATE])
             who = (pair.model, report.PEER, kind)
-            run.add(round_, *who, f"prefill {PROMPT}", run.answer["prefill_tok_s"][str(PROMPT)], "tok/s")
-            run.add(round_, *who, f"decode {GENERATE} at 0", run.answer["decode_tok_s"]["0"], "tok/s")
+            run.add(round_, *who, PREFILL, run.answer["prefill_tok_s"][str(PROMPT)], "tok/s")
+            run.add(round_, *who, DECODE, run.answer["decode_tok_s"]["0"], "tok/s")
             run.add(round_, *who, FIRST, run.answer["prefill_s"][str(SHORT_PROMPT)], "s")
             run.add(round_, *who, "load", run.answer["load_s"], "s")
             run.add(round_, *who, READ, bytes_read(self.gguf(pair, kind)) / 1e6, "MB")
+            run.add_left(round_, *who)
 
-        steps = [ours, *(partial(peer, kind) for kind in pair.files)]
+        steps = [ours, *(partial(peer, kind) for kind in self.files(pair)), *litert_beside.steps(self, pair, round_)]
         for step in steps if round_ % 2 else reversed(steps):
             step()
 
     def start_round(self, pair: Pair, round_: int) -> None:
         """The time of a whole process that writes one token."""
-        kind, test = pair.files[0], f"process with one token, prompt {SHORT_PROMPT}"
-        options = ["--raw", "--max-tokens", "1", "--temperature", "0", "--json", *words(threads=[self.threads])]
-        command = [*CLI, "run", "-m", str(self.folder(pair)), *options, SHORT_TEXT]
-        run = self.run(command, ["edge-gemma", "run", "-m", pair.model, *options, f'"{SHORT_TEXT}"'])
+        test = f"process with one token, prompt {SHORT_PROMPT}"
+        run = self.one_token(pair, SHORT_TEXT, f'"{SHORT_TEXT}"')
         run.add(round_, pair.model, report.OURS, pair.recipe, test, run.seconds, "s")
-        run = self.peer(pair, kind, prompts=[SHORT_PROMPT], no_warm_up=[])
-        run.add(round_, pair.model, report.PEER, kind, test, run.seconds, "s")
+        for kind in self.files(pair)[:1]:
+            run = self.peer(pair, kind, prompts=[SHORT_PROMPT], no_warm_up=[])
+            run.add(round_, pair.model, report.PEER, kind, test, run.seconds, "s")
 
     def memory(self, pair: Pair) -> None:
         """Peak memory with a context of 4096 tokens. Ours is filled; llama.cpp touches all of its own at the start."""
         run, who = self.ours(pair, PROMPT, CURVE_GENERATE, CONTEXT - PROMPT), (pair.model, report.OURS, pair.recipe)
         run.add(0, *who, PEAK, run.answer["peak_rss_mb"] * 1e6 / 2**20, "MiB")
         run.add(0, *who, f"{PEAK}, not backed by files", run.answer["anonymous_rss_mb"] * 1e6 / 2**20, "MiB")
-        for kind in pair.files:
+        letters = f"' '.join('{SHORT_TEXT.replace(' ', '')}' * {LONG_PROMPT // SHORT_PROMPT})"
+        run = self.one_token(pair, LONG_TEXT, f'"$(python -c "print({letters})")"')
+        run.add(0, *who, RUN_PEAK, run.peak_rss_mb * 1e6 / 2**20, "MiB")
+        for kind in self.files(pair):
             for lazy in (False, True) if pair.random else (False,):
                 run = self.peer(pair, kind, lazy=lazy, prompts=[PROMPT], depths=[0], generate=[CURVE_GENERATE])
                 form = kind + (", table on demand" if lazy else "")
@@ -171,7 +212,8 @@ class Bench:
             run = self.ours(pair, SHORT_PROMPT, CURVE_GENERATE, depth)
             run.add(0, *who, f"decode {CURVE_GENERATE} at {depth}", run.answer["decode_tok_s"], "tok/s")
         lists = {"prompts": list(PROMPTS), "depths": list(DEPTHS), "generate": [CURVE_GENERATE]}
-        self.peer(pair, pair.files[0], **lists).add_peer(0, pair.model, pair.files[0], CURVE_GENERATE)
+        for kind in self.files(pair)[:1]:
+            self.peer(pair, kind, **lists).add_peer(0, pair.model, kind, CURVE_GENERATE)
 
     def matmuls(self, round_: int) -> None:
         """E2B's products by onnxruntime and by us: 1 token and 128."""
@@ -191,8 +233,9 @@ class Bench:
         """Every step of a run, models first."""
         steps: list[Callable[[], None]] = []
         for pair in pairs if set(parts) - {"pictures"} else ():
-            steps += [partial(self.folder, pair), *(partial(self.gguf, pair, kind) for kind in pair.files)]
+            steps += [partial(self.folder, pair), *(partial(self.gguf, pair, kind) for kind in self.files(pair))]
         if "speed" in parts:
+            steps += [partial(litert_beside.first_start, self, pair) for pair in pairs]
             steps += [partial(self.main_round, pair, r) for r in range(1, rounds + 1) for pair in pairs]
         if "start" in parts:
             steps += [partial(self.start_round, pair, r) for r in range(1, rounds + 1) for pair in pairs]
@@ -202,7 +245,7 @@ class Bench:
             steps += [partial(self.matmuls, r) for r in range(1, rounds + 1)]
         if "curves" in parts:
             steps += [partial(self.curves, pair) for pair in pairs]
-        if "pictures" in parts:
+        if "pictures" in parts and self.llama_python:
             steps += [partial(pictures_beside.write_models, self)]
             steps += [partial(pictures_beside.picture_round, self, r) for r in range(1, rounds + 1)]
             steps += [partial(pictures_beside.agreement, self)]
@@ -239,12 +282,29 @@ class Bench:
 class Run:
     """One finished process, and the list that its rows go to."""
 
-    def __init__(self, finished: measure.Finished, command: str, rows: list[Row]) -> None:
-        self.answer, self.seconds = finished.answer, finished.seconds
+    def __init__(
+        self,
+        finished: measure.Finished,
+        command: str,
+        rows: list[Row],
+        *,
+        neighbour: int = 0,
+        left: float | None = None,
+    ) -> None:
+        """neighbour: percent of a core that a neighbour wanted meanwhile; left: cores that it had."""
+        self.answer, self.seconds, self.peak_rss_mb = finished.answer, finished.seconds, finished.peak_rss_mb
         self._others, self._command, self._rows = finished.others, command, rows
+        self._beside, self._left = f", neighbour {neighbour}%" if neighbour else "", left
 
     def add(self, round_: int, model: str, engine: str, form: str, test: str, value: float, unit: str) -> None:
+        """Add a row. Its test says that there was a neighbour."""
+        test += self._beside
         self._rows.append(Row(round_, model, engine, form, test, value, unit, self._others, self._command))
+
+    def add_left(self, round_: int, model: str, engine: str, form: str) -> None:
+        """What the neighbour had, if there was one."""
+        if self._left is not None:
+            self.add(round_, model, engine, form, LEFT, self._left, "cores")
 
     def add_peer(self, round_: int, model: str, form: str, generate: int) -> None:
         """llama.cpp's speeds at every prompt length and depth it was given."""
@@ -265,35 +325,47 @@ def bytes_read(path: Path) -> int:
     )
 
 
-def llama_version(python: str) -> str:
-    code = "import importlib.metadata, json; print(json.dumps({'v': importlib.metadata.version('llama-cpp-python')}))"
-    return str(measure.run([python, "-c", code]).answer["v"])
+def version(python: str | None, package: str) -> dict[str, str]:
+    """The version of a package in another environment, by its name; nothing without an environment."""
+    if python is None:
+        return {}
+    code = f"import importlib.metadata, json; print(json.dumps({{'v': importlib.metadata.version('{package}')}}))"
+    return {package: str(measure.run([python, "-c", code]).answer["v"])}
 
 
 @click.command()
 @click.option("--out", type=click.Path(path_type=Path), default=report.RESULTS, show_default="here")
 @click.option("--models", type=click.Path(path_type=Path), help="Where models are kept [default: the user's cache].")
 @click.option("--llama-python", default=sys.executable, help="A Python that has llama-cpp-python [default: this one].")
+@click.option("--litert-python", help="A Python that has litert-lm [default: LiteRT-LM is not measured].")
+@click.option("--no-llama", is_flag=True, help="Measure without llama.cpp.")
 @click.option("--pair", "pairs", multiple=True, type=click.Choice(list(PAIRS)), help="Only these [default: all].")
 @click.option("--rounds", type=click.IntRange(1), default=3, show_default=True)
 @click.option("--threads", type=click.IntRange(1), default=2, show_default=True)
 @click.option("--part", "parts", multiple=True, type=click.Choice(PARTS), help="Only these [default: all].")
+@click.option(
+    "--neighbour", type=click.IntRange(0, 100), default=0, help="Percent of a core that another process takes."
+)
 @click.option("--disturbed", default=0.1, show_default=True, help="Cores busy with other work that are too many.")
 @click.option("--tries", type=click.IntRange(1), default=3, show_default=True, help="Runs of a disturbed process.")
 @click.option("--patience", type=click.IntRange(2), default=600, show_default=True, help="Seconds to wait for quiet.")
 @click.option("--name", help="Name of the CSV [default: from the CPU and the date]; one that is there is added to.")
 def main(
-    out: Path, models: Path | None, llama_python: str, pairs: tuple[str, ...], rounds: int, threads: int,
-    parts: tuple[str, ...], disturbed: float, tries: int, patience: int, name: str | None,
+    out: Path, models: Path | None, llama_python: str, litert_python: str | None, no_llama: bool,
+    pairs: tuple[str, ...], rounds: int, threads: int, parts: tuple[str, ...], neighbour: int,
+    disturbed: float, tries: int, patience: int, name: str | None,
 ) -> None:  # fmt: skip
     """Measure, then write a CSV and plots to --out and the tables to docs/BENCHMARKS.md, or beside them elsewhere."""
     if models is None:
         from platformdirs import user_cache_path
 
         models = user_cache_path("edge-gemma", appauthor=False) / "benchmarks"
-    bench = Bench(models, llama_python, threads, (disturbed, tries, patience))
+    llama = None if no_llama else llama_python
+    quiet = (disturbed, tries, patience)
+    bench = Bench(models, llama, threads, quiet, litert_python=litert_python, neighbour=neighbour)
     packages = measure.versions("edge-gemma", "numba", "numpy", "onnxruntime")
-    about = measure.machine(threads, packages | {"llama-cpp-python": llama_version(llama_python)})
+    packages |= version(llama, "llama-cpp-python") | version(litert_python, "litert-lm")
+    about = measure.machine(threads, packages)
     stem = name or f"{measure.slug(about.cpu)}-{about.date}"
     path, old = out / f"{stem}.csv", []
     if path.exists():

@@ -31,21 +31,37 @@ MODEL_CPU = "neoverse-n1"  # LLVM's tables for the server core made of the Corte
 _ITERATIONS = 200
 
 PREFILL_MACS = 527_695_872  # E2B, a prompt token: layers 0-13, and K and V of layer 14
+USED = ("prefill 512", "decode 128 at 0", "read a token", "read bandwidth")  # tests
 RECIPES = {"e2b-q4": 32, "e2b-mobile": 0}  # model -> group of the 4-bit matrices that prefill passes through
 
 METHOD = """\
 ## Raspberry Pi 5: an estimate, not a measurement
 
-No Raspberry Pi was at hand. The method:
+No Raspberry Pi was at hand. `{name}` was measured on {cpus}, the rest is arithmetic.
+Other processes kept {others:.2f} cores busy meanwhile (at most). The commands, of which the last writes this section
+anew:
 
-1. `llvm-mca -mcpu={cpu}` (LLVM's tables for the A76's server twin) gives the cycles of one step of the inner loops that
-   are emitted for a Cortex-A76, at {clock} GHz on {cores} cores: what the arithmetic allows when every load hits L1.
+```
+python benchmarks/peers.py --part speed --pair e2b-mobile --pair e2b-q4 --name {stem}
+python benchmarks/pi5_estimate.py benchmarks/results/{name} --llvm-mca llvm-mca-19
+```
+
+The method:
+
+1. `llvm-mca -mcpu={cpu}` (LLVM's tables for the A76's server twin) gives the cycles of one step of the inner
+   loops that are emitted for a Cortex-A76, at {clock} GHz on {cores} cores: what the arithmetic allows when every load
+   hits L1.
 2. The board's memory is 32 bits of LPDDR4X-4267: {peak} GB/s at most. Published copies move 5.6 to 6.2 GB/s each way
    ([tinymembench, 8 and 4 GB boards](https://github.com/raspberrypi/firmware/issues/1876)), that is 11 to 12 GB/s, and
    later firmware has faster memory timings ([retests](https://github.com/geerlingguy/sbc-reviews/issues/21)). The
    estimate takes {low} to {high} GB/s.
-3. What a whole model loses against such bounds is taken from the machine in `{name}`: there, prefill of {prompt} tokens
-   reached {prefill} of its llvm-mca bound ({host}), and decoding {decode} of the bandwidth measured in the same run.
+3. What a whole model loses against such bounds is taken from the machine of the CSV: there, prefill of {prompt} tokens
+   reached {prefill} of its llvm-mca bound ({host}),
+   and decoding {decode} of the bandwidth measured in the same run.
+
+It assumes that the board loses as much against its bounds as that machine does, though its caches are smaller (512 kB
+of L2 a core, 2 MB of L3) and four cores share its memory; that it is cooled, so that it keeps its clock; that nothing
+else runs; and that the model fits into its memory and has been read from the card before.
 
 As a check from outside: llama.cpp's published 6.0 to 6.7 tokens a second for E2B Q4_K_M on a Pi 5, at about 1.4 GB a
 token, is 8.4 to 9.4 GB/s.
@@ -123,9 +139,9 @@ def clock_ghz() -> float:
     chain(1000, 1)
     best = math.inf
     for _ in range(5):
-        start = time.perf_counter()
+        start = time.thread_time()  # other processes do not count
         chain(50_000_000, 1)
-        best = min(best, time.perf_counter() - start)
+        best = min(best, time.thread_time() - start)
     return 5 * 50_000_000 / best / 1e9
 
 
@@ -172,21 +188,24 @@ def main(measured: Path, mca: str, ghz: float | None, out: Path | None) -> None:
     ghz = ghz or clock_ghz()
     host = {"triple": llvm.get_default_triple(), "cpu": llvm.get_host_cpu_name(), "model": llvm.get_host_cpu_name()}
     a76 = {"triple": ARM_LINUX, "cpu": "cortex-a76", "model": MODEL_CPU}
-    bandwidths = [r for r in rows if r.test == "read bandwidth"]
     lines, efficiencies, shares = [], {}, {}
     for model, group in RECIPES.items():
         speed, decode = our_median(rows, model, "prefill 512"), our_median(rows, model, "decode 128 at 0")
-        size = our_median(rows, model, "read a token")
-        if speed is None or decode is None or size is None:
+        size, bandwidth = our_median(rows, model, "read a token"), our_median(rows, model, "read bandwidth")
+        if speed is None or decode is None or size is None or bandwidth is None:
             raise click.ClickException(f"{measured.name} has no prefill and decoding of {model}")
         here = analyse(mca, about.kernels, 4, group, one=False, **host)
         bound = min(about.threads, about.cores) * here.gops(ghz) * 1e9 / (2 * PREFILL_MACS)
-        efficiencies[model], shares[model] = speed / bound, decode * size / 1000 / report.median(bandwidths)
+        efficiencies[model], shares[model] = speed / bound, decode * size / 1000 / bandwidth
+        if efficiencies[model] > 1:
+            raise click.ClickException(f"{model}: prefill is faster than its bound at {ghz:.2f} GHz: give --ghz")
         tiles = [analyse(mca, "neon-dotprod", 4, group, one=one, **a76) for one in (False, True)]
         lines.append(estimate(model, rows, *tiles, efficiencies[model], shares[model]))
     text = METHOD.format(
         cpu=MODEL_CPU, clock=CLOCK_GHZ, cores=CORES, peak=PEAK_GB_S, low=REACHED_GB_S[0], high=REACHED_GB_S[1],
-        name=measured.name, prompt=512, host=f"{host['model']} at {ghz:.2f} GHz",
+        name=measured.name, stem=measured.stem, cpus=f"{about.cores} cores of an {about.cpu}", prompt=512,
+        others=max(r.others for r in rows if r.engine == report.OURS and r.test in USED),
+        host=f"{host['model']} at {ghz:.2f} GHz",
         prefill=" and ".join(f"{e:.0%}" for e in efficiencies.values()),
         decode=" and ".join(f"{s:.0%}" for s in shares.values()),
     )  # fmt: skip

@@ -18,6 +18,7 @@ from benchmarks.measure import Machine, Row, read_csv  # noqa: E402
 RESULTS = ROOT / "benchmarks" / "results"
 OURS = "edge_gemma"
 PEER = "llama.cpp"
+LITERT = "LiteRT-LM"
 
 INTRODUCTION = """\
 # Benchmarks
@@ -46,7 +47,7 @@ class Compared:
 
 
 def better_is_more(unit: str) -> bool:
-    return unit in ("tok/s", "GB/s", "GOPS")
+    return unit in ("tok/s", "GB/s", "GOPS", "cores")
 
 
 def median(rows: Iterable[Row]) -> float:
@@ -97,11 +98,11 @@ def table(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in body) + "\n"
 
 
-def comparison_table(compared: Sequence[Compared]) -> str:
+def comparison_table(compared: Sequence[Compared], peer: str = PEER) -> str:
     lines = [
         [f"{c.model}, {c.test} ({c.unit})", c.form, number(c.ours), number(c.peer), ratio_cell(c)] for c in compared
     ]
-    return table(["", "file of llama.cpp", "edge_gemma", "llama.cpp", "times better (rounds)"], lines)
+    return table(["", f"file of {peer}", "edge_gemma", peer, "times better (rounds)"], lines)
 
 
 def share_table(rows: Sequence[Row]) -> str:
@@ -161,8 +162,9 @@ def curve(rows: Sequence[Row], model: str, engine: str, form: str, test: str) ->
     """The points of "prefill N" or "decode K at N": N -> median tok/s."""
     found: dict[int, list[Row]] = {}
     for row in rows:
-        if (row.model, row.engine, row.form) == (model, engine, form) and row.test.startswith(test):
-            found.setdefault(int(row.test.rpartition(" ")[2]), []).append(row)
+        point = re.fullmatch(rf"{test}(?: \d+ at)? (\d+)", row.test)
+        if point and (row.model, row.engine, row.form) == (model, engine, form):
+            found.setdefault(int(point[1]), []).append(row)
     return {n: median(of) for n, of in sorted(found.items()) if of[0].unit == "tok/s"}
 
 
@@ -212,6 +214,7 @@ def section(name: str, about: Machine, rows: Sequence[Row], plots: Sequence[str]
     headline = [c for c in headline if not c.test.endswith("soft tokens")]
     for title, body in (
         ("Side by side", comparison_table(headline)),
+        ("Beside LiteRT-LM", comparison_table(compare(models, LITERT), LITERT)),
         ("Pictures beside llama.cpp's mtmd", picture_table(pictures)),
         ("Decoding against the memory's bandwidth", share_table(models)),
         ("Memory", memory_table(models)),

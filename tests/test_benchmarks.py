@@ -283,6 +283,35 @@ def test_estimate_is_bounded_by_the_memory() -> None:
     assert line[5] == "8.8 to 11.2 tok/s"  # 11 and 14 GB/s, 80% of them, 1 GB a token
 
 
+def test_the_estimate_is_written_from_the_csv(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [
+        row(1, "edge_gemma", value, test, unit, model=model)
+        for model in ("e2b-q4", "e2b-mobile")
+        for test, value, unit in (("prefill 512", 300.0, "tok/s"), ("decode 128 at 0", 20.0, "tok/s"),
+                                  ("read a token", 1000.0, "MB"),
+                                  ("read bandwidth", 25.0 if model == "e2b-q4" else 40.0, "GB/s"))
+    ]  # fmt: skip
+    measure.write_csv(tmp_path / "mine.csv", MACHINE, rows)
+    ours = pi5_estimate.Loop(4, 32, 4, 1, 32.0)  # 64 operations a cycle
+    monkeypatch.setattr(pi5_estimate, "analyse", lambda *args, **more: ours)
+    command = [str(tmp_path / "mine.csv"), "--ghz", "3"]
+    result = CliRunner().invoke(pi5_estimate.main, command, catch_exceptions=False)
+    text = (tmp_path / "pi5-estimate.md").read_text()
+    assert result.output.strip() == text.strip()
+    assert "an estimate, not a measurement" in text.splitlines()[0]
+    assert "kept 0.25 cores busy meanwhile (at most)" in text
+    assert "--part speed --pair e2b-mobile --pair e2b-q4 --name mine\n" in text
+    assert "python benchmarks/pi5_estimate.py benchmarks/results/mine.csv --llvm-mca llvm-mca-19\n" in text
+    bound = 2 * 64 * 3e9 / (2 * pi5_estimate.PREFILL_MACS)  # two cores, 64 operations a cycle
+    assert f"reached {300 / bound:.0%} and {300 / bound:.0%} of its llvm-mca bound" in text
+    assert "decoding 80% and 50% of the bandwidth" in text
+    board = 4 * 64 * 2.4e9 / (2 * pi5_estimate.PREFILL_MACS) * 300 / bound
+    lines = [line for line in text.splitlines() if line.startswith("| e2b")]
+    assert [line.split(" | ")[2] for line in lines] == [f"{board:.0f} tok/s"] * 2
+    slow = CliRunner().invoke(pi5_estimate.main, [*command[:-1], "1.2"])  # GHz: less than 300 tok/s need
+    assert "prefill is faster than its bound at 1.20 GHz" in slow.output
+
+
 # --- quality ----------------------------------------------------------------------------------------------------------
 
 
