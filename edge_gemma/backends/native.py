@@ -87,6 +87,7 @@ class NativeModel:
 
     def close(self) -> None:
         """Close the files read on demand; mapped weights go when the last session does."""
+        preparing.opened.discard(self)
         if self._prefixes is not None:
             self._prefixes.close()
         self._weights.close()

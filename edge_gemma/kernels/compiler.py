@@ -63,10 +63,18 @@ __all__ = [
 
 log = logging.getLogger(__name__)
 
-# numba numbers functions from 1 in every process, and the number is all that tells the symbols of two closures of one
-# name apart. Cached code of two processes meets in a third, where the linker takes whichever symbol came first: number
-# from a random start. (Seen: a kernel for scales a group that ran the code for scales a token.)
-FunctionIdentity._unique_ids = itertools.count(secrets.randbits(60))
+
+def _number_functions() -> None:
+    """Number them from a random start, in a forked child too.
+
+    numba numbers functions from 1 in every process, and the number is all that tells the symbols of two closures of one
+    name apart. Cached code of two processes meets in a third, where the linker takes whichever symbol came first.
+    (Seen: a kernel for scales a group that ran the code for scales a token; attention that ran another tile's.)
+    """
+    FunctionIdentity._unique_ids = itertools.count(secrets.randbits(60))
+
+
+_number_functions()
 
 CHUNK_ARGUMENTS = (types.int64, types.int64)
 _caller = threading.local()  # .limit: what `use_threads` asks for here
@@ -334,6 +342,7 @@ def _after_fork() -> None:
     """In the child. Its parent's other threads are gone, and with them whoever holds the lock."""
     global _compiling
     _compiling = threading.RLock()
+    _number_functions()
 
 
 if hasattr(os, "register_at_fork"):

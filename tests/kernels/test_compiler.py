@@ -3,6 +3,7 @@ these must not be admitted in pyproject.toml.
 """
 
 import itertools
+import os
 import pickle
 import subprocess
 import sys
@@ -64,6 +65,16 @@ def test_1_numbers_begin_elsewhere_in_every_process() -> None:
     numbers = {int(subprocess.check_output([sys.executable, "-c", script], timeout=120)) for _ in range(2)}
     assert len(numbers) == 2
     assert min(numbers) > 1 << 20
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+def test_1_numbers_begin_elsewhere_in_a_forked_child() -> None:
+    script = "import os, sys\nimport edge_gemma.kernels.compiler\n"
+    script += "from numba.core.bytecode import FunctionIdentity as F\n"
+    script += "child = os.fork()\nos.write(1, (str(next(F._unique_ids)) + chr(10)).encode())\n"
+    script += "if child: os.waitpid(child, 0)\n"
+    first, second = map(int, subprocess.check_output([sys.executable, "-c", script], timeout=120).split())
+    assert abs(first - second) > 1 << 20
 
 
 def test_2_the_cache_is_asked_before_and_handed_what_was_compiled() -> None:

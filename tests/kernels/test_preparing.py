@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from edge_gemma import kernels
+from edge_gemma import Engine, kernels
 from edge_gemma.kernels import preparing
 from edge_gemma.kernels.recording import program
 from tests import ROOT
@@ -89,6 +89,23 @@ def test_what_is_collected_is_not_computed() -> None:
     assert (x == 2).all()
 
 
+def test_a_recording_does_not_notice_what_is_collected_meanwhile() -> None:
+    """As when its first kernel is about to be compiled, and models list what they need."""
+    cache, rows = np.zeros((2, 8, 1, 64), np.float32), np.ones((1, 1, 64), np.float32)
+    out, position = np.empty_like(rows), np.zeros(1, np.int64)
+    with program.record() as recorder:
+        with program.collect() as functions:
+            other = np.zeros((2, 8, 1, 64), np.float32)
+            kernels.store_kv(rows, rows, *other, position)
+            kernels.attention(rows, *other, position, 0, 1.0, out)
+        assert not recorder.operations
+        assert not recorder.rings
+        assert not recorder._arrays
+        kernels.store_kv(rows, rows, *cache, position)
+    assert len(functions) == 3
+    assert len(recorder.operations) == len(recorder.rings) == 1
+
+
 def test_ctrl_c_ends_the_children_too(tmp_path: Path) -> None:
     script = "import os; os.setpgid(0, 0)\n" + START
     with subprocess.Popen(
@@ -101,6 +118,13 @@ def test_ctrl_c_ends_the_children_too(tmp_path: Path) -> None:
         _, errors = process.communicate(timeout=60)  # ends when the last of them has closed it
     assert process.returncode != 0
     assert errors.rstrip().endswith("KeyboardInterrupt")
+
+
+def test_a_model_that_is_closed_needs_nothing() -> None:
+    engine = Engine.load(cache_size=0)
+    assert engine._model in preparing.opened
+    engine.close()
+    assert engine._model not in preparing.opened
 
 
 def test_a_model_that_is_gone_needs_nothing() -> None:

@@ -77,7 +77,7 @@ def make_correction(variant, bits, group, scale_groups, minimum):
 @functools.cache
 def _make(variant, bits, group, scale_groups, minimum, tokens):
     """q, a_scale, sums, packed, w_scale, factors, out, kpad, panels, units, units a chunk, n, tokens a block: a run of
-    panels for a block of tokens.
+    panels for a block of tokens. The last block has what is left, too.
     """
     tile, _ = make_few_tokens(variant, bits, group, scale_groups, minimum, tokens)
     correct = make_correction(variant, bits, group, scale_groups, minimum)
@@ -89,6 +89,7 @@ def _make(variant, bits, group, scale_groups, minimum, tokens):
         groups = kpad // group if group else 1
         a_block = (units + w[10] - 1) // w[10]
         n0, n1 = part(chunk // a_block, w[12], n)
+        n1 = n if n - n1 < w[12] else n1
         q = numba.carray(pointer(w[0]), (n, kpad), np.int8)[n0:n1]
         a_scale = floats(w[1], (n, groups if scale_groups else 1))[n0:n1]
         sums = numba.carray(pointer(w[2]), (n, groups), np.int32)[n0:n1]
@@ -113,7 +114,6 @@ def product(choice, q, a_scale, sums, packed, w_scale, factors, out):
     units = -(-panels // make_few_tokens(*choice, tokens)[1])
     together = max(1, min(CHUNK_BYTES * units // packed.nbytes, units // (2 * threads())))
     block = max(tokens, min(n, TOKEN_BLOCK_BYTES // kpad)) // tokens * tokens
-    block = n if n < 2 * block else block
     operand = q, a_scale, sums, packed, w_scale, factors, out, kpad, panels, units, together, n, block
-    chunks = -(-n // block) * -(-units // together)
+    chunks = n // block * -(-units // together)
     return Operation(_make(*choice, tokens), operand, (q, a_scale, sums), (out,), chunks)

@@ -102,12 +102,16 @@ def record() -> Iterator[Recorder]:
 
 @contextlib.contextmanager
 def collect() -> Iterator[set[ChunkFunction]]:
-    """Note what the kernels are made of that this thread calls. Nothing is computed: what they write becomes 0."""
-    _mine.collected = set()
+    """Note what the kernels are made of that this thread calls. Nothing is computed: what they write becomes 0.
+
+    It may be in the middle of a recording, which learns nothing of it.
+    """
+    outside = _mine.recorder, _mine.memory
+    _mine.recorder, _mine.memory, _mine.collected = None, Memory(), set()
     try:
         yield _mine.collected
     finally:
-        _mine.collected = None
+        (_mine.recorder, _mine.memory), _mine.collected = outside, None
 
 
 class _Mine(threading.local):
