@@ -13,7 +13,7 @@ from hypothesis.stateful import RuleBasedStateMachine, precondition, rule, run_s
 
 from benchmarks import together as together_benchmark
 from edge_gemma import batch as batch_module
-from edge_gemma.batch import Batch
+from edge_gemma.batch import Batch, _Asked, _Company
 from edge_gemma.engine import Engine
 from edge_gemma.errors import EdgeGemmaError
 from edge_gemma.export.convert import export_checkpoint
@@ -121,8 +121,7 @@ def test_threads_meet_in_a_pass(engine: Engine, monkeypatch: pytest.MonkeyPatch)
     batch = together(engine)
     for n in (2, 3, 4):  # compiled and recorded before anybody waits
         batch.steps([(engine.session(), 1) for _ in range(n)])
-    monkeypatch.setattr(batch, "_before", set())
-    monkeypatch.setattr(batch, "_took", 0.0)
+    batch._companies.clear()
     sizes, run = [], batch._run
 
     def counted(tokens):
@@ -189,14 +188,14 @@ def test_an_error_in_a_pass_is_raised_once_and_the_others_go_on(engine: Engine, 
     assert sum(logits is None for logits in found) == 1
     assert all(np.array_equal(logits, expected) for logits in found if logits is not None)
     assert [session.position for session in sessions] == [int(logits is not None) for logits in found]
-    assert batch._asked == []
+    assert batch._companies[None].asked == []
     assert np.array_equal(sessions[-1].branch().step(7), sessions[-1].step(7))
 
 
 def test_a_thread_that_is_interrupted_while_it_waits_is_not_waited_for(engine: Engine) -> None:
     batch, session, other = together(engine), engine.session(), engine.session()
-    with batch._changed:
-        batch._leader = object()  # a pass that takes long
+    company = batch._companies[None] = _Company()
+    company.leader = _Asked([])  # a pass that takes long
 
     class Interrupted(threading.Condition):
         def wait(self, timeout=None):
@@ -207,8 +206,8 @@ def test_a_thread_that_is_interrupted_while_it_waits_is_not_waited_for(engine: E
         with pytest.raises(KeyboardInterrupt):
             session.step(3)
     finally:
-        batch._changed, batch._leader = changed, None
-    assert batch._asked == []
+        batch._changed, company.leader = changed, None
+    assert company.asked == []
     assert session.position == 0
     assert np.array_equal(session.step(3), other.step(3))
 

@@ -126,8 +126,8 @@ def _desk(model: str | None, given: dict[str, Any]) -> "Desk":
     turns = Turns()
     idle = FOR_EVER if given["idle_release"] is None else given["idle_release"]
     models = Models(
-        folder.path, keep_s=idle, between=turns.between, context=context, threads=given["threads"], cache_size=size,
-        drafts=given["drafts"],
+        folder.path, keep_s=idle, between=turns.between, meeting=turns.meeting, context=context,
+        threads=given["threads"], cache_size=size, drafts=given["drafts"],
     )  # fmt: skip
     rules = None if given["moderation"] is None else Moderation.load(given["moderation"])
     return Desk(

@@ -6,11 +6,12 @@ Owns: names, leases, how long a model stays. Does not know: requests, protocols.
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from edge_gemma.batch import Meeting
 from edge_gemma.engine import Engine
 from edge_gemma.errors import EdgeGemmaError
 from edge_gemma.folder import find
@@ -65,15 +66,15 @@ class Models:
 
     def __init__(
         self, default: Path, *, name: str | None = None, keep_s: float = FOR_EVER, between: Callable[[], None],
-        **options: Any,
+        meeting: Meeting = nullcontext, **options: Any,
     ) -> None:  # fmt: skip
         """default: the folder of the model that requests without a name get; the user's other models are offered too.
 
         name: the default's, None for that of its folder. keep_s: seconds that a model stays open after its last use.
-        between, options: as in Engine.
+        between, meeting, options: as in Engine.
         """
         self.default = _offer(name or default.resolve().name, default)
-        self._keep_s, self._between, self._options = keep_s, between, options
+        self._keep_s, self._between, self._meeting, self._options = keep_s, between, meeting, options
         self._changed = threading.Condition()
         self.loaded: Loaded | None = None
         self.loading: str | None = None
@@ -150,7 +151,7 @@ class Models:
         try:
             since = time.perf_counter()
             engine = Engine.load(offer.path, **self._options)
-            engine.between = self._between
+            engine.between, engine.meeting = self._between, self._meeting
             opened = Loaded(offer, engine, time.perf_counter() - since)
         finally:
             with self._changed:
