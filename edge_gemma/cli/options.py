@@ -257,7 +257,7 @@ def check_memory(
     model: str | None, context: int | None, memory_limit: int | None, *, cache_size: int = 0, **needed: Any
 ) -> None:
     """Check the memory limit before anything is loaded. memory_limit: in MB, None for no limit. cache_size: as in
-    Engine.load, for a command that talks. needed: audio, vision, frames as in `footprint`.
+    Engine.load, for a command that talks. needed: audio, vision, frames, sessions as in `footprint`.
     """
     if memory_limit is not None:
         from edge_gemma.backends.native import MEMORY_SHARE

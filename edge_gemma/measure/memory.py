@@ -73,10 +73,11 @@ def footprint(
     vision: int = 0,
     frames: int = 0,
     prefixes: int = 0,
+    sessions: int = 1,
 ) -> Footprint:
-    """The estimate for a session of `context` tokens (None: the default). audio: include the audio encoder. vision:
+    """The estimate for sessions of `context` tokens (None: the default). audio: include the audio encoder. vision:
     soft tokens of the largest picture or frame. frames: those of all frames of videos, which are held together.
-    prefixes: bytes of computed prefixes that are held at most.
+    prefixes: bytes of computed prefixes that are held at most. sessions: how many are open at a time.
 
     The estimate is within 15% of the measured peak (tests/measure/test_speed.py).
     """
@@ -88,8 +89,8 @@ def footprint(
         process=(resident() or 100_000_000) + _KERNEL_CODE + (0 if compiled else _COMPILER),
         tokenizer=TABLES_FACTOR * folder.manifest["files"][TOKENIZER]["bytes"],
         weights=_weights(folder, context),
-        kv_cache=_kv_cache(config, context),
-        snapshots=MARKS * _rings(config, context),
+        kv_cache=sessions * _kv_cache(config, context),
+        snapshots=sessions * MARKS * _rings(config, context),
         activations=_activations(folder, min(context, CHUNK)),
         audio=_encoder(folder) if audio else 0,
         vision=_seeing(folder, vision, frames) if vision else 0,
@@ -106,13 +107,16 @@ def check_limit(
     vision: int = 0,
     frames: int = 0,
     prefixes: int = 0,
+    sessions: int = 1,
 ) -> None:
-    """Raises UsageError if a session of `context` tokens needs more than `limit` bytes.
+    """Raises UsageError if sessions of `context` tokens need more than `limit` bytes.
 
-    The message says which context or recipe would fit. audio, vision, frames, prefixes: as in `footprint`.
+    The message says which context or recipe would fit. audio, vision, frames, prefixes, sessions: as in `footprint`.
     """
     context = context or min(DEFAULT_CONTEXT, folder.config.max_position_embeddings)
-    estimate = functools.partial(footprint, folder, audio=audio, vision=vision, frames=frames, prefixes=prefixes)
+    estimate = functools.partial(
+        footprint, folder, audio=audio, vision=vision, frames=frames, prefixes=prefixes, sessions=sessions
+    )
     needed = estimate(context)
     if needed.total <= limit:
         return
@@ -122,8 +126,9 @@ def check_limit(
         advice = f"exported with --recipe q4 it needs about {at_4_bits / 1e6:.0f} MB"
     else:
         advice = "no context of this model fits: use a smaller model"
+    many = f" and {sessions} conversations at a time" if sessions > 1 else ""
     raise UsageError(
-        f"the model needs about {needed.total / 1e6:.0f} MB of memory for a context of {context} tokens "
+        f"the model needs about {needed.total / 1e6:.0f} MB of memory for a context of {context} tokens{many} "
         f"({needed.weights / 1e6:.0f} MB are weights), the limit is {limit / 1e6:.0f} MB: {advice}"
     )
 

@@ -63,9 +63,14 @@ class Desk:
         self.watch = watch = Watch()
         watch.memory()
         watch.gauge("waiting", "Requests that wait for their turn", lambda: self.queue.waiting)
+        watch.gauge("computing", "Requests that are computed", lambda: seats - self.queue.free)
         watch.gauge("live", "Live streams that are heard", lambda: self.live)
+        watch.counts("decoding", "Passes that wrote tokens, and steps of answers that went through them", ["what"],
+                     lambda: [(["passes"], turns.passes), (["steps"], turns.steps)])  # fmt: skip
         if moderation is not None:
-            watch.counts("moderated", "Texts refused or rewritten", ["where", "how"], lambda: dict(moderation.counts))
+            watch.counts(
+                "moderated", "Texts refused or rewritten", ["where", "how"], lambda: [*moderation.counts.items()]
+            )
         self.ready = threading.Event()  # the default model was opened once
 
     async def answer(self, ask: Ask, client: str, how: Answer = answer) -> AsyncGenerator[Step | Result, None]:

@@ -44,6 +44,7 @@ class Turns:
         self._waiting: list[_Turn] = []  # the longest first
         self._holder: _Turn | None = None
         self._last_met = False  # whether the last turn was a pass
+        self.passes = self.steps = 0  # passes of those who met, and how often one has asked for one
         self._mine = threading.local()
 
     @contextmanager
@@ -84,6 +85,8 @@ class Turns:
             return
         turn.check()
         self._give(turn)
+        with self._changed:
+            self.steps += 1
         turn.meets = True
         try:
             yield turn.rank
@@ -127,6 +130,7 @@ class Turns:
                 self._waiting.remove(turn)
             if self._holder is turn:
                 self._holder, self._last_met = None, turn.meets
+                self.passes += turn.meets
                 self._pass_on()
 
     def _pass_on(self) -> None:
