@@ -28,7 +28,7 @@ from edge_gemma.server.guard import Rules
 from edge_gemma.server.jobs import computed
 from edge_gemma.server.moderation import Moderation, Refused
 from edge_gemma.server.refusals import Refusal, refusal_of
-from edge_gemma.server.turns import ASKED, Stopped, Turns
+from edge_gemma.server.turns import Stopped
 from edge_gemma.text.reply import Piece
 from tests.server.serving import Served, serving
 from tests.server.test_guard import CHAT, HELLO, status
@@ -100,7 +100,7 @@ def test_a_system_without_threads_takes_no_seat(monkeypatch: pytest.MonkeyPatch)
     given = list[int]()
 
     async def ask() -> None:
-        async with aclosing(computed(lambda _: iter(()), Turns(), ASKED, over=lambda: given.append(1))) as results:
+        async with aclosing(computed(lambda _: iter(()), over=lambda: given.append(1))) as results:
             async for _ in results:
                 pass
 

@@ -168,7 +168,7 @@ def test_errors_and_results_come_back() -> None:
 
     async def main() -> tuple[list[int], list[str]]:
         found, ends = list[int](), list[str]()
-        async with aclosing(computed(work, Turns(), ASKED, over=lambda: ends.append("over"))) as results:
+        async with aclosing(computed(work, over=lambda: ends.append("over"))) as results:
             try:
                 async for result in results:
                     found.append(result)
@@ -184,15 +184,16 @@ def test_whoever_leaves_stops_the_work() -> None:
     turns, steps = Turns(), list[int]()
 
     def work(stopping: threading.Event) -> Iterator[int]:
-        for n in range(10**9):
-            steps.append(n)
-            yield n
-            time.sleep(0.001)
-            turns.between()
+        with turns.turn(ASKED, stopping):
+            for n in range(10**9):
+                steps.append(n)
+                yield n
+                time.sleep(0.001)
+                turns.between()
 
     async def main() -> None:
         over = asyncio.Event()
-        async with aclosing(computed(work, turns, ASKED, over=over.set)) as results:
+        async with aclosing(computed(work, over=over.set)) as results:
             async for result in results:
                 if result == 5:
                     break
@@ -235,6 +236,28 @@ def test_one_model_is_open_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyP
         assert not models.release(all_of_them=True), "it is used"
     assert models.release()
     assert models.loaded is None
+
+
+def test_who_waits_for_another_model_comes_to_his_turn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever asks later for the model that is open waits. Live speech does not."""
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
+    shutil.copytree(find.EMBEDDED, (find.pulled_folder() or tmp_path) / "other")
+    models, order = Models(find.EMBEDDED, between=lambda: None, cache_size=0), list[str]()
+
+    def ask(name: str) -> None:
+        with models.lease(name):
+            order.append(name)
+
+    threads = [threading.Thread(target=ask, args=(name,)) for name in ("other", "demo")]
+    with models.lease("demo"):
+        for number, thread in enumerate(threads, 1):
+            thread.start()
+            until(lambda number=number: len(models._waiting) == number)
+        with models.lease("demo", live=True):
+            assert order == []
+    for thread in threads:
+        thread.join(60)
+    assert order == ["other", "demo"]
 
 
 def test_a_model_that_cannot_be_opened_leaves_no_trace(tmp_path: Path) -> None:
