@@ -4,6 +4,8 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,6 +24,7 @@ from edge_gemma.generation.beams import search
 from edge_gemma.generation.sampler import Sampler, Sampling
 from edge_gemma.session import Session
 from tests.tiny import write_checkpoint
+from tests.waiting import until
 
 
 @pytest.fixture(scope="module", params=["e2b-q4", "gemma3-q8", "mobile", "e2b-float"])
@@ -210,6 +213,41 @@ def test_a_thread_that_is_interrupted_while_it_waits_is_not_waited_for(engine: E
     assert company.asked == []
     assert session.position == 0
     assert np.array_equal(session.step(3), other.step(3))
+
+
+def test_an_interrupt_as_a_pass_ends_is_raised_once_and_no_token_runs_twice(engine: Engine, monkeypatch) -> None:
+    @contextmanager
+    def held() -> Iterator[None]:
+        yield
+        raise KeyboardInterrupt
+
+    sessions, expected = [engine.session() for _ in range(2)], alone(engine.session())
+    batch = together(engine)
+    batch._companies.clear()
+    monkeypatch.setattr(batch_module, "interrupts", SimpleNamespace(held=held))
+    found: dict[int, object] = {}
+
+    def speak(n: int) -> None:
+        try:
+            found[n] = sessions[n].step(3)
+        except KeyboardInterrupt as error:
+            found[n] = error
+
+    threads = [threading.Thread(target=speak, args=(n,)) for n in range(2)]
+    with batch._running:  # both are in the pass that follows
+        threads[0].start()
+        until(lambda: None in batch._companies and batch._companies[None].leader)
+        threads[1].start()
+        until(lambda: len(batch._companies[None].asked) == 2)
+    for thread in threads:
+        thread.join(60)
+    assert isinstance(found[0], KeyboardInterrupt)
+    assert np.array_equal(found[1], expected.step(3))
+    monkeypatch.undo()
+    after = expected.step(4)
+    for session in sessions:
+        assert session.ids == [3]
+        assert np.array_equal(session.step(4), after)
 
 
 def test_others_may_go_first_before_every_pass_of_a_search(engine: Engine) -> None:
