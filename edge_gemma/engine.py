@@ -15,6 +15,7 @@ from edge_gemma import chat as talk
 from edge_gemma.arguments import file_path, integer, is_integer, is_one_of, require, shown
 from edge_gemma.backends.native import NativeModel
 from edge_gemma.backends.onnx import OnnxModel
+from edge_gemma.batch import Meeting
 from edge_gemma.config import GemmaConfig
 from edge_gemma.conversation import Said, Think
 from edge_gemma.errors import ModelFolderError, UsageError
@@ -212,8 +213,8 @@ class Engine:
 
     @property
     def between(self) -> Callable[[], None]:
-        """Called by every session before a token, and between two layers of several, in the thread that computes. Also
-        before each step of an encoder.
+        """Called before a token of every session, and between two layers of several, in the thread that computes: a
+        token's may be another one's (see `meeting`). Also before each step of an encoder.
 
         It may wait while something else computes. If it raises, the session is as it was before the tokens.
         """
@@ -222,6 +223,17 @@ class Engine:
     @between.setter
     def between(self, call: Callable[[], None]) -> None:
         self._model.between = call
+
+    @property
+    def meeting(self) -> Meeting:
+        """Makes the context in which a thread's token waits for a pass: one that this thread runs (`between` is called
+        before it), or another that has asked at the same time. Its value says who may share passes: equal ones.
+        """
+        return self._model.meeting
+
+    @meeting.setter
+    def meeting(self, call: Meeting) -> None:
+        self._model.meeting = call
 
     @property
     def threads(self) -> int:

@@ -203,7 +203,7 @@ def _open(source: Path | str, context: int | None) -> "tuple[Engine, Senses]":
 
     kernels.announce_compiling(_tell_compiling)
     engine = Engine.load(source, context=context)
-    engine.between = _turns().between
+    engine.between, engine.meeting = _turns().between, _turns().meeting
     return engine, Senses(functools.lru_cache(_LATELY_HEARD)(engine.hear), engine.see)
 
 

@@ -46,7 +46,7 @@ class Session:
         batch: Batch | None = None,
     ) -> None:
         """soft_ids: placeholders of soft tokens. prefixes: what sessions of this model have computed, None: nothing is
-        shared. between: Engine.between. batch: who runs single tokens with those of other threads, None: nobody.
+        shared. between: Engine.between. batch: runs single tokens with those of other threads, None: there are none.
         """
         self.context = context
         self._decoder = decoder
@@ -83,9 +83,8 @@ class Session:
         the session is then as it was.
         """
         ids = self._check(ids)
-        if len(ids) == 1:
-            self._between()
-            return self.batch.step(self, ids[0]) if self.batch else self.step_alone(ids[0])
+        if len(ids) == 1 and self.batch is not None:
+            return self.batch.step(self, ids[0])
         with kernels.use_threads(self._pace.limit):
             hidden = self._run(ids, keep=1)
             self.row = hidden[0]
@@ -271,23 +270,21 @@ class Session:
             self.stepped(token)
         return rows
 
-    def step_alone(self, token: int) -> np.ndarray:
-        """Append one token of the vocabulary, for which there is room, in a pass of its own. As `step`."""
+    def run_alone(self, token: int) -> np.ndarray:
+        """Run a token behind the ids in a pass of its own. Returns the logits after it. It is no part of them yet."""
         self._settle()
         with kernels.use_threads(self._pace.limit), self._pace.of(1):
-            logits = self._steps.one(token)
-        self.stepped(token, self._steps.row)
-        return logits
+            return self._steps.one(token)
 
     def settled(self) -> KVCache:
         """The cache, brought to where the ids end; for `Batch`."""
         self._settle()
         return self._cache
 
-    def stepped(self, token: int, row: np.ndarray | None = None) -> None:
-        """A token was appended to the cache; for `Batch`, without its row: drafts would part those that go together."""
+    def stepped(self, token: int, alone: bool = False) -> None:
+        """A token that was run behind the ids is now one of them; for `Batch`. alone: in a pass of its own."""
         self.ids.append(token)
-        self.row = row
+        self.row = self._steps.row if alone else None  # drafts would part those that go together
         if self.position - self._shared >= CHUNK:
             self._share()
 
@@ -388,6 +385,7 @@ class Session:
         ahead = 2 * chunk  # tokens whose rows the disk fetches before they are needed
         self._decoder.expect(np.array(ids[:ahead], np.int64))
         for start in range(0, len(ids), chunk):
+            self._between()
             self._decoder.expect(np.array(ids[start + ahead : start + ahead + chunk], np.int64))
             part = ids[start : start + chunk]
             wanted = min(len(part), max(0, keep - (len(ids) - start - len(part))))

@@ -4,6 +4,8 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +15,7 @@ from hypothesis.stateful import RuleBasedStateMachine, precondition, rule, run_s
 
 from benchmarks import together as together_benchmark
 from edge_gemma import batch as batch_module
-from edge_gemma.batch import Batch
+from edge_gemma.batch import Batch, _Asked, _Company
 from edge_gemma.engine import Engine
 from edge_gemma.errors import EdgeGemmaError
 from edge_gemma.export.convert import export_checkpoint
@@ -22,6 +24,7 @@ from edge_gemma.generation.beams import search
 from edge_gemma.generation.sampler import Sampler, Sampling
 from edge_gemma.session import Session
 from tests.tiny import write_checkpoint
+from tests.waiting import until
 
 
 @pytest.fixture(scope="module", params=["e2b-q4", "gemma3-q8", "mobile", "e2b-float"])
@@ -121,8 +124,7 @@ def test_threads_meet_in_a_pass(engine: Engine, monkeypatch: pytest.MonkeyPatch)
     batch = together(engine)
     for n in (2, 3, 4):  # compiled and recorded before anybody waits
         batch.steps([(engine.session(), 1) for _ in range(n)])
-    monkeypatch.setattr(batch, "_before", set())
-    monkeypatch.setattr(batch, "_took", 0.0)
+    batch._companies.clear()
     sizes, run = [], batch._run
 
     def counted(tokens):
@@ -189,14 +191,14 @@ def test_an_error_in_a_pass_is_raised_once_and_the_others_go_on(engine: Engine, 
     assert sum(logits is None for logits in found) == 1
     assert all(np.array_equal(logits, expected) for logits in found if logits is not None)
     assert [session.position for session in sessions] == [int(logits is not None) for logits in found]
-    assert batch._asked == []
+    assert batch._companies[None].asked == []
     assert np.array_equal(sessions[-1].branch().step(7), sessions[-1].step(7))
 
 
 def test_a_thread_that_is_interrupted_while_it_waits_is_not_waited_for(engine: Engine) -> None:
     batch, session, other = together(engine), engine.session(), engine.session()
-    with batch._changed:
-        batch._leader = object()  # a pass that takes long
+    company = batch._companies[None] = _Company()
+    company.leader = _Asked([])  # a pass that takes long
 
     class Interrupted(threading.Condition):
         def wait(self, timeout=None):
@@ -207,10 +209,45 @@ def test_a_thread_that_is_interrupted_while_it_waits_is_not_waited_for(engine: E
         with pytest.raises(KeyboardInterrupt):
             session.step(3)
     finally:
-        batch._changed, batch._leader = changed, None
-    assert batch._asked == []
+        batch._changed, company.leader = changed, None
+    assert company.asked == []
     assert session.position == 0
     assert np.array_equal(session.step(3), other.step(3))
+
+
+def test_an_interrupt_as_a_pass_ends_is_raised_once_and_no_token_runs_twice(engine: Engine, monkeypatch) -> None:
+    @contextmanager
+    def held() -> Iterator[None]:
+        yield
+        raise KeyboardInterrupt
+
+    sessions, expected = [engine.session() for _ in range(2)], alone(engine.session())
+    batch = together(engine)
+    batch._companies.clear()
+    monkeypatch.setattr(batch_module, "interrupts", SimpleNamespace(held=held))
+    found: dict[int, object] = {}
+
+    def speak(n: int) -> None:
+        try:
+            found[n] = sessions[n].step(3)
+        except KeyboardInterrupt as error:
+            found[n] = error
+
+    threads = [threading.Thread(target=speak, args=(n,)) for n in range(2)]
+    with batch._running:  # both are in the pass that follows
+        threads[0].start()
+        until(lambda: None in batch._companies and batch._companies[None].leader)
+        threads[1].start()
+        until(lambda: len(batch._companies[None].asked) == 2)
+    for thread in threads:
+        thread.join(60)
+    assert isinstance(found[0], KeyboardInterrupt)
+    assert np.array_equal(found[1], expected.step(3))
+    monkeypatch.undo()
+    after = expected.step(4)
+    for session in sessions:
+        assert session.ids == [3]
+        assert np.array_equal(session.step(4), after)
 
 
 def test_others_may_go_first_before_every_pass_of_a_search(engine: Engine) -> None:

@@ -5,10 +5,11 @@ Owns: binding the weights, what all sessions share. Does not know: timelines (se
 
 import hashlib
 from collections.abc import Callable
+from contextlib import nullcontext
 
 from edge_gemma import kernels
 from edge_gemma.arguments import integer, is_one_of, require
-from edge_gemma.batch import Batch
+from edge_gemma.batch import Batch, Meeting
 from edge_gemma.folder.drafter_folder import DrafterFolder
 from edge_gemma.folder.folder import ModelFolder
 from edge_gemma.folder.prefix_files import PrefixFiles
@@ -52,8 +53,12 @@ class NativeModel:
         self.decoder = Decoder(folder.config, self._weights)
         megabytes = DEFAULT_CACHE_MB if cache_size is None else cache_size
         self.between: Callable[[], None] = lambda: None  # Engine.between
+        self.meeting: Meeting = nullcontext  # Engine.meeting
         self._prefixes = _prefixes(self._identity, self._kv_dtype, megabytes) if megabytes else None
-        self._batch = Batch(self.decoder, CHUNK, self._kv_dtype, threads, lambda: self.between())
+        self._batch = Batch(
+            self.decoder, CHUNK, self._kv_dtype, threads, between=lambda: self.between(),
+            meeting=lambda: self.meeting(),
+        )  # fmt: skip
         preparing.opened.add(self)
 
     @staticmethod

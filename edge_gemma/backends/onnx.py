@@ -13,12 +13,14 @@ A folder holds
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from edge_gemma.arguments import file_path, is_integer, shown
+from edge_gemma.batch import Meeting
 from edge_gemma.config import GemmaConfig
 from edge_gemma.errors import ModelFolderError, UsageError
 from edge_gemma.folder.atomic import write_file
@@ -72,6 +74,7 @@ class OnnxModel:
         self._identity = folder.manifest["digest"]
         self._soft_ids = folder.soft_ids
         self.between: Callable[[], None] = lambda: None  # Engine.between, between two chunks here
+        self.meeting: Meeting = nullcontext  # Engine.meeting: no sessions share a pass here
         used = threads or kernels.threads()
         self._graphs = {graph: open_graph(folder.path / FOLDER / f"{graph}.onnx", used) for graph in (EMBED, DECODER)}
 

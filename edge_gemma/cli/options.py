@@ -272,7 +272,7 @@ def check_memory(
     draft: str | None = None, **needed: Any,
 ) -> None:  # fmt: skip
     """Check the memory limit before anything is loaded. memory_limit: in MB, None for no limit. cache_size, draft: as
-    in Engine.load, for a command that talks. needed: audio, vision, frames, drafts as in `footprint`.
+    in Engine.load, for a command that talks. needed: audio, vision, frames, drafts, sessions as in `footprint`.
     """
     if memory_limit is not None:
         from edge_gemma.backends.native import MEMORY_SHARE

@@ -7,7 +7,7 @@ import asyncio
 import contextlib
 import logging
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 KEY_VARIABLE = "EDGE_GEMMA_API_KEY"
 CHECKING = "edge_gemma.serve.checking"  # in click's meta: say what is wrong with the options, and serve nothing
 DEFAULT_CONTEXT = 8192  # tokens; memory is taken as a conversation grows
+DEFAULT_PARALLEL = 4  # tokens of four answers cost 1.3 times those of one, of five twice (docs/LOG.md#few-rows)
 
 
 @click.command(cls=tools.RunCommand)
@@ -39,8 +40,9 @@ DEFAULT_CONTEXT = 8192  # tokens; memory is taken as a conversation grows
               help="A name that clients call this machine by, such as pi.local; * for any. Repeatable.")  # fmt: skip
 @click.option("--cors", multiple=True, metavar="ORIGIN",
               help="Let web pages of this origin ask, such as https://chat.example. Repeatable.")  # fmt: skip
-@click.option("--parallel", type=click.IntRange(1, 64), default=1, show_default=True, metavar="N",
-              help="Answers written at a time, in turns; the others wait.")  # fmt: skip
+@click.option("--parallel", type=click.IntRange(1, 64), metavar="N",
+              help=f"Answers written at a time; the others wait [default: {DEFAULT_PARALLEL}, or as many as "
+              "--memory-limit has room for].")  # fmt: skip
 @click.option("--queue", type=click.IntRange(0), default=64, show_default=True, metavar="N",
               help="Requests that wait at most; more are told to come again.")  # fmt: skip
 @click.option("--idle-release", type=click.FloatRange(0), metavar="S",
@@ -125,19 +127,33 @@ def _desk(model: str | None, given: dict[str, Any]) -> "Desk":
     drafting = options.drafting_of(given)
     if drafting["draft"] is not None:
         options.open_drafter(drafting["draft"]).drafter.on_target(folder.config)
-    options.check_memory(model, context, given["memory_limit"], cache_size=size, **drafting)
+    parallel = _parallel(given, lambda sessions: options.check_memory(
+        model, context, given["memory_limit"], cache_size=size, sessions=sessions, **drafting
+    ))  # fmt: skip
     options.announce_compiling()
     turns = Turns()
     idle = FOR_EVER if given["idle_release"] is None else given["idle_release"]
     models = Models(
-        folder.path, keep_s=idle, between=turns.between, context=context, threads=given["threads"], cache_size=size,
-        **drafting,
+        folder.path, keep_s=idle, between=turns.between, meeting=turns.meeting, context=context,
+        threads=given["threads"], cache_size=size, **drafting,
     )  # fmt: skip
     rules = None if given["moderation"] is None else Moderation.load(given["moderation"])
     return Desk(
-        models, turns, seats=given["parallel"], most_waiting=given["queue"], moderation=rules,
+        models, turns, seats=parallel, most_waiting=given["queue"], moderation=rules,
         log_prompts=given["log_prompts"],
     )  # fmt: skip
+
+
+def _parallel(given: dict[str, Any], check: Callable[[int], None]) -> int:
+    """How many answers are written at a time. check: raises UsageError where there is not enough memory for so many."""
+    from edge_gemma.errors import UsageError
+
+    for fewer in range(DEFAULT_PARALLEL, 1, -1) if given["parallel"] is None else ():
+        with contextlib.suppress(UsageError):
+            check(fewer)
+            return fewer
+    check(least := given["parallel"] or 1)
+    return least
 
 
 def _wyoming(desk: "Desk", given: dict[str, Any], stack: contextlib.ExitStack) -> "tuple[list[Service], list[str]]":

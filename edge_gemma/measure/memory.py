@@ -86,11 +86,12 @@ def footprint(
     prefixes: int = 0,
     drafts: bool = False,
     drafter: DrafterFolder | None = None,
+    sessions: int = 1,
 ) -> Footprint:
-    """The estimate for a session of `context` tokens (None: the default). audio: include the audio encoder. vision:
+    """The estimate for sessions of `context` tokens (None: the default). audio: include the audio encoder. vision:
     soft tokens of the largest picture or frame. frames: those of all frames of videos, which are held together.
     prefixes: bytes of computed prefixes that are held at most. drafts: tokens are guessed ahead. drafter: one that
-    guesses.
+    guesses. sessions: how many are open at a time.
 
     The estimate is within 15% of the measured peak (tests/measure/test_speed.py).
     """
@@ -102,8 +103,8 @@ def footprint(
         process=(resident() or 100_000_000) + _KERNEL_CODE + (0 if compiled else _COMPILER),
         tokenizer=TABLES_FACTOR * folder.manifest["files"][TOKENIZER]["bytes"],
         weights=_weights(folder, context),
-        kv_cache=_kv_cache(config, context),
-        snapshots=MARKS * _rings(config, context),
+        kv_cache=sessions * _kv_cache(config, context),
+        snapshots=sessions * MARKS * _rings(config, context),
         activations=_activations(folder, min(context, CHUNK)),
         passes=_passes(config, context, ROWS if drafts else ROWS[:1]) + 4 * config.vocab_size * (1 + ROWS[-1] * drafts),
         drafter=0 if drafter is None else _drafter(drafter, context),
@@ -113,15 +114,15 @@ def footprint(
     )
 
 
-def check_limit(folder: ModelFolder, context: int | None, limit: int, **needed: Any) -> None:
-    """Raises UsageError if a session of `context` tokens needs more than `limit` bytes.
+def check_limit(folder: ModelFolder, context: int | None, limit: int, *, sessions: int = 1, **needed: Any) -> None:
+    """Raises UsageError if sessions of `context` tokens need more than `limit` bytes.
 
-    The message says which context or recipe would fit. needed: the other arguments of `footprint`.
+    The message says which context or recipe would fit. sessions, needed: the other arguments of `footprint`.
     """
     context = context or min(DEFAULT_CONTEXT, folder.config.max_position_embeddings)
 
     def estimate(tokens: int) -> Footprint:
-        return footprint(folder, tokens, **needed)
+        return footprint(folder, tokens, sessions=sessions, **needed)
 
     found = estimate(context)
     if found.total <= limit:
@@ -134,8 +135,9 @@ def check_limit(folder: ModelFolder, context: int | None, limit: int, **needed: 
         advice = f"exported with --recipe q4 it needs about {at_4_bits / 1e6:.0f} MB"
     else:
         advice = "no context of this model fits: use a smaller model"
+    many = f" and {sessions} conversations at a time" if sessions > 1 else ""
     raise UsageError(
-        f"the model needs about {found.total / 1e6:.0f} MB of memory for a context of {context} tokens "
+        f"the model needs about {found.total / 1e6:.0f} MB of memory for a context of {context} tokens{many} "
         f"({found.weights / 1e6:.0f} MB are weights), the limit is {limit / 1e6:.0f} MB: {advice}"
     )
 

@@ -63,9 +63,14 @@ class Desk:
         self.watch = watch = Watch()
         watch.memory()
         watch.gauge("waiting", "Requests that wait for their turn", lambda: self.queue.waiting)
+        watch.gauge("computing", "Requests that are computed", lambda: seats - self.queue.free)
         watch.gauge("live", "Live streams that are heard", lambda: self.live)
+        watch.counts("decoding", "Passes that wrote tokens, and steps of answers that went through them", ["what"],
+                     lambda: [(["passes"], turns.passes), (["steps"], turns.steps)])  # fmt: skip
         if moderation is not None:
-            watch.counts("moderated", "Texts refused or rewritten", ["where", "how"], lambda: dict(moderation.counts))
+            watch.counts(
+                "moderated", "Texts refused or rewritten", ["where", "how"], lambda: [*moderation.counts.items()]
+            )
         self.ready = threading.Event()  # the default model was opened once
 
     async def answer(self, ask: Ask, client: str, how: Answer = answer) -> AsyncGenerator[Step | Result, None]:
@@ -113,7 +118,7 @@ class Desk:
         """Yields what `work` yields, which is called with the model in a thread once there is a seat for it."""
 
         def leased(stopping: threading.Event) -> "Iterator[_T]":
-            with self.models.lease(model, keep_s, stopping) as engine:
+            with self.models.lease(model, keep_s, stopping) as engine, self.turns.turn(ASKED, stopping):
                 yield from work(engine, stopping)
 
         if not self.ready.is_set():
@@ -121,7 +126,7 @@ class Desk:
         since = time.perf_counter()
         await self.queue.take(client)
         self.watch.waited(since)
-        async with aclosing(computed(leased, self.turns, ASKED, over=self.queue.give)) as results:
+        async with aclosing(computed(leased, over=self.queue.give)) as results:
             async for result in results:
                 yield result
 
@@ -139,12 +144,12 @@ class Desk:
         self.live += 1
 
         def leased(stopping: threading.Event) -> "Iterator[_T]":
-            with self.models.lease(model, stopping=stopping) as engine:
+            with self.models.lease(model, stopping=stopping, live=True) as engine:
                 yield from work(engine, stopping)
 
         def over() -> None:
             self.live -= 1
 
-        async with aclosing(computed(leased, self.turns, None, over=over)) as results:
+        async with aclosing(computed(leased, over=over)) as results:
             async for result in results:
                 yield result

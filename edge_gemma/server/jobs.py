@@ -6,22 +6,20 @@ Owns: the thread, ending it when nobody reads any more. Does not know: what the 
 import asyncio
 import threading
 from collections.abc import AsyncGenerator, Callable, Iterator
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from typing import Any, TypeVar
 
-from edge_gemma.server.turns import Stopped, Turns
+from edge_gemma.server.turns import Stopped
 
 _T = TypeVar("_T")
 Work = Callable[[threading.Event], Iterator[_T]]  # called in the thread; the event says that nobody waits any more
 
 
-async def computed(
-    work: "Work[_T]", turns: Turns, rank: int | None, *, over: Callable[[], None] = lambda: None
-) -> AsyncGenerator[_T, None]:
-    """Yields what `work` yields. It runs in a thread, in its turn; its errors are raised here.
+async def computed(work: "Work[_T]", *, over: Callable[[], None] = lambda: None) -> AsyncGenerator[_T, None]:
+    """Yields what `work` yields. It runs in a thread; its errors are raised here.
 
-    rank: of its turn, None for work that takes turns itself. When this generator is closed, the work is stopped. over:
-    called in the event loop once the thread has ended, which may be later.
+    When this generator is closed, the work is stopped. over: called in the event loop once the thread has ended, which
+    may be later.
     """
     loop = asyncio.get_running_loop()
     results: asyncio.Queue[tuple[str, Any]] = asyncio.Queue()
@@ -35,11 +33,10 @@ async def computed(
 
     def compute() -> None:
         try:
-            with nullcontext() if rank is None else turns.turn(rank, stopping):
-                for result in work(stopping):
-                    put("result", result)
-                    if stopping.is_set():
-                        break
+            for result in work(stopping):
+                put("result", result)
+                if stopping.is_set():
+                    break
         except Stopped:
             put("end")
         except BaseException as error:

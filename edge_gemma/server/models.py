@@ -6,11 +6,12 @@ Owns: names, leases, how long a model stays. Does not know: requests, protocols.
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from edge_gemma.batch import Meeting
 from edge_gemma.engine import Engine
 from edge_gemma.errors import EdgeGemmaError
 from edge_gemma.folder import find
@@ -65,18 +66,20 @@ class Models:
 
     def __init__(
         self, default: Path, *, name: str | None = None, keep_s: float = FOR_EVER, between: Callable[[], None],
-        draft: Path | str | None = None, **options: Any,
+        meeting: Meeting = nullcontext, draft: Path | str | None = None, **options: Any,
     ) -> None:  # fmt: skip
         """default: the folder of the model that requests without a name get; the user's other models are offered too.
 
         name: the default's, None for that of its folder. keep_s: seconds that a model stays open after its last use.
-        draft: the default's drafter. between, options: as in Engine.
+        draft: the default's drafter. between, meeting, options: as in Engine.
         """
         self.default = _offer(name or default.resolve().name, default)
-        self._keep_s, self._between, self._draft, self._options = keep_s, between, draft, options
+        self._keep_s, self._between, self._meeting = keep_s, between, meeting
+        self._draft, self._options = draft, options
         self._changed = threading.Condition()
         self.loaded: Loaded | None = None
         self.loading: str | None = None
+        self._waiting: list[object] = []  # who is next first
 
     def offers(self) -> list[Offer]:
         """All models, the default first."""
@@ -100,15 +103,21 @@ class Models:
 
     @contextmanager
     def lease(
-        self, name: str | None, keep_s: float | None = None, stopping: threading.Event | None = None
+        self,
+        name: str | None,
+        keep_s: float | None = None,
+        stopping: threading.Event | None = None,
+        *,
+        live: bool = False,
     ) -> Iterator[Engine]:
         """The model called `name`, opened if need be, for as long as the context lasts.
 
         keep_s: seconds that it stays open afterwards, None for the server's own. stopping: once it is set, nobody waits
-        for the model any more. Raises UnknownModelError, BusyModelError while another one is used for long, Stopped,
-        and as Engine.load.
+        for the model any more. live: for speech that arrives now; others have it in the order in which they come, so
+        that who waits for another model comes to his turn. Raises UnknownModelError, BusyModelError while another one
+        is used for long, Stopped, and as Engine.load.
         """
-        loaded = self._taken(self.find(name), stopping or threading.Event())
+        loaded = self._taken(self.find(name), stopping or threading.Event(), live)
         try:
             yield loaded.engine
         finally:
@@ -119,31 +128,37 @@ class Models:
                 loaded.until = FOR_EVER if seconds < 0 else time.time() + seconds
                 self._changed.notify_all()
 
-    def _taken(self, offer: Offer, stopping: threading.Event) -> Loaded:
-        end = time.monotonic() + WAIT_S
-        while True:
-            if stopping.is_set():
-                raise Stopped
+    def _taken(self, offer: Offer, stopping: threading.Event, live: bool) -> Loaded:
+        me, end = object(), time.monotonic() + WAIT_S
+        with self._changed:
+            self._waiting.insert(0 if live else len(self._waiting), me)
+        try:
+            while True:
+                if stopping.is_set():
+                    raise Stopped
+                with self._changed:
+                    loaded, first = self.loaded, self._waiting[0] is me
+                    if first and loaded is not None and loaded.name == offer.name:
+                        loaded.leases += 1
+                        loaded.unwanted = False
+                        return loaded
+                    opens = first and self.loading is None and not (loaded and loaded.leases)
+                    if opens:
+                        self._close()
+                        self.loading = offer.name
+                    else:
+                        self._changed.wait(_WAIT_S)
+                if opens:
+                    self._load(offer)
+                elif time.monotonic() > end:
+                    used = loaded.name if loaded is not None else self.loading
+                    raise BusyModelError(
+                        f"the model {used} is in use, and one is open at a time: ask again later, or take it"
+                    )
+        finally:
             with self._changed:
-                if self.loaded is not None and self.loaded.name == offer.name:
-                    self.loaded.leases += 1
-                    self.loaded.unwanted = False
-                    return self.loaded
-                busy = self.loading is not None or (self.loaded is not None and self.loaded.leases)
-                if busy:
-                    self._changed.wait(_WAIT_S)
-                else:
-                    self._close()
-                    self.loading = offer.name
-            if busy and time.monotonic() > end:
-                used = self.loaded.name if self.loaded is not None else self.loading
-                raise BusyModelError(
-                    f"the model {used} is in use, and one is open at a time: ask again later, or take it"
-                )
-            if busy:
-                self._between()  # whoever uses the other model has to compute on
-            else:
-                self._load(offer)
+                self._waiting.remove(me)
+                self._changed.notify_all()
 
     def _load(self, offer: Offer) -> None:
         opened = None
@@ -151,7 +166,7 @@ class Models:
             since = time.perf_counter()
             draft = self._draft if offer.name == self.default.name else None
             engine = Engine.load(offer.path, draft=draft, **self._options)
-            engine.between = self._between
+            engine.between, engine.meeting = self._between, self._meeting
             opened = Loaded(offer, engine, time.perf_counter() - since)
         finally:
             with self._changed:

@@ -19,7 +19,7 @@ class Queue:
     def __init__(self, seats: int, most: int) -> None:
         """most: requests that wait at most."""
         self.most = most
-        self._free = seats
+        self.free = seats  # seats that nobody has
         self._clients: OrderedDict[str, deque[asyncio.Future[None]]] = OrderedDict()  # the next one first
 
     @property
@@ -29,8 +29,8 @@ class Queue:
 
     async def take(self, client: str) -> None:
         """Wait for a seat. Raises QueueFull. Whoever has one calls `give` in the end."""
-        if self._free:
-            self._free -= 1
+        if self.free:
+            self.free -= 1
             return
         if self.waiting >= self.most:
             raise QueueFull
@@ -55,7 +55,7 @@ class Queue:
             if not place.done():  # nobody has left it
                 place.set_result(None)
                 return
-        self._free += 1
+        self.free += 1
 
     def _forget(self, client: str, place: asyncio.Future[None]) -> None:
         places = self._clients.get(client, deque())

@@ -5,7 +5,7 @@ Owns: the metrics and their names. Does not know: who reports what.
 
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, Metric
@@ -16,6 +16,7 @@ from edge_gemma.generation.generate import Result
 from edge_gemma.measure.memory import resident
 
 _SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 60, 120)
+Counts = Iterable[tuple[Sequence[str], int]]  # the values of labels, and a count
 _SPEEDS = (0.5, 1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 
 
@@ -43,9 +44,7 @@ class Watch:
         """A figure that is asked for when somebody looks."""
         Gauge(f"edge_gemma_{name}", about, registry=self._registry).set_function(value)
 
-    def counts(
-        self, name: str, about: str, labels: list[str], values: Callable[[], dict[tuple[str, str], int]]
-    ) -> None:
+    def counts(self, name: str, about: str, labels: list[str], values: Callable[[], Counts]) -> None:
         """Counters that are kept elsewhere."""
         self._registry.register(_Counts(f"edge_gemma_{name}", about, labels, values))
 
@@ -85,14 +84,12 @@ class Watch:
 
 
 class _Counts(Collector):
-    def __init__(
-        self, name: str, about: str, labels: list[str], values: Callable[[], dict[tuple[str, str], int]]
-    ) -> None:
+    def __init__(self, name: str, about: str, labels: list[str], values: Callable[[], Counts]) -> None:
         self._family, self._values = (name, about, labels), values
 
     def collect(self) -> Iterator[Metric]:
         name, about, labels = self._family
         family = CounterMetricFamily(name, about, labels=labels)
-        for key, value in self._values().items():
+        for key, value in self._values():
             family.add_metric(list(key), value)
         yield family

@@ -16,6 +16,8 @@ import pytest
 from click.testing import CliRunner
 
 from edge_gemma.cli.main import cli
+from edge_gemma.cli.serve import _parallel
+from edge_gemma.errors import UsageError
 
 
 @contextmanager
@@ -109,6 +111,19 @@ def test_what_cannot_be(options: list[str], words: str) -> None:
     assert result.exit_code == 1
     assert words in result.stderr
     assert result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("asked_for", "fit", "found"), [(None, 9, 4), (None, 2, 2), (None, 1, 1), (2, 2, 2), (9, 9, 9)]
+)
+def test_as_many_answers_as_there_is_memory_for(asked_for: int | None, fit: int, found: int) -> None:
+    def check(sessions: int) -> None:
+        if sessions > fit:
+            raise UsageError(f"no memory for {sessions}")
+
+    assert _parallel({"parallel": asked_for}, check) == found
+    with pytest.raises(UsageError, match="no memory"):
+        _parallel({"parallel": asked_for}, lambda sessions: check(sessions + fit))
 
 
 def test_without_the_extra_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,7 +23,7 @@ from edge_gemma.folder.drafter_folder import DrafterFolder
 from edge_gemma.folder.folder import TOKENIZER, ModelFolder
 from edge_gemma.measure import bandwidth, memory, speed
 from edge_gemma.measure.bandwidth import ReadBandwidth
-from edge_gemma.session import MARKS
+from edge_gemma.session import CHUNK, MARKS
 
 CONTRACT = {
     "prefill_tok_s", "decode_tok_s", "ttft_s", "load_s", "peak_rss_mb", "bytes_per_token", "read_gb_s",
@@ -320,6 +320,15 @@ def test_a_limit_answers_what_would_fit(monkeypatch) -> None:
         memory.check_limit(folder, 4096, least - 1)
     with pytest.raises(UsageError, match=r"exported with --recipe q4 it needs about 15\d\d MB"):
         memory.check_limit(planned("e2b", "q8"), 4096, needed + 10_000_000)
+
+
+def test_every_conversation_needs_keys_and_values_of_its_own() -> None:
+    folder = planned("e2b", "q4")
+    one, four = memory.footprint(folder, 4096), memory.footprint(folder, 4096, sessions=4)
+    windows, whole = 12 * (512 + CHUNK) * 256, 3 * 4096 * 512  # layers, positions, values: E2B's sliding and full ones
+    assert four.total - one.total == 3 * 4 * (windows * (1 + MARKS) + whole)  # K and V of float16, and the snapshots
+    with pytest.raises(UsageError, match="context of 4096 tokens and 4 conversations at a time"):
+        memory.check_limit(folder, 4096, one.total, sessions=4)
 
 
 def test_the_4_bit_advice_is_the_size_of_a_4_bit_model() -> None:

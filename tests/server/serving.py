@@ -39,7 +39,7 @@ def serving(
 ) -> Iterator[Served]:  # fmt: skip
     """Serve until the context ends. agent: arguments of the conversation agent. options: as in Engine.load."""
     turns, listening, wyoming = Turns(), Place(port=0).bound(), Place(port=0).bound()
-    models = Models(model, keep_s=keep_s, between=turns.between, **{"cache_size": 8, **options})
+    models = Models(model, keep_s=keep_s, between=turns.between, meeting=turns.meeting, **{"cache_size": 8, **options})
     desk = Desk(models, turns, seats=seats, most_waiting=waiting, moderation=moderation, log_prompts=log_prompts)
     ready, loop = threading.Event(), asyncio.new_event_loop()
     stop = asyncio.Event()

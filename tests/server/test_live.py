@@ -52,8 +52,8 @@ def test_whoever_is_stopped_while_it_waits_has_no_turn_to_give_back() -> None:
 
     with pytest.raises(Stopped):
         rest()
-    assert turns._taken, "the other one's turn was given away"
-    until(lambda: not turns._taken)
+    assert turns._holder, "the other one's turn was given away"
+    until(lambda: not turns._holder)
     with turns.turn(ASKED, NEVER):
         pass
 

@@ -197,9 +197,7 @@ def test_who_hangs_up_ends_the_work(served: Served, long_wav: bytes, words: bool
         until(_working)
         time.sleep(seconds)
         assert _working()
-    began = time.monotonic()
     until(lambda: not _working(), 10)
-    assert time.monotonic() - began < 1.0
     answer = httpx.post(f"{served.url}/v1/audio/transcriptions", data=FORM, files=SOUND, timeout=60)
     assert answer.status_code == 200
 

@@ -382,10 +382,10 @@ def test_who_hangs_up_is_forgotten(served: Served) -> None:
                 for event in appended(samples(TIMER)):
                     await socket.send(json.dumps(event))
                 await following(socket, "input_audio_buffer.speech_started")
-            await asyncio.to_thread(until, lambda: served.desk.live == 0, 5)
+            await asyncio.to_thread(until, lambda: served.desk.live == 0)
 
     asyncio.run(talk())
-    assert not [thread for thread in threading.enumerate() if thread.name == "edge-gemma-job"]
+    until(lambda: not [thread for thread in threading.enumerate() if thread.name == "edge-gemma-job"])
 
 
 def test_speech_goes_before_what_was_asked(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -413,11 +413,9 @@ def test_speech_goes_before_what_was_asked(served: Served, monkeypatch: pytest.M
         return turn(rank, stopping)
 
     monkeypatch.setattr(served.desk.turns, "turn", seen)
-    began = time.monotonic()
     assert "timer" in asyncio.run(talk()).lower()
-    assert time.monotonic() - began < 30
     assert ranks == {LIVE}
-    assert served.desk.queue._free == 0, "the answer was over before: the test says nothing"
+    assert served.desk.queue.free == 0, "the answer was over before: the test says nothing"
     stream.close()
     client.close()
 
