@@ -62,6 +62,7 @@ class Session:
         self.batch = batch
         self._shared = 0  # positions whose rows `prefixes` has too
         self.ids: list[int] = []
+        self.accompanied = False  # whether the last pass had other sessions' tokens
         self.row: np.ndarray | None = None  # after `prefill`, `step`: the last token's as of `hidden`, if it ran alone
         self.restored = 0  # positions that came from `prefixes`, ever
 
@@ -267,7 +268,8 @@ class Session:
         with kernels.use_threads(self._pace.limit), self._pace.of(1):
             rows = self._steps.several(ids)
         for token in ids:
-            self.stepped(token)
+            self.stepped(token, alone=True)
+        self.row = None
         return rows
 
     def run_alone(self, token: int) -> np.ndarray:
@@ -281,10 +283,11 @@ class Session:
         self._settle()
         return self._cache
 
-    def stepped(self, token: int, alone: bool = False) -> None:
+    def stepped(self, token: int, alone: bool) -> None:
         """A token that was run behind the ids is now one of them; for `Batch`. alone: in a pass of its own."""
         self.ids.append(token)
-        self.row = self._steps.row if alone else None  # drafts would part those that go together
+        self.accompanied = not alone
+        self.row = self._steps.row if alone else None
         if self.position - self._shared >= CHUNK:
             self._share()
 

@@ -102,6 +102,10 @@ class Ahead:
         self.close()
         return self._pass(tokens[right:], most, self._gain)
 
+    @property
+    def _accompanied(self) -> bool:
+        return getattr(self._session, "accompanied", False)  # other timelines know no company
+
     def close(self) -> None:
         """Forget the draft: the timeline holds only what was run."""
         self._rows = _NOTHING
@@ -111,12 +115,17 @@ class Ahead:
             session.rewind(session.position - rest)
 
     def _pass(self, tokens: list[int], most: int, gain: Gain) -> np.ndarray:
-        """Run tokens that no draft had, and a new draft behind them."""
-        draft = self._guess(tokens, most, gain)
+        """Run tokens that no draft had, and a new draft behind them.
+
+        Not where other sessions' tokens share the passes: a draft would part from them, and the time of such a pass
+        says nothing of what its rows cost.
+        """
+        draft = [] if self._accompanied else self._guess(tokens, most, gain)
         rows, before = padded(len(tokens) + len(draft)), time.perf_counter()
         logits = self._checked(tokens, draft) if draft else self._plain(tokens)[None]
         seconds = time.perf_counter() - before
-        gain.ran(len(tokens), len(draft), seconds, first=rows not in self._seen)
+        if not self._accompanied:
+            gain.ran(len(tokens), len(draft), seconds, first=rows not in self._seen)
         self._seen.add(rows)
         self.drafted += len(draft)
         self._draft, self._rows = draft, logits[-1 - len(draft) :]

@@ -214,6 +214,27 @@ def test_a_session_that_decodes_with_others_has_no_row(engine):
     np.testing.assert_array_equal(sessions[0].row, engine.session().hidden([*PROMPT, 77, 78])[-1])
 
 
+def test_nothing_is_drafted_in_company(engine):
+    """A pass with other sessions' tokens says nothing of prices; alone again, drafts come back."""
+    session, other = engine.session(), engine.session()
+    for each in (session, other):
+        each.prefill([5, 6, 7] * 12)
+    gain = Told([3])
+    ahead = Ahead(session, gain)
+    for turn, company in enumerate([False, True, True, False, False]):
+        if company:
+            session.batch.steps([(session, 5), (other, 5)])
+            assert session.accompanied
+            session.rewind(session.position - 1)
+        drafted, priced = ahead.drafted, list(gain.told)
+        ahead.run([5 + turn % 3], 9)
+        if company:
+            assert (ahead.drafted, gain.told) == (drafted, priced)
+        ahead.close()
+        assert not session.accompanied
+    assert ahead.drafted > 0
+
+
 # --- whether it pays --------------------------------------------------------------------------------------------------
 
 
