@@ -66,7 +66,7 @@ class _Company:
         self.leader: _Asked | None = None  # whose thread runs the next pass
         self.chosen: list[_Asked] = []  # what that pass runs, once it has begun
         self.before: set[int] = set()  # threads whose tokens were in the last pass
-        self.took = 0.0  # seconds of the last pass
+        self.took = self.ended = 0.0  # seconds of the last pass, and when it ended
 
     def left(self) -> float | None:
         """Seconds until a thread should lead the next pass: for so long it waits for those of the pass before.
@@ -79,7 +79,9 @@ class _Company:
         if not missing or sum(len(one.tokens) for one in self.asked) >= MOST:
             return 0
         patience = min(_PATIENCE * self.took, _MOST_PATIENCE)
-        return max(0.0, self.asked[0].since + patience - time.perf_counter())
+        # Those who asked while it ran have waited, those who were in it could not come yet: else two groups would take
+        # turns for ever, each in time for its own pass only.
+        return max(0.0, max(self.asked[0].since, self.ended) + patience - time.perf_counter())
 
     def choose(self) -> list[_Asked]:
         """Whose tokens go into the pass that begins: the leader's, and those that fit beside them."""
@@ -187,7 +189,8 @@ class Batch:
                     for one in chosen:
                         one.logits = [next(found) for _ in one.tokens]
                         company.asked.remove(one)
-                    company.took, company.before = time.perf_counter() - begin, {one.thread for one in chosen}
+                    company.ended = time.perf_counter()
+                    company.took, company.before = company.ended - begin, {one.thread for one in chosen}
 
     def _run(self, tokens: Tokens) -> Sequence[np.ndarray]:
         """The logits after each token, which is not part of its timeline yet."""

@@ -159,16 +159,31 @@ def test_one_thread_with_two_sessions_never_waits(engine: Engine, monkeypatch: p
         second.step(token)
 
 
+def test_a_pass_waits_for_those_who_were_in_the_one_before() -> None:
+    """Else two groups of threads take turns for ever: each comes while the other's pass runs."""
+    company = _Company()
+    asked = _Asked([(None, 1)], thread=4, since=time.perf_counter() - 50)  # it waited while a long pass ran
+    company.asked, company.before, company.took = [asked], {1, 2, 3}, 0.2
+    assert company.left() == 0  # which ended long ago
+    company.ended = time.perf_counter()
+    assert 0.02 < company.left() <= 0.05
+    company.asked += [_Asked([(None, 1)], thread=thread) for thread in (1, 2, 3)]
+    assert company.left() == 0  # all of them are there
+    company.leader = asked
+    assert company.left() is None
+
+
 @pytest.mark.parametrize("error", [MemoryError, KeyboardInterrupt])
 def test_an_error_in_a_pass_is_raised_once_and_the_others_go_on(engine: Engine, error: type[BaseException]) -> None:
-    sessions = [engine.session() for _ in range(20)]  # more than fit into a pass
+    sessions = [engine.session() for _ in range(36)]  # more than fit into two passes
     batch = together(engine)
     run, start = batch._run, threading.Barrier(len(sessions))
     sizes = []
 
     def broken(tokens):
         sizes.append(len(tokens))
-        time.sleep(0.05)
+        if len(sizes) == 1:
+            until(lambda: len(batch._companies[None].asked) == len(sessions))
         if len(sizes) == 2:
             raise error
         return run(tokens)

@@ -139,7 +139,7 @@ def test_operations_wait_for_what_they_read(threads: int | None) -> None:
 
 def test_independent_operations_do_not_wait() -> None:
     recorded, _, _ = chain(2)
-    waits = recorded._rows[:, WAITS].tolist()
+    waits = recorded._list.rows[:, WAITS].tolist()
     assert waits == [0, 1, 1, 1]
     a, b, out = (np.ones((1, 64), np.float32) for _ in range(3))
     with program.record() as recorder:
@@ -147,4 +147,4 @@ def test_independent_operations_do_not_wait() -> None:
         kernels.scale(b, 2.0)  # another array
         kernels.gelu_tanh_mul(a, b, out)  # reads both
         kernels.scale(a[:, :32], 3.0)  # writes part of what is being read
-    assert recorder.program()._rows[:, WAITS].tolist() == [0, 0, 1, 1]
+    assert recorder.program()._list.rows[:, WAITS].tolist() == [0, 0, 1, 1]
