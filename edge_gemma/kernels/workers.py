@@ -18,6 +18,7 @@ Owns: the worker threads, claims, waiting. Does not know: what an operation comp
 
 import atexit
 import ctypes
+import math
 import os
 import threading
 import time
@@ -265,6 +266,17 @@ def _callable(function: ChunkFunction) -> ctypes._CFuncPtr:
     return ctypes.CFUNCTYPE(None, ctypes.c_int64, ctypes.c_int64)(function.address)
 
 
+def _turns() -> int:
+    """How many turns a worker without work takes in _SPIN_S, on this machine."""
+    state = np.zeros((_SLOTS + _LINE) // 8, np.int64)  # of workers that are never asked
+    request, least = np.array([state.ctypes.data, 10_000], np.int64), math.inf
+    for _ in range(4):
+        begin = time.perf_counter()
+        _callable(_follow)(request.ctypes.data, 0)
+        least = min(least, time.perf_counter() - begin)
+    return min(1 << 20, int(10_000 * _SPIN_S / least))
+
+
 class Workers:
     """Threads that wait for runs. One run at a time; threads that ask for another wait."""
 
@@ -322,12 +334,7 @@ class Workers:
                 thread.join(1.0)
 
     def _serve(self, worker: int) -> None:
-        follow, request = _callable(_follow), self._requests[worker]
-        begin = time.perf_counter()
-        for request[1] in (1000, 10_000):  # the first time loads pages
-            begin = time.perf_counter()
-            follow(request.ctypes.data, worker)
-        turns = min(1 << 20, int(10_000 * _SPIN_S / max(time.perf_counter() - begin, 1e-6)))
+        follow, request, turns = _callable(_follow), self._requests[worker], _turns()
         while not self._ended:
             runs, request[1] = self._runs, turns
             follow(request.ctypes.data, worker)
