@@ -1,6 +1,7 @@
 # Two commands do everything from a fresh clone with only Python 3.11+, pip and make:
 #   make chat   sets up .venv and starts a chat with the demonstration model
 #   make test   sets up .venv, fetches what the tests need, and runs linters, types and all tests
+# `make wheel` makes a wheel that brings the kernels' machine code for every processor of this architecture.
 # `make test-arm` runs only the part that is emulated as a Raspberry Pi's code (docs/ARM.md, part of `make test`).
 # `make test-quick` runs the tests without fetching models, without emulating AArch64, and without those that take long.
 
@@ -15,7 +16,7 @@ PIP := $(PYTHON) -m pip --python $(BIN)/python install --quiet --disable-pip-ver
 # emulation takes long and goes on beside the rest.
 PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
-.PHONY: chat test test-quick test-arm check docs clean
+.PHONY: chat test test-quick test-arm check docs wheel clean
 
 chat: $(VENV)/chat.done
 	$(BIN)/edge-gemma chat
@@ -34,6 +35,10 @@ check: $(VENV)/test.done
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+
+wheel: $(VENV)/chat.done
+	$(BIN)/python -m edge_gemma.kernels.shipping
+	$(PYTHON) -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist .
 
 docs: $(VENV)/test.done
 	$(BIN)/python -m tests.test_docs

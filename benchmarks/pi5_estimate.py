@@ -112,9 +112,9 @@ class Loop:
 
 def analyse(mca: str, variant: str, bits: int, group: int, *, one: bool, triple: str, cpu: str, model: str) -> Loop:
     """Emit a tile of an instruction set for a CPU and let llvm-mca count its loop with the tables of `model`."""
+    from edge_gemma.kernels.compiled.matrix.assembly import assembly
+    from edge_gemma.kernels.compiled.matrix.ir import TileSpec
     from edge_gemma.kernels.isa import SETS
-    from edge_gemma.kernels.matrix.assembly import assembly
-    from edge_gemma.kernels.matrix.ir import TileSpec
 
     tokens, panels = (1, 1) if one else (SETS[variant].tokens(group != 0), SETS[variant].panels)
     loop = inner_loop(assembly(TileSpec(variant, bits, group, group != 0, tokens, panels), triple, cpu))
@@ -182,7 +182,7 @@ def main(measured: Path, mca: str, ghz: float | None, out: Path | None) -> None:
     """Estimate a Raspberry Pi 5 from MEASURED, the CSV of the x86 machine this runs on."""
     import llvmlite.binding as llvm
 
-    from edge_gemma.kernels.matrix.assembly import ARM_LINUX
+    from edge_gemma.kernels.compiled.matrix.assembly import ARM_LINUX
 
     about, rows = read_csv(measured)
     ghz = ghz or clock_ghz()

@@ -110,7 +110,7 @@ def estimate(
 @click.option("--out", type=click.Path(path_type=Path), help="[default: pi5-pictures-estimate.md beside the CSV]")
 def main(measured: Path, mca: str, ghz: float | None, out: Path | None) -> None:
     """Estimate a Raspberry Pi 5 from MEASURED, the CSV of the x86 machine this runs on."""
-    from edge_gemma.kernels.matrix.assembly import ARM_LINUX
+    from edge_gemma.kernels.compiled.matrix.assembly import ARM_LINUX
 
     about, rows = read_csv(measured)
     encode, first = medians(rows, "encoder"), medians(rows, "first token")

@@ -19,9 +19,9 @@ import numba
 import numpy as np
 
 from edge_gemma.folder import layouts
-from edge_gemma.kernels import compiler
-from edge_gemma.kernels.compiler import array, compiled
-from edge_gemma.kernels.convert import as_float, to_half
+from edge_gemma.kernels.compiled.convert import as_float, to_half
+from edge_gemma.quant import compiling
+from edge_gemma.quant.compiling import array, compiled
 from edge_gemma.quant.search import Rounded, levels, lines_of, search_scales
 
 Array = np.ndarray
@@ -284,4 +284,4 @@ def round_with_feedback(
 def compile_kernels() -> None:
     """Compile the kernels once, before several threads need them."""
     for each in (_round_block, _improve_block):
-        compiler.make_ready(each)
+        compiling.make_ready(each)

@@ -15,9 +15,9 @@ import numba
 import numpy as np
 
 from edge_gemma.folder.layouts import FACTOR_COLUMNS, factors_shape
-from edge_gemma.kernels import compiler
-from edge_gemma.kernels.compiler import array, compiled
-from edge_gemma.kernels.convert import as_float, to_half
+from edge_gemma.kernels.compiled.convert import as_float, to_half
+from edge_gemma.quant import compiling
+from edge_gemma.quant.compiling import array, compiled
 
 _STEPS = 8  # lengths of a step tried, from _SHORTEST of (largest - smallest) / (2^b - 1) to all of it
 _SHORTEST = {2: 0.55, 4: 0.8}
@@ -155,6 +155,6 @@ def search_minima(
     pairs = np.empty((rows, -(-columns // group), 2), np.uint8)
     factors = np.empty((rows, factors_shape(rows, columns, minimum)[1], 2), np.float32)
     levels, shortest = np.float32((1 << bits) - 1), np.float32(_SHORTEST[bits])
-    if not compiler.launch(_search, weights, importance, levels, shortest, group, (1 << minimum) - 1, pairs, factors):
+    if not compiling.launch(_search, weights, importance, levels, shortest, group, (1 << minimum) - 1, pairs, factors):
         raise ValueError(f"weights {weights.dtype}{weights.shape} and importance {importance.shape} do not fit")
     return pairs, factors

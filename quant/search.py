@@ -16,9 +16,8 @@ import numba
 import numpy as np
 
 from edge_gemma.folder import layouts
-from edge_gemma.kernels import compiler
-from edge_gemma.kernels.compiler import array, compiled
-from edge_gemma.quant import minima
+from edge_gemma.quant import compiling, minima
+from edge_gemma.quant.compiling import array, compiled
 from edge_gemma.quant.rtn import round_to_nearest
 
 Rounded = tuple[np.ndarray, ...]
@@ -119,7 +118,7 @@ def search_scales(
     else:
         stored = (_searched(weights, bits, group, m),)
     values, (lowest, highest) = np.empty(weights.shape, np.int8), levels(bits, minimum)
-    compiler.launch(_nearest, weights, lines_of(stored, group), lowest, highest, group or weights.shape[1], values)
+    compiling.launch(_nearest, weights, lines_of(stored, group), lowest, highest, group or weights.shape[1], values)
     if minimum:
         values -= np.int8(layouts.zero_point(bits))
     return values, *stored
@@ -131,6 +130,6 @@ def _searched(weights: np.ndarray, bits: int, group: int, m: np.ndarray) -> np.n
     width = group or columns
     scales = np.empty((rows, -(-columns // width)), np.float32)
     near, far = (np.float32(r) for r in _REACH[bits])
-    if not compiler.launch(_search, weights, m, -(1 << (bits - 1)), width, near, far, scales):
+    if not compiling.launch(_search, weights, m, -(1 << (bits - 1)), width, near, far, scales):
         raise ValueError(f"weights {weights.dtype}{weights.shape} and importance {m.dtype}{m.shape} do not fit")
     return scales.astype(np.float16 if group else np.float32)

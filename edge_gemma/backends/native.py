@@ -15,7 +15,7 @@ from edge_gemma.folder.folder import ModelFolder
 from edge_gemma.folder.prefix_files import PrefixFiles
 from edge_gemma.host import places
 from edge_gemma.kernels import preparing, sources, workers
-from edge_gemma.kernels.compiler import ChunkFunction
+from edge_gemma.kernels.functions import ChunkFunction
 from edge_gemma.kernels.matrix.packed import PREFILL_FROM
 from edge_gemma.kernels.recording import program
 from edge_gemma.model.decoder import Decoder

@@ -1,30 +1,30 @@
-"""The first start: what a model needs is compiled by all cores at once, each in a process of its own.
+"""Compiling what is not kept: everything that the opened models need, by all cores at once.
 
-A compiler in Python has one core. So at the first function that is not kept on disk, everything that the opened models
-need is listed, and children of this process (fork) compile it as well: whoever is free takes the next. A child shares
-nothing but the folder of compiled code, from which this process then loads what others have made. Where a process
-cannot be forked, or has threads that a child would miss, it compiles alone, each function when it is first used.
+A compiler in Python has one core, and takes 100 MB. So at the first function without machine code, everything that the
+opened models need is listed, and processes (compiled/service.py) compile it, one a core. Functions that are asked for
+later come one by one: the last process stays a while for them. Where no process can be started (a program that is one
+file, an emulator), this one compiles, each function when it is first used.
 
-Owns: who compiles what. Does not know: models, how a function is compiled or kept (compiler.py).
+Owns: who compiles what, and when. Does not know: models, how a function is compiled, where code is kept (kept.py).
 """
 
+import atexit
 import contextlib
 import os
-import signal
-import sys
+import queue
 import threading
-import warnings
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
-from edge_gemma.host import cpus
-from edge_gemma.kernels import compiler
-from edge_gemma.kernels.compiler import ChunkFunction
+from edge_gemma.host import cpus, interrupts
+from edge_gemma.kernels import kept
+from edge_gemma.kernels.compiled.service import NoService, Service
+from edge_gemma.kernels.functions import ChunkFunction
 
 _FEWEST = 6  # functions that are worth a process
-_MOST = 200  # functions in a list: a byte for each
-_began = threading.Lock()
+_STAYS_S = 20.0  # a process without work
 
 
 class Needs(Protocol):
@@ -38,69 +38,142 @@ class Needs(Protocol):
 opened: weakref.WeakSet[Needs] = weakref.WeakSet()
 """Models that may not have computed yet."""
 
+_made: dict[str, bytes] = {}  # machine code that could not be kept on disk, by its file
 
-def prepare() -> None:
-    """Compile what is needed. Called when a function is about to be compiled; does nothing in the meantime."""
-    if not _began.acquire(blocking=False):
-        return
-    try:
-        functions = {function for model in list(opened) for function in model.needed()}
-        opened.clear()
-        missing = sorted((function for function in functions if not function.kept), key=_comes_later)[:_MOST]
-        processes = min(cpus.available(), len(missing) // _FEWEST + 1)
-        if processes > 1 and _can_fork():
-            compiler.announce()
-            with _children(missing, processes - 1) as following:
-                for function in following:
-                    _ = function.address
-    finally:
-        _began.release()
+
+def compiled(function: ChunkFunction) -> bytes:
+    """The machine code of a function that is not kept; what the opened models need is compiled with it.
+
+    Raises RuntimeError for a function that cannot be compiled.
+    """
+    _prepare(function)
+    code = _made.pop(function.file, None) or kept.read(function.file)
+    return _alone(function) if code is None else code
+
+
+def _prepare(first: ChunkFunction) -> None:
+    """Compile what models need, if that is worth processes of its own."""
+    models = list(opened)
+    opened.clear()
+    functions = {function for model in models for function in model.needed()} - {first}
+    missing = [function for function in functions if not function.kept]
+    if len(missing) >= _FEWEST:
+        compile_all([first, *missing], min(cpus.available(), len(missing) // _FEWEST + 1))
 
 
 def _comes_later(function: ChunkFunction) -> tuple[bool, str]:
     """Those that are made for a model's choices are the large ones, and come first."""
-    return " " not in function.name, function.name
+    return not function.choices, function.name
 
 
-def _can_fork() -> bool:
-    return sys.platform == "linux" and threading.active_count() == 1 and compiler.keeps()
+def _together(functions: Iterable[ChunkFunction], processes: int) -> None:
+    """Compile functions by so many processes, each of which takes the next one. What they leave is not compiled.
 
-
-@contextlib.contextmanager
-def _children(functions: list[ChunkFunction], processes: int) -> Iterator[Iterator[ChunkFunction]]:
-    """Have so many children compile some of the functions, until each was taken once, and this process too: it takes
-    the others. In the end all are compiled, unless a child was killed.
+    Raises RuntimeError for a function that cannot be compiled.
     """
-    reads, writes = os.pipe()
-    os.write(writes, bytes(range(len(functions))))
-    os.close(writes)
+    waiting: queue.SimpleQueue[ChunkFunction] = queue.SimpleQueue()
+    for function in functions:
+        waiting.put(function)
+    services: list[Service] = []
+    over = threading.Event()
 
-    def following() -> Iterator[ChunkFunction]:
-        while taken := os.read(reads, 1):
-            yield functions[taken[0]]
+    def work() -> None:
+        with contextlib.suppress(queue.Empty, NoService):
+            services.append(service := Service())
+            while not over.is_set():
+                function = waiting.get_nowait()
+                _keep(function, service.compile(function))
 
-    children = []
+    with ThreadPoolExecutor(processes) as pool:
+        try:
+            for done in [pool.submit(work) for _ in range(processes)]:
+                done.result()
+        finally:  # by Ctrl-C too, which is for this process alone
+            over.set()
+            for service in services:
+                service.close()
+
+
+def compile_all(functions: Iterable[ChunkFunction], processes: int) -> None:
+    """Compile what is not kept. Raises RuntimeError for a function that cannot be compiled."""
+    missing = sorted((function for function in functions if not function.kept), key=_comes_later)
+    if missing:
+        _together(missing, processes)
+
+
+def _keep(function: ChunkFunction, code: bytes) -> None:
+    if not kept.keep(function.file, code):
+        _made[function.file] = code
+
+
+class _Lingering:
+    """A process for functions that come one by one. It ends when none came for a while."""
+
+    def __init__(self) -> None:
+        self._one_at_a_time = threading.Lock()
+        self._service: Service | None = None
+        self._end: threading.Timer | None = None
+
+    def compile(self, function: ChunkFunction) -> bytes:
+        """As Service.compile."""
+        with self._one_at_a_time:
+            if self._end is not None:
+                self._end.cancel()
+            try:
+                self._service = self._service or Service()
+                code = self._service.compile(function)
+            except BaseException:
+                self._close()
+                raise
+            self._end = threading.Timer(_STAYS_S, self.close)
+            self._end.daemon = True
+            self._end.start()
+            return code
+
+    def close(self) -> None:
+        """End the process."""
+        with self._one_at_a_time:
+            self._close()
+
+    def _close(self) -> None:
+        if self._service is not None:
+            self._service.close()
+            self._service = None
+
+
+_lingering = _Lingering()
+
+
+def _alone(function: ChunkFunction) -> bytes:
     try:
-        for _ in range(processes):
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", DeprecationWarning)  # of threads, which are those of libraries
-                child = os.fork()
-            if child == 0:
-                _compile(following())
-            children.append(child)
-        yield following()
-    finally:
-        os.close(reads)
-        for child in children:
-            with contextlib.suppress(ChildProcessError):
-                os.waitpid(child, 0)
+        code = _lingering.compile(function)
+    except NoService:
+        return _here(function)
+    kept.keep(function.file, code)
+    return code
 
 
-def _compile(functions: Iterable[ChunkFunction]) -> None:
-    """In a child, of which nothing is left afterwards but what it has kept on disk."""
-    try:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-        for function in functions:
-            _ = function.address
-    finally:
-        os._exit(0)
+def _here(function: ChunkFunction) -> bytes:
+    """Compile in this process. Code that is for this very processor alone is not kept."""
+    from edge_gemma.kernels.compiled import compiler
+
+    with interrupts.held():
+        code = compiler.machine_code(function.module, function.function, function.choices)
+    if compiler.for_this_target():
+        kept.keep(function.file, code)
+    return code
+
+
+@atexit.register
+def _close() -> None:
+    _lingering.close()
+
+
+def _after_fork() -> None:
+    """In the child. The process that compiles answers its parent."""
+    global _lingering
+    _lingering = _Lingering()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)

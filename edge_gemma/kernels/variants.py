@@ -5,7 +5,7 @@ Owns: the choice. Does not know: what the sets are (isa.py).
 
 import functools
 
-from edge_gemma.kernels import compiler, isa
+from edge_gemma.kernels import isa, targets
 
 __all__ = ["available_variants", "set_variant", "variant"]
 
@@ -13,7 +13,7 @@ __all__ = ["available_variants", "set_variant", "variant"]
 @functools.cache
 def available_variants() -> tuple[str, ...]:
     """Instruction sets this CPU can run the matrix kernels with, best first (isa.py)."""
-    return isa.available(*compiler.host_cpu())
+    return isa.available(targets.host().needs)
 
 
 _chosen: str | None = None

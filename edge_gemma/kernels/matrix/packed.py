@@ -27,7 +27,7 @@ def _minimum_bits(w_scale, factors):
 
 
 def _choice(a_scale, w_scale, bits, group, factors):
-    """What the compiled code depends on: the arguments of prefill.make, and with a tile's tokens of decode.make."""
+    """What the compiled code depends on: the choices of matmul_blocked, and with a tile's tokens those of matmul."""
     return variant(), bits, group, group != 0 and a_scale.shape[1] != 1, _minimum_bits(w_scale, factors)
 
 
@@ -57,7 +57,7 @@ def _fit(choice, q, a_scale, sums, packed, w_scale, out, factors):
         and packed.shape == (panels, kpad * bits // 32, 8, 4)
         and (w_scale.shape, w_scale.dtype) == ((panels, groups, 8), scale_type(group, minimum))
         and w_scale.flags.c_contiguous
-        and factors.shape == (panels if minimum else 0, factor_blocks.py_func(kpad, minimum), 2, 8)
+        and factors.shape == (panels if minimum else 0, factor_blocks(kpad, minimum), 2, 8)
         and (factors.dtype, factors.flags.c_contiguous) == (np.uint16, True)
     )
 

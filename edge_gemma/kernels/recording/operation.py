@@ -1,7 +1,7 @@
 """One operation: a kernel's work cut into chunks that any thread may do.
 
-Owns: the layout of an operation, how compiled code reads it, and how a kernel describes its own (kernels/registry.py).
-Does not know: any kernel, the order of operations (program.py), threads (workers.py).
+Owns: the layout of an operation, how a kernel describes its own (kernels/registry.py). Does not know: any kernel, how
+compiled code reads it (compiled/operands.py), the order of operations (program.py), threads (workers.py).
 
 An operation is a row of int64 words: the address of its function, its chunks and window, the address of its token's
 position, whether it waits, then its operands: the addresses of arrays, sizes, and float64 in the same bits. The
@@ -12,12 +12,9 @@ import ctypes
 import struct
 from dataclasses import dataclass
 
-import numba
 import numpy as np
-from numba.core import types
-from numba.extending import intrinsic
 
-from edge_gemma.kernels.compiler import ChunkFunction, inner
+from edge_gemma.kernels.functions import ChunkFunction
 
 FUNCTION, CHUNKS, WINDOW, POSITION, WAITS, OPERANDS = range(6)
 """Words of an operation. CHUNKS: how many chunks, or, where WINDOW is not -1, how many for each block of keys that the
@@ -82,48 +79,3 @@ def element_chunks(size: int) -> int:
 def rows_together(width: int) -> int:
     """Rows of a chunk of an operation that takes rows of so many elements."""
     return max(1, ELEMENTS // max(width, 1))
-
-
-# --- for compiled code ------------------------------------------------------------------------------------------------
-
-
-@intrinsic
-def pointer(typing_context, address):
-    """The address as a pointer."""
-
-    def emit(context, builder, signature, arguments):
-        return builder.inttoptr(arguments[0], context.get_value_type(types.voidptr))
-
-    return types.voidptr(types.int64), emit
-
-
-@inner()
-def position_of(row):
-    """The position that an operation has. row: its address."""
-    return numba.carray(pointer(numba.carray(pointer(row), WORDS, np.int64)[POSITION]), 1, np.int64)[0]
-
-
-@inner()
-def operands(row):
-    """The operands of an operation as integers and as floats. row: its address."""
-    first = row + 8 * OPERANDS
-    count = WORDS - OPERANDS
-    return numba.carray(pointer(first), count, np.int64), numba.carray(pointer(first), count, np.float64)
-
-
-@inner()
-def floats(address, shape):
-    """The float32 array at an address."""
-    return numba.carray(pointer(address), shape, np.float32)
-
-
-@inner()
-def part(chunk, together, size):
-    """(begin, end) of what a chunk takes of `size` things, so many together."""
-    return chunk * together, min(size, (chunk + 1) * together)
-
-
-@inner()
-def elements(chunk, size):
-    """(begin, end) of a chunk's elements."""
-    return part(chunk, ELEMENTS, size)

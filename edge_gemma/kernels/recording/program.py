@@ -8,7 +8,7 @@
 Owns: recording, which operations must wait for which, and single calls. Does not know: what is computed (the kernels
 say), what the caller puts into the arrays between two runs, the threads' way through the list (workers.py).
 
-A token's 800 kernels last from 1 to 500 us, and a launch costs 5 to 50: a program is one launch.
+A token's 800 kernels last from 1 to 500 us, and a call from Python costs about 7: a program is one call.
 """
 
 import contextlib
@@ -18,9 +18,10 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
-from edge_gemma.kernels import compiler, workers
-from edge_gemma.kernels.compiler import ChunkFunction
+from edge_gemma.kernels import workers
+from edge_gemma.kernels.functions import ChunkFunction
 from edge_gemma.kernels.recording.operation import Operation
+from edge_gemma.kernels.thread_count import threads
 
 
 class Memory:
@@ -87,7 +88,7 @@ class Program:
 
     def run(self) -> None:
         """Repeat the operations."""
-        workers.run(self._list, len(self), compiler.threads(), self)
+        workers.run(self._list, len(self), threads(), self)
 
 
 @contextlib.contextmanager
@@ -145,7 +146,7 @@ def call(operations: Sequence[Operation]) -> None:
     for i, operation in enumerate(operations):
         operation.lay_out(mine.list.rows, i, i > 0)
         alone &= operation.chunks == 1 and operation.window < 0
-    workers.run(mine.list, len(operations), 1 if alone else compiler.threads(), mine.list)
+    workers.run(mine.list, len(operations), 1 if alone else threads(), mine.list)
     if mine.recorder is not None:
         mine.recorder.operations += operations
 

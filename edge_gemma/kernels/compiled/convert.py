@@ -9,7 +9,7 @@ from llvmlite import ir
 from numba.core import types
 from numba.extending import intrinsic
 
-from edge_gemma.kernels.compiler import inner, target
+from edge_gemma.kernels.compiled.compiler import inner, target
 
 
 def _has_half(context, builder) -> bool:

@@ -1,7 +1,7 @@
 """The LLVM IR of one tile: a few tokens times one or two panels of packed weights, over all of k.
 
 Owns: the order of loads, unpacking, dot-product steps and scaling. Does not know: threads, which tiles make a matrix.
-One emitter serves every width, layout and instruction set (kernels/isa.py).
+One emitter serves every width, layout and instruction set (compiled/isa.py).
 
 For token t and row r:  out = a_scale * sum_g w_scale[g, r] * (correction[g] + sum_{k in g} q[t, k] * field[r, k]) with
 correction = -zero_point * sums, the start of the integer accumulator. The float sum runs over g upwards with one fused
@@ -18,9 +18,9 @@ from numba.core import types
 from numba.extending import intrinsic
 
 from edge_gemma.folder.layouts import FACTOR_COLUMNS
-from edge_gemma.kernels import isa
-from edge_gemma.kernels.convert import widen_half
-from edge_gemma.kernels.isa import (
+from edge_gemma.kernels.compiled import isa
+from edge_gemma.kernels.compiled.convert import widen_half
+from edge_gemma.kernels.compiled.isa import (
     F32,
     I8,
     I16,
@@ -234,7 +234,7 @@ def make_tile(spec: TileSpec):
     """The numba intrinsic of a tile.
 
     tile(q, a_scale, correction, packed, w_scale, factors, out, token, first, apart): arrays as in kernels.matmul with
-    correction int32 or float32 [n, groups] (panels.make_correction); `token` is the tile's first; its panels are first,
+    correction int32 or float32 [n, groups] (decode.make_correction); `token` is the tile's first; its panels are first,
     first + apart, ..., the matrix's last one in place of any beyond it.
     """
 

@@ -15,9 +15,9 @@ Keys lie in slots slot, slot + 1, ... of a ring of `capacity` rows.
 from numba.core import types
 from numba.extending import intrinsic
 
-from edge_gemma.kernels import isa
-from edge_gemma.kernels.convert import widen_half
-from edge_gemma.kernels.isa import (
+from edge_gemma.kernels.compiled import isa
+from edge_gemma.kernels.compiled.convert import widen_half
+from edge_gemma.kernels.compiled.isa import (
     F32,
     I16,
     I32,
@@ -34,11 +34,6 @@ from edge_gemma.kernels.isa import (
     store,
     vector,
 )
-
-
-def rows_of(variant: str, rows: int) -> int:
-    """Query rows of a tile: 8 where registers allow and the group has them, else 4."""
-    return 8 if isa.SETS[variant].float_sums >= 16 and isa.SETS[variant].float_lanes >= 8 and rows > 4 else 4
 
 
 def exp(builder, x):

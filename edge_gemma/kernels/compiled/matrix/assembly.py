@@ -1,7 +1,7 @@
 """The machine code of a tile for any CPU, without running it.
 
 Owns: compiling a tile on its own through llvmlite, for tests that assert on instructions and for llvm-mca. Does not
-know: numba's functions; what runs is compiled by numba from the same emitter (kernels/matrix/ir.py).
+know: numba's functions; what runs is compiled by numba from the same emitter (ir.py).
 """
 
 from types import SimpleNamespace
@@ -10,8 +10,8 @@ import llvmlite.binding as llvm
 from llvmlite import ir
 
 from edge_gemma.folder.layouts import FACTOR_COLUMNS
-from edge_gemma.kernels.isa import F32, I8, I16, I64, at, store
-from edge_gemma.kernels.matrix.ir import Tile, TileSpec
+from edge_gemma.kernels.compiled.isa import F32, I8, I16, I64, at, store
+from edge_gemma.kernels.compiled.matrix.ir import Tile, TileSpec
 
 ARM_LINUX = "aarch64-unknown-linux-gnu"
 

@@ -1,0 +1,1 @@
+"""What numba compiles of the products of matrices."""
