@@ -22,7 +22,7 @@ from edge_gemma.host import interrupts
 from edge_gemma.host.pace import Pace
 from edge_gemma.model.decoder import Decoder
 from edge_gemma.model.kv_cache import KVCache
-from edge_gemma.model.recorded import MOST, NOBODY, PAD, Pass, padded
+from edge_gemma.model.recorded import MOST, Passes
 
 _PATIENCE = 0.25  # of a pass's duration: how long the next waits for threads that were in it
 _MOST_PATIENCE = 0.1  # seconds
@@ -115,10 +115,8 @@ class Batch:
     ) -> None:
         """slack, kv_dtype: of the sessions' caches. threads: as in `Pace`. between, meeting: as in Engine."""
         self._between, self._meeting = between, meeting
-        self._decoder, self._slack, self._kv_dtype = decoder, slack, kv_dtype
+        self.passes = Passes(decoder, slack, kv_dtype)
         self._pace = Pace(threads, kernels.threads())
-        self._passes: dict[int, Pass] = {}
-        self._places = 0  # of the caches that the passes were made for
         self._changed = threading.Condition()
         self._companies: dict[Hashable, _Company] = {}
         self._running = threading.Lock()  # one pass at a time
@@ -197,26 +195,11 @@ class Batch:
         if len(tokens) == 1:
             return [tokens[0][0].run_alone(tokens[0][1])]
         caches = [member.settled() for member, _ in tokens]
-        rows = padded(len(tokens))
-        empty = rows - len(tokens)
-        ids = np.array([token for _, token in tokens] + [PAD] * empty, np.int64)
-        positions = np.array([cache.position for cache in caches] + [NOBODY] * empty, np.int64)
         with kernels.use_threads(self._pace.limit), self._pace.of(1):
-            run = self._pass(rows, max(cache.places for cache in caches))
-            run.move([*caches, *caches[:1] * empty])
             for cache in caches:
                 cache.reserve(1)
-            logits = self._decoder.logits(run(ids, positions)[: len(tokens)])
+            positions = [cache.position for cache in caches]
+            _, logits = self.passes.run(caches, [token for _, token in tokens], positions, logits=True)
         for cache in caches:
             cache.advance(1)
         return list(logits)
-
-    def _pass(self, rows: int, places: int) -> Pass:
-        """A pass of so many rows. It is recorded on a cache of nobody, whose pages are never written."""
-        if places > self._places:
-            self._passes, self._places = {}, places
-        if rows not in self._passes:
-            nobody = KVCache(self._decoder.config, self._places, self._slack, self._kv_dtype)
-            self._passes[rows] = Pass(self._decoder, [nobody] * rows)
-            self._passes[rows](np.full(rows, PAD), np.full(rows, NOBODY))
-        return self._passes[rows]

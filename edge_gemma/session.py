@@ -21,7 +21,7 @@ from edge_gemma.model.decoder import Decoder
 from edge_gemma.model.drafter import Drafter, DraftSteps
 from edge_gemma.model.kv_cache import KVCache, Snapshot
 from edge_gemma.model.prefix_cache import PrefixCache, soft_key
-from edge_gemma.model.recorded import MOST, PAD, Steps
+from edge_gemma.model.recorded import MOST, PAD, Passes, Steps
 from edge_gemma.model.run_state import RunState
 
 CHUNK = 128  # tokens prefilled at a time
@@ -55,7 +55,7 @@ class Session:
         self._pace = Pace(threads, kernels.threads())
         self._soft: SoftTokens = {}  # kept for rewinding and saving: about as many bytes a token as the KV cache
         self._cache = KVCache(decoder.config, context, CHUNK, kv_dtype)
-        self._steps = Steps(decoder, self._cache)
+        self._steps = Steps(batch.passes if batch else Passes(decoder, CHUNK, kv_dtype), self._cache)
         self._drafting: DraftSteps | None = None
         self._marks: list[Snapshot] = []
         self._prefixes, self._between = prefixes, between
@@ -249,7 +249,7 @@ class Session:
         """
         self._settle()
         known = self._restore(ids, len(ids) - keep, soft or {})
-        if 1 < len(ids) - known <= min(MOST, self._cache.slack) and self._steps.begun and not soft:
+        if 1 < len(ids) - known <= min(MOST, self._cache.slack) and self._steps.row is not None and not soft:
             return self._few(ids[known:])[len(ids) - known - keep :]
         rows = [np.empty((0, self._decoder.config.hidden_size), np.float32)]
         for part, here, hidden in self._chunks(ids[known:], keep, soft or {}):

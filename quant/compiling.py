@@ -21,6 +21,8 @@ import os
 import pickle
 import secrets
 import threading
+from collections.abc import Callable
+from typing import Any
 
 import numba
 import numpy as np
@@ -49,26 +51,26 @@ _number_functions()
 class _KernelCache(_Cache):
     """numba's cache interface over one digest-checked file a compiled function (kernels/kept.py)."""
 
-    def __init__(self, py_func):
+    def __init__(self, py_func: Callable[..., object]) -> None:
         self._module = py_func.__module__.partition(".")[2]
         self._name = py_func.__name__
         kept.sources_of(self._module)  # as they are now
 
     @property
-    def cache_path(self):
+    def cache_path(self) -> str:
         return str(kept.cache_directory() or "")
 
-    def enable(self): ...
+    def enable(self) -> None: ...
 
-    def disable(self): ...
+    def disable(self) -> None: ...
 
-    def flush(self): ...
+    def flush(self) -> None: ...
 
-    def _file(self, sig, codegen) -> str:
+    def _file(self, sig: object, codegen: Any) -> str:
         key = repr((self._name, sig, codegen.magic_tuple()))
         return kept.file_name(self._module, self._name, key, "numba")
 
-    def load_overload(self, sig, target_context):
+    def load_overload(self, sig: object, target_context: Any) -> Any:
         target_context.refresh()
         body = kept.read(self._file(sig, target_context.codegen()))
         if body is None:
@@ -76,25 +78,25 @@ class _KernelCache(_Cache):
             return None
         return compiler.CompileResult._rebuild(target_context, *pickle.loads(body))
 
-    def save_overload(self, sig, data):
+    def save_overload(self, sig: object, data: Any) -> None:
         if not (data.lifted or data.library.has_dynamic_globals) and kept.unchanged(self._module):
             kept.keep(self._file(sig, data.codegen), serialize.dumps(data._reduce()))
 
 
-def array(dtype, axes: int, written: bool = False) -> types.Array:
+def array(dtype: Any, axes: int, written: bool = False) -> types.Array:
     """The numba type of a C-contiguous array argument. Arrays that are only read may be writeable or not."""
     return types.Array(numba.from_dtype(np.dtype(dtype)), axes, "C", readonly=not written)
 
 
-def compiled(*signature, fastmath=False):
+def compiled(*signature: Any, fastmath: Any = False) -> Callable[[Callable[..., object]], Any]:
     """Decorator: a function compiled for one signature, at its first launch or from the cache. It releases the GIL, and
     knows no threads: it is for work that threads share out among themselves.
 
     It returns False for shapes that do not fit each other, before touching anything, and else True.
     """
 
-    def decorate(function):
-        dispatcher = numba.njit(fastmath=fastmath, nogil=True, error_model="numpy")(function)
+    def decorate(function: Callable[..., object]) -> Any:
+        dispatcher: Any = numba.njit(fastmath=fastmath, nogil=True, error_model="numpy")(function)
         dispatcher._cache = _KernelCache(function)
         dispatcher.kernel_signature = signature
         return dispatcher
@@ -102,7 +104,7 @@ def compiled(*signature, fastmath=False):
     return decorate
 
 
-def make_ready(dispatcher) -> None:
+def make_ready(dispatcher: Any) -> None:
     """Compile what `compiled` returned, or load it, if it was not used yet."""
     with _compiling:
         if not dispatcher.overloads:
@@ -111,7 +113,7 @@ def make_ready(dispatcher) -> None:
             dispatcher.disable_compile()
 
 
-def launch(dispatcher, *args) -> bool:
+def launch(dispatcher: Any, *args: object) -> bool:
     """Call what `compiled` returned. False: the arguments do not fit."""
     make_ready(dispatcher)
     try:

@@ -250,8 +250,8 @@ def test_our_reader_takes_the_file_for_an_e2b(tmp_path: Path, monkeypatch: pytes
 
 
 def test_inner_loop_of_an_emitted_tile() -> None:
-    from edge_gemma.kernels.matrix.assembly import ARM_LINUX, assembly
-    from edge_gemma.kernels.matrix.ir import TileSpec
+    from edge_gemma.kernels.compiled.matrix.assembly import ARM_LINUX, assembly
+    from edge_gemma.kernels.compiled.matrix.ir import TileSpec
 
     loop = pi5_estimate.inner_loop(assembly(TileSpec("neon-dotprod", 2, 0, False, 1, 1), ARM_LINUX, "cortex-a76"))
     assert len(re.findall(r"\tsdot\t", loop)) == 32 * 8 // 16  # 32 columns of 8 rows, 16 products each

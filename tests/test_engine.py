@@ -16,7 +16,8 @@ from edge_gemma import kernels
 from edge_gemma.engine import Engine
 from edge_gemma.errors import UsageError
 from edge_gemma.export.convert import export_checkpoint
-from edge_gemma.kernels import compiler, workers
+from edge_gemma.kernels import workers
+from edge_gemma.kernels.recording import program
 from tests.open_files import open_below
 from tests.tiny import write_checkpoint
 
@@ -67,13 +68,13 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> None:
 def launched(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The number of threads of every kernel call."""
     found: list[int] = []
-    threads = compiler.threads
+    threads = program.threads
 
     def note() -> int:  # a launch asks for its number
         found.append(threads())
         return found[-1]
 
-    monkeypatch.setattr(compiler, "threads", note)
+    monkeypatch.setattr(program, "threads", note)
     return found
 
 
@@ -171,13 +172,13 @@ def test_a_session_that_ran_with_fewer_threads_tries_more(model: Path, monkeypat
 FORK = """
 import multiprocessing, os, sys
 from edge_gemma import Engine
-from edge_gemma.kernels import compiler, workers
+from edge_gemma.kernels import functions, workers
 engine = Engine.load(sys.argv[1])
 def work(i):
     return int(engine.session().prefill([2, 5, 6, 7] * 40).argmax())
 before = sys.argv[2] == "before"
 expected = None if before else work(0)
-locks = [compiler._compiling] if before else [compiler._compiling, workers._workers._one_at_a_time]
+locks = [functions._loading] if before else [functions._loading, workers._workers._one_at_a_time]
 [lock.acquire() for lock in locks]  # as if another thread were computing at the moment of the fork
 pid = os.fork()
 if pid == 0:

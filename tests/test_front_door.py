@@ -64,7 +64,7 @@ def test_type_checkers_see_the_names_that_there_are():
 
 def test_importing_is_cheap_and_a_name_costs_what_it_needs():
     program = (
-        "import sys, edge_gemma; heavy = {'numpy', 'numba', 'onnxruntime', 'jinja2'}; dir(edge_gemma); "
+        "import sys, edge_gemma; heavy = {'numpy', 'numba', 'llvmlite', 'onnxruntime', 'jinja2'}; dir(edge_gemma); "
         "edge_gemma.UsageError, edge_gemma.Message; print(sorted(heavy & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout == "[]\n"

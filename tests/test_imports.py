@@ -113,9 +113,37 @@ def test_neither_running_nor_exporting_imports_torch() -> None:
                 assert not {n.split(".")[0] for n in names} & {"torch", "transformers"}, path
 
 
+def test_numba_is_imported_where_functions_are_compiled() -> None:
+    """So that a process which finds its machine code loads neither numba nor LLVM."""
+    importing = set()
+    for folder in ("edge_gemma", "export", "quant"):
+        for path in (ROOT / folder).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text())):
+                names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+                names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+                if {name.split(".")[0] for name in names} & {"numba", "llvmlite"}:
+                    importing.add(path.relative_to(ROOT).as_posix())
+    inside = {path for path in importing if path.startswith("edge_gemma/kernels/compiled/")}
+    quantisers = {f"quant/{name}.py" for name in ("compiling", "feedback", "minima", "search")}
+    elsewhere = {f"edge_gemma/kernels/{name}.py" for name in ("machine_code", "targets")}  # on systems other than Linux
+    assert importing == inside | quantisers | elsewhere
+
+
+def test_what_is_compiled_is_imported_by_the_compiler_alone() -> None:
+    """At the top of a module; the exporter shares conversions."""
+    inside = ROOT / "edge_gemma" / "kernels" / "compiled"
+    free = {"edge_gemma.kernels.compiled.service"}  # which loads the compiler in another process
+    for path in (path for path in (ROOT / "edge_gemma").rglob("*.py") if not path.is_relative_to(inside)):
+        for node in _top_level(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("edge_gemma.kernels.compiled"):
+                assert node.module in free, path
+
+
 def test_onnxruntime_is_imported_in_one_place() -> None:
     """Which is edge_gemma/host/ort.py, with its telemetry off. docs/PRIVACY.md."""
-    files = [path for path in ROOT.rglob("*.py") if not any(part.startswith(".") for part in path.parts)]
+    made = ROOT / "build"  # for a wheel
+    paths = (path for path in ROOT.rglob("*.py") if not path.is_relative_to(made))
+    files = [path for path in paths if not any(part.startswith(".") for part in path.parts)]
     importing = set()
     for path in files:
         for node in ast.walk(ast.parse(path.read_text())):

@@ -27,7 +27,7 @@ from tests.embedded import TIMER
 from tests.fakes import FakeEngine
 from tests.thinker import Thinker
 
-HEAVY = ("numba", "onnxruntime", "edge_gemma.engine", "edge_gemma.folder.folder", "edge_gemma.kernels")
+HEAVY = ("numba", "llvmlite", "onnxruntime", "edge_gemma.engine", "edge_gemma.folder.folder", "edge_gemma.kernels")
 
 
 @pytest.fixture(scope="module")

@@ -1,9 +1,9 @@
 """The arithmetic on other processors than this one: every older one whose instructions this one has, too.
 
-A process is told a processor by NUMBA_CPU_NAME and NUMBA_CPU_FEATURES, so its kernels have that one's instruction set
-and vector widths, and OpenBLAS by OPENBLAS_CORETYPE, so that the references' sums stand in another order. What runs
-there compares float computations of whole models. test_matmul.py asks every matrix kernel of every instruction set
-there is, in one process; AArch64 is emulated (test_aarch64.py).
+A process is told a processor by EDGE_GEMMA_PROCESSOR, so its kernels have that one's instruction set and vector widths,
+and OpenBLAS by OPENBLAS_CORETYPE, so that the references' sums stand in another order. What runs there compares float
+computations of whole models. test_matmul.py asks every matrix kernel of every instruction set there is, in one process;
+AArch64 is emulated (tests/aarch64/).
 """
 
 import os
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from edge_gemma import kernels
+from edge_gemma.kernels import targets
 from tests import ROOT
 
 pytestmark = [
@@ -38,42 +38,34 @@ sys.exit(pytest.main(["-p", "no:cacheprovider", "-x", *sys.argv[1:]]))
 
 @dataclass(frozen=True)
 class Machine:
-    """A processor by LLVM's name, LLVM's names of its features, OpenBLAS's name, and the kernels' instruction set."""
+    """A processor of kernels/targets.py, OpenBLAS's name for one of its kind, and the kernels' instruction set."""
 
-    cpu: str
-    features: tuple[str, ...]
+    processor: str
     coretype: str
     variant: str
 
 
-V2 = ("sse3", "ssse3", "sse4.1", "sse4.2", "popcnt", "cx16")
-V3 = (*V2, "avx", "avx2", "fma", "f16c", "bmi", "bmi2", "lzcnt", "movbe")
-V4 = (*V3, "avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl")
 MACHINES = (
-    Machine("nehalem", V2, "Nehalem", "portable"),
-    Machine("haswell", V3, "Haswell", "avx2"),
-    Machine("alderlake", (*V3, "avxvnni"), "Haswell", "avx-vnni"),
-    Machine("cascadelake", (*V4, "avx512vnni"), "SkylakeX", "avx512-vnni"),
+    Machine("x86-64", "Nehalem", "portable"),
+    Machine("x86-64-v3", "Haswell", "avx2"),
+    Machine("x86-64-v3-vnni", "Haswell", "avx-vnni"),
+    Machine("x86-64-v4-vnni", "SkylakeX", "avx512-vnni"),
 )
 
 
-def features() -> set[str]:
-    from llvmlite import binding
-
-    return {name for name, has in binding.get_host_cpu_features().items() if has}
+def test_every_processor_is_here() -> None:
+    assert {machine.processor for machine in MACHINES} == {target.name for target in targets.TARGETS}
 
 
-@pytest.mark.parametrize("machine", MACHINES, ids=lambda machine: machine.cpu)
+@pytest.mark.parametrize("machine", MACHINES, ids=lambda machine: machine.processor)
 def test_whole_models_on(machine):
-    if lacking := sorted(set(machine.features) - features()):
+    (target,) = (target for target in targets.TARGETS if target.name == machine.processor)
+    if lacking := sorted(target.needs - targets.features()):
         pytest.skip(f"this processor has no {', '.join(lacking)}")
-    if machine.variant == kernels.available_variants()[0]:
+    if target == targets.host():
         pytest.skip("the rest of the suite runs with the instructions of this one")
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
-    environment |= {
-        "NUMBA_CPU_NAME": machine.cpu, "NUMBA_CPU_FEATURES": ",".join(f"+{name}" for name in machine.features),
-        "OPENBLAS_CORETYPE": machine.coretype,
-    }  # fmt: skip
+    environment |= {targets.VARIABLE: machine.processor, "OPENBLAS_CORETYPE": machine.coretype}
     done = subprocess.run(
         [sys.executable, "-c", RUN, *COMPARED], cwd=ROOT, env=environment, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,

@@ -37,13 +37,14 @@ class Run(NamedTuple):
 
 
 class Home:
-    """An empty home (but for kernels that are compiled already), where programs are watched."""
+    """An empty home, but for kernels that are `compiled` already, where programs are watched."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, compiled: Path | None = None) -> None:
         self.path, self.out, self.temporary = path, path / "out", path / "tmp"
         for folder in (self.out, self.temporary):
             folder.mkdir(parents=True)
-        if (compiled := kernels.cache_directory()).is_dir():
+        compiled = compiled or kernels.cache_directory()
+        if compiled.is_dir():
             shutil.copytree(compiled, path / CACHE / "kernels" / compiled.name)
 
     def run(self, *command: object, stdin: str = "", **variables: str) -> Run:
@@ -178,6 +179,19 @@ def test_commands_keep_to_themselves(home: Home, material: dict[str, Path], comm
     else:
         home.check(run)
         assert run.record.local == []
+
+
+@pytest.mark.slow
+def test_the_first_start_keeps_to_itself(tmp_path: Path) -> None:
+    """And so do the processes that compile."""
+    home = Home(tmp_path / "home", compiled=tmp_path / "nothing")
+    code = f"from pathlib import Path\nfrom edge_gemma.kernels import kept\nkept.SHIPPED = Path({str(tmp_path)!r})\n"
+    run = home.run("-c", code + "from edge_gemma.cli.main import main\nmain()", "run", "Hi", "--max-tokens", "3")
+    assert run.status == 0, run.output
+    assert "compiling the kernels" in run.output
+    assert len(list((home.path / CACHE / "kernels").rglob("*.code"))) > 20
+    home.check(run)
+    assert run.record.local == []
 
 
 def test_sound_files_that_name_addresses_are_not_followed(home: Home) -> None:

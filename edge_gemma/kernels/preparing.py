@@ -20,7 +20,7 @@ from typing import Protocol
 
 from edge_gemma.host import cpus, interrupts
 from edge_gemma.kernels import kept
-from edge_gemma.kernels.compiled.service import NoService, Service
+from edge_gemma.kernels.compiled.service import CHANGED, NoService, Service
 from edge_gemma.kernels.functions import ChunkFunction
 
 _FEWEST = 6  # functions that are worth a process
@@ -56,7 +56,7 @@ def _prepare(first: ChunkFunction) -> None:
     models = list(opened)
     opened.clear()
     functions = {function for model in models for function in model.needed()} - {first}
-    missing = [function for function in functions if not function.kept]
+    missing = [function for function in functions if not (function.kept or function.file in _made)]
     if len(missing) >= _FEWEST:
         compile_all([first, *missing], min(cpus.available(), len(missing) // _FEWEST + 1))
 
@@ -157,10 +157,12 @@ def _here(function: ChunkFunction) -> bytes:
     """Compile in this process. Code that is for this very processor alone is not kept."""
     from edge_gemma.kernels.compiled import compiler
 
+    if not kept.unchanged(function.module):
+        raise RuntimeError(CHANGED)
     with interrupts.held():
         code = compiler.machine_code(function.module, function.function, function.choices)
-    if compiler.for_this_target():
-        kept.keep(function.file, code)
+        if compiler.for_this_target():
+            kept.keep(function.file, code)
     return code
 
 

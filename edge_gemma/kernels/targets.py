@@ -14,6 +14,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from edge_gemma.errors import UsageError
+
 VARIABLE = "EDGE_GEMMA_PROCESSOR"
 """Names one of TARGETS that is to be used in place of the best one. For tests, and for making code for others."""
 
@@ -47,7 +49,7 @@ _X86_64 = (
     Target("x86-64", frozenset(), "x86-64"),
 )
 _AARCH64 = (
-    Target("cortex-a76", frozenset({"dotprod", "fullfp16", "lse"}), "cortex-a76"),
+    Target("cortex-a76", frozenset({"dotprod", "fullfp16", "lse"}), "cortex-a76", ("-rcpc",)),  # as a Kunpeng 920
     Target("cortex-a72", frozenset(), "cortex-a72", ("-aes", "-sha2", "-crc")),  # which others of its kind lack
 )
 _OTHER = (Target(platform.machine().lower() or "unknown", frozenset(), "generic"),)
@@ -74,14 +76,15 @@ def host() -> Target:
 def _host() -> Target:
     """The same, found once.
 
-    Raises ValueError where the variable names a processor whose instructions this one lacks.
+    Raises UsageError where the variable names a processor whose instructions this one lacks.
     """
     able = [target for target in TARGETS if target.needs <= features()]
-    name = os.environ.get(VARIABLE)
+    name = os.environ.get(VARIABLE) or None
     for target in able:
         if name in (None, target.name):
             return target
-    raise ValueError(f"{VARIABLE}={name}, expected one of {', '.join(target.name for target in able)}")
+    names = ", ".join(target.name for target in able)
+    raise UsageError(f"{VARIABLE}={name}, expected one that this machine can run: {names}")
 
 
 # Linux's words for what LLVM calls otherwise.

@@ -22,6 +22,7 @@ import math
 import os
 import threading
 import time
+from collections.abc import Callable
 
 import numpy as np
 
@@ -67,7 +68,7 @@ class List:
         return self._head[INSIDE // 8] != 0
 
 
-def _callable(function: ChunkFunction) -> ctypes._CFuncPtr:
+def _callable(function: ChunkFunction) -> Callable[[int, int], None]:
     return ctypes.CFUNCTYPE(None, ctypes.c_int64, ctypes.c_int64)(function.address)
 
 

@@ -21,8 +21,8 @@ from edge_gemma.kernels.recording.operation import Operation
 
 _PASS_BYTES = 256_000_000  # the fewest bytes of one timed pass
 _PASSES = 4
-LINE = 8  # 64-bit words in a cache line
-STREAMS = 4  # places a thread reads from
+_LINE = 8  # 64-bit words in a cache line
+_STREAMS = 4  # places a thread reads from
 
 
 class ReadBandwidth:
@@ -32,7 +32,7 @@ class ReadBandwidth:
         words = file.stat().st_size // 8
         self._words = np.asarray(np.memmap(file, np.uint64, "r", shape=(words,)))
         self._parts = threads
-        if words < LINE * STREAMS * self._parts:
+        if words < _LINE * _STREAMS * self._parts:
             raise UsageError(f"{file} is too small to measure a bandwidth with it")
         self._sum()  # compiles, and maps every page
 
@@ -53,11 +53,11 @@ class ReadBandwidth:
 
     @property
     def _read(self) -> int:
-        whole = LINE * STREAMS * self._parts
+        whole = _LINE * _STREAMS * self._parts
         return len(self._words) // whole * whole * 8
 
 
-_sum_chunk = chunk_function("kernels.compiled.bandwidth", "sum_of")
+_sum_chunk = chunk_function("kernels.compiled.bandwidth", "sum_of", _STREAMS, _LINE)
 
 
 def sum_of(words: np.ndarray, parts: int) -> int:

@@ -5,6 +5,8 @@ Does not know: what the pass does (decoder.py, drafter.py), whose tokens they ar
 """
 
 import copy
+import threading
+import weakref
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -41,18 +43,20 @@ class Recorded:
 
 
 class Pass:
-    """The forward pass of a fixed number of tokens. The first goes through the decoder and is written down."""
+    """The forward pass of a fixed number of tokens, for whichever caches: recorded on a cache of nobody."""
 
-    def __init__(self, decoder: Decoder, caches: Sequence[KVCache], logits: bool = False) -> None:
-        """caches: each token's. logits: whether the head is part of the pass."""
+    def __init__(self, decoder: Decoder, nobody: KVCache, tokens: int, logits: bool) -> None:
+        """nobody: a cache with as many places as any that the pass will be for. logits: whether the head is in it."""
         self._decoder = decoder
-        self._caches = self._recorded_on = TokenCaches(caches)
+        self._caches = TokenCaches([nobody] * tokens)
+        self._on: list[weakref.ref[KVCache]] = []  # whose tokens the latest were
         self._logits = logits
-        self._state = RunState(decoder.config, len(caches))
+        self._state = RunState(decoder.config, tokens)
         self.recorded = Recorded()
         self._inputs: Inputs | None = None  # what it reads
         self._out: np.ndarray  # what it writes
         self.rows: np.ndarray  # the rows that enter the head, float32 [tokens, D]; the next call overwrites them
+        self(np.full(tokens, PAD), np.full(tokens, NOBODY))
 
     def __call__(self, ids: np.ndarray, positions: np.ndarray) -> np.ndarray:
         """Run a token of each cache; ids and positions: int64 [tokens].
@@ -66,13 +70,17 @@ class Pass:
         return self._out
 
     def move(self, caches: Sequence[KVCache]) -> None:
-        """Let the tokens have other caches, of the same model and dtype, none with more places than the first had."""
-        self._caches = TokenCaches(caches)
-        if self.recorded.program is None or self._inputs is None:
+        """Let the tokens be of these caches, of the same model and dtype, none with more places than nobody's."""
+        assert self.recorded.program is not None
+        assert self._inputs is not None
+        if [on() for on in self._on] == list(caches):
             return
-        for i, old in self._recorded_on.layers.items():
-            for t, (first, cache) in enumerate(zip(old.caches, self._caches.layers[i].caches, strict=True)):
-                self.recorded.program.move(self._inputs.positions[t : t + 1], first.k, cache.k, cache.v)
+        self._on = []
+        for i, recorded in self._caches.layers.items():
+            for t, (nobody, cache) in enumerate(zip(recorded.caches, caches, strict=True)):
+                new = cache.layers[i]
+                self.recorded.program.move(self._inputs.positions[t : t + 1], nobody.k, new.k, new.v)
+        self._on = list(map(weakref.ref, caches))
 
     def _fill(self, new: Inputs) -> None:
         """Put tokens' inputs where the pass looks for them. The pass changes what it reads, and `new` stays."""
@@ -92,37 +100,64 @@ class Pass:
         self._out = self._decoder.logits(self.rows) if self._logits else self.rows
 
 
+class Passes:
+    """The recorded passes of a model, for all its sessions: one at a time, recorded when it is first asked for."""
+
+    def __init__(self, decoder: Decoder, slack: int, kv_dtype: str) -> None:
+        """slack, kv_dtype: of the sessions' caches."""
+        self._decoder, self._slack, self._kv_dtype = decoder, slack, kv_dtype
+        self._passes: dict[tuple[int, bool], Pass] = {}
+        self._places = 0  # of the caches that they were made for
+        self._one_at_a_time = threading.Lock()
+
+    def run(
+        self, caches: Sequence[KVCache], ids: Sequence[int], positions: Sequence[int], logits: bool
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Run a token of each cache, MOST at most, at such positions. A cache may be there for several tokens.
+
+        Returns the rows that enter the head, float32 [tokens, D], and the logits, float32 [tokens, vocab_size], or with
+        logits False the rows again.
+        """
+        count = len(ids)
+        empty = padded(count) - count
+        with self._one_at_a_time:
+            run = self._pass(count + empty, max(cache.places for cache in caches), logits)
+            run.move([*caches, *[caches[0]] * empty])
+            out = run(np.array([*ids, *[PAD] * empty], np.int64), np.array([*positions, *[NOBODY] * empty], np.int64))
+            rows = run.rows[:count].copy()
+            return rows, out[:count].copy() if logits else rows
+
+    def _pass(self, tokens: int, places: int, logits: bool) -> Pass:
+        """A pass of so many tokens. Pages of the cache that it is recorded on are never written."""
+        if places > self._places:
+            self._passes, self._places = {}, places
+        if (tokens, logits) not in self._passes:
+            nobody = KVCache(self._decoder.config, self._places, self._slack, self._kv_dtype)
+            self._passes[tokens, logits] = Pass(self._decoder, nobody, tokens, logits)
+        return self._passes[tokens, logits]
+
+
 class Steps:
     """A token after another on one cache, or a few at once."""
 
-    def __init__(self, decoder: Decoder, cache: KVCache) -> None:
-        self._decoder, self._cache = decoder, cache
-        self._passes: dict[int, Pass] = {}
-
-    @property
-    def row(self) -> np.ndarray:
-        """The row that entered the head of `one`, the latest time: float32 [D]."""
-        return self._passes[1].rows[0].copy()
-
-    @property
-    def begun(self) -> bool:
-        """Whether a token was run."""
-        return bool(self._passes)
+    def __init__(self, passes: Passes, cache: KVCache) -> None:
+        self._passes, self._cache = passes, cache
+        self.row: np.ndarray | None = None
+        """The row that entered the head of `one`, the latest time: float32 [D]. None: no token was run."""
 
     def one(self, token: int) -> np.ndarray:
         """Append a token to the cache. Returns the logits after it: float32 [vocab_size]."""
-        return self._run([token], 1)[0].copy()
+        rows, logits = self._run([token], logits=True)
+        self.row = rows[0]
+        return logits[0]
 
     def several(self, ids: Sequence[int]) -> np.ndarray:
         """Append 2 to MOST tokens. Returns the rows that enter the head: float32 [n, D]."""
-        return self._run(ids, padded(len(ids)))[: len(ids)].copy()
+        return self._run(ids, logits=False)[0]
 
-    def _run(self, ids: Sequence[int], rows: int) -> np.ndarray:
-        if rows not in self._passes:
-            self._passes[rows] = Pass(self._decoder, [self._cache] * rows, logits=rows == 1)
-        positions = np.full(rows, NOBODY)
-        positions[: len(ids)] = np.arange(self._cache.position, self._cache.position + len(ids))
-        self._cache.reserve(len(ids))
-        out = self._passes[rows](np.array([*ids, *[PAD] * (rows - len(ids))], np.int64), positions)
-        self._cache.advance(len(ids))
+    def _run(self, ids: Sequence[int], logits: bool) -> tuple[np.ndarray, np.ndarray]:
+        first, count = self._cache.position, len(ids)
+        self._cache.reserve(count)
+        out = self._passes.run([self._cache] * count, ids, range(first, first + count), logits)
+        self._cache.advance(count)
         return out

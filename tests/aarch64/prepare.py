@@ -7,8 +7,9 @@ the command line that runs Python there. Does not know: which tests are run (tes
 
 Needs Linux on x86-64 with Debian's apt and dpkg, and its package sources and PyPI within reach, but no privileges:
 nothing is installed on the machine. Every AArch64 process is `qemu-aarch64-static -L BOARD python`, where BOARD looks
-like the root of a board's file system: links to the Debian files, and the board's /proc/cpuinfo, which numba and
-onnxruntime read. Emulation opens a file below BOARD where there is one, and else the machine's own.
+like the root of a board's file system: links to the Debian files, and the board's /proc/cpuinfo, which the kernels
+(kernels/targets.py) and onnxruntime read. Emulation opens a file below BOARD where there is one, and else the machine's
+own. An emulated process starts no others: the machine does not know how to run AArch64 programs.
 """
 
 import contextlib
@@ -78,8 +79,6 @@ def environment(folder: Path, board: Board) -> dict[str, str]:
         "PYTHONPATH": str(folder / "site"),
         "PYTHONPYCACHEPREFIX": str(folder / "cache" / "pyc"),
         "XDG_CACHE_HOME": str(cache),  # compiled kernels: a second run loads them
-        "NUMBA_CACHE_DIR": str(cache / "numba"),
-        "NUMBA_NUM_THREADS": "2",
         "OPENBLAS_NUM_THREADS": "1",
         "OMP_WAIT_POLICY": "passive",  # two emulated boards share the machine
     }

@@ -10,6 +10,7 @@ import struct
 import pytest
 
 from edge_gemma import kernels
+from edge_gemma.kernels import targets
 from tests.kernels.definitions import definitions
 from tests.kernels.test_matmul import LAYOUTS, SCALES, Case
 from tests.tolerance import assert_rounding
@@ -44,7 +45,7 @@ def test_the_processor_is_the_boards(board):
     from llvmlite import binding
 
     assert platform.machine() == "aarch64"
-    assert binding.get_host_cpu_name() == board.cpu
+    assert targets.host().name == binding.get_host_cpu_name() == board.cpu
 
 
 def test_the_variant_is_the_boards(board):
@@ -73,7 +74,7 @@ def test_every_layout_with_the_activation_scales_of_the_decoder(name, bits, grou
 
 def test_sdot_is_in_the_code_of_a_pi_5_and_not_in_that_of_a_pi_4(board):
     """In the code that ran: every kernel that the tests before have left in the board's cache."""
-    counts = {path.name: dot_products(path.read_bytes()) for path in kernels.cache_directory().glob("*.bin")}
+    counts = {path.name: dot_products(path.read_bytes()) for path in kernels.cache_directory().glob("*.code")}
     print(counts)
     best = {name: n for name, n in counts.items() if name.startswith(f"matmul_{board.variant.replace('-', '_')}_")}
     assert len(best) >= 14  # every width and layout

@@ -186,7 +186,7 @@ def test_install(machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     options = ["-m", "demo", "--port", "8123", "--allow-host", "pi local"]
     assert machine.command() == [f":{sys.executable}", "-P", "-m", "edge_gemma", "serve", *options]
     assert machine.values("WorkingDirectory") == [str(folder).replace("%", "%%")]
-    assert machine.values("MemoryDenyWriteExecute") == [], "numba writes machine code"
+    assert machine.values("MemoryDenyWriteExecute") == [], "kernels are machine code that becomes executable"
     writable = [Path(word) for value in machine.values("ReadWritePaths") for word in words(value)]
     assert writable == [tmp_path / name / "edge-gemma" for name in ("cache", "data")]
     assert all(path.is_dir() for path in writable), "systemd wants them there"

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edge_gemma.host import cpus
-from edge_gemma.kernels import compiler
+from edge_gemma.kernels import thread_count
 
 V2 = "30 23 0:26 {inside} {at} rw,nosuid shared:4 - cgroup2 cgroup2 rw,nsdelegate\n"
 V1 = "32 31 0:29 {inside} {at} rw,relatime shared:9 - cgroup cgroup rw,cpu,cpuacct\n"
@@ -89,10 +89,10 @@ def test_a_quota_counts_in_whole_cpus_within_the_affinity(monkeypatch, limit: fl
 
 def test_the_kernels_default_is_what_is_available(monkeypatch) -> None:
     monkeypatch.setattr(cpus, "available", lambda: 1)
-    compiler._default_threads.cache_clear()
+    thread_count._default_threads.cache_clear()
     try:
-        assert compiler.threads() == 1
-        with compiler.use_threads(2):
-            assert compiler.threads() == 2
+        assert thread_count.threads() == 1
+        with thread_count.use_threads(2):
+            assert thread_count.threads() == 2
     finally:
-        compiler._default_threads.cache_clear()
+        thread_count._default_threads.cache_clear()

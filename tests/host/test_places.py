@@ -12,7 +12,7 @@ import pytest
 from edge_gemma.errors import UsageError
 from edge_gemma.folder import find
 from edge_gemma.host import places
-from edge_gemma.kernels import compiler
+from edge_gemma.kernels import kept
 from tests.tiny_gguf import write_gguf
 
 # A container that runs with any user id: no HOME, no entry in passwd. Then the commands, their exit codes printed.
@@ -74,8 +74,8 @@ def test_no_version_of_platformdirs_makes_a_folder_named_tilde(what, monkeypatch
 
     for name in ("user_cache_dir", "user_data_dir"):
         monkeypatch.setattr(platformdirs, name, answer)
-    monkeypatch.setattr(compiler, "_cache_root", None)
-    assert (places.cache(), places.data(), find.folders(), compiler.cache_directory()) == (None, None, (), None)
+    monkeypatch.setattr(kept, "_cache_root", None)
+    assert (places.cache(), places.data(), find.folders(), kept.cache_directory()) == (None, None, (), None)
 
 
 def test_a_gguf_and_a_cache_that_cannot_be_written(tmp_path: Path, monkeypatch) -> None:

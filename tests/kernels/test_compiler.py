@@ -1,151 +1,140 @@
-"""What kernels/compiler.py takes for granted about numba, numbered as in its docstring: a new numba that breaks one of
-these must not be admitted in pyproject.toml.
+"""What kernels/compiled/compiler.py takes for granted about numba, numbered as in its docstring: a new numba that
+breaks one of these must not be admitted in pyproject.toml.
 """
 
-import itertools
+import ctypes
+import json
 import os
-import pickle
+import re
 import subprocess
 import sys
+from collections.abc import Callable
 
 import numba
 import numpy as np
 import pytest
-from numba.core import serialize, types
-from numba.core.bytecode import FunctionIdentity
-from numba.core.caching import _Cache
-from numba.core.ccallback import CFunc
-from numba.core.compiler import CompileResult
-from numba.core.registry import cpu_target
+from numba.core import compiler as numbas
 
-from edge_gemma.kernels import compiler
+from edge_gemma.kernels import machine_code, targets
+from edge_gemma.kernels.compiled import compiler
+from edge_gemma.kernels.compiled.compiler import inner
+from edge_gemma.kernels.compiled.operands import pointer
+from tests import ROOT
 
-
-class Remembers(_Cache):
-    """A cache that has nothing, and keeps what it is handed."""
-
-    cache_path = ""
-
-    def __init__(self) -> None:
-        self.asked: list[object] = []
-        self.handed: list[CompileResult] = []
-
-    def load_overload(self, sig, target_context):
-        self.asked.append(sig)
-
-    def save_overload(self, sig, data):
-        self.handed.append(data)
-
-    def enable(self): ...
-
-    def disable(self): ...
-
-    def flush(self): ...
+PLAIN = targets.TARGETS[-1]  # what every processor of this architecture can run
 
 
-def plus_one(x):
-    return x + 1
+@inner()
+def squares(n):
+    made = np.empty(n, np.int64)
+    for i in range(n):
+        made[i] = i * i
+    return made
 
 
-def compiled() -> CompileResult:
-    dispatcher, cache = numba.njit(plus_one), Remembers()
-    dispatcher._cache = cache
-    dispatcher.compile((types.int64,))
-    return cache.handed[0]
+def sum_of_squares(address, n):
+    """Writes the sum, and where the array of squares was."""
+    out, made = numba.carray(pointer(address), 2, np.int64), squares(n)
+    out[0], out[1] = 0, made.ctypes.data
+    for square in made[:n]:
+        out[0] += square
 
 
-def test_1_functions_are_numbered_and_symbols_bear_the_number(monkeypatch) -> None:
-    monkeypatch.setattr(FunctionIdentity, "_unique_ids", itertools.count(987654321))
-    assert "987654321" in compiled().fndesc.mangled_name
+def run(function: Callable[..., None], n: int) -> list[int]:
+    """What the compiled function writes."""
+    out = np.full(2, -1, np.int64)
+    address = machine_code.load(compiler.object_file(function))
+    ctypes.CFUNCTYPE(None, ctypes.c_int64, ctypes.c_int64)(address)(out.ctypes.data, n)
+    return out.tolist()
 
 
-def test_1_numbers_begin_elsewhere_in_every_process() -> None:
-    script = "import edge_gemma.kernels.compiler\nfrom numba.core.bytecode import FunctionIdentity as F\n"
-    script += "print(next(F._unique_ids))"
-    numbers = {int(subprocess.check_output([sys.executable, "-c", script], timeout=120)) for _ in range(2)}
-    assert len(numbers) == 2
-    assert min(numbers) > 1 << 20
+def told(script: str, target: targets.Target) -> list:
+    """What a process prints that is told a processor."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT), targets.VARIABLE: target.name}
+    script = f"import json, numba\n{script}from edge_gemma.kernels.compiled import compiler\n"
+    script += "from numba.core.registry import cpu_target\ntarget = compiler.target(cpu_target.target_context)\n"
+    script += "print(json.dumps([*target, compiler.for_this_target()]))"
+    return json.loads(subprocess.check_output([sys.executable, "-c", script], env=environment, timeout=120))
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
-def test_1_numbers_begin_elsewhere_in_a_forked_child() -> None:
-    script = "import os, sys\nimport edge_gemma.kernels.compiler\n"
-    script += "from numba.core.bytecode import FunctionIdentity as F\n"
-    script += "child = os.fork()\nos.write(1, (str(next(F._unique_ids)) + chr(10)).encode())\n"
-    script += "if child: os.waitpid(child, 0)\n"
-    first, second = map(int, subprocess.check_output([sys.executable, "-c", script], timeout=120).split())
-    assert abs(first - second) > 1 << 20
-
-
-def test_2_the_cache_is_asked_before_and_handed_what_was_compiled() -> None:
-    members = {"cache_path", "load_overload", "save_overload", "enable", "disable", "flush"}
-    assert _Cache.__abstractmethods__ == members
-    dispatcher, cache = numba.njit(plus_one), Remembers()
-    dispatcher._cache = cache
-    dispatcher.compile((types.int64,))
-    assert [len(cache.asked), len(cache.handed)] == [1, 1]
-    body = serialize.dumps(compiled()._reduce())
-    dispatcher = numba.njit(plus_one)
-    dispatcher._cache = again = Remembers()
-    again.load_overload = lambda sig, context: CompileResult._rebuild(context, *pickle.loads(body))
-    dispatcher.compile((types.int64,))
-    assert dispatcher(41) == 42
-    assert again.handed == []
-
-
-def test_2_a_c_function_asks_its_cache_too() -> None:
-    function, cache = CFunc(plus_one, ((types.int64,), types.int64), {}, {}), Remembers()
-    function._cache = cache
-    function.compile()
-    assert [len(cache.asked), len(cache.handed)] == [1, 1]
-
-
-def test_3_a_compiled_function_can_be_pickled_and_made_again() -> None:
-    result = compiled()
-    assert not result.lifted
-    assert result.library.has_dynamic_globals is False
-    body = serialize.dumps(result._reduce())
-    again = CompileResult._rebuild(cpu_target.target_context, *pickle.loads(body))
-    assert again.entry_point(41) == 42
-
-
-def test_4_a_c_function_has_an_address_once_it_is_compiled() -> None:
-    import ctypes
-
-    function = CFunc(plus_one, ((types.int64,), types.int64), {}, {"error_model": "numpy"})
-    assert function.address is None
-    function.compile()
-    assert ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_int64)(function.address)(41) == 42
-
-
-def read_first(x):
-    return x[0]
-
-
-def test_5_other_arguments_are_a_type_error() -> None:
-    dispatcher = numba.njit(read_first)
-    dispatcher.compile((compiler.array("f4", 1),))
-    dispatcher.disable_compile()
-    for wrong in (np.float64([1]), np.float32([[1]]), np.zeros(4, np.float32)[::2]):
-        with pytest.raises(TypeError):
-            dispatcher(wrong)
-    assert len(dispatcher.overloads) == 1
-
-
-def test_6_arrays_that_are_only_read_may_be_writeable_or_not() -> None:
-    dispatcher = numba.njit(read_first)
-    dispatcher.compile((compiler.array("f4", 1),))
-    dispatcher.disable_compile()
-    x = np.float32([3])
-    assert dispatcher(x) == 3
-    x.flags.writeable = False
-    assert dispatcher(x) == 3
-
-
-def test_7_the_target_is_a_triple_a_cpu_and_its_features() -> None:
-    triple, cpu, features = compiler.target(cpu_target.target_context)
+@pytest.mark.parametrize("target", targets.TARGETS, ids=lambda target: target.name)
+def test_1_code_is_for_the_processor_that_numba_is_told(target: targets.Target) -> None:
+    if not target.needs <= targets.features():
+        pytest.skip("this processor lacks some of its instructions")
+    triple, cpu, features, ours = told("", target)
     assert triple.count("-") >= 2
-    assert cpu
     assert all(feature[0] in "+-" for feature in features.split(",") if feature)
-    assert compiler.host_cpu()[0] == cpu
-    assert compiler.host_cpu()[1]
+    assert (cpu, features) == (target.cpu, target.features)
+    assert ours
+
+
+def test_1_numba_makes_up_its_mind_when_the_first_function_is_compiled() -> None:
+    *_, ours = told("numba.njit(lambda x: x + 1)(1)\n", PLAIN)
+    assert not ours, "it is for this very processor"
+
+
+@pytest.fixture
+def libraries(monkeypatch: pytest.MonkeyPatch) -> list:
+    """(what compile_extra returned, the library with everything) of every function compiled from here on."""
+    made, found = [], []
+    compile_extra, emit = numbas.compile_extra, compiler._emit
+
+    def compiled(*given, **named):
+        made.append(compile_extra(*given, **named))
+        return made[-1]
+
+    def emitted(library):
+        found.append((made[-1], library))
+        return emit(library)
+
+    monkeypatch.setattr(numbas, "compile_extra", compiled)
+    monkeypatch.setattr(compiler, "_emit", emitted)
+    return found
+
+
+def test_2_a_compiled_function_is_called_from_another_module(libraries: list) -> None:
+    assert run(sum_of_squares, 10)[0] == sum(i * i for i in range(10))
+    ((result, library),) = libraries
+    assert result.fndesc.llvm_func_name in {function.name for function in library._final_module.functions}
+    assert len(result.signature.args) == 2
+
+
+def test_3_one_module_holds_everything_optimised(libraries: list) -> None:
+    compiler.object_file(sum_of_squares)
+    ((_, library),) = libraries
+    functions = list(library._final_module.functions)
+    defined = {function.name for function in functions if not function.is_declaration}
+    assert machine_code.ENTRY in defined
+    called = {name for function in functions for name in re.findall(r"call [^@]*@\"?([\w.$-]+)", str(function))}
+    asked = {name for name in called if not name.startswith("llvm.")} - defined
+    assert {"malloc", "free"} <= asked <= set(machine_code.EXTERNAL)
+    assert "NRT_MemInfo_alloc_aligned" not in called, "LLVM has been through it"
+
+
+def test_4_arrays_are_memory_of_the_entries_below(libraries: list) -> None:
+    assert run(sum_of_squares, 1000)[1] % 64 == 0
+    ((result, _),) = libraries
+    code = result.library.get_llvm_str()
+    assert re.search(r"(declare|define).* @NRT_MemInfo_alloc_aligned\(i64[^,]*, i32[^,]*\)", code)
+    assert re.search(r"(declare|define).* @NRT_MemInfo_call_dtor\((i8\*|ptr)[^,]*\)", code)
+
+
+def test_4_what_arrays_took_is_given_back() -> None:
+    import resource
+
+    out, address = np.zeros(2, np.int64), machine_code.load(compiler.object_file(sum_of_squares))
+    call = ctypes.CFUNCTYPE(None, ctypes.c_int64, ctypes.c_int64)(address)
+    call(out.ctypes.data, 1 << 17)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for _ in range(300):
+        call(out.ctypes.data, 1 << 17)  # 1 MiB each
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    assert grown < (100 << 20 if sys.platform == "darwin" else 100 << 10)
+
+
+def test_functions_that_numba_does_not_compile_say_so() -> None:
+    def wrong(row, chunk):
+        return row.no_such_thing
+
+    with pytest.raises(numba.TypingError, match="no_such_thing"):
+        compiler.object_file(wrong)

@@ -14,7 +14,10 @@ import pytest
 
 from edge_gemma import kernels
 from edge_gemma.errors import UsageError
-from edge_gemma.kernels import compiler
+from edge_gemma.kernels import kept, targets
+from edge_gemma.kernels.functions import ChunkFunction
+from edge_gemma.kernels.recording import program
+from edge_gemma.kernels.recording.operation import Operation
 from tests.kernels.definitions import definitions
 from tests.tolerance import assert_attention_rounding, assert_rounding
 
@@ -279,103 +282,107 @@ def test_wrong_arguments_never_reach_native_code():
         kernels.set_variant("mmx")
 
 
-def small_kernel():
-    @compiler.compiled(compiler.array("f4", 1, True), key="test")
-    def twice(x):
-        for i in range(x.shape[0]):
-            x[i] *= 2
-        return True
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """A cache of this test alone; nothing comes with the package."""
+    kernels.scale(np.ones((1, 1), np.float32), 2.0)  # what the workers are made of is in memory
+    monkeypatch.setattr(kept, "SHIPPED", tmp_path / "none")
+    kernels.set_cache_root(tmp_path / "cache")
+    yield tmp_path / "cache"
+    kernels.set_cache_root(None)
 
-    return twice
+
+@pytest.fixture
+def compiled():
+    """The announcements of what is compiled."""
+    announced = []
+    kernels.announce_compiling(lambda: announced.append(1))
+    yield announced
+    kernels.announce_compiling(None)
+
+
+def scaling():
+    """A chunk function that nobody has used yet."""
+    return ChunkFunction("kernels.compiled.gates", "scale", ())
 
 
 def doubles(function) -> bool:
-    x = np.float32([21])
-    return compiler.launch(function, x) and x[0] == 42
+    x = np.float32([[21]])
+    program.call([Operation(function, (x, x.size, 2.0), (x,), (x,), 1)])
+    return x[0, 0] == 42
 
 
-def test_compiled_code_is_kept_and_damage_is_compiled_again(tmp_path):
-    compiler.set_cache_root(tmp_path)
-    try:
-        first = small_kernel()
-        assert doubles(first)
-        (path,) = compiler.cache_directory().iterdir()
-        whole = path.read_bytes()
-        assert path.name.startswith("test-")
-        again = small_kernel()
-        assert doubles(again)
-        assert sum(again.stats.cache_hits.values()) == 1
-        for damaged in (b"", whole[:40], whole[:-1], whole[:100] + bytes([whole[100] ^ 1]) + whole[101:]):
-            path.write_bytes(damaged)
-            fresh = small_kernel()
-            assert doubles(fresh)
-            assert not fresh.stats.cache_hits
-            assert path.read_bytes()[:32] == hashlib.sha256(path.read_bytes()[32:]).digest()
-    finally:
-        compiler.set_cache_root(None)
+def test_compiled_code_is_kept_and_damage_is_compiled_again(cache, compiled):
+    assert doubles(scaling())
+    (path,) = kernels.cache_directory().iterdir()
+    whole = path.read_bytes()
+    assert path.name.startswith("scale-")
+    assert doubles(scaling())
+    assert len(compiled) == 1
+    for damaged in (b"", whole[:40], whole[:-1], whole[:100] + bytes([whole[100] ^ 1]) + whole[101:]):
+        compiled.clear()
+        path.write_bytes(damaged)
+        assert doubles(scaling())
+        assert len(compiled) == 1
+        assert path.read_bytes()[:32] == hashlib.sha256(path.read_bytes()[32:]).digest()
 
 
-def test_code_of_sources_that_changed_meanwhile_is_not_kept(tmp_path, monkeypatch):
-    compiler.set_cache_root(tmp_path)
-    try:
-        kernel = small_kernel()
-        monkeypatch.setattr(compiler.sources, "digest", lambda modules: "of the files as they are now")
-        assert doubles(kernel)
-        assert not list(tmp_path.rglob("*.bin"))
-    finally:
-        compiler.set_cache_root(None)
+def test_what_comes_with_the_package_is_used_first_and_not_touched(cache, compiled, monkeypatch, tmp_path):
+    assert doubles(scaling())
+    (path,) = kernels.cache_directory().iterdir()
+    shipped = tmp_path / "shipped" / targets.host().name
+    shipped.mkdir(parents=True)
+    path.rename(shipped / path.name)
+    os.utime(shipped, (0, 0))
+    monkeypatch.setattr(kept, "SHIPPED", tmp_path / "shipped")
+    assert doubles(scaling())
+    assert len(compiled) == 1
+    assert shipped.stat().st_mtime == 0
+    (shipped / path.name).write_bytes(b"damaged")
+    assert doubles(scaling())
+    assert len(compiled) == 2
+    assert path.exists()
 
 
-def test_folders_of_old_sources_are_removed_when_a_new_one_is_made(tmp_path):
+def test_folders_of_old_sources_are_removed_when_a_new_one_is_made(cache):
     """Only old ones, only ours by name, and nothing else in the user's cache; damage on the way is no error."""
     now, day = time.time(), 86400
-    ages = {"a" * 24: 30, "b" * 24: 2, "c" * 23: 30, "notes": 30, compiler._SOURCES: 0}
+    ours = kernels.cache_directory().name
+    ages = {"a" * 24: 30, "b" * 24: 2, "c" * 23: 30, "notes": 30}
     for name, age in ages.items():
-        if name != compiler._SOURCES:
-            (tmp_path / name).mkdir()
-            (tmp_path / name / "kernel.bin").write_bytes(b"code")
-            os.utime(tmp_path / name, (now - age * day,) * 2)
-    (tmp_path / ("d" * 24)).write_text("a file")
-    os.utime(tmp_path / ("d" * 24), (now - 30 * day,) * 2)
-    kernels.set_cache_root(tmp_path)
-    try:
-        assert doubles(small_kernel())
-    finally:
-        kernels.set_cache_root(None)
-    assert {p.name for p in tmp_path.iterdir()} == {*ages, "d" * 24} - {"a" * 24}
-    threads = [
-        threading.Thread(target=compiler.prune, args=(root,)) for root in (tmp_path, tmp_path, tmp_path / "none")
-    ]
+        (cache / name).mkdir(parents=True)
+        (cache / name / "kernel.code").write_bytes(b"code")
+        os.utime(cache / name, (now - age * day,) * 2)
+    (cache / ("d" * 24)).write_text("a file")
+    os.utime(cache / ("d" * 24), (now - 30 * day,) * 2)
+    assert doubles(scaling())
+    assert {p.name for p in cache.iterdir()} == {*ages, "d" * 24, ours} - {"a" * 24}
+    threads = [threading.Thread(target=kept.prune, args=(root,)) for root in (cache, cache, cache / "none")]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
 
 
-def test_loading_from_a_folder_keeps_it(tmp_path):
-    kernels.set_cache_root(tmp_path)
-    try:
-        assert doubles(small_kernel())
-        folder = kernels.cache_directory()
-        os.utime(folder, (0, 0))
-        compiler._touch.cache_clear()
-        assert doubles(small_kernel())
-        assert folder.stat().st_mtime > time.time() - 3600
-    finally:
-        kernels.set_cache_root(None)
+def test_loading_from_a_folder_keeps_it(cache):
+    assert doubles(scaling())
+    folder = kernels.cache_directory()
+    os.utime(folder, (0, 0))
+    kept._touch.cache_clear()
+    assert doubles(scaling())
+    assert folder.stat().st_mtime > time.time() - 3600
 
 
-def test_a_cache_that_cannot_be_written_is_said_once(tmp_path, caplog):
-    (tmp_path / "file").write_text("in the way")
-    compiler.set_cache_root(tmp_path / "file")
-    try:
-        assert compiler.cache_note() is None
-        assert doubles(small_kernel())
-        assert doubles(small_kernel())
-        assert "not writable" in kernels.cache_note()
-        assert [r.getMessage() for r in caplog.records] == [kernels.cache_note()]
-    finally:
-        compiler.set_cache_root(None)
+def test_a_cache_that_cannot_be_written_is_said_once(cache, compiled, caplog):
+    cache.parent.joinpath("file").write_text("in the way")
+    kernels.set_cache_root(cache.parent / "file")
+    assert kernels.cache_note() is None
+    assert doubles(scaling())
+    assert doubles(scaling())
+    assert len(compiled) == 2
+    assert "not writable" in kernels.cache_note()
+    assert [r.getMessage() for r in caplog.records] == [kernels.cache_note()]
+    kernels.set_cache_root(None)
     assert kernels.cache_note() is None
 
 
@@ -388,29 +395,32 @@ def run_python(script: str, *arguments: str, **environment: str) -> subprocess.P
     )
 
 
+HEAD = """
+import sys, pathlib, numpy as np
+from edge_gemma import kernels
+from edge_gemma.kernels import kept
+kernels.set_cache_root(pathlib.Path(sys.argv[1]))
+kept.SHIPPED = pathlib.Path(sys.argv[1], "none")
+"""
+
+
 @pytest.mark.slow
 def test_processes_may_share_a_cache(tmp_path):
     script = """
-import sys, pathlib, numpy as np
-from edge_gemma import kernels
-kernels.set_cache_root(pathlib.Path(sys.argv[1]))
 x = np.float32([0, 30, -60])
 kernels.softcap(x, 30.0)
 print(x.tolist())
 """
-    printed = {process.communicate()[0] for process in [run_python(script, str(tmp_path)) for _ in range(3)]}
+    printed = {process.communicate()[0] for process in [run_python(HEAD + script, str(tmp_path)) for _ in range(3)]}
     assert len(printed) == 1
     assert len(list(tmp_path.rglob("*softcap*"))) == 1
-    assert not [path for path in tmp_path.rglob("*.*") if path.suffix != ".bin"]
+    assert not [path for path in tmp_path.rglob("*.*") if path.suffix != ".code"]
 
 
 @pytest.mark.slow
-def test_cached_closures_of_two_processes_stay_apart(tmp_path):
-    """Two processes each compile one closure of a name; a third loads both, and must not run one for the other."""
+def test_kept_code_of_two_choices_stays_apart(tmp_path):
+    """Two processes each compile a function of one name; a third loads both, and must not run one for the other."""
     script = """
-import sys, pathlib, numpy as np
-from edge_gemma import kernels
-kernels.set_cache_root(pathlib.Path(sys.argv[1]))
 q, sums = np.ones((1, 64), np.int8), np.full((1, 2), 32, np.int32)
 packed = np.full((1, 8, 8, 4), 0x99, np.uint8)  # every weight 1
 w_scale = np.ones((1, 2, 8), np.float16).view(np.uint16)
@@ -419,10 +429,10 @@ for groups in map(int, sys.argv[2:]):
     kernels.matmul(q, a_scale, sums, packed, w_scale, 4, 32, out)
     print(out[0, 0])
 """
-    for process, expected in [(run_python(script, str(tmp_path), g), e) for g, e in (("1", "64.0\n"), ("2", "96.0\n"))]:
-        assert process.communicate()[0] == expected
-    assert run_python(script, str(tmp_path), "1", "2").communicate()[0] == "64.0\n96.0\n"
-    assert len(list(tmp_path.rglob("matmul*.bin"))) == 2
+    for given, expected in (("1", "64.0\n"), ("2", "96.0\n")):
+        assert run_python(HEAD + script, str(tmp_path), given).communicate()[0] == expected
+    assert run_python(HEAD + script, str(tmp_path), "1", "2").communicate()[0] == "64.0\n96.0\n"
+    assert len(list(tmp_path.rglob("matmul*.code"))) == 2
 
 
 def test_threads_out_of_range_are_refused():

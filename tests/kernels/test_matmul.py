@@ -8,8 +8,8 @@ import pytest
 from edge_gemma import kernels
 from edge_gemma.folder import layouts
 from edge_gemma.kernels import isa
-from edge_gemma.kernels.matrix.assembly import ARM_LINUX, assembly
-from edge_gemma.kernels.matrix.ir import TileSpec
+from edge_gemma.kernels.compiled.matrix.assembly import ARM_LINUX, assembly
+from edge_gemma.kernels.compiled.matrix.ir import TileSpec
 from edge_gemma.kernels.matrix.packed import PREFILL_FROM
 from edge_gemma.model.linear import Activations, PanelMatrix
 from tests.kernels.definitions import definitions

@@ -5,23 +5,30 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 
 import numba
 import numpy as np
 import pytest
 
 from edge_gemma import kernels
-from edge_gemma.kernels import workers
-from edge_gemma.kernels.compiler import chunk_function
+from edge_gemma.kernels import machine_code, workers
+from edge_gemma.kernels.compiled import compiler
+from edge_gemma.kernels.compiled import workers as claims
+from edge_gemma.kernels.compiled.operands import operands, pointer
+from edge_gemma.kernels.functions import ChunkFunction
 from edge_gemma.kernels.recording import program
-from edge_gemma.kernels.recording.operation import WORDS, Operation, address, operands, pointer
+from edge_gemma.kernels.recording.operation import WORDS, Operation, address
 from tests import ROOT
 
 CROWD = """
 import gc, sys, threading, time
 import numpy as np
 from edge_gemma import kernels
+from edge_gemma.kernels import thread_count
 from edge_gemma.kernels.recording import program
+
+thread_count.MOST = 8
 
 def recorded(rng):
     n = int(rng.integers(1, 5)) * 4096 + 5
@@ -68,7 +75,7 @@ print(rounds[0], len(wrong))
 
 def test_more_workers_than_cpus_change_no_bit() -> None:
     """Eight threads on whatever this machine has: most are kept from a core at any time, and come late."""
-    environment = os.environ | {"NUMBA_NUM_THREADS": "8", "PYTHONPATH": str(ROOT), "MALLOC_PERTURB_": "165"}
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "MALLOC_PERTURB_": "165"}
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", CROWD, "3"], capture_output=True, text=True, env=environment, timeout=300,
         check=False,
@@ -91,7 +98,14 @@ def halves(x: np.ndarray, times: int) -> program.Program:
     return recorder.program()
 
 
-@chunk_function("slow")
+def chunk_function(function: Callable[..., None]) -> ChunkFunction:
+    """Decorator: a chunk function of these tests."""
+    made = ChunkFunction(function.__module__, function.__name__, ())
+    made.address = machine_code.load(compiler.object_file(function))
+    return made
+
+
+@chunk_function
 def slow(row, chunk):
     """sums, n, turns: chunk i counts i * turns times."""
     w, _ = operands(row)
@@ -133,7 +147,7 @@ def test_a_late_worker_finds_nothing_and_what_it_looks_at_is_kept(pool: workers.
     """A slot that says a worker is inside: as if it had been stopped there."""
     x = np.ones((1, 40 * 4096), np.float32)
     first, second = halves(x, 2), halves(x, 1)
-    inside = (workers._SLOTS + 2 * workers._LINE) // 8
+    inside = (workers.SLOTS + 2 * workers.LINE) // 8
     pool._state[inside] = 1
     pool.run(first._list, 2, 2, first)
     pool.run(second._list, 1, 2, second)
@@ -146,10 +160,10 @@ def test_a_late_worker_finds_nothing_and_what_it_looks_at_is_kept(pool: workers.
     assert not np.any(x > 0.125)
 
 
-@chunk_function("late")
+@chunk_function
 def late(request, _):
     """A worker that was stopped before it looked for chunks: of a run that is over."""
-    workers._work_through(workers.read(request), workers.read(request + 8), workers.read(request + 16))
+    claims._work_through(claims.read(request), claims.read(request + 8), claims.read(request + 16))
 
 
 @pytest.mark.parametrize("length", [1, 3])

@@ -1,4 +1,4 @@
-"""A recorded pass: interrupted, it begins anew, and it is freed with its session."""
+"""Recorded passes: interrupted, one begins anew; all sessions of a model share them, and they keep none alive."""
 
 import gc
 import weakref
@@ -32,19 +32,50 @@ def test_an_interruption_while_it_is_recorded_leaves_the_next_to_record(engine, 
     expected = engine.session()
     expected.prefill([7, 8, 9])
     np.testing.assert_array_equal(session.step(50), expected.step(50))
-    assert session._steps._passes[1].recorded.program is not None
+    assert session.batch.passes._passes[1, True].recorded.program is not None
 
 
 def test_a_session_is_freed_without_the_collector(engine):
-    """Its caches are large: nothing of it may be part of a circle."""
+    """Its caches are large: nothing of it may be part of a circle, nor kept by the passes that it shares."""
     gc.disable()
     try:
         session = engine.session()
         session.prefill([7, 8, 9])
         session.step(5)
         session.forward([5, 6])
-        alive = weakref.ref(session._steps._passes[2])
+        alive = weakref.ref(session._cache)
+        array = weakref.ref(next(iter(session._cache.layers.values())).k)
         del session
         assert alive() is None
+        assert array() is None
     finally:
         gc.enable()
+
+
+def test_sessions_that_take_turns_share_one_recording(engine):
+    """Each goes on where it was, on its own cache, whether or not the pass was with another in between."""
+    first, second = engine.session(), engine.session()
+    texts = {first: [7, 8, 9], second: [60, 61, 62, 63]}
+    for session, ids in texts.items():
+        session.prefill(ids)
+    first.step(1)
+    second.step(1)
+    passes = dict(first.batch.passes._passes)
+    got = [(session, session.step(token)) for token in (5, 6, 7) for session in (first, second, second)]
+    assert first.batch.passes._passes == passes
+    for session, ids in texts.items():
+        expected = engine.session()
+        expected.prefill([*ids, 1])
+        times = 2 if session is second else 1
+        tokens = [token for token in (5, 6, 7) for _ in range(times)]
+        for token, logits in zip(tokens, (logits for other, logits in got if other is session), strict=True):
+            np.testing.assert_array_equal(expected.step(token), logits)
+
+
+def test_a_session_with_more_places_has_the_passes_recorded_anew(engine):
+    small, large = engine.session(context=64), engine.session(context=128)
+    for session in (small, large):
+        session.prefill(list(range(20, 60)))
+    expected = small.step(5)
+    np.testing.assert_array_equal(large.step(5), expected)
+    np.testing.assert_array_equal(small.step(6), large.step(6))

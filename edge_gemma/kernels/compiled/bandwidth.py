@@ -10,9 +10,6 @@ from numba.extending import intrinsic
 
 from edge_gemma.kernels.compiled import isa
 from edge_gemma.kernels.compiled.operands import operands, pointer
-from edge_gemma.measure.bandwidth import LINE, STREAMS
-
-_AHEAD = 16 * LINE  # 1 kB
 
 
 @intrinsic
@@ -25,17 +22,23 @@ def _prefetch(typing_context, array, index):
     return types.void(array, types.int64), emit
 
 
-def sum_of(row, chunk):
-    """words, sums, n, parts: a part, in STREAMS runs at a time."""
-    w, _ = operands(row)
-    words = numba.carray(pointer(w[0]), w[2], np.uint64)
-    sums = numba.carray(pointer(w[1]), w[3], np.uint64)
-    run = w[2] // (w[3] * STREAMS * LINE) * LINE
-    total = np.uint64(0)
-    for line in range(chunk * STREAMS * run, (chunk * STREAMS + 1) * run, LINE):
-        for stream in range(STREAMS):
-            first = line + stream * run
-            _prefetch(words, first + _AHEAD)  # ignored beyond the end
-            for word in range(LINE):
-                total += words[first + word]
-    sums[chunk] = total
+def sum_of(streams, line):
+    """streams: how many places are read at a time; line: words in a cache line."""
+    ahead = 16 * line  # 1 kB
+
+    def read(row, chunk):
+        """words, sums, n, parts: a part, in so many runs at a time."""
+        w, _ = operands(row)
+        words = numba.carray(pointer(w[0]), w[2], np.uint64)
+        sums = numba.carray(pointer(w[1]), w[3], np.uint64)
+        run = w[2] // (w[3] * streams * line) * line
+        total = np.uint64(0)
+        for at in range(chunk * streams * run, (chunk * streams + 1) * run, line):
+            for stream in range(streams):
+                first = at + stream * run
+                _prefetch(words, first + ahead)  # ignored beyond the end
+                for word in range(line):
+                    total += words[first + word]
+        sums[chunk] = total
+
+    return read

@@ -70,7 +70,7 @@ def object_file(function) -> bytes:
     typing_context.refresh()
     context.refresh()
     flags = compiler.Flags()
-    cpu_target.options.parse_as_flags(flags, {"error_model": "numpy"})
+    cpu_target.options.parse_as_flags(flags, {"nopython": True, "error_model": "numpy"})
     flags.no_cpython_wrapper = flags.no_cfunc_wrapper = True
     compiled = compiler.compile_extra(typing_context, context, function, _ARGUMENTS, types.void, flags, {})
     library = context.codegen().create_library(ENTRY)

@@ -18,6 +18,7 @@ from edge_gemma.kernels import kept, targets
 from edge_gemma.kernels.functions import ChunkFunction
 
 ANSWER = b"edge"
+CHANGED = "this program was changed while it ran: start it again"
 
 
 class NoService(Exception):
@@ -80,7 +81,7 @@ def serve(requests: BinaryIO, answers: BinaryIO) -> None:
         module, digest, name, choices = json.loads(line)
         try:
             if kept.sources_of(module) != digest:
-                raise RuntimeError("this program was changed while it ran: start it again")
+                raise RuntimeError(CHANGED)
             good, data = True, compiler.machine_code(module, name, choices)
         except Exception as error:
             good, data = False, f"{name} {choices}: {type(error).__name__}: {error}".encode()
