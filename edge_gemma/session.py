@@ -55,7 +55,8 @@ class Session:
         self._pace = Pace(threads, kernels.threads())
         self._soft: SoftTokens = {}  # kept for rewinding and saving: about as many bytes a token as the KV cache
         self._cache = KVCache(decoder.config, context, CHUNK, kv_dtype)
-        self._steps = Steps(batch.passes if batch else Passes(decoder, CHUNK, kv_dtype), self._cache)
+        passes = batch.passes if batch else Passes(decoder, CHUNK, kv_dtype)
+        self._steps = Steps(decoder, passes, self._cache)
         self._drafting: DraftSteps | None = None
         self._marks: list[Snapshot] = []
         self._prefixes, self._between = prefixes, between
@@ -396,12 +397,11 @@ class Session:
             here = {at: soft[at] for at in span if at in soft} if soft else {}
             text, input_embeds = np.array(part, np.int64), None
             if here:
-                at = np.array(list(here)) - span.start
-                text[at] = PAD
+                text[at := np.array(list(here)) - span.start] = PAD
                 input_embeds = self._decoder.embed(text)
                 input_embeds[at] = list(here.values())
             with kernels.use_threads(self._pace.limit), self._pace.of(len(part)):
-                rows = self._decoder.forward(text, self._cache, wanted, input_embeds, state)
+                rows = self._steps.chunk(text, wanted, input_embeds, state)
             yield part, here, rows
 
 

@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy as np
 
-from edge_gemma import kernels
 from edge_gemma.config import GemmaConfig, LayerSpec
 from edge_gemma.engine import DEFAULT_CONTEXT
 from edge_gemma.errors import UsageError
@@ -31,9 +30,8 @@ from edge_gemma.model.run_state import RunState
 from edge_gemma.session import CHUNK, MARKS
 from edge_gemma.text.tokenizer import TABLES_FACTOR
 
-# Measured with `edge-gemma bench` on x86-64 Linux, Python 3.11 to 3.13, numba 0.61 to 0.66.
-_KERNEL_CODE = 60_000_000  # compiled kernels loaded from their cache, and the parts of LLVM that loading needs
-_COMPILER = 100_000_000  # added if they have to be compiled; kept until the process ends
+# Measured on x86-64 Linux, Python 3.11. What has to be compiled is compiled by other processes, which then end.
+_KERNEL_CODE = 2_000_000  # machine code of the kernels, and what the process keeps of calling them
 _PAGE = mmap.PAGESIZE  # 16 kB on a Raspberry Pi 5
 # Measured: E2B's recorded passes of 1, 2, 4, 8 and 16 rows keep 39.7 MB with a context of 4096, the first draft 1.7 MB.
 _PROGRAM = 32_000  # a layer's part of the list of a recorded pass
@@ -97,10 +95,8 @@ def footprint(
     """
     config = folder.config
     context = context or min(DEFAULT_CONTEXT, config.max_position_embeddings)
-    cache = kernels.cache_directory()
-    compiled = cache is not None and any(cache.glob("*.bin"))
     return Footprint(
-        process=(resident() or 100_000_000) + _KERNEL_CODE + (0 if compiled else _COMPILER),
+        process=(resident() or 100_000_000) + _KERNEL_CODE,
         tokenizer=TABLES_FACTOR * folder.manifest["files"][TOKENIZER]["bytes"],
         weights=_weights(folder, context),
         kv_cache=sessions * _kv_cache(config, context),

@@ -34,13 +34,13 @@ class Inputs:
     rope: Rope
 
     def tail(self, n: int) -> "Inputs":
-        """The last n rows, h copied, before the pass changes it."""
+        """The last n rows."""
         if n == len(self.h):
             return self
         first = len(self.h) - n
         per_layer = None if self.per_layer is None else self.per_layer[first:]
         rope = {kind: (cos[first:], sin[first:]) for kind, (cos, sin) in self.rope.items()}
-        return Inputs(self.positions[first:], self.h[first:].copy(), per_layer, rope)
+        return Inputs(self.positions[first:], self.h[first:], per_layer, rope)
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,11 @@ class Decoder:
             w.embed_tokens.expect(ids)
 
     def inputs(self, ids: np.ndarray, positions: np.ndarray, input_embeds: np.ndarray | None = None) -> Inputs:
-        """What `run` needs of ids at positions, int64 [n] both; input_embeds as in `forward`."""
+        """What `run` needs of ids at positions, int64 [n] both.
+
+        input_embeds: float32 [n, D], what enters layer 0 where that is not `embed(ids)`: rows of `embed`, and soft
+        tokens, which come unscaled; ids are then the pad token at soft positions, whose per-layer row they take.
+        """
         h = self.embed(ids) if input_embeds is None else input_embeds.copy()
         w = self.weights.per_layer_embeddings
         return Inputs(positions, h, None if w is None else w.table.gather(ids), self.rope(positions))
@@ -92,9 +96,7 @@ class Decoder:
         """Run n tokens at the cache's position, write their K and V, and return the last `keep` rows before the head.
 
         ids: int64 [n], n <= cache.slack. Returns float32 [keep, D], after the final norm.
-        input_embeds: float32 [n, D], what enters layer 0 where that is not `embed(ids)`: rows of `embed`, and soft
-        tokens, which come unscaled; ids are then the pad token at soft positions, whose per-layer row they take.
-        state: memory for n rows or more, this call's own if it is None.
+        input_embeds: as in `inputs`. state: memory for n rows or more, this call's own if it is None.
         """
         cache.reserve(len(ids))
         state = state or RunState(self.config, len(ids))
@@ -104,16 +106,19 @@ class Decoder:
         return rows
 
     def run(self, inputs: Inputs, cache: KVCache | TokenCaches, state: RunState, keep: int) -> np.ndarray:
-        """The layers and the final norm: float32 [keep, D]. K and V go to the positions of the inputs.
+        """The layers and the final norm on n tokens: the last `keep` rows before the head, float32 [keep, D].
 
+        K and V go to the positions of the inputs: n of them, cache.slack at most. state: memory for n rows or more.
         Above the last layer that writes a cache nothing but the kept rows matters, and in that layer itself the other
         rows need only K and V: 28% of the arithmetic for E2B when keep is 0 or 1.
-        With all rows kept everything from `inputs` on happens in kernels, so that it can be recorded (recorded.py).
+        Everything from `inputs` on happens in kernels, so that it can be recorded (recorded.py).
         """
         config, h, dropped = self.config, inputs.h, len(inputs.h) - keep
         below, (last, *above) = config.layers[: config.last_kv_producer], config.layers[config.last_kv_producer :]
-        kept = inputs.tail(keep)
         rows = self.rows(inputs, cache, state, 0, last.index if dropped else config.num_hidden_layers)
+        kept = rows  # before the layers change h
+        if dropped:
+            kept = self.rows(inputs.tail(keep), cache, state, last.index, config.num_hidden_layers)
         for layer in below:
             self.layer(h, self.extend_cache(h, layer, rows), layer, rows)
         x = self.extend_cache(h, last, rows)
@@ -121,10 +126,9 @@ class Decoder:
             return h[:0]
         if dropped:  # from here on, only rows that reach the logits matter
             h, x = h[dropped:], x.tail(keep)
-            rows = self.rows(kept, cache, state, last.index, config.num_hidden_layers)
-        self.layer(h, x, last, rows)
+        self.layer(h, x, last, kept)
         for layer in above:
-            self.layer(h, self.attention_input(h, layer, state), layer, rows)
+            self.layer(h, self.attention_input(h, layer, state), layer, kept)
         return self.norm(h, self.weights.norm)
 
     def layer(self, h: np.ndarray, x: Activations, layer: LayerSpec, rows: Rows) -> None:
@@ -190,11 +194,16 @@ class Decoder:
         x = w.model_projection(Activations(embeds), start=start * p, stop=stop * p)
         kernels.scale(x, self.config.hidden_size**-0.5)
         x = self.norm(x.reshape(-1, p), w.projection_norm)
-        own = np.ascontiguousarray(per_layer[:, start * p : stop * p]).reshape(x.shape)
-        kernels.add_scaled(x, own, math.sqrt(p), 2**-0.5)
-        by_layer = np.empty((stop - start, len(embeds), p), np.float32)
-        kernels.layers_first(x.reshape(-1, stop - start, p), by_layer)
+        own, by_layer = self._layers_first(per_layer)[start:stop], self._layers_first(x.reshape(len(embeds), -1))
+        kernels.add_scaled(by_layer.reshape(-1, p), own.reshape(-1, p), math.sqrt(p), 2**-0.5)
         return dict(zip(range(start, stop), by_layer, strict=True))
+
+    def _layers_first(self, x: np.ndarray) -> np.ndarray:
+        """float32 [n, layers * P] -> [layers, n, P]."""
+        p = self.config.hidden_size_per_layer_input
+        by_layer = np.empty((x.shape[1] // p, len(x), p), np.float32)
+        kernels.layers_first(x.reshape(len(x), -1, p), by_layer)
+        return by_layer
 
     # -- building blocks -------------------------------------------------------------------------------------------
 

@@ -91,7 +91,7 @@ class DraftSteps:
         self._x = np.zeros((1, 2 * config.backbone_hidden_size), np.float32)
         self._last = np.zeros(1, np.int64)  # the last position that is seen; only RoPE knows the query's own
         self._rope = drafter.decoder.rope(self._last)
-        self._recorded = Recorded()
+        self._recorded: Recorded | None = None
         self._y = self._row = self._scores = np.empty((0, 0), np.float32)  # what the pass writes
         embed_tokens = drafter.weights.decoder.lm_head
         self._groups = None
@@ -120,7 +120,8 @@ class DraftSteps:
         """
         width = self.drafter.config.backbone_hidden_size
         self._x[:, :width] = self.drafter.target.embed(np.array([token], np.int64))
-        self._recorded.run(self._forward)
+        self._recorded = self._recorded or Recorded(self._forward)
+        self._recorded.run()
         self._x[:, width:] = self._row
         if self._groups is None:
             return self.drafter.every_token, self._scores[0]

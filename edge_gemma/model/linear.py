@@ -12,7 +12,7 @@ from edge_gemma import kernels
 from edge_gemma.folder import layouts
 from edge_gemma.model.run_state import Int8, RunState, new_int8, shaped
 
-_BLAS_FROM = 24  # rows from which NumPy's product is the faster one; fewer may be recorded (recorded.py)
+_BLAS_FROM = 24  # rows from which NumPy's product is the faster one
 
 
 class Activations:
@@ -67,13 +67,17 @@ class DenseMatrix:
         self.values = values
         self.rows = len(values)
 
+    def in_kernels(self, rows: int) -> bool:
+        """Whether a product of so many rows happens in kernels altogether, so that it can be recorded."""
+        return self.values.dtype != np.float32 or rows < _BLAS_FROM
+
     def __call__(
         self, x: Activations, memory: np.ndarray | None = None, start: int = 0, stop: int | None = None
     ) -> np.ndarray:
         """x W[start:stop]^T: float32 [n, stop - start], in `memory` (a field of RunState) if it is given."""
         w = self.values[start:stop]
         out = shaped(memory, (len(x.values), len(w)))
-        if w.dtype == np.float32 and len(x.values) >= _BLAS_FROM:
+        if not self.in_kernels(len(x.values)):
             return np.matmul(x.values, w.T, out=out)
         (kernels.matmul_float if w.dtype == np.float32 else kernels.matmul_bfloat16)(x.values, w, out)
         return out
@@ -107,6 +111,10 @@ class PanelMatrix:
         self.rows, self.columns = shape
         self.bits, self.group = bits, group
         self.input_scale, self.output_scale = input_scale, output_scale
+
+    def in_kernels(self, rows: int) -> bool:
+        """As in DenseMatrix."""
+        return self.rows % 8 == 0
 
     def __call__(
         self, x: Activations, memory: np.ndarray | None = None, start: int = 0, stop: int | None = None

@@ -1,19 +1,19 @@
-"""Decoding a token, or a few together: the forward pass recorded once, then repeated as one launch.
+"""The forward pass of a token, a few, or a chunk of a prompt: recorded once, then repeated without Python in between.
 
 Owns: recording a pass and repeating it, the arrays that it reads and writes, and for how many tokens there are passes.
 Does not know: what the pass does (decoder.py, drafter.py), whose tokens they are.
 """
 
-import copy
+import itertools
 import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
-from edge_gemma.kernels.recording.program import Program, record
+from edge_gemma.kernels.recording import program
 from edge_gemma.model.decoder import Decoder, Inputs
-from edge_gemma.model.kv_cache import KVCache, TokenCaches
+from edge_gemma.model.kv_cache import KVCache, LayerCache, TokenCaches
 from edge_gemma.model.run_state import RunState
 
 MOST = 16  # tokens of a recorded pass
@@ -27,88 +27,93 @@ def padded(tokens: int) -> int:
 
 
 class Recorded:
-    """A pass that happens in kernels altogether, over arrays that stay where they are: recorded once, then repeated."""
+    """A pass that happens in kernels altogether, over arrays that stay where they are: written down, then repeated."""
 
-    def __init__(self) -> None:
-        self.program: Program | None = None
-
-    def run(self, forward: Callable[[], None]) -> None:
-        """Run the pass. forward: the pass, the same each time."""
-        if self.program is not None:
-            self.program.run()
-            return
-        with record() as recorder:
+    def __init__(self, forward: Callable[[], None]) -> None:
+        """forward: the pass. It is not done yet."""
+        with program.record() as recorder:
             forward()
-        self.program = recorder.program()
+        self.programs = recorder.programs()
+
+    def run(self, between: Callable[[], None] = lambda: None) -> None:
+        """Run the pass. between: called where it was cut."""
+        for part in self.programs:
+            between()
+            part.run()
 
 
 class Pass:
-    """The forward pass of a fixed number of tokens, for whichever caches: recorded on a cache of nobody."""
+    """The forward pass of a fixed number of tokens, for whichever caches: recorded on those of nobody."""
 
-    def __init__(self, decoder: Decoder, nobody: KVCache, tokens: int, logits: bool) -> None:
-        """nobody: a cache with as many places as any that the pass will be for. logits: whether the head is in it."""
-        self._decoder = decoder
-        self._caches = TokenCaches([nobody] * tokens)
+    def __init__(
+        self, decoder: Decoder, nobody: TokenCaches | KVCache, state: RunState, keep: int, logits: bool = False
+    ) -> None:
+        """nobody: caches with as many places as any that the pass will be for. keep: as in `Decoder.run`.
+
+        logits: whether the head is part of the pass.
+        """
+        self._decoder, self._nobody, self._state = decoder, nobody, state
+        self._keep, self._logits = keep, logits
         self._on: list[weakref.ref[KVCache]] = []  # whose tokens the latest were
-        self._logits = logits
-        self._state = RunState(decoder.config, tokens)
-        self.recorded = Recorded()
-        self._inputs: Inputs | None = None  # what it reads
-        self._out: np.ndarray  # what it writes
-        self.rows: np.ndarray  # the rows that enter the head, float32 [tokens, D]; the next call overwrites them
-        self(np.full(tokens, PAD), np.full(tokens, NOBODY))
+        self._inputs = decoder.inputs(np.full(state.rows, PAD), np.full(state.rows, NOBODY))  # what it reads
+        self.out: np.ndarray
+        """What it writes: the rows that enter the head, float32 [keep, D], or the logits."""
+        self.rows: np.ndarray
+        """The rows that enter the head, float32 [keep, D]."""
+        self.recorded = Recorded(self._forward)
 
-    def __call__(self, ids: np.ndarray, positions: np.ndarray) -> np.ndarray:
-        """Run a token of each cache; ids and positions: int64 [tokens].
+    def __call__(self, caches: Sequence[KVCache], new: Inputs, between: Callable[[], None] = lambda: None) -> None:
+        """Run tokens of caches of the same model and dtype, none with more places than nobody's.
 
-        Returns the rows that enter the head, float32 [tokens, D], or the logits; the next call overwrites them.
         Nothing is stored for a token at position NOBODY, and its row has no meaning.
         """
-        inputs = self._decoder.inputs(ids, positions)
-        self._fill(inputs)
-        self.recorded.run(self._forward)
-        return self._out
-
-    def move(self, caches: Sequence[KVCache]) -> None:
-        """Let the tokens be of these caches, of the same model and dtype, none with more places than nobody's."""
-        assert self.recorded.program is not None
-        assert self._inputs is not None
-        if [on() for on in self._on] == list(caches):
-            return
-        self._on = []
-        for i, recorded in self._caches.layers.items():
-            for t, (nobody, cache) in enumerate(zip(recorded.caches, caches, strict=True)):
-                new = cache.layers[i]
-                self.recorded.program.move(self._inputs.positions[t : t + 1], nobody.k, new.k, new.v)
-        self._on = list(map(weakref.ref, caches))
-
-    def _fill(self, new: Inputs) -> None:
-        """Put tokens' inputs where the pass looks for them. The pass changes what it reads, and `new` stays."""
-        if (old := self._inputs) is None:
-            self._inputs = copy.deepcopy(new)
-            return
+        self._move(caches)
+        old = self._inputs
         old.positions[...], old.h[...] = new.positions, new.h
         if old.per_layer is not None and new.per_layer is not None:
             old.per_layer[...] = new.per_layer
         for kind, arrays in old.rope.items():
             for array, values in zip(arrays, new.rope[kind], strict=True):
                 array[...] = values
+        self.recorded.run(between)
+
+    def _move(self, caches: Sequence[KVCache]) -> None:
+        if [on() for on in self._on] == list(caches):
+            return
+        self._on = []
+        for cache, (nobody, tokens) in zip(caches, self._seats(), strict=True):
+            for t, (i, recorded) in itertools.product(tokens, nobody.items()):
+                new = cache.layers[i]
+                self.recorded.programs[0].move(self._inputs.positions[t : t + 1], recorded.k, new.k, new.v)
+        self._on = list(map(weakref.ref, caches))
 
     def _forward(self) -> None:
-        assert self._inputs is not None
-        self.rows = self._decoder.run(self._inputs, self._caches, self._state, keep=len(self._inputs.h))
-        self._out = self._decoder.logits(self.rows) if self._logits else self.rows
+        self.rows = self._decoder.run(self._inputs, self._nobody, self._state, self._keep)
+        self.out = self._decoder.logits(self.rows) if self._logits else self.rows
+
+    def _seats(self) -> Iterator[tuple[dict[int, LayerCache], set[int]]]:
+        """For each cache that is moved to, the recorded one's layers, and the tokens whose positions they go by."""
+        count = self._state.rows
+        if isinstance(self._nobody, KVCache):
+            yield self._nobody.layers, {0, count - self._keep}  # runs of tokens go by their first
+            return
+        for t in range(count):
+            yield {i: layer.caches[t] for i, layer in self._nobody.layers.items()}, {t}
 
 
 class Passes:
-    """The recorded passes of a model, for all its sessions: one at a time, recorded when it is first asked for."""
+    """The recorded passes of a model, for all its sessions, each recorded when it is first asked for."""
 
     def __init__(self, decoder: Decoder, slack: int, kv_dtype: str) -> None:
         """slack, kv_dtype: of the sessions' caches."""
         self._decoder, self._slack, self._kv_dtype = decoder, slack, kv_dtype
-        self._passes: dict[tuple[int, bool], Pass] = {}
+        self.chunk_size = slack if decoder.weights.in_kernels(slack) else 0
+        """Tokens of a chunk of a prompt that is recorded; 0: none is, for some of it does not happen in kernels."""
+        self._few: dict[tuple[int, bool], Pass] = {}
+        self._chunks: dict[int, Pass] = {}  # all in the same memory
+        self._state: RunState | None = None
         self._places = 0  # of the caches that they were made for
-        self._one_at_a_time = threading.Lock()
+        self._one_at_a_time, self._chunking = threading.Lock(), threading.Lock()
 
     def run(
         self, caches: Sequence[KVCache], ids: Sequence[int], positions: Sequence[int], logits: bool
@@ -120,28 +125,57 @@ class Passes:
         """
         count = len(ids)
         empty = padded(count) - count
+        tokens = np.array([*ids, *[PAD] * empty], np.int64)
+        inputs = self._decoder.inputs(tokens, np.array([*positions, *[NOBODY] * empty], np.int64))
         with self._one_at_a_time:
-            run = self._pass(count + empty, max(cache.places for cache in caches), logits)
-            run.move([*caches, *[caches[0]] * empty])
-            out = run(np.array([*ids, *[PAD] * empty], np.int64), np.array([*positions, *[NOBODY] * empty], np.int64))
+            self._make_room(caches)
+            key = len(tokens), logits
+            if key not in self._few:
+                nobody = TokenCaches([self._nobody()] * len(tokens))
+                state = RunState(self._decoder.config, len(tokens))
+                self._few[key] = Pass(self._decoder, nobody, state, len(tokens), logits)
+            run = self._few[key]
+            run([*caches, *[caches[0]] * empty], inputs)
             rows = run.rows[:count].copy()
-            return rows, out[:count].copy() if logits else rows
+            return rows, run.out[:count].copy() if logits else rows
 
-    def _pass(self, tokens: int, places: int, logits: bool) -> Pass:
-        """A pass of so many tokens. Pages of the cache that it is recorded on are never written."""
+    def chunk(self, cache: KVCache, inputs: Inputs, keep: int, between: Callable[[], None]) -> np.ndarray | None:
+        """Run `chunk_size` tokens of a prompt at a cache's end, as `Decoder.run` does.
+
+        keep: 0 or 1. between: called between two layers; others may use these passes then. None: another thread is at
+        its chunk, nothing was done.
+        """
+        if not self._chunking.acquire(blocking=False):
+            return None
+        try:
+            with self._one_at_a_time:
+                self._make_room([cache])
+                if self._state is None:
+                    self._state = RunState(self._decoder.config, self._slack, between=program.cut)
+                if keep not in self._chunks:
+                    self._chunks[keep] = Pass(self._decoder, self._nobody(), self._state, keep)
+                run = self._chunks[keep]
+            run([cache], inputs, between)
+            return run.rows.copy()
+        finally:
+            self._chunking.release()
+
+    def _make_room(self, caches: Sequence[KVCache]) -> None:
+        """Passes are for caches of so many places at most."""
+        places = max(cache.places for cache in caches)
         if places > self._places:
-            self._passes, self._places = {}, places
-        if (tokens, logits) not in self._passes:
-            nobody = KVCache(self._decoder.config, self._places, self._slack, self._kv_dtype)
-            self._passes[tokens, logits] = Pass(self._decoder, nobody, tokens, logits)
-        return self._passes[tokens, logits]
+            self._few, self._chunks, self._places = {}, {}, places
+
+    def _nobody(self) -> KVCache:
+        """A cache whose pages are never written."""
+        return KVCache(self._decoder.config, self._places, self._slack, self._kv_dtype)
 
 
 class Steps:
-    """A token after another on one cache, or a few at once."""
+    """The way of one cache through its model: a token after another, a few at once, or chunks of a prompt."""
 
-    def __init__(self, passes: Passes, cache: KVCache) -> None:
-        self._passes, self._cache = passes, cache
+    def __init__(self, decoder: Decoder, passes: Passes, cache: KVCache) -> None:
+        self._decoder, self._passes, self._cache = decoder, passes, cache
         self.row: np.ndarray | None = None
         """The row that entered the head of `one`, the latest time: float32 [D]. None: no token was run."""
 
@@ -154,6 +188,21 @@ class Steps:
     def several(self, ids: Sequence[int]) -> np.ndarray:
         """Append 2 to MOST tokens. Returns the rows that enter the head: float32 [n, D]."""
         return self._run(ids, logits=False)[0]
+
+    def chunk(self, ids: np.ndarray, keep: int, input_embeds: np.ndarray | None, state: RunState) -> np.ndarray:
+        """Append a chunk of a prompt. Returns the last `keep` rows that enter the head: float32 [keep, D].
+
+        Arguments as of `Decoder.forward`; chunks of the longest size are recorded.
+        """
+        first, count = self._cache.position, len(ids)
+        if count == self._passes.chunk_size and keep < 2:
+            self._cache.reserve(count)
+            inputs = self._decoder.inputs(ids, np.arange(first, first + count), input_embeds)
+            rows = self._passes.chunk(self._cache, inputs, keep, state.between)
+            if rows is not None:
+                self._cache.advance(count)
+                return rows
+        return self._decoder.forward(ids, self._cache, keep, input_embeds, state)
 
     def _run(self, ids: Sequence[int], logits: bool) -> tuple[np.ndarray, np.ndarray]:
         first, count = self._cache.position, len(ids)

@@ -71,6 +71,15 @@ class Weights:
     norm: np.ndarray  # float32 [D]
     lm_head: Matrix  # [V, D]; embed_tokens itself where they are tied
 
+    def in_kernels(self, rows: int) -> bool:
+        """Whether the layers' products of so many rows happen in kernels altogether."""
+        products = [] if self.per_layer_embeddings is None else [self.per_layer_embeddings.model_projection]
+        for part in [part for layer in self.layers for part in (layer, layer.kv, layer.per_layer_input)]:
+            products += [
+                value for value in vars(part or object).values() if isinstance(value, DenseMatrix | PanelMatrix)
+            ]
+        return all(product.in_kernels(rows) for product in products)
+
     def close(self) -> None:
         if self.per_layer_embeddings is not None:
             self.per_layer_embeddings.table.close()

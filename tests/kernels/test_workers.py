@@ -229,7 +229,7 @@ def test_closed_workers_leave_their_code_and_the_caller_works_on(pool: workers.W
         pool.run(made._list, 1, 3, made)
         pool.close()
         assert not any(thread.is_alive() for thread in pool._threads)
-    assert (x == 1 / 16).all()
+    assert (x == 1 / 8).all()
 
 
 def test_an_interpreter_that_ends_at_once_ends_well() -> None:

@@ -310,7 +310,7 @@ def test_a_limit_answers_what_would_fit(monkeypatch) -> None:
     memory.check_limit(folder, 4096, needed)
     memory.check_limit(folder, None, needed)  # the default is 4096
     with pytest.raises(
-        UsageError, match=r"needs about 16\d\d MB .* context of 4096 tokens .*: --context 3840 would fit"
+        UsageError, match=r"needs about 15\d\d MB .* context of 4096 tokens .*: --context 3840 would fit"
     ):
         memory.check_limit(folder, 4096, needed - 1)
     least = memory.footprint(folder, 64).total

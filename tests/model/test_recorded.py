@@ -19,20 +19,20 @@ def engine(tmp_path_factory):
 
 def test_an_interruption_while_it_is_recorded_leaves_the_next_to_record(engine, monkeypatch):
     """After operations that have changed what enters the layers."""
-    session, real = engine.session(), program.Recorder.program
+    session, real = engine.session(), program.Recorder.programs
     session.prefill([7, 8, 9])
 
     def interrupted(recorder):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(program.Recorder, "program", interrupted)
+    monkeypatch.setattr(program.Recorder, "programs", interrupted)
     with pytest.raises(KeyboardInterrupt):
         session.step(50)
-    monkeypatch.setattr(program.Recorder, "program", real)
+    monkeypatch.setattr(program.Recorder, "programs", real)
     expected = engine.session()
     expected.prefill([7, 8, 9])
     np.testing.assert_array_equal(session.step(50), expected.step(50))
-    assert session.batch.passes._passes[1, True].recorded.program is not None
+    assert list(session.batch.passes._few) == [(1, True)]
 
 
 def test_a_session_is_freed_without_the_collector(engine):
@@ -60,9 +60,9 @@ def test_sessions_that_take_turns_share_one_recording(engine):
         session.prefill(ids)
     first.step(1)
     second.step(1)
-    passes = dict(first.batch.passes._passes)
+    passes = dict(first.batch.passes._few)
     got = [(session, session.step(token)) for token in (5, 6, 7) for session in (first, second, second)]
-    assert first.batch.passes._passes == passes
+    assert first.batch.passes._few == passes
     for session, ids in texts.items():
         expected = engine.session()
         expected.prefill([*ids, 1])

@@ -184,14 +184,14 @@ def test_a_mark_set_after_an_interruption_is_where_the_session_is(model, monkeyp
     engine, oracle, sums = model
     session, ids = engine.session(context=CONTEXT), list(range(50, 90))
     session.prefill(ids[:20])
-    forward = session._decoder.forward
+    chunk = session._steps.chunk
 
     def interrupted(*arguments):
-        forward(*arguments)
+        chunk(*arguments)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(session._decoder, "forward", interrupted)
+        patch.setattr(session._steps, "chunk", interrupted)
         with pytest.raises(KeyboardInterrupt):
             session.prefill([7, 7, 7, 7, 7])
     assert session.ids == ids[:20]

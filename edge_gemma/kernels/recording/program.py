@@ -1,9 +1,9 @@
-"""A run of kernels on a token, or a few, recorded once and repeated without returning to Python in between.
+"""A run of kernels on some tokens, written down once and repeated without returning to Python in between.
 
-    with record() as recorder:       # what is called here runs as always, and is written down
-        h = decoder.forward(...)
+    with record() as recorder:       # what is called here is written down, and not done
+        h = decoder.run(...)
     program = recorder.program()
-    program.run()                    # the same kernels on the same arrays, which hold other tokens and positions
+    program.run()                    # the kernels, on the same arrays, whatever tokens and positions these hold
 
 Owns: recording, which operations must wait for which, and single calls. Does not know: what is computed (the kernels
 say), what the caller puts into the arrays between two runs, the threads' way through the list (workers.py).
@@ -12,6 +12,7 @@ A token's 800 kernels last from 1 to 500 us, and a call from Python costs about 
 """
 
 import contextlib
+import itertools
 import math
 import threading
 from collections.abc import Iterable, Iterator, Sequence
@@ -52,6 +53,7 @@ class Recorder(Memory):
     def __init__(self) -> None:
         super().__init__()
         self.operations: list[Operation] = []
+        self._cuts = [0]
         self.rings: dict[tuple[int, int], np.ndarray] = {}
 
     def of_token(self, name: str, position: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
@@ -65,6 +67,15 @@ class Recorder(Memory):
 
     def program(self) -> "Program":
         return Program(self.operations, self.rings)
+
+    def cut(self) -> None:
+        """What follows goes into another program."""
+        self._cuts.append(len(self.operations))
+
+    def programs(self) -> "list[Program]":
+        """What was written down between two cuts each, in order."""
+        parts = itertools.pairwise([*self._cuts, len(self.operations)])
+        return [Program(self.operations[begin:end], self.rings) for begin, end in parts if begin < end]
 
 
 class Program:
@@ -84,7 +95,9 @@ class Program:
 
         It has the same dtype and heads, and no more places. The caller keeps it alive.
         """
-        self._rings[position.ctypes.data, recorded.ctypes.data][...] = _place(k_cache, v_cache)
+        ring = self._rings.get((position.ctypes.data, recorded.ctypes.data))
+        if ring is not None:  # else no operation of this token uses it
+            ring[...] = _place(k_cache, v_cache)
 
     def run(self) -> None:
         """Repeat the operations."""
@@ -93,7 +106,7 @@ class Program:
 
 @contextlib.contextmanager
 def record() -> Iterator[Recorder]:
-    """Write down the kernels this thread calls."""
+    """Write down the kernels this thread calls, instead of doing them."""
     _mine.recorder = Recorder()
     try:
         yield _mine.recorder
@@ -129,14 +142,23 @@ _MOST_ALONE = 4  # operations of a kernel
 _mine = _Mine()
 
 
+def cut() -> None:
+    """Where this thread is recorded: what follows goes into another program."""
+    if _mine.recorder is not None:
+        _mine.recorder.cut()
+
+
 def memory() -> Memory:
     """Where the next operations of this thread have their arrays."""
     return _mine.recorder or _mine.memory
 
 
 def call(operations: Sequence[Operation]) -> None:
-    """Do the operations of a kernel, each after the one before, and write them down if this thread is recorded."""
+    """Do the operations of a kernel, each after the one before, or write them down if this thread is recorded."""
     mine, alone = _mine, True
+    if mine.recorder is not None:
+        mine.recorder.operations += operations
+        return
     if mine.collected is not None:
         for operation in operations:
             mine.collected.add(operation.function)
@@ -147,8 +169,6 @@ def call(operations: Sequence[Operation]) -> None:
         operation.lay_out(mine.list.rows, i, i > 0)
         alone &= operation.chunks == 1 and operation.window < 0
     workers.run(mine.list, len(operations), 1 if alone else threads(), mine.list)
-    if mine.recorder is not None:
-        mine.recorder.operations += operations
 
 
 def _place(k_cache: np.ndarray, v_cache: np.ndarray) -> np.ndarray:
