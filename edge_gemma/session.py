@@ -22,7 +22,6 @@ from edge_gemma.model.drafter import Drafter, DraftSteps
 from edge_gemma.model.kv_cache import KVCache, Snapshot
 from edge_gemma.model.prefix_cache import PrefixCache, soft_key
 from edge_gemma.model.recorded import MOST, PAD, Passes, Steps
-from edge_gemma.model.run_state import RunState
 
 CHUNK = 128  # tokens prefilled at a time
 MARKS = 4  # snapshots kept
@@ -385,7 +384,6 @@ class Session:
     ) -> Iterator[tuple[list[int], SoftTokens, np.ndarray]]:
         """Run ids from where the cache is: each chunk's ids, its soft tokens, and its rows of the last `keep`."""
         chunk, first = self._cache.slack, self._cache.position
-        state = RunState(self._decoder.config, min(chunk, len(ids)), self._between)
         ahead = 2 * chunk  # tokens whose rows the disk fetches before they are needed
         self._decoder.expect(np.array(ids[:ahead], np.int64))
         for start in range(0, len(ids), chunk):
@@ -401,7 +399,7 @@ class Session:
                 input_embeds = self._decoder.embed(text)
                 input_embeds[at] = list(here.values())
             with kernels.use_threads(self._pace.limit), self._pace.of(len(part)):
-                rows = self._steps.chunk(text, wanted, input_embeds, state)
+                rows = self._steps.chunk(text, wanted, input_embeds, self._between)
             yield part, here, rows
 
 

@@ -35,9 +35,9 @@ _KERNEL_CODE = 2_000_000  # machine code of the kernels, and what the process ke
 _PAGE = mmap.PAGESIZE  # 16 kB on a Raspberry Pi 5
 # Measured: E2B's recorded passes of 1, 2, 4, 8 and 16 rows keep 39.7 MB with a context of 4096, the first draft 1.7 MB.
 _PROGRAM = 32_000  # a layer's part of the list of a recorded pass
-# Measured: an encoder in onnxruntime after 30 s of sound has 93 MB with 6 MB of weights, 553 MB with 303 MB.
-_ENCODER = 83_000_000  # the library and a long step's arrays
-_ENCODER_FACTOR = 1.55  # the weights, and onnxruntime's copy of them in its own order
+# Measured: an encoder in onnxruntime after 29 s of sound adds 80 MB with 0.4 MB of weights, 131 with 50, 423 with 312.
+_ENCODER = 80_000_000  # the library and a long step's arrays
+_ENCODER_FACTOR = 1.1  # the weights, and some in onnxruntime's own order
 
 
 @dataclass(frozen=True)

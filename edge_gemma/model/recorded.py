@@ -46,16 +46,23 @@ class Pass:
     """The forward pass of a fixed number of tokens, for whichever caches: recorded on those of nobody."""
 
     def __init__(
-        self, decoder: Decoder, nobody: TokenCaches | KVCache, state: RunState, keep: int, logits: bool = False
+        self,
+        decoder: Decoder,
+        nobody: TokenCaches | KVCache,
+        state: RunState,
+        keep: int,
+        logits: bool = False,
+        inputs: Inputs | None = None,
     ) -> None:
         """nobody: caches with as many places as any that the pass will be for. keep: as in `Decoder.run`.
 
-        logits: whether the head is part of the pass.
+        logits: whether the head is part of the pass. inputs: what it reads, where that is another pass's.
         """
         self._decoder, self._nobody, self._state = decoder, nobody, state
         self._keep, self._logits = keep, logits
         self._on: list[weakref.ref[KVCache]] = []  # whose tokens the latest were
-        self._inputs = decoder.inputs(np.full(state.rows, PAD), np.full(state.rows, NOBODY))  # what it reads
+        self.inputs = inputs or decoder.inputs(np.full(state.rows, PAD), np.full(state.rows, NOBODY))
+        """What it reads."""
         self.out: np.ndarray
         """What it writes: the rows that enter the head, float32 [keep, D], or the logits."""
         self.rows: np.ndarray
@@ -68,7 +75,7 @@ class Pass:
         Nothing is stored for a token at position NOBODY, and its row has no meaning.
         """
         self._move(caches)
-        old = self._inputs
+        old = self.inputs
         old.positions[...], old.h[...] = new.positions, new.h
         if old.per_layer is not None and new.per_layer is not None:
             old.per_layer[...] = new.per_layer
@@ -84,11 +91,11 @@ class Pass:
         for cache, (nobody, tokens) in zip(caches, self._seats(), strict=True):
             for t, (i, recorded) in itertools.product(tokens, nobody.items()):
                 new = cache.layers[i]
-                self.recorded.programs[0].move(self._inputs.positions[t : t + 1], recorded.k, new.k, new.v)
+                self.recorded.programs[0].move(self.inputs.positions[t : t + 1], recorded.k, new.k, new.v)
         self._on = list(map(weakref.ref, caches))
 
     def _forward(self) -> None:
-        self.rows = self._decoder.run(self._inputs, self._nobody, self._state, self._keep)
+        self.rows = self._decoder.run(self.inputs, self._nobody, self._state, self._keep)
         self.out = self._decoder.logits(self.rows) if self._logits else self.rows
 
     def _seats(self) -> Iterator[tuple[dict[int, LayerCache], set[int]]]:
@@ -107,12 +114,12 @@ class Passes:
     def __init__(self, decoder: Decoder, slack: int, kv_dtype: str) -> None:
         """slack, kv_dtype: of the sessions' caches."""
         self._decoder, self._slack, self._kv_dtype = decoder, slack, kv_dtype
-        self.chunk_size = slack if decoder.weights.in_kernels(slack) else 0
-        """Tokens of a chunk of a prompt that is recorded; 0: none is, for some of it does not happen in kernels."""
+        self._whole = decoder.weights.in_kernels(slack)  # whether a chunk can be recorded
         self._few: dict[tuple[int, bool], Pass] = {}
         self._chunks: dict[int, Pass] = {}  # all in the same memory
         self._state: RunState | None = None
         self._places = 0  # of the caches that they were made for
+        self._nobody: KVCache  # of which no page is ever written
         self._one_at_a_time, self._chunking = threading.Lock(), threading.Lock()
 
     def run(
@@ -131,7 +138,7 @@ class Passes:
             self._make_room(caches)
             key = len(tokens), logits
             if key not in self._few:
-                nobody = TokenCaches([self._nobody()] * len(tokens))
+                nobody = TokenCaches([self._nobody] * len(tokens))
                 state = RunState(self._decoder.config, len(tokens))
                 self._few[key] = Pass(self._decoder, nobody, state, len(tokens), logits)
             run = self._few[key]
@@ -139,36 +146,41 @@ class Passes:
             rows = run.rows[:count].copy()
             return rows, run.out[:count].copy() if logits else rows
 
-    def chunk(self, cache: KVCache, inputs: Inputs, keep: int, between: Callable[[], None]) -> np.ndarray | None:
-        """Run `chunk_size` tokens of a prompt at a cache's end, as `Decoder.run` does.
+    def chunk(self, cache: KVCache, inputs: Inputs, keep: int, between: Callable[[], None]) -> np.ndarray:
+        """Run a chunk of a prompt at a cache's end, `slack` tokens at most, as `Decoder.run` does.
 
-        keep: 0 or 1. between: called between two layers; others may use these passes then. None: another thread is at
-        its chunk, nothing was done.
+        between: called between two layers; others may use these passes then.
         """
-        if not self._chunking.acquire(blocking=False):
-            return None
+        count, run = len(inputs.h), self._decoder.run
+        if not self._chunking.acquire(blocking=False):  # another thread is at its chunk
+            return run(inputs, cache, RunState(self._decoder.config, count, between), keep)
         try:
             with self._one_at_a_time:
                 self._make_room([cache])
                 if self._state is None:
                     self._state = RunState(self._decoder.config, self._slack, between=program.cut)
-                if keep not in self._chunks:
-                    self._chunks[keep] = Pass(self._decoder, self._nobody(), self._state, keep)
-                run = self._chunks[keep]
-            run([cache], inputs, between)
-            return run.rows.copy()
+                if recorded := count == self._slack and keep < 2 and self._whole:
+                    chunk = self._recorded_chunk(keep)
+            if not recorded:
+                return run(inputs, cache, self._state.shared(between), keep)
+            chunk([cache], inputs, between)
+            return chunk.rows.copy()
         finally:
             self._chunking.release()
+
+    def _recorded_chunk(self, keep: int) -> Pass:
+        if keep not in self._chunks:
+            assert self._state is not None
+            read = next((other.inputs for other in self._chunks.values()), None)
+            self._chunks[keep] = Pass(self._decoder, self._nobody, self._state, keep, inputs=read)
+        return self._chunks[keep]
 
     def _make_room(self, caches: Sequence[KVCache]) -> None:
         """Passes are for caches of so many places at most."""
         places = max(cache.places for cache in caches)
         if places > self._places:
             self._few, self._chunks, self._places = {}, {}, places
-
-    def _nobody(self) -> KVCache:
-        """A cache whose pages are never written."""
-        return KVCache(self._decoder.config, self._places, self._slack, self._kv_dtype)
+            self._nobody = KVCache(self._decoder.config, places, self._slack, self._kv_dtype)
 
 
 class Steps:
@@ -189,20 +201,19 @@ class Steps:
         """Append 2 to MOST tokens. Returns the rows that enter the head: float32 [n, D]."""
         return self._run(ids, logits=False)[0]
 
-    def chunk(self, ids: np.ndarray, keep: int, input_embeds: np.ndarray | None, state: RunState) -> np.ndarray:
+    def chunk(
+        self, ids: np.ndarray, keep: int, input_embeds: np.ndarray | None, between: Callable[[], None]
+    ) -> np.ndarray:
         """Append a chunk of a prompt. Returns the last `keep` rows that enter the head: float32 [keep, D].
 
-        Arguments as of `Decoder.forward`; chunks of the longest size are recorded.
+        Arguments as of `Decoder.forward`. between: called between two layers; what it raises ends the pass.
         """
         first, count = self._cache.position, len(ids)
-        if count == self._passes.chunk_size and keep < 2:
-            self._cache.reserve(count)
-            inputs = self._decoder.inputs(ids, np.arange(first, first + count), input_embeds)
-            rows = self._passes.chunk(self._cache, inputs, keep, state.between)
-            if rows is not None:
-                self._cache.advance(count)
-                return rows
-        return self._decoder.forward(ids, self._cache, keep, input_embeds, state)
+        self._cache.reserve(count)
+        inputs = self._decoder.inputs(ids, np.arange(first, first + count), input_embeds)
+        rows = self._passes.chunk(self._cache, inputs, keep, between)
+        self._cache.advance(count)
+        return rows
 
     def _run(self, ids: Sequence[int], logits: bool) -> tuple[np.ndarray, np.ndarray]:
         first, count = self._cache.position, len(ids)

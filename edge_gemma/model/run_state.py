@@ -6,6 +6,7 @@ A chunk of a prompt makes some 700 arrays of up to 6 MB. Given back to the syste
 cost a fifth of prefill (docs/LOG.md#prefill-tiles).
 """
 
+import copy
 import math
 from collections.abc import Callable
 
@@ -47,6 +48,12 @@ class RunState:
         self.k, self.keys, self.v, self.values = (memory(kv_heads) for _ in range(4))
         self.gate, self.up = memory(gated), memory(gated)
         self._int8: list[Int8] = []  # flat
+
+    def shared(self, between: Callable[[], None]) -> "RunState":
+        """The same memory, for a pass that calls something else between two layers."""
+        other = copy.copy(self)
+        other.between = between
+        return other
 
     def int8(self, number: int, n: int, k: int, groups: int) -> Int8:
         """Memory for rounded activations; `number` tells apart those that live at the same time."""

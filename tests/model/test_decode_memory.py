@@ -39,9 +39,9 @@ def test_a_step_gives_back_what_it_allocates(tmp_path: Path, recipe: str) -> Non
         decoder.weights = dataclasses.replace(decoder.weights, lm_head=with_rows(decoder.weights.lm_head, VOCABULARY))
         session = engine.session()
         session.prefill([2] * 20)
-        for _ in range(5):
-            assert session.step(7).shape == (VOCABULARY,)
         tracemalloc.start()
+        for _ in range(STEPS):  # what is kept of the latest steps is known after some
+            assert session.step(7).shape == (VOCABULARY,)
         before, _ = tracemalloc.get_traced_memory()
         tracemalloc.reset_peak()
         for _ in range(STEPS):
@@ -51,4 +51,4 @@ def test_a_step_gives_back_what_it_allocates(tmp_path: Path, recipe: str) -> Non
     logits = 4 * VOCABULARY
     print(f"{peak - before} bytes at most, {logits} of them logits")
     assert after - before < 2_000  # ids may grow by one list allocation
-    assert peak - before < logits + 6_000
+    assert peak - before < logits + 8_000  # and the row that enters the head, rows of the tables
