@@ -32,8 +32,12 @@ def file(bench: "Bench", pair: "Pair", cache: int) -> Path:
 
 
 def _caches(bench: "Bench", pair: "Pair") -> tuple[int, ...]:
-    """The cache lengths to measure: none without LiteRT-LM, or of a model that it has no counterpart of."""
-    return CACHES if bench.litert_python and pair.model in KINDS else ()
+    """The cache lengths to measure: those there are files for. None without LiteRT-LM, or of a model that it has no
+    counterpart of; all where there is no file at all.
+    """
+    if not bench.litert_python or pair.model not in KINDS:
+        return ()
+    return tuple(cache for cache in CACHES if file(bench, pair, cache).exists()) or CACHES
 
 
 def first_start(bench: "Bench", pair: "Pair") -> None:

@@ -11,7 +11,7 @@ who may compute now (server/turns.py).
 import threading
 import time
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -180,7 +180,7 @@ class Batch:
             tokens = [token for one in chosen for token in one.tokens]
             begin = time.perf_counter()
             found = iter(self._run(tokens))
-            with interrupts.held():  # all of them, or none
+            with interrupts.held() if len(tokens) > 1 else nullcontext():  # all of them, or none
                 for member, token in tokens:
                     member.stepped(token, alone=len(tokens) == 1)
                 with self._changed:

@@ -37,6 +37,10 @@ class UsageError(EdgeGemmaError):
     """Arguments that cannot be served: a value out of range, a file that is not there."""
 
 
+class KernelError(EdgeGemmaError):
+    """A kernel that cannot be compiled, or put into memory."""
+
+
 class AudioError(EdgeGemmaError):
     """Sound that cannot be read, or a microphone that cannot be used."""
 

@@ -247,6 +247,7 @@ def info(model: str | None, as_json: bool) -> None:
         "source_digest": source.get("digest"),
         "license": source.get("license"),
         "kernels": kernels.variant(),
+        "processor": kernels.processor(),
         "kernel_cache": str(kernels.cache_directory() or "none"),
         "threads": kernels.threads(),
         "version": __version__,

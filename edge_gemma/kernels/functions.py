@@ -8,6 +8,7 @@ compiled/), what any of them computes.
 """
 
 import functools
+import logging
 import os
 import threading
 from collections.abc import Callable
@@ -15,6 +16,8 @@ from collections.abc import Callable
 from edge_gemma.kernels import kept, machine_code
 
 __all__ = ["announce_compiling"]
+
+log = logging.getLogger(__name__)
 
 Choice = str | int | bool
 
@@ -65,7 +68,15 @@ class ChunkFunction:
                 announce()
                 assert compile_with is not None
                 code = compile_with(self)
-            return machine_code.load(code)
+            return _in_memory(code)
+
+
+def _in_memory(code: bytes) -> int:
+    try:
+        return machine_code.load(code)
+    except machine_code.Unreadable as error:  # another LLVM may write what that reader does not know
+        log.warning("%s: LLVM loads it", error)
+        return machine_code.by_llvm(code)
 
 
 @functools.cache

@@ -18,6 +18,7 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
+from edge_gemma.errors import KernelError
 from edge_gemma.host import cpus, interrupts
 from edge_gemma.kernels import kept
 from edge_gemma.kernels.compiled.service import CHANGED, NoService, Service
@@ -44,7 +45,7 @@ _made: dict[str, bytes] = {}  # machine code that could not be kept on disk, by 
 def compiled(function: ChunkFunction) -> bytes:
     """The machine code of a function that is not kept; what the opened models need is compiled with it.
 
-    Raises RuntimeError for a function that cannot be compiled.
+    Raises KernelError for a function that cannot be compiled.
     """
     _prepare(function)
     code = _made.pop(function.file, None) or kept.read(function.file)
@@ -69,7 +70,7 @@ def _comes_later(function: ChunkFunction) -> tuple[bool, str]:
 def _together(functions: Iterable[ChunkFunction], processes: int) -> None:
     """Compile functions by so many processes, each of which takes the next one. What they leave is not compiled.
 
-    Raises RuntimeError for a function that cannot be compiled.
+    Raises KernelError for a function that cannot be compiled.
     """
     waiting: queue.SimpleQueue[ChunkFunction] = queue.SimpleQueue()
     for function in functions:
@@ -95,7 +96,7 @@ def _together(functions: Iterable[ChunkFunction], processes: int) -> None:
 
 
 def compile_all(functions: Iterable[ChunkFunction], processes: int) -> None:
-    """Compile what is not kept. Raises RuntimeError for a function that cannot be compiled."""
+    """Compile what is not kept. Raises KernelError for a function that cannot be compiled."""
     missing = sorted((function for function in functions if not function.kept), key=_comes_later)
     if missing:
         _together(missing, processes)
@@ -158,7 +159,7 @@ def _here(function: ChunkFunction) -> bytes:
     from edge_gemma.kernels.compiled import compiler
 
     if not kept.unchanged(function.module):
-        raise RuntimeError(CHANGED)
+        raise KernelError(CHANGED)
     with interrupts.held():
         code = compiler.machine_code(function.module, function.function, function.choices)
         if compiler.for_this_target():

@@ -7,7 +7,7 @@ import functools
 
 from edge_gemma.kernels import isa, targets
 
-__all__ = ["available_variants", "set_variant", "variant"]
+__all__ = ["available_variants", "processor", "set_variant", "variant"]
 
 
 @functools.cache
@@ -22,6 +22,11 @@ _chosen: str | None = None
 def variant() -> str:
     """The instruction set in use, as `edge-gemma info` shows it."""
     return _chosen or available_variants()[0]
+
+
+def processor() -> str:
+    """What kind of processor machine code is made for here (targets.py)."""
+    return targets.host().name
 
 
 def set_variant(name: str | None) -> None:

@@ -12,9 +12,11 @@ import numpy as np
 import pytest
 
 from edge_gemma import Engine, kernels
-from edge_gemma.kernels import functions, preparing
+from edge_gemma.errors import KernelError
+from edge_gemma.kernels import functions, kept, machine_code, preparing
 from edge_gemma.kernels.functions import ChunkFunction
 from edge_gemma.kernels.recording import program
+from edge_gemma.kernels.recording.operation import Operation
 from tests import ROOT
 
 # A process with an empty cache in which nothing comes with the package. It notes who compiles what.
@@ -117,7 +119,7 @@ def test_without_a_cache_each_function_is_compiled_once(tmp_path: Path) -> None:
 
 def test_a_function_that_cannot_be_compiled_is_an_error_that_says_why() -> None:
     for module, why in (("kernels.compiled.gates", "has no attribute 'nothing'"), ("kernels.nothing", "No module")):
-        with pytest.raises(RuntimeError, match=f"nothing.*{why}"):
+        with pytest.raises(KernelError, match=f"nothing.*{why}"):
             _ = ChunkFunction(module, "nothing", ()).address
 
 
@@ -129,6 +131,7 @@ from edge_gemma.kernels import kept
 assert pathlib.Path(kept.__file__).is_relative_to(sys.argv[1]), kept.__file__
 kernels.set_cache_root(pathlib.Path(sys.argv[1], "cache"))
 sys.frozen = sys.argv[2] == "frozen"
+from edge_gemma.errors import KernelError
 from edge_gemma.kernels.functions import chunk_function
 function = chunk_function("kernels.compiled.gates", "scale")
 print(function.kept)
@@ -136,7 +139,7 @@ with pathlib.Path(sys.argv[1], "edge_gemma", "kernels", "compiled", "gates.py").
     file.write("# edited" + chr(10))
 try:
     print(function.address > 0)
-except RuntimeError as error:
+except KernelError as error:
     print(error)
 print(*pathlib.Path(sys.argv[1]).rglob("scale-*"))
 """
@@ -278,3 +281,19 @@ def test_what_a_model_needs_is_compiled_with_the_first_function(monkeypatch: pyt
     monkeypatch.setattr(preparing, "_made", made)
     assert use(Model(7)) == []
     assert use(Model(8)) == [7]
+
+
+def test_code_that_our_reader_does_not_know_is_loaded_by_llvm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As another LLVM may write it."""
+    function = ChunkFunction("kernels.compiled.gates", "scale", ())
+    code = kept.read(function.file) or preparing.compiled(function)
+
+    def refused(_: bytes) -> int:
+        raise machine_code.Unreadable("a relocation of kind 4711")
+
+    monkeypatch.setattr(machine_code, "load", refused)
+    x = np.ones((1, 8), np.float32)
+    found = functions._in_memory(code)
+    function.__dict__["address"] = found
+    program.call([Operation(function, (x, x.size, 3.0), (x,), (x,))])
+    assert (x == 3).all()

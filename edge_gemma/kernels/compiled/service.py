@@ -14,6 +14,7 @@ import subprocess
 import sys
 from typing import BinaryIO
 
+from edge_gemma.errors import KernelError
 from edge_gemma.kernels import kept, targets
 from edge_gemma.kernels.functions import ChunkFunction
 
@@ -42,7 +43,7 @@ class Service:
             raise NoService from error
 
     def compile(self, function: ChunkFunction) -> bytes:
-        """The object file. Raises RuntimeError for a function that cannot be compiled."""
+        """The object file. Raises KernelError for a function that cannot be compiled."""
         ask, answer = self._process.stdin, self._process.stdout
         assert ask is not None
         assert answer is not None
@@ -60,7 +61,7 @@ class Service:
         if len(data) < size:
             raise NoService
         if not head[len(ANSWER)]:
-            raise RuntimeError(data.decode(errors="replace"))
+            raise KernelError(data.decode(errors="replace").partition("\n")[0])
         return data
 
     def close(self) -> None:
@@ -81,7 +82,7 @@ def serve(requests: BinaryIO, answers: BinaryIO) -> None:
         module, digest, name, choices = json.loads(line)
         try:
             if kept.sources_of(module) != digest:
-                raise RuntimeError(CHANGED)
+                raise KernelError(CHANGED)
             good, data = True, compiler.machine_code(module, name, choices)
         except Exception as error:
             good, data = False, f"{name} {choices}: {type(error).__name__}: {error}".encode()
