@@ -8,10 +8,10 @@ import numpy as np
 
 from edge_gemma.folder import layouts
 from edge_gemma.kernels.functions import chunk_function
-from edge_gemma.kernels.recording.operation import ELEMENTS, Operation, element_chunks, rows_together
+from edge_gemma.kernels.recording.operation import ELEMENTS, Operation, rows_together
 from edge_gemma.kernels.registry import Array, kernel
 
-__all__ = ["quantize_activations", "quantize_static", "round_to_step"]
+__all__ = ["quantize_activations", "quantize_static"]
 
 SMALLEST = np.float32(2.0**-100)  # below it 127 / amax is no longer a float32
 
@@ -82,18 +82,3 @@ def quantize_static(x: Array, step: float, q: Array, scale: Array, sums: Array) 
     q[:, : x.shape[1]] = np.clip(np.rint(np.where(damaged, np.float32(0), x) / np.float32(step)), -128, 127)
     scale[...] = np.where(damaged, np.nan, step)
     sums[...] = q.sum(axis=1, keepdims=True, dtype=np.int32)
-
-
-# --- round_to_step ----------------------------------------------------------------------------------------------------
-
-_round_to_step_chunk = chunk_function("kernels.compiled.quantize", "round_to_step")
-
-
-def _round_to_step(_, x, step):
-    return [Operation(_round_to_step_chunk, (x, x.size, float(step)), (x,), (x,), element_chunks(x.size))]
-
-
-@kernel("x float32 [n, d]", _round_to_step)
-def round_to_step(x: Array, step: float) -> None:
-    """x = round_half_even(x / step) * step, the integer within -128 and 127, in place."""
-    x[...] = np.clip(np.rint(x / np.float32(step)), -128, 127) * np.float32(step)

@@ -126,9 +126,7 @@ class PanelMatrix:
         out = shaped(memory, (len(q), 8 * (last - first)))
         factors = None if self.factors is None else self.factors[first:last]
         weights = self.packed[first:last], self.scales[first:last], self.bits, self.group
-        kernels.matmul(q, scale, sums, *weights, out, factors)
-        if self.output_scale:
-            kernels.round_to_step(out, self.output_scale)
+        kernels.matmul(q, scale, sums, *weights, out, factors, self.output_scale)
         return out if out.shape[1] == stop - start else np.ascontiguousarray(out[:, : stop - start])
 
     def gather(self, ids: np.ndarray) -> np.ndarray:

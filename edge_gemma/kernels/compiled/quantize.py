@@ -11,7 +11,7 @@ from numba.extending import intrinsic
 from edge_gemma.kernels.compiled import isa
 from edge_gemma.kernels.compiled.compiler import inner
 from edge_gemma.kernels.compiled.convert import fill, float_of_bits
-from edge_gemma.kernels.compiled.operands import elements, floats, operands, part, pointer
+from edge_gemma.kernels.compiled.operands import floats, operands, part, pointer
 from edge_gemma.kernels.quantize import SMALLEST
 
 _INFINITY_BITS = np.int32(0x7F800000)
@@ -154,17 +154,8 @@ def quantize_static(row, chunk):
         _quantize_static_row(x[n], np.float32(f[7]), q[n], scale[n], sums[n])
 
 
-# --- round_to_step ----------------------------------------------------------------------------------------------------
-
-
 @inner()
-def _round_row(x, step):
+def round_to_steps(x, step):
+    """x = round_half_even(x / step) * step, the integer within -128 and 127, for one axis, in place."""
     for i in range(x.shape[0]):
         x[i] = _to_steps(x[i], step) * step
-
-
-def round_to_step(row, chunk):
-    """x, d, step."""
-    w, f = operands(row)
-    begin, end = elements(chunk, w[1])
-    _round_row(floats(w[0], w[1])[begin:end], np.float32(f[2]))

@@ -61,7 +61,10 @@ class Service:
         if len(data) < size:
             raise NoService
         if not head[len(ANSWER)]:
-            raise KernelError(data.decode(errors="replace").partition("\n")[0])
+            text = data.decode(errors="replace")
+            error = KernelError(text.partition("\n")[0])
+            error.add_note(text)  # all of it, for who develops kernels
+            raise error
         return data
 
     def close(self) -> None:

@@ -39,7 +39,7 @@ def tile_tokens(variant, group, n):
     return min(isa.SETS[variant].tokens(group != 0), 1 << n.bit_length() - 1)
 
 
-def product(choice, q, a_scale, sums, packed, w_scale, factors, out):
+def product(choice, q, a_scale, sums, packed, w_scale, factors, out, step):
     """The operation. choice: what `matmul` is made with, but for a tile's tokens."""
     variant, group = choice[0], choice[2]
     (n, kpad), panels = q.shape, len(packed)
@@ -47,7 +47,7 @@ def product(choice, q, a_scale, sums, packed, w_scale, factors, out):
     units = -(-panels // isa.SETS[variant].tile_panels(tokens, group != 0))
     together = max(1, min(CHUNK_BYTES * units // packed.nbytes, units // (2 * threads())))
     block = max(tokens, min(n, TOKEN_BLOCK_BYTES // kpad)) // tokens * tokens
-    operand = q, a_scale, sums, packed, w_scale, factors, out, kpad, panels, units, together, n, block
+    operand = q, a_scale, sums, packed, w_scale, factors, out, kpad, panels, units, together, n, block, step
     chunks = n // block * -(-units // together)
     function = chunk_function("kernels.compiled.matrix.decode", "matmul", *choice, tokens)
     return Operation(function, operand, (q, a_scale, sums), (out,), chunks)

@@ -31,7 +31,7 @@ def _choice(a_scale, w_scale, bits, group, factors):
     return variant(), bits, group, group != 0 and a_scale.shape[1] != 1, _minimum_bits(w_scale, factors)
 
 
-def _matmul(memory, q, a_scale, sums, packed, w_scale, bits, group, out, factors=None):
+def _matmul(memory, q, a_scale, sums, packed, w_scale, bits, group, out, factors=None, step=0.0):
     if bits not in (2, 4, 8) or group not in (0, 16, 32):
         raise ValueError(f"weights of {bits} bits in groups of {group}, expected 2, 4 or 8 bits and 0, 16 or 32")
     choice = _choice(a_scale, w_scale, bits, group, factors)
@@ -39,10 +39,10 @@ def _matmul(memory, q, a_scale, sums, packed, w_scale, bits, group, out, factors
         return None
     if not len(q):
         return []
-    arrays = q, a_scale, sums, packed, w_scale, factors, out
+    arguments = q, a_scale, sums, packed, w_scale, factors, out, float(step)
     if len(q) >= PREFILL_FROM and isa.SETS[choice[0]].block(bits, group) is not None:
-        return prefill.product(memory, choice, *arrays)
-    return [decode.product(choice, *arrays)]
+        return prefill.product(memory, choice, *arguments)
+    return [decode.product(choice, *arguments)]
 
 
 def _fit(choice, q, a_scale, sums, packed, w_scale, out, factors):
@@ -77,6 +77,7 @@ def matmul(
     group: int,
     out: Array,
     factors: Array | None = None,
+    step: float = 0.0,
 ) -> None:
     """out[n, r] = sum over groups g of a_scale[n, g] * w_scale[g, r] * (sum over k in g of q[n, k] * w[r, k]).
 
@@ -89,8 +90,19 @@ def matmul(
     minimum (layouts.py) and weights are w_scale * field - minimum: the fields as they are stored, unsigned, bytes at
     most 127. Words of 32 bits need none: [panels, 0, 2, 8].
 
+    With step, results are rounded to whole steps, half to even, within -128 and 127 of them: what training fixed.
+
     Raises ValueError for other bits and groups too.
     """
+    _products(q, a_scale, sums, packed, w_scale, bits, group, out, factors)
+    if step:
+        out[...] = np.clip(np.rint(out / np.float32(step)), -128, 127) * np.float32(step)
+
+
+def _products(
+    q: Array, a_scale: Array, sums: Array, packed: Array, w_scale: Array, bits: int, group: int, out: Array,
+    factors: Array | None,
+) -> None:  # fmt: skip
     dots, wide_a = integer_dots(q, packed, bits, group), a_scale.astype(np.float64)[:, :, None]
     if factors is not None:
         words = layouts.unpack_words(w_scale, factors.view(np.float16), group, 8 * len(packed))

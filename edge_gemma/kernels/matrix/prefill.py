@@ -18,7 +18,7 @@ TILES = 32
 """Tiles that pass by together: their running sums stay in a core's second cache."""
 
 
-def product(memory, choice, q, a_scale, sums, packed, w_scale, factors, out):
+def product(memory, choice, q, a_scale, sums, packed, w_scale, factors, out, step):
     """The operations: activations side by side, then their product. choice: what `matmul_blocked` is made with."""
     variant, bits, group, scale_groups, minimum = choice
     chosen = isa.SETS[variant]
@@ -35,5 +35,5 @@ def product(memory, choice, q, a_scale, sums, packed, w_scale, factors, out):
     side_by_side = Operation(function, operand, (q, a_scale, sums), interleaved, tiles)
     function = chunk_function(_CODE, "matmul_blocked", *choice)
     units = -(-panels // (chosen.panels * registers))
-    operand = *interleaved, packed, w_scale, factors, out, n, kpad, panels, units
+    operand = *interleaved, packed, w_scale, factors, out, n, kpad, panels, units, step
     return [side_by_side, Operation(function, operand, interleaved, (out,), -(-tiles // TILES) * units)]

@@ -13,6 +13,7 @@ from edge_gemma.kernels.compiled import isa
 from edge_gemma.kernels.compiled.compiler import inner
 from edge_gemma.kernels.compiled.matrix.ir import TileSpec, make_tile
 from edge_gemma.kernels.compiled.operands import floats, operands, part, pointer
+from edge_gemma.kernels.compiled.quantize import round_to_steps
 from edge_gemma.kernels.matrix import decode
 
 factor_blocks = inner()(decode.factor_blocks)
@@ -43,8 +44,8 @@ def make_correction(variant, bits, group, scale_groups, minimum):
 
 
 def matmul(variant, bits, group, scale_groups, minimum, tokens):
-    """q, a_scale, sums, packed, w_scale, factors, out, kpad, panels, units, units a chunk, n, tokens a block: a run of
-    panels for a block of tokens. The last block has what is left, too.
+    """q, a_scale, sums, packed, w_scale, factors, out, kpad, panels, units, units a chunk, n, tokens a block, step: a
+    run of panels for a block of tokens. The last block has what is left, too.
     """
     panels_a_tile = isa.SETS[variant].tile_panels(tokens, group != 0)
     tile = make_tile(TileSpec(variant, bits, group, scale_groups, tokens, panels_a_tile, minimum))
@@ -52,7 +53,7 @@ def matmul(variant, bits, group, scale_groups, minimum, tokens):
     w_scale_type = decode.scale_type(group, minimum)
 
     def matmul(row, chunk):
-        w, _ = operands(row)
+        w, f = operands(row)
         kpad, panels, units, n = w[7], w[8], w[9], w[11]
         groups = kpad // group if group else 1
         a_block = (units + w[10] - 1) // w[10]
@@ -65,10 +66,15 @@ def matmul(variant, bits, group, scale_groups, minimum, tokens):
         w_scale = numba.carray(pointer(w[4]), (panels, groups, 8), w_scale_type)
         factors = numba.carray(pointer(w[5]), (panels, factor_blocks(kpad, minimum), 2, 8), np.uint16)
         out = floats(w[6], (n, 8 * panels))[n0:n1]
-        correction = correct(sums, a_scale)
+        correction, step = correct(sums, a_scale), np.float32(f[13])
         u0, u1 = part(chunk % a_block, w[10], units)
         for unit in range(u0, u1):
             for token in range(0, n1 - n0, tokens):
                 tile(q, a_scale, correction, packed, w_scale, factors, out, min(token, n1 - n0 - tokens), unit, units)
+            if step:  # a panel or row that another tile writes too is the same in the end
+                for i in range(panels_a_tile):
+                    panel = 8 * min(unit + i * units, panels - 1)
+                    for token in range(n1 - n0):
+                        round_to_steps(out[token, panel : panel + 8], step)
 
     return matmul

@@ -51,6 +51,7 @@ from edge_gemma.kernels.compiled.isa import (
 from edge_gemma.kernels.compiled.matrix.decode import factor_blocks
 from edge_gemma.kernels.compiled.matrix.ir import field_bits
 from edge_gemma.kernels.compiled.operands import floats, operands, part, pointer
+from edge_gemma.kernels.compiled.quantize import round_to_steps
 from edge_gemma.kernels.matrix.decode import scale_type
 from edge_gemma.kernels.matrix.prefill import BLOCK_BYTES, TILES
 
@@ -374,8 +375,8 @@ def interleave(columns, tokens, scale_groups, minimum):
 
 
 def matmul_blocked(variant, bits, group, scale_groups, minimum):
-    """activations, correction, a_scale, packed, w_scale, factors, out, n, kpad, panels, units: TILES tiles of tokens
-    times a unit of panels.
+    """activations, correction, a_scale, packed, w_scale, factors, out, n, kpad, panels, units, step: TILES tiles of
+    tokens times a unit of panels.
     """
     tokens, _ = isa.SETS[variant].block(bits, group)
     columns = isa.SETS[variant].columns
@@ -383,8 +384,8 @@ def matmul_blocked(variant, bits, group, scale_groups, minimum):
     w_scale_type = scale_type(group, minimum)
 
     def matmul(row, chunk):
-        w, _ = operands(row)
-        n, kpad, panels, units = w[7], w[8], w[9], w[10]
+        w, f = operands(row)
+        n, kpad, panels, units, step = w[7], w[8], w[9], w[10], np.float32(f[11])
         groups, tiles = kpad // group if group else 1, (n + tokens - 1) // tokens
         activations = numba.carray(pointer(w[0]), (tiles, kpad // columns, tokens), np.int32)
         correction = numba.carray(pointer(w[1]), (tiles, groups, tokens), np.int32)
@@ -394,7 +395,10 @@ def matmul_blocked(variant, bits, group, scale_groups, minimum):
         factors = numba.carray(pointer(w[5]), (panels, factor_blocks(kpad, minimum), 2, 8), np.uint16)
         t0, t1 = part(chunk // units, TILES, tiles)
         out = floats(w[6], (n, 8 * panels))
-        unit(activations[t0:t1], correction[t0:t1], a_scale[t0:t1], packed, w_scale, factors, out,
-             t0 * tokens, min(n, t1 * tokens), chunk % units * panels_a_unit)  # fmt: skip
+        n0, n1, first = t0 * tokens, min(n, t1 * tokens), chunk % units * panels_a_unit
+        unit(activations[t0:t1], correction[t0:t1], a_scale[t0:t1], packed, w_scale, factors, out, n0, n1, first)
+        if step:  # rows that another chunk's tile writes too are the same in the end
+            for token in range(min(n0, n1 - tokens), n1):
+                round_to_steps(out[token, 8 * first : 8 * (first + panels_a_unit)], step)
 
     return matmul
