@@ -95,8 +95,11 @@ def told(words: Sequence[int], stop: int, soft_tokens: int) -> Iterator[None]:
 
         def sample(self, logits: np.ndarray, recent_ids: Sequence[int] = (), allowed: Any = None) -> int:
             super().sample(logits, recent_ids, allowed)  # its time counts
-            if not self.before:
-                self.before = len(recent_ids)
+            if not self.before:  # what was guessed before may stand there already
+                said = next(
+                    n for n in range(len(words), -1, -1) if list(recent_ids[len(recent_ids) - n :]) == words[:n]
+                )
+                self.before = len(recent_ids) - said
                 self.most = min(len(words), len(words) * self.before // soft_tokens)
             at = len(recent_ids) - self.before
             return words[at] if at < self.most else stop

@@ -199,7 +199,7 @@ class Batch:
             for cache in caches:
                 cache.reserve(1)
             positions = [cache.position for cache in caches]
-            _, logits = self.passes.run(caches, [token for _, token in tokens], positions, logits=True)
+            _, logits = self.passes.run(caches, [token for _, token in tokens], positions, len(caches), logits=True)
         for cache in caches:
             cache.advance(1)
         return list(logits)

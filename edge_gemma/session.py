@@ -250,7 +250,7 @@ class Session:
         self._settle()
         known = self._restore(ids, len(ids) - keep, soft or {})
         if 1 < len(ids) - known <= min(MOST, self._cache.slack) and self._steps.row is not None and not soft:
-            return self._few(ids[known:])[len(ids) - known - keep :]
+            return self._few(ids[known:], keep)
         rows = [np.empty((0, self._decoder.config.hidden_size), np.float32)]
         for part, here, hidden in self._chunks(ids[known:], keep, soft or {}):
             rows.append(hidden)
@@ -262,11 +262,11 @@ class Session:
                 self._share()
         return np.concatenate(rows) if len(rows) > 2 else rows[-1]
 
-    def _few(self, ids: list[int]) -> np.ndarray:
-        """Append 2 to MOST ids in one recorded pass. Returns their rows."""
+    def _few(self, ids: list[int], keep: int) -> np.ndarray:
+        """Append 2 to MOST ids in one recorded pass. Returns the last `keep` rows."""
         self._between()
         with kernels.use_threads(self._pace.limit), self._pace.of(1):
-            rows = self._steps.several(ids)
+            rows = self._steps.several(ids, keep)
         for token in ids:
             self.stepped(token, alone=True)
         self.row = None

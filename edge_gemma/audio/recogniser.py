@@ -10,7 +10,7 @@ speech need, whatever the engine's context is.
 """
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -30,6 +30,8 @@ STEP_TOKENS = STEP_MS // 40
 _BATCH = STEP_TOKENS  # soft tokens prefilled at a time
 _LEAST_REPLY = 64  # tokens
 _LONGEST_GUESS = 96  # tokens: with the closing marks no more than a session forgets cheaply (session.CHUNK)
+_WRITTEN_AGAIN = 4  # tokens at the end of a guess that the next one hears with more sound
+_READING = 0.5  # share of a guess's time for what the one before wrote
 
 
 class Stream(Protocol):
@@ -120,6 +122,7 @@ class Scribe(Hearing):
         self._drafts = engine.drafts()
         self._expected: list[int] = []  # tokens that the text probably has: those of a shorter part of the sound
         self._guessed = self.session.position  # where the latest guess began
+        self._token_s = 0.0  # that a guess took to read a token
 
     def begin(self, *, again: bool = False) -> None:
         """A new segment: back to the instruction. again: it is a part of the segment before, or all of it."""
@@ -137,31 +140,41 @@ class Scribe(Hearing):
     def guess(self, seconds: float) -> None:
         """Write what was heard so far, for so long at most, so that `write` finds most of its text guessed.
 
-        The session is left as it was. Each guess goes on from the one before it, so they become cheap.
+        The session is left as it was. Each guess reads what the one before wrote, which is quicker than to write it,
+        and goes on from there: only its end is heard again. If something before was wrong, `write` hears it.
         """
         start, at = time.perf_counter(), self.session.position
         self._guessed = at
-        generation = self._generation(_LONGEST_GUESS)
+        known = self._known(seconds)
+        generation = self._generation(_LONGEST_GUESS - len(known), known)
         try:
             for _ in generation:
                 if time.perf_counter() - start >= seconds:
                     break
         finally:
             generation.close()
-            written = generation.result.tokens
+            written = known + generation.result.tokens
             self._expected = written + self._expected[len(written) :]
             self.session.rewind(at)
+            timings = generation.result.timings
+            self._token_s = timings.prefill_s / max(1, timings.prefill_tokens)
 
-    def _generation(self, max_tokens: int | None) -> Generation:
+    def _known(self, seconds: float) -> list[int]:
+        """The tokens that a guess of so many seconds reads."""
+        known = self._expected[: _LONGEST_GUESS - _WRITTEN_AGAIN][:-_WRITTEN_AGAIN]
+        return known if self._token_s == 0 else known[: int(_READING * seconds / self._token_s)]
+
+    def _generation(self, max_tokens: int | None, known: Sequence[int] = ()) -> Generation:
+        """known: the tokens that the text begins with."""
         return Generation(
             self.session,
-            [*self.session.ids, *self._prompt.after],
+            [*self.session.ids, *self._prompt.after, *known],
             tokenizer=self._tokenizer,
             sampler=Sampler(self._sampling),
             max_tokens=max_tokens,
             stop_ids=self._stop_ids,
             drafts=self._drafts,
-            expected=self._expected,
+            expected=self._expected[len(known) :],
         )
 
     def write(self, max_tokens: int | None = None, *, since: float | None = None) -> Iterator[str]:

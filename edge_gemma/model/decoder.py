@@ -118,7 +118,7 @@ class Decoder:
         rows = self.rows(inputs, cache, state, 0, last.index if dropped else config.num_hidden_layers)
         kept = rows  # before the layers change h
         if dropped:
-            kept = self.rows(inputs.tail(keep), cache, state, last.index, config.num_hidden_layers)
+            kept = self.rows(inputs.tail(keep), cache.tail(keep), state, last.index, config.num_hidden_layers)
         for layer in below:
             self.layer(h, self.extend_cache(h, layer, rows), layer, rows)
         x = self.extend_cache(h, last, rows)

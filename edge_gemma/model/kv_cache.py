@@ -81,7 +81,12 @@ class TokenCaches:
     """The caches of tokens that run together; `KVCache.layers`, as the forward pass uses it."""
 
     def __init__(self, caches: "Sequence[KVCache]") -> None:
+        self._caches = caches
         self.layers = {i: TokenLayers([cache.layers[i] for cache in caches]) for i in caches[0].layers}
+
+    def tail(self, n: int) -> "TokenCaches | KVCache":
+        """Those of the last n tokens."""
+        return TokenCaches(self._caches[-n:]) if n else self
 
 
 @dataclass(frozen=True)
@@ -107,6 +112,10 @@ class KVCache:
         }
         self._rings = {i: layer for i, layer in self.layers.items() if layer.window and layer.capacity < context}
         self._window = max((ring.window or 0 for ring in self._rings.values()), default=0)
+
+    def tail(self, n: int) -> "KVCache":
+        """That of the last n tokens: of any."""
+        return self
 
     @property
     def nbytes(self) -> int:

@@ -115,7 +115,7 @@ class Passes:
         """slack, kv_dtype: of the sessions' caches."""
         self._decoder, self._slack, self._kv_dtype = decoder, slack, kv_dtype
         self._whole = decoder.weights.in_kernels(slack)  # whether a chunk can be recorded
-        self._few: dict[tuple[int, bool], Pass] = {}
+        self._few: dict[tuple[int, int, bool], Pass] = {}  # by tokens, those of them that are kept, logits
         self._chunks: dict[int, Pass] = {}  # all in the same memory
         self._state: RunState | None = None
         self._places = 0  # of the caches that they were made for
@@ -123,28 +123,28 @@ class Passes:
         self._one_at_a_time, self._chunking = threading.Lock(), threading.Lock()
 
     def run(
-        self, caches: Sequence[KVCache], ids: Sequence[int], positions: Sequence[int], logits: bool
+        self, caches: Sequence[KVCache], ids: Sequence[int], positions: Sequence[int], keep: int, logits: bool
     ) -> tuple[np.ndarray, np.ndarray]:
         """Run a token of each cache, MOST at most, at such positions. A cache may be there for several tokens.
 
-        Returns the rows that enter the head, float32 [tokens, D], and the logits, float32 [tokens, vocab_size], or with
-        logits False the rows again.
+        keep: all tokens, or the last one. Returns their rows that enter the head, float32 [keep, D], and the logits,
+        float32 [keep, vocab_size], or with logits False the rows again.
         """
-        count = len(ids)
-        empty = padded(count) - count
-        tokens = np.array([*ids, *[PAD] * empty], np.int64)
-        inputs = self._decoder.inputs(tokens, np.array([*positions, *[NOBODY] * empty], np.int64))
+        empty = padded(len(ids)) - len(ids)  # rows before the tokens
+        tokens = np.array([*[PAD] * empty, *ids], np.int64)
+        inputs = self._decoder.inputs(tokens, np.array([*[NOBODY] * empty, *positions], np.int64))
         with self._one_at_a_time:
             self._make_room(caches)
-            key = len(tokens), logits
+            kept = len(tokens) if keep == len(ids) else keep
+            key = len(tokens), kept, logits
             if key not in self._few:
                 nobody = TokenCaches([self._nobody] * len(tokens))
                 state = RunState(self._decoder.config, len(tokens))
-                self._few[key] = Pass(self._decoder, nobody, state, len(tokens), logits)
+                self._few[key] = Pass(self._decoder, nobody, state, kept, logits)
             run = self._few[key]
-            run([*caches, *[caches[0]] * empty], inputs)
-            rows = run.rows[:count].copy()
-            return rows, run.out[:count].copy() if logits else rows
+            run([*[caches[0]] * empty, *caches], inputs)
+            rows = run.rows[kept - keep :].copy()
+            return rows, run.out[kept - keep :].copy() if logits else rows
 
     def chunk(self, cache: KVCache, inputs: Inputs, keep: int, between: Callable[[], None]) -> np.ndarray:
         """Run a chunk of a prompt at a cache's end, `slack` tokens at most, as `Decoder.run` does.
@@ -193,13 +193,13 @@ class Steps:
 
     def one(self, token: int) -> np.ndarray:
         """Append a token to the cache. Returns the logits after it: float32 [vocab_size]."""
-        rows, logits = self._run([token], logits=True)
+        rows, logits = self._run([token], 1, logits=True)
         self.row = rows[0]
         return logits[0]
 
-    def several(self, ids: Sequence[int]) -> np.ndarray:
-        """Append 2 to MOST tokens. Returns the rows that enter the head: float32 [n, D]."""
-        return self._run(ids, logits=False)[0]
+    def several(self, ids: Sequence[int], keep: int) -> np.ndarray:
+        """Append 2 to MOST tokens. Returns the last `keep` rows that enter the head: float32 [keep, D]."""
+        return self._run(ids, 1 if keep <= 1 else len(ids), logits=False)[0][-keep or len(ids) :]
 
     def chunk(
         self, ids: np.ndarray, keep: int, input_embeds: np.ndarray | None, between: Callable[[], None]
@@ -215,9 +215,9 @@ class Steps:
         self._cache.advance(count)
         return rows
 
-    def _run(self, ids: Sequence[int], logits: bool) -> tuple[np.ndarray, np.ndarray]:
+    def _run(self, ids: Sequence[int], keep: int, logits: bool) -> tuple[np.ndarray, np.ndarray]:
         first, count = self._cache.position, len(ids)
         self._cache.reserve(count)
-        out = self._passes.run([self._cache] * count, ids, range(first, first + count), logits)
+        out = self._passes.run([self._cache] * count, ids, range(first, first + count), keep, logits)
         self._cache.advance(count)
         return out

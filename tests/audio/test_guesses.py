@@ -19,7 +19,7 @@ from tests.fakes import VOCAB
 class Drafting(HearingSession):
     """A session that hears levels, and writes its reply by position, also several tokens in a pass.
 
-    passes: how many tokens each had.
+    A prompt may end with the beginning of the reply. passes: how many tokens each had.
     """
 
     def __init__(self, write, context=4096):
@@ -27,9 +27,11 @@ class Drafting(HearingSession):
         self.passes, self._start = [], 0
 
     def prefill(self, ids):
-        logits = super().prefill(ids)
-        self._start = self.position
-        return logits
+        super().prefill(ids)
+        script = list(self._replies[0])
+        written = next(n for n in range(len(ids), -1, -1) if ids[len(ids) - n :] == script[:n])
+        self._start = self.position - written
+        return self._row(written)
 
     def step(self, token):
         return self.forward([token])[0]
@@ -38,11 +40,13 @@ class Drafting(HearingSession):
         first = self.position - self._start + 1
         self._take("forward", ids)
         self.passes.append(len(ids))
+        return np.array([self._row(first + i) for i in range(len(ids))])
+
+    def _row(self, at):
         script = self._replies[0]
-        logits = np.zeros((len(ids), VOCAB), np.float32)
-        for i, row in enumerate(logits):
-            row[script[min(first + i, len(script) - 1)]] = 50
-        return logits
+        row = np.zeros(VOCAB, np.float32)
+        row[script[min(at, len(script) - 1)]] = 50
+        return row
 
 
 class DraftingEngine(SpeechEngine):
@@ -195,6 +199,38 @@ def test_a_guess_ends_when_its_time_is_over_and_the_longer_one_before_is_kept(en
     assert scribe._expected[1:] == whole[1:]
     scribe.begin()
     assert scribe._expected == []
+
+
+def test_a_guess_reads_what_the_one_before_wrote_and_hears_its_end_again(engine):
+    scribe = scribe_of(engine, lambda: Told([15]))
+    tokens = engine.audio.encode(clips()[0][0])
+    scribe.begin()
+    scribe.hear(tokens)
+    assert scribe._known(60) == []
+    scribe.guess(60)
+    assert len(scribe._expected) > 8
+    assert scribe._known(60) == scribe._expected[:-4]
+    scribe._token_s = 0.01
+    assert scribe._known(0.06) == scribe._expected[:3]
+    assert scribe._known(0) == []
+    prompts, prefill = [], scribe.session.prefill
+    scribe.session.prefill = lambda ids: prompts.append(list(ids)) or prefill(ids)
+    scribe._guessed, before = 0, list(scribe._expected)
+    scribe.guess(60)
+    assert prompts[0][-len(before) + 4 :] == before[:-4]
+    assert scribe._expected == before
+
+
+def test_what_was_guessed_wrong_is_put_right_when_it_is_written(engine):
+    plain, scribe = scribe_of(engine, lambda: None), scribe_of(engine, lambda: Told([15]))
+    tokens = engine.audio.encode(clips()[0][0])
+    for each in (plain, scribe):
+        each.begin()
+        each.hear(tokens)
+    scribe._expected = [99] * 20
+    scribe.guess(60)
+    assert scribe._expected[:16] == [99] * 16
+    assert "".join(scribe.write(200)) == "".join(plain.write(200)) != ""
 
 
 # --- time -------------------------------------------------------------------------------------------------------------

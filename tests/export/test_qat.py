@@ -119,7 +119,7 @@ def test_steps_are_the_forward_pass_where_inputs_go_beyond_their_range(tmp_path)
             with Engine.load(folder, kv_dtype="float32") as engine:
                 session = engine.session()
                 steps = [session.prefill(prompt[:1]), *(session.step(token) for token in prompt[1:])]
-                assert list(session.batch.passes._few) == [(1, True)], variant
+                assert list(session.batch.passes._few) == [(1, 1, True)], variant
                 seen.append(engine.session().forward(prompt))
                 assert np.abs(np.array(steps) - seen[-1]).max() <= 1e-4, variant
             assert np.abs(seen[-1] - seen[0]).max() <= 1e-4, variant

@@ -33,7 +33,7 @@ def test_steps_are_the_forward_pass(tmp_path: Path, kind: str, recipe: str) -> N
         tokens = np.random.default_rng(0).integers(engine.config.vocab_size, size=30).tolist()
         for token in tokens:
             assert np.array_equal(recorded.step(token), plain_step(plain, token))
-        assert list(recorded.batch.passes._few) == [(1, True)]
+        assert list(recorded.batch.passes._few) == [(1, 1, True)]
         for session in (recorded, plain):
             session.rewind(125)
         assert np.array_equal(recorded.step(7), plain_step(plain, 7))
@@ -44,7 +44,7 @@ def test_the_mobile_mix_is_recorded_too(tmp_path: Path) -> None:
         recorded, plain = engine.session(), engine.session()
         for token in (5, 6, 7):
             assert np.array_equal(recorded.step(token), plain_step(plain, token))
-        assert list(recorded.batch.passes._few) == [(1, True)]
+        assert list(recorded.batch.passes._few) == [(1, 1, True)]
 
 
 @pytest.mark.parametrize("kind", ["e2b", "gemma3"])
@@ -62,7 +62,7 @@ def test_a_few_tokens_together_are_each_alone(tmp_path: Path, kind: str, recipe:
             expected = [alone.step(token) for token in tokens]
             assert np.array_equal(together.forward(tokens), expected), n
         assert together.position == 240
-        assert sorted(together.batch.passes._few) == [(1, True), *((n, False) for n in (2, 4, 8, 16))]
+        assert sorted(together.batch.passes._few) == [(1, 1, True), *((n, n, False) for n in (2, 4, 8, 16))]
 
 
 def small_model(folder: Path, kind: str, recipe: str) -> Path:

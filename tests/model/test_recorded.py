@@ -32,7 +32,7 @@ def test_an_interruption_while_it_is_recorded_leaves_the_next_to_record(engine, 
     expected = engine.session()
     expected.prefill([7, 8, 9])
     np.testing.assert_array_equal(session.step(50), expected.step(50))
-    assert list(session.batch.passes._few) == [(1, True)]
+    assert list(session.batch.passes._few) == [(1, 1, True)]
 
 
 def test_a_session_is_freed_without_the_collector(engine):
@@ -79,3 +79,21 @@ def test_a_session_with_more_places_has_the_passes_recorded_anew(engine):
     expected = small.step(5)
     np.testing.assert_array_equal(large.step(5), expected)
     np.testing.assert_array_equal(small.step(6), large.step(6))
+
+
+@pytest.mark.parametrize("count", [2, 3, 4, 5, 7, 8, 9, 13, 16])
+def test_a_short_prompt_after_a_token_is_read_as_any_other(engine, count):
+    """In a pass of its own, in which only its last token goes through the upper layers; the same to the last bit."""
+    tokens = [(7 * i) % 600 for i in range(count)]
+    session, fresh = engine.session(), engine.session()
+    session.prefill([7, 8, 9])
+    session.step(5)
+    fresh.prefill([7, 8, 9, 5])
+    logits = session.prefill(tokens)
+    assert (1 << (count - 1).bit_length(), 1, False) in session.batch.passes._few
+    np.testing.assert_array_equal(logits, fresh.prefill(tokens))
+    assert fresh._steps.row is None  # it went the other way
+    np.testing.assert_array_equal(session.step(3), fresh.step(3))
+    session.rewind(4)
+    fresh.rewind(4)
+    np.testing.assert_array_equal(session.hidden(tokens), fresh.hidden(tokens))
