@@ -12,6 +12,7 @@ import mmap
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -19,6 +20,9 @@ from edge_gemma import kernels
 from edge_gemma.config import GemmaConfig, LayerSpec
 from edge_gemma.model import ops
 from edge_gemma.model.run_state import shaped
+
+# Memory that a forked process does not share; elsewhere than on Unix there is no such choice, and no fork.
+_PRIVATE: dict[str, Any] = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
 
 
 @dataclass(frozen=True)
@@ -180,5 +184,6 @@ def _untouched(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     """Zeros, whose pages the system gives when they are first written. np.zeros may take memory that was in use, and
     clear it: 30 MB of a cache of E2B that is never written.
     """
-    memory = mmap.mmap(-1, max(1, math.prod(shape) * dtype.itemsize))
+    size = max(1, math.prod(shape) * dtype.itemsize)
+    memory = mmap.mmap(-1, size, **_PRIVATE)
     return np.frombuffer(memory, dtype, math.prod(shape)).reshape(shape)

@@ -1,6 +1,7 @@
 """Recorded passes: interrupted, one begins anew; all sessions of a model share them, and they keep none alive."""
 
 import gc
+import os
 import weakref
 
 import numpy as np
@@ -97,3 +98,18 @@ def test_a_short_prompt_after_a_token_is_read_as_any_other(engine, count):
     session.rewind(4)
     fresh.rewind(4)
     np.testing.assert_array_equal(session.hidden(tokens), fresh.hidden(tokens))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+def test_a_forked_process_has_a_cache_of_its_own(engine):
+    session = engine.session()
+    session.prefill([7, 8, 9])
+    before = [layer.k.copy() for layer in session._cache.layers.values()]
+    child = os.fork()
+    if child == 0:
+        for layer in session._cache.layers.values():
+            layer.k.fill(1)
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+    for old, layer in zip(before, session._cache.layers.values(), strict=True):
+        np.testing.assert_array_equal(layer.k, old)
