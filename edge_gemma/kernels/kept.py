@@ -22,6 +22,7 @@ import re
 import shutil
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from edge_gemma.host import places
@@ -164,9 +165,11 @@ def _shipped() -> Path:
     return SHIPPED / targets.host().name
 
 
-def _folders() -> list[Path]:
-    folder = cache_directory()
-    return [_shipped(), *([folder] if folder else [])]
+def _folders() -> Iterator[Path]:
+    """Where files may be. Whoever finds all in the first need not know the cache, whose name takes reading sources."""
+    yield _shipped()
+    if (folder := cache_directory()) is not None:
+        yield folder
 
 
 @functools.cache

@@ -182,7 +182,7 @@ def _allocate(layer: LayerSpec, context: int, slack: int, dtype: str) -> LayerCa
 
 def _untouched(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     """Zeros, whose pages the system gives when they are first written. np.zeros may take memory that was in use, and
-    clear it: 30 MB of a cache of E2B that is never written.
+    clear it: 24 MB of a cache of E2B that is never written.
     """
     size = max(1, math.prod(shape) * dtype.itemsize)
     memory = mmap.mmap(-1, size, **_PRIVATE)

@@ -30,8 +30,8 @@ from numba.core.registry import cpu_target
 from edge_gemma.kernels import targets
 from edge_gemma.kernels.machine_code import ENTRY
 
-if compiled_for := targets.host():
-    numba.config.CPU_NAME, numba.config.CPU_FEATURES = compiled_for.cpu, compiled_for.features
+compiled_for = targets.host()
+numba.config.CPU_NAME, numba.config.CPU_FEATURES = compiled_for.cpu, compiled_for.features
 
 _ARGUMENTS = types.int64, types.int64
 _I32, _I64, _POINTER, _VOID = ir.IntType(32), ir.IntType(64), ir.IntType(8).as_pointer(), ir.VoidType()
