@@ -34,11 +34,12 @@ from edge_gemma.text.tokenizer import Tokenizer
 from edge_gemma.text.tool_declaration import Tool
 
 if TYPE_CHECKING:
+    from edge_gemma.audio.cuts import Progress
     from edge_gemma.audio.encoder import AudioEncoder
     from edge_gemma.audio.events import Event
     from edge_gemma.audio.gates import WakeWord
     from edge_gemma.audio.samples import Samples
-    from edge_gemma.audio.transcribe import Progress, Segment, Transcription
+    from edge_gemma.audio.transcribe import Segment, Transcription
     from edge_gemma.host.sources import Source
     from edge_gemma.tools.assistant import Assistant
     from edge_gemma.vision.encoder import VisionEncoder

@@ -16,7 +16,7 @@ from tests import ROOT
 ROOMS = [
     "errors", "arguments", "host", "config_keys", "config", "vision_config", "drafter_config", "folder", "text",
     "kernels", "model", "batch", "session", "backends", "generation", "conversation", "chat", "tools", "audio",
-    "vision", "voice", "engine", "measure", "server", "llm_plugin", "cli", "__main__",
+    "vision", "voice", "engine", "measure", "server", "archive", "llm_plugin", "cli", "__main__",
 ]  # fmt: skip
 # The places of the runtime that may reach into export/ and quant/, and only inside a function.
 CONVERTERS = {"cli", "folder"}

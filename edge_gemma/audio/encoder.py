@@ -7,6 +7,7 @@ One graph serves both. The encoder looks only three frames ahead, so a whole cli
 long steps. Token t is final when 640 (t + 1) + 1 samples have arrived.
 """
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -47,10 +48,11 @@ def _nothing() -> None:
 
 
 class AudioEncoder:
-    """A loaded encoder, shared by its streams. Only one thread may use it at a time."""
+    """A loaded encoder, shared by its streams. Any thread may use it; they encode a step at a time each."""
 
     def __init__(self, session: Any, hidden_size: int) -> None:
         self._session = session
+        self._step = threading.Lock()  # one at a time: each uses every core
         self.hidden_size = hidden_size  # D: elements of a soft token
         self.between: Callable[[], None] = _nothing  # as Engine.between, called before each step
         shapes = {item.name: item.shape for item in session.get_inputs()}
@@ -113,7 +115,8 @@ class AudioEncoder:
         if self._session is None:
             raise UsageError("the audio encoder was released: take engine.audio again")
         mask = np.arange(len(mel))[None] < valid
-        outputs = self._session.run(None, {"input_features": mel[None], "input_features_mask": mask} | state)
+        with self._step:
+            outputs = self._session.run(None, {"input_features": mel[None], "input_features_mask": mask} | state)
         named = dict(zip(self._names, outputs, strict=True))
         state |= {f"past_{name}": named[f"present_{name}"] for name in _STATE}
         most = self._state_shapes["kv"][1]

@@ -1,7 +1,7 @@
 """Recorded speech to text: any length, in segments.
 
-Owns: the way from blocks of sound to a `Transcription` (segments, retries, joining) and to subtitles. Does not know:
-file formats (files.py), where segments begin and end (segments.py), how a session is driven (recogniser.py).
+Owns: the way from segments of speech to a `Transcription` (retries, joining) and to subtitles. Does not know: how a
+recording is cut (cuts.py), how a session is driven (recogniser.py).
 """
 
 import time
@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
+from edge_gemma.audio.cuts import Cut, Cutter, Progress
 from edge_gemma.audio.features import MAX_SAMPLES, SAMPLE_RATE
-from edge_gemma.audio.files import AudioFile
-from edge_gemma.audio.levels import levelled, quietest_moment
+from edge_gemma.audio.levels import quietest_moment
 from edge_gemma.audio.prompts import Task, audio_prompt
 from edge_gemma.audio.recogniser import Scribe, SpeechEngine, verbatim
 from edge_gemma.audio.samples import (
@@ -27,18 +27,15 @@ from edge_gemma.audio.samples import (
     silent,
 )
 from edge_gemma.audio.seams import glue, glued, seam
-from edge_gemma.audio.segments import FILE_RULES, Heard, Opened, Rules, Segmenter, Span
-from edge_gemma.audio.vad import WINDOW, Detector, open_detector
+from edge_gemma.audio.segments import FILE_RULES, Rules
+from edge_gemma.audio.vad import WINDOW, Detector
 from edge_gemma.errors import UsageError
 from edge_gemma.host.sources import Source
 
 _SPLIT_FROM_S = 8.0  # seconds: a longer segment that fails is tried again in halves
 _LEAST_CHARACTERS = 1.0  # for a second of speech; English has about 14, Chinese 4
 _PADDING = np.zeros(SAMPLE_RATE // 2, np.float32)  # silence around a segment that gave no text, for the second try
-_OTHER_TRACKS = 7  # tracks of a file that are tried if the first has no speech
 _CUE_CHARACTERS = 84  # characters of a subtitle: two lines
-
-Progress = Callable[[float, float | None], None]  # (seconds done, seconds in all or None)
 
 
 @dataclass(frozen=True)
@@ -100,9 +97,8 @@ class Transcriber:
         num_beams: the hypotheses that the beam search keeps, None for the checkpoint's own number. note is called with
         what the user should know. Raises UsageError for a model that was not made for speech.
         """
-        self.task = task or Task()
-        self._rules, self._note = rules, note
-        self._detector = detector or (lambda: open_detector(note))
+        self.task, self._note = task or Task(), note
+        self._cutter = Cutter(rules, detector, note)
         self._encoder = engine.audio
         prompt = audio_prompt(engine.chat_template, engine.tokenizer, self.task.instruction)
         self.scribe = Scribe(engine, prompt, sampling=verbatim(engine.generation_config, num_beams))
@@ -138,19 +134,10 @@ class Transcriber:
                 raise UsageError("track means nothing beside samples, which have one: leave it out")
             samples, rate = as_samples(source), checked_rate(SAMPLE_RATE if rate is None else rate)
             blocks, duration = array_blocks(samples, rate, self._note), len(samples) / rate
-            return self._told((yield from self._run(blocks, progress, duration)))
+            return (yield from self._run(self._cutter.blocks(blocks, progress, duration)))
         if rate is not None:
             raise UsageError("rate means nothing beside a file, which has its own: leave it out")
-        with AudioFile(source, self._note, track=track) as file:
-            result = yield from self._run(file, progress, file.duration_s)
-            others = [number for number in range(1, file.tracks + 1) if number != file.track and track is None]
-            for number in others[:_OTHER_TRACKS]:
-                if result.segments:
-                    break
-                self._note(f"{file.name}: no speech was found in track {file.track}: track {number} is tried")
-                file.read_track(number)
-                result = yield from self._run(file, progress, file.duration_s)
-        return self._told(result)
+        return (yield from self._run(self._cutter.file(source, track=track, progress=progress)))
 
     def run(
         self,
@@ -162,78 +149,35 @@ class Transcriber:
         on_segment: OnSegment = lambda segment: None,
     ) -> Transcription:
         """As `transcribe`, for consecutive blocks of samples at `rate` Hz. duration_s: of all, for `progress`."""
-        written = self._run(live_blocks(blocks, rate, self._note), progress, duration_s)
-        return self._told(_drained(written, on_segment))
+        cuts = self._cutter.blocks(live_blocks(blocks, rate, self._note), progress, duration_s)
+        return _drained(self._run(cuts), on_segment)
 
-    def _told(self, result: Transcription) -> Transcription:
-        if not result.segments:
-            self._note("no speech was found")
-        return result
-
-    def _run(
-        self,
-        blocks: Iterable[np.ndarray],
-        progress: Progress | None,
-        duration_s: float | None,
-    ) -> Generator[Segment, None, Transcription]:
-        """Yields segments whose text is final, returns the whole. blocks: float32 [n] of 16 kHz mono."""
-        clock, samples = time.perf_counter(), 0
-        found: list[Segment] = []
-
-        def counted() -> Iterator[np.ndarray]:
-            nonlocal samples
-            for block in blocks:
-                samples += len(block)
-                yield block
-                if progress:
-                    progress(samples / SAMPLE_RATE, duration_s)
-
-        for segment, joined in self._segments(levelled(counted(), self._note)):
-            if joined and found:
-                found[-1], segment = joined_pair(found[-1], segment)
-            if found:
-                yield found[-1]
+    def _run(self, cuts: Iterable[Cut]) -> Generator[Segment, None, Transcription]:
+        """Yields segments whose text is final, returns the whole."""
+        clock, found = time.perf_counter(), list[Segment]()
+        for segment in finished((self.written(cut), cut.joined) for cut in cuts):
             found.append(segment)
-        if found:
-            yield found[-1]
-        seconds, texts = samples / SAMPLE_RATE, [s.text for s in found]
-        translated = glued([s.translation or "" for s in found]) if self.task.translate_to else None
-        return Transcription(
-            text=glued(texts),
-            segments=tuple(found),
-            language=self.task.language,
-            duration_s=seconds,
-            rtf=(time.perf_counter() - clock) / seconds if seconds else 0.0,
-            translation=translated,
-            translate_to=self.task.translate_to,
-        )
+            yield segment
+        if not found:
+            self._note("no speech was found")
+        seconds = self._cutter.seconds
+        result = transcription(found, self.task, seconds)
+        return replace(result, rtf=(time.perf_counter() - clock) / seconds if seconds else 0.0)
 
     def segments(self, blocks: Iterable[Samples], rate: int = SAMPLE_RATE) -> Iterator[tuple[Segment, bool]]:
         """Yields (segment, joined) as segments end. joined: the segment before has heard its first words too.
 
         blocks, rate: as in `run`.
         """
-        return self._segments(levelled(live_blocks(blocks, rate, self._note), self._note))
+        cuts = self._cutter.blocks(live_blocks(blocks, rate, self._note))
+        return ((self.written(cut), cut.joined) for cut in cuts)
 
-    def _segments(self, blocks: Iterable[np.ndarray]) -> Iterator[tuple[Segment, bool]]:
-        heard: list[np.ndarray] = []
-        for step in Segmenter(self._detector(), self._rules).steps(blocks):
-            if isinstance(step, Opened):
-                heard = []
-            elif isinstance(step, Heard):
-                heard.append(step.samples)
-            elif step.segment.speech:
-                yield self._written(step.segment, np.concatenate(heard)), step.segment.joined
-                heard = []
-
-    def _written(self, segment: Span, heard: np.ndarray) -> Segment:
-        if not segment.cut:  # only the pause follows its end
-            heard = heard[: segment.end - segment.heard_from]
-        text, translation, note = self.text(heard)
-        start, end = segment.start / SAMPLE_RATE, segment.end / SAMPLE_RATE
+    def written(self, cut: Cut) -> Segment:
+        """Transcribe one cut."""
+        text, translation, note = self.text(cut.samples)
         if note == "empty":
-            self._note(no_text(start, end))
-        return Segment(start, end, text, translation, note)
+            self._note(no_text(cut.start, cut.end))
+        return Segment(cut.start, cut.end, text, translation, note)
 
     def text(self, samples: np.ndarray) -> tuple[str, str | None, str | None]:
         """Transcribe one segment: float32 [n], at most 30 s. Returns (text, translation, note), as in `Segment`.
@@ -277,6 +221,36 @@ def _drained(written: Generator[Segment, None, Transcription], on_segment: OnSeg
             result: Transcription = end.value
             return result
         on_segment(segment)
+
+
+def finished(written: Iterable[tuple[Segment, bool]]) -> Iterator[Segment]:
+    """Yields the segments of a recording, in order, with the words at their seams in one of them each.
+
+    written: (segment, joined) as `Transcriber.segments` yields them.
+    """
+    last: Segment | None = None
+    for segment, joined in written:
+        if last is not None:
+            if joined:
+                last, segment = joined_pair(last, segment)
+            yield last
+        last = segment
+    if last is not None:
+        yield last
+
+
+def transcription(segments: Sequence[Segment], task: Task, duration_s: float) -> Transcription:
+    """The whole of a recording whose segments are `finished`. Its `rtf` is 0."""
+    translated = glued([segment.translation or "" for segment in segments]) if task.translate_to else None
+    return Transcription(
+        text=glued([segment.text for segment in segments]),
+        segments=tuple(segments),
+        language=task.language,
+        duration_s=duration_s,
+        rtf=0.0,
+        translation=translated,
+        translate_to=task.translate_to,
+    )
 
 
 def no_text(start: float, end: float) -> str:

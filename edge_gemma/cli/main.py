@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from edge_gemma import __version__
-from edge_gemma.cli import convert, hub, options, serve, service, speech, tools
+from edge_gemma.cli import archive, convert, hub, options, search, serve, service, speech, tools
 from edge_gemma.errors import EdgeGemmaError, UsageError
 from edge_gemma.text.files import decode_text, read_text
 
@@ -472,8 +472,9 @@ def _print_facts(facts: dict[str, Any], as_json: bool) -> None:
         click.echo(f"{name.replace('_', ' '):<{width}}  {shown}")
 
 
-for _command in (*speech.COMMANDS, *convert.COMMANDS, *hub.COMMANDS, *serve.COMMANDS, *service.COMMANDS):
-    cli.add_command(_command)
+for _commands in (speech, archive, search, convert, hub, serve, service):
+    for _command in _commands.COMMANDS:
+        cli.add_command(_command)
 
 
 def main() -> None:

@@ -155,19 +155,24 @@ def _rate(tokens: int, seconds: float) -> str:
 
 @contextlib.contextmanager
 def progress_bar(title: str, *, unit: str = "bytes") -> Iterator[Callable[[int, int, str], None]]:
-    """A bar on standard error, shown from its first report on; yields the callback (done, in all, what)."""
+    """A bar on standard error, shown from its first report on; yields the callback (done, in all, what).
+
+    unit: "share" shows a percentage in place of the numbers.
+    """
     from rich.console import Console
     from rich.progress import (
         BarColumn,
         DownloadColumn,
         MofNCompleteColumn,
         Progress,
+        TaskProgressColumn,
         TextColumn,
         TimeRemainingColumn,
         TransferSpeedColumn,
     )
 
-    count = (DownloadColumn(), TransferSpeedColumn()) if unit == "bytes" else (MofNCompleteColumn(),)
+    counts = {"bytes": (DownloadColumn(), TransferSpeedColumn()), "share": (TaskProgressColumn(),)}
+    count = counts.get(unit, (MofNCompleteColumn(),))
     console = Console(stderr=True)
     columns = (
         TextColumn("{task.description}"),

@@ -2,7 +2,7 @@
 
 Something new is written beside its destination, flushed to the disk, and renamed.
 
-Owns: one file (`write_file`) and one folder (`new_folder`). Does not know what is written.
+Owns: one file (`write_file`, `new_file`) and one folder (`new_folder`). Does not know what is written.
 
 Links are followed: the file that a link names is replaced. A file that is replaced keeps its permissions; a new one
 gets those of the umask.
@@ -17,6 +17,7 @@ import stat
 import time
 from collections.abc import Collection, Iterator
 from pathlib import Path
+from typing import IO
 
 from edge_gemma.errors import UsageError
 from edge_gemma.host import system
@@ -45,6 +46,16 @@ def sync_tree(folder: Path) -> None:
 def write_file(path: Path, data: bytes, *, permissions: int | None = None) -> None:
     """Write `data` to `path`, whole or not at all. Devices and pipes are written to directly. Raises OSError.
 
+    permissions: as in `new_file`.
+    """
+    with new_file(path, permissions=permissions) as file:
+        file.write(data)
+
+
+@contextlib.contextmanager
+def new_file(path: Path, *, permissions: int | None = None) -> Iterator[IO[bytes]]:
+    """Write a file piece by piece: it is at `path` once all was written, or not at all. As `write_file`.
+
     permissions: of the file; None for those of the file before, or of the umask.
     """
     try:
@@ -52,7 +63,8 @@ def write_file(path: Path, data: bytes, *, permissions: int | None = None) -> No
     except FileNotFoundError:
         mode = stat.S_IFREG | 0o666
     if not stat.S_ISREG(mode):
-        path.write_bytes(data)
+        with path.open("wb") as file:
+            yield file
         return
     path = Path(os.path.realpath(path))
     aside = path.with_name(f".{path.name[:_SHOWN]}.{secrets.token_hex(4)}{_ASIDE}")
@@ -63,7 +75,7 @@ def write_file(path: Path, data: bytes, *, permissions: int | None = None) -> No
             stat.S_IMODE(mode) if permissions is None else permissions,
         )
         with os.fdopen(fd, "wb") as file:
-            file.write(data)
+            yield file
             file.flush()
             system.flush(file.fileno())
         if permissions is None:

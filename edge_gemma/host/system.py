@@ -125,6 +125,23 @@ def lock_folder(path: Path) -> int | None:
     return fd
 
 
+def lock_file(path: Path) -> int | None:
+    """Create a file and lock it until the returned descriptor is closed or the process ends.
+
+    None while another process holds the lock. The file stays; on a system without locks nothing is locked.
+    """
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | BINARY, 0o666)
+    if fcntl is not None:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(fd)
+            return None
+        except OSError:  # CIFS, NFS, FUSE
+            return fd
+    return fd
+
+
 def exchange(a: Path, b: Path) -> bool:
     """Swap two names in one step. Returns False if the system cannot (Linux `renameat2`, RENAME_EXCHANGE, can)."""
     if sys.platform != "linux":

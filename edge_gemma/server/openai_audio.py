@@ -5,12 +5,10 @@ Owns: their fields, forms of the answer, streams. Does not know: how speech is w
 Forms after the types of the openai client 3.57. Gemma gives no times of words and no chances of a transcription.
 """
 
-import math
 import threading
 from collections.abc import AsyncGenerator, Generator
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
@@ -25,6 +23,7 @@ from edge_gemma.server.guard import openai_error
 from edge_gemma.server.refusals import Refusal, refusal_of
 from edge_gemma.server.sending import client_of
 from edge_gemma.server.streams import DONE, PING, Streamed, event, paced, unless_gone
+from edge_gemma.server.transcription_body import said_of, transcription_body, usage
 from edge_gemma.server.uploads import Form, Uploads
 
 _FORMATS = ("json", "text", "srt", "verbose_json", "vtt")
@@ -163,40 +162,15 @@ class _Deltas:
             return PING
         if isinstance(part, Transcription):
             kind = "transcript.text.done"
-            return event({"type": kind, "text": _said(part, self._translate), "usage": usage(part.duration_s)}, kind)
+            return event({"type": kind, "text": said_of(part, self._translate), "usage": usage(part.duration_s)}, kind)
         before = self._text
-        self._text = glue(before, _said(part, self._translate))
+        self._text = glue(before, said_of(part, self._translate))
         kind = "transcript.text.delta"
         return event({"type": kind, "delta": self._text[len(before) :]}, kind)
 
 
-def _said(of: Segment | Transcription, translate: bool) -> str:
-    """The text that was asked for. No translation is "" where the model has written none."""
-    return (of.translation or "") if translate else of.text
-
-
-def usage(seconds: float) -> dict[str, Any]:
-    """What was used, in OpenAI's form: begun seconds of sound."""
-    return {"type": "duration", "seconds": math.ceil(seconds)}
-
-
 def _response(result: Transcription, form: str, translate: bool) -> Response:
     if form in ("text", "srt", "vtt"):
-        texts = {"text": lambda: _said(result, translate) + "\n", "srt": result.srt, "vtt": result.vtt}
+        texts = {"text": lambda: said_of(result, translate) + "\n", "srt": result.srt, "vtt": result.vtt}
         return PlainTextResponse(texts[form](), media_type="text/vtt" if form == "vtt" else "text/plain")
-    body: dict[str, Any] = {"text": _said(result, translate), "usage": usage(result.duration_s)}
-    if form == "verbose_json":
-        body |= {
-            "task": "translate" if translate else "transcribe",
-            "language": (result.translate_to or result.language or "unknown").lower(),
-            "duration": round(result.duration_s, 3),
-            "segments": [_entry(number, segment, translate) for number, segment in enumerate(result.segments)],
-        }
-    return JSONResponse(body)
-
-
-def _entry(number: int, segment: Segment, translate: bool) -> dict[str, Any]:
-    return {
-        "id": number, "seek": 0, "start": round(segment.start, 3), "end": round(segment.end, 3),
-        "text": _said(segment, translate), "tokens": [], "temperature": 0.0,
-    }  # fmt: skip
+    return JSONResponse(transcription_body(result, translate, verbose=form == "verbose_json"))

@@ -22,10 +22,11 @@ from edge_gemma.server.bodies import Fields, json_fields
 from edge_gemma.server.desk import Desk
 from edge_gemma.server.guard import KEY_PROTOCOL, openai_error
 from edge_gemma.server.live import Live, Mark, Marked, Sound, Written
-from edge_gemma.server.openai_audio import speech_model, usage
+from edge_gemma.server.openai_audio import speech_model
 from edge_gemma.server.realtime_session import Session, refused_event
 from edge_gemma.server.refusals import Refusal, refusal_of
 from edge_gemma.server.streams import compact
+from edge_gemma.server.transcription_body import usage
 
 IDLE_S = 600.0  # without a message from the client, after which the socket is closed
 _SEND_S = 20.0  # in which a client has to take an event

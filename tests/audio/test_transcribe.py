@@ -297,7 +297,7 @@ def test_an_hour_in_one_file_keeps_memory_flat_and_covers_every_sample(tmp_path,
                     sizes.append(resident() or 0)
                 yield step
 
-    monkeypatch.setattr("edge_gemma.audio.transcribe.Segmenter", Watched)
+    monkeypatch.setattr("edge_gemma.audio.cuts.Segmenter", Watched)
     engine = SpeechEngine(lambda levels: "w")
     engine.timeline.log = engine.timeline.prompts = deque(maxlen=1)
     engine.audio.clips = deque(maxlen=1)

@@ -1,0 +1,244 @@
+"""Workers of Dask: processes on many machines, or several on this one (distributed.dask.org).
+
+Dask says who works when, and gives the work of a worker that is gone to another one. A worker's own process for the
+model is a `Child`: what ends it does not end the worker, so Dask never has to find out which work was to blame.
+
+Owns: preparing workers, those that come later too; what becomes of a work when workers or the scheduler are gone. Does
+not know: what is worked.
+
+A worker that cannot do the same work (another version, another model) is told to the user and gets none. Workers that
+can are known to Dask by a resource with the name of the charge.
+"""
+
+import contextlib
+import hashlib
+import logging
+import pickle
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+from edge_gemma.archive.child import Child, reason
+from edge_gemma.archive.crew import Outcome, Told, outcome
+from edge_gemma.errors import UsageError
+from edge_gemma.host.extras import imported
+
+_CONNECT_S = 20.0
+_LOOK_S = 2.0  # between two looks for new workers
+_IDLE_S = 300.0  # a model stays open so long after its last work
+_SLOTS = 1  # of a worker that has told nothing
+
+
+class DaskCrew:
+    """The workers of a Dask scheduler."""
+
+    def __init__(
+        self, address: str, charge: Any, told: Told, note: Callable[[str], None], *, workers: int = 1,
+        do: "Callable[[Any, Any, bool], Outcome] | None" = None,
+    ) -> None:  # fmt: skip
+        """address: of a scheduler, or "local" for `workers` processes on this machine, each with the charge's slots.
+
+        Workers elsewhere do as many works at a time as they have threads. note: called with what the user should know.
+        do: what a worker calls with the charge, a work, and whether it is done alone; None for a Child's.
+        Raises UsageError if there is no scheduler.
+        """
+        distributed = imported("distributed", "--dask", "archives", UsageError)
+        logging.getLogger("distributed").setLevel(logging.CRITICAL)  # it tells of each lost worker in many lines
+        self._address, self._charge, self._told, self._note = address, charge, told, note
+        self._do = do or do_in_child
+        self._name = "edge-gemma-" + hashlib.blake2b(pickle.dumps(charge), digest_size=6).hexdigest()
+        self._usable: dict[str, int] = {}  # workers that can do the work, and how many at a time
+        self._refused: set[str] = set()
+        self._works: dict[int, tuple[Any, bool]] = {}  # what was handed out
+        self._futures: dict[int, Any] = {}  # of Dask
+        self._guard = threading.RLock()
+        self._round, self._looked, self._waits = 0, 0.0, False
+        self._cluster: Any = None
+        if address == "local":
+            self._cluster = distributed.LocalCluster(
+                n_workers=workers, threads_per_worker=charge.slots, dashboard_address=None, memory_limit=0,
+                silence_logs=logging.CRITICAL,
+            )  # fmt: skip
+        try:
+            self._client = distributed.Client(self._cluster or address, timeout=_CONNECT_S, set_as_default=False)
+        except (OSError, TimeoutError, ValueError) as error:
+            told_why = " ".join(str(error).split()) or "no answer"
+            raise UsageError(
+                f"there is no Dask scheduler at {address} ({told_why:.200}): start one with dask scheduler"
+            ) from None
+        self.tend()
+
+    @property
+    def slots(self) -> int:
+        """As Crew.slots."""
+        return max(sum(self._usable.values()), _SLOTS)
+
+    def submit(self, number: int, work: Any, *, alone: bool) -> None:
+        """As Crew.submit."""
+        with self._guard:
+            self._works[number] = work, alone
+            self._hand_out(number)
+
+    def _hand_out(self, number: int) -> None:
+        work, alone = self._works[number]
+        future: Any = self._client.submit(
+            self._do, self._charge, work, alone, key=f"{self._name}-{self._client.id[-12:]}-{self._round}-{number}",
+            resources={self._name: 1}, pure=False,
+        )  # fmt: skip
+        self._futures[number] = future
+        future.add_done_callback(lambda future: self._over(number, future))
+
+    def _over(self, number: int, future: Any) -> None:
+        """A work has ended; called in a thread of Dask's."""
+        found = self._outcome(future)
+        with self._guard:
+            current = self._futures.get(number)
+            if found is None or current is not future:
+                return  # it was handed out anew
+            del self._futures[number], self._works[number]
+        current.release()
+        self._told(number, found)
+
+    def _outcome(self, future: Any) -> Outcome | None:
+        """None: the scheduler is gone, which `tend` finds out."""
+        from distributed import KilledWorker
+
+        if future.status in ("cancelled", "lost"):
+            return None
+        try:
+            found: Outcome = future.result()
+        except KilledWorker as error:
+            return Outcome("crashed", f"workers were gone {error.allowed_failures + 1} times while they did it")
+        except Exception as error:
+            return Outcome("lost", reason(error)) if self._client.status == "running" else None
+        return found
+
+    def tend(self) -> None:
+        """As Crew.tend: new workers are prepared. Raises UsageError if the scheduler is gone, or no worker fits."""
+        if time.monotonic() - self._looked < _LOOK_S:
+            return
+        self._looked = time.monotonic()
+        try:
+            if self._client.status != "running":
+                raise OSError
+            here = set(self._client.run_on_scheduler(_workers))
+        except Exception:
+            raise UsageError(
+                f"the Dask scheduler at {self._address} is gone: start it again, and the same command goes on"
+            ) from None
+        with self._guard:
+            gone = set(self._usable) - here
+            for worker in gone:
+                del self._usable[worker]
+            before = bool(self._usable)
+            new = here - set(self._usable) - self._refused
+            if new:
+                self._prepare(sorted(new))
+            if self._usable and not before:  # Dask does not look again at work that no worker could do
+                self._hand_out_again()
+        self._tell_waiting(here)
+
+    def _prepare(self, workers: list[str]) -> None:
+        answers = self._client.run(_prepare, self._charge, self._name, workers=workers, on_error="return")
+        for worker, answer in answers.items():
+            if isinstance(answer, int):
+                self._usable[worker] = answer
+            elif isinstance(answer, OSError) and not isinstance(answer, FileNotFoundError):
+                continue  # it is gone already
+            else:
+                self._refused.add(worker)
+                self._note(f"worker {worker} gets no work: {answer if isinstance(answer, str) else reason(answer)}")
+
+    def _hand_out_again(self) -> None:
+        self._round += 1
+        old = list(self._futures.values())
+        for number in list(self._works):
+            self._hand_out(number)
+        for future in old:
+            future.release()
+
+    def _tell_waiting(self, here: set[str]) -> None:
+        if here and not self._usable and here <= self._refused:
+            raise UsageError(f"none of the {len(here)} workers at {self._address} can do the work: see above")
+        if not self._usable and not self._waits:
+            self._note(f"waiting for workers at {self._address}: start them with dask worker {self._address}")
+        self._waits = not self._usable
+
+    def close(self) -> None:
+        """As Crew.close. Workers of others stay, and let go of the model."""
+        with self._guard:
+            futures, self._futures, self._works = list(self._futures.values()), {}, {}
+        with contextlib.suppress(Exception):
+            for future in futures:
+                future.release()
+            if self._client.status == "running" and self._usable and self._cluster is None:
+                self._client.run(_let_go, self._charge, workers=list(self._usable), on_error="ignore")
+        with contextlib.suppress(Exception):
+            self._client.close(timeout=5)
+        if self._cluster is not None:
+            with contextlib.suppress(Exception):
+                self._cluster.close(timeout=5)
+
+
+# What runs in the scheduler and in workers.
+
+
+def _workers(dask_scheduler: Any) -> list[str]:
+    return list(dask_scheduler.workers)
+
+
+async def _prepare(charge: Any, name: str, dask_worker: Any) -> int | str:
+    """In a worker: whether it can do the work. Returns how many at a time, or why not."""
+    try:
+        charge.check()
+    except Exception as error:
+        return reason(error)
+    threads = dask_worker.state.nthreads
+    await dask_worker.set_resources(**{name: threads})
+    return int(threads)
+
+
+class _Stations:
+    """The children of this process's workers, by their charge. One that has no work for a while is closed."""
+
+    def __init__(self) -> None:
+        self._guard = threading.Lock()
+        self._children: dict[Any, Child] = {}
+        self._ends: dict[Any, threading.Timer] = {}
+
+    def child(self, charge: Any) -> Child:
+        """The charge's child."""
+        with self._guard:
+            if charge not in self._children:
+                self._children[charge] = Child(charge)
+            if charge in self._ends:
+                self._ends[charge].cancel()
+            self._ends[charge] = end = threading.Timer(_IDLE_S, self._end, [charge])
+            end.daemon = True
+            end.start()
+            return self._children[charge]
+
+    def _end(self, charge: Any) -> None:
+        child = self._children.get(charge)
+        if child is not None and not child.running:
+            self.close(charge)
+
+    def close(self, charge: Any) -> None:
+        """End the charge's child, if there is one."""
+        with self._guard:
+            child = self._children.pop(charge, None)
+        if child is not None:
+            child.close()
+
+
+_stations = _Stations()
+
+
+def do_in_child(charge: Any, work: Any, alone: bool) -> Outcome:
+    """In a worker: do a work."""
+    return outcome(lambda: _stations.child(charge).do(work, alone=alone))
+
+
+def _let_go(charge: Any) -> None:
+    _stations.close(charge)

@@ -1,0 +1,71 @@
+"""What is left on disk: OUTPUT, and texts and subtitles of recordings beside it.
+
+Owns: OpenAI's batch output form, names of the files beside OUTPUT. Does not know: how results are made.
+"""
+
+import hashlib
+import json
+from collections.abc import Collection, Iterable
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from edge_gemma.archive import sound
+from edge_gemma.archive.inputs import TRANSCRIPTION
+from edge_gemma.archive.journal import ASIDE, DONE, Row
+from edge_gemma.folder.atomic import new_file, write_file
+
+KINDS = ("txt", "srt", "vtt", "json")
+_NAME = 200  # bytes of a file's name, before its ending
+_CODES = {ASIDE: "worker_ended"}
+
+
+def write(path: Path, rows: Iterable[Row], created: int) -> None:
+    """Write OUTPUT, whole or not at all: a line a request. created: seconds since 1970. Raises OSError."""
+    with new_file(path) as file:
+        for row in rows:
+            file.write(json.dumps(line(row), ensure_ascii=False).encode("utf-8", "replace") + b"\n")
+
+
+def line(row: Row) -> dict[str, Any]:
+    """A request's line: its response, or why there is none. Names are made of the request's own, so they last."""
+    name = hashlib.blake2b(row.custom_id.encode(), digest_size=12).hexdigest()
+    entry = {"id": f"batch_req_{name}", "custom_id": row.custom_id}
+    if row.state != DONE:
+        error = {"code": _CODES.get(row.state, "failed"), "message": row.result}
+        return entry | {"response": None, "error": error}
+    body = sound.body_of(row.body, row.result) if row.url == TRANSCRIPTION else row.result
+    return entry | {"response": {"status_code": 200, "request_id": f"req_{name}", "body": body}, "error": None}
+
+
+def write_beside(folder: Path, custom_id: str, entry: dict[str, Any], kinds: Collection[str], *, again: bool) -> None:
+    """Write the files of a recording, as `edge-gemma transcribe` prints them. entry: as the journal keeps it.
+
+    again: those that are there, too. Raises OSError.
+    """
+    result = sound.transcription_of(entry)
+    as_json = {"file": custom_id} | {name: value for name, value in result.as_dict().items() if name != "rtf"}
+    texts = {
+        "txt": lambda: "".join(f"{each.translation or each.text}\n" for each in result.segments),
+        "srt": result.srt,
+        "vtt": result.vtt,
+        "json": lambda: json.dumps(as_json, ensure_ascii=False) + "\n",
+    }
+    for kind in kinds:
+        path = folder / f"{safe_name(custom_id)}.{kind}"
+        if again or not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_file(path, texts[kind]().encode("utf-8", "replace"))
+
+
+def safe_name(custom_id: str) -> str:
+    """A path for a request's files that stays in its folder, another one for each name."""
+    parts = (quote(part, safe=" ()[]&'+,;=@!$~") for part in custom_id.split("/"))
+    return "/".join(_fitting(part.replace(".", "%2E", 1) if part[:1] in ("", ".") else part) for part in parts)
+
+
+def _fitting(part: str) -> str:
+    """A name that a file may have: neither empty nor too long."""
+    if len(part.encode()) <= _NAME:
+        return part or "%"
+    return f"{part[: _NAME - 40]}%{hashlib.blake2b(part.encode(), digest_size=16).hexdigest()}"
