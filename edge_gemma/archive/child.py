@@ -70,7 +70,7 @@ class Child:
         self.charge = charge
         self.running = 0  # works in the process
         self._changed = threading.Condition()
-        self._alone = False
+        self._alone, self._suspects = False, 0  # a work is done alone; so many wait for that
         self._process: _Process | None = None
         self._starting = threading.Lock()
         self._closed = False
@@ -113,8 +113,10 @@ class Child:
     def _place(self, alone: bool) -> Iterator[None]:
         with self._changed:
             most = 1 if alone else self.charge.slots
-            while self._alone or self.running >= most:
-                self._changed.wait()
+            self._suspects += alone
+            while self._alone or self.running >= most or (self._suspects and not alone):
+                self._changed.wait()  # others come after those that are done alone, which would wait for ever
+            self._suspects -= alone
             self.running, self._alone = self.running + 1, alone
         try:
             yield
@@ -129,13 +131,15 @@ class Child:
             for left in reversed(range(_STARTS)):
                 if self._closed:
                     raise CrashedError("the work was ended")
-                if self._process is not None and not self._process.ended:
+                if self._process is not None and not self._process.ended and not self._process.killed:
                     return self._process
                 self._process = _Process(self.charge)
+                if self._closed:  # meanwhile
+                    self._process.kill()
                 try:
                     self._process.wait()
                 except CrashedError as error:
-                    if not left:
+                    if not left and not self._closed:
                         raise NotStartedError(f"the process that works cannot be started: {error}") from None
             assert self._process is not None
             return self._process
@@ -159,6 +163,7 @@ class _Process:
         self._waiting: dict[int, queue.Queue[tuple[str, Any]]] = {}
         self._guard = threading.Lock()  # of the waiting, and of `ended`
         self.ended = ""  # how, once it has
+        self.killed = False
         self._ready = self._expect()[1]
         self._charge = charge
         threading.Thread(target=self._receive, daemon=True).start()
@@ -187,7 +192,8 @@ class _Process:
         _value(*answer)
 
     def kill(self) -> None:
-        """End it now."""
+        """End it now. It may take a moment until it has ended: it gets no more work."""
+        self.killed = True
         with suppress(OSError):
             self.popen.kill()
 
@@ -214,7 +220,8 @@ class _Process:
         with self._guard:
             self.ended = self._how()
             waiting, self._waiting = self._waiting, {}
-        self._connection.close()
+        with self._sending:  # who sends a long message must not find it closed amid it
+            self._connection.close()
         self._log.close()
         for answers in waiting.values():
             _put(answers, ("crashed", self.ended))

@@ -10,6 +10,7 @@ A worker that cannot do the same work (another version, another model) is told t
 can are known to Dask by a resource with the name of the charge.
 """
 
+import asyncio
 import contextlib
 import hashlib
 import logging
@@ -29,6 +30,8 @@ _LOOK_S = 2.0  # between two looks for new workers
 _IDLE_S = 300.0  # a model stays open so long after its last work
 _SLOTS = 1  # of a worker that has told nothing
 
+_Worker = tuple[str, str]  # its address, and a name of its own: one that was started again may have the same address
+
 
 class DaskCrew:
     """The workers of a Dask scheduler."""
@@ -44,25 +47,26 @@ class DaskCrew:
         Raises UsageError if there is no scheduler.
         """
         distributed = imported("distributed", "--dask", "archives", UsageError)
-        logging.getLogger("distributed").setLevel(logging.CRITICAL)  # it tells of each lost worker in many lines
+        for name in ("distributed", "distributed.client"):  # they tell of what is lost in many lines
+            logging.getLogger(name).setLevel(logging.CRITICAL)
         self._address, self._charge, self._told, self._note = address, charge, told, note
         self._do = do or do_in_child
         self._name = "edge-gemma-" + hashlib.blake2b(pickle.dumps(charge), digest_size=6).hexdigest()
-        self._usable: dict[str, int] = {}  # workers that can do the work, and how many at a time
-        self._refused: set[str] = set()
+        self._usable: dict[_Worker, int] = {}  # workers that can do the work, and how many at a time
+        self._refused: set[_Worker] = set()
         self._works: dict[int, tuple[Any, bool]] = {}  # what was handed out
         self._futures: dict[int, Any] = {}  # of Dask
         self._guard = threading.RLock()
-        self._round, self._looked, self._waits = 0, 0.0, False
+        self._handed_out, self._looked, self._waits, self._cut_off = 0, 0.0, False, False
         self._cluster: Any = None
         if address == "local":
             self._cluster = distributed.LocalCluster(
-                n_workers=workers, threads_per_worker=charge.slots, dashboard_address=None, memory_limit=0,
-                silence_logs=logging.CRITICAL,
+                n_workers=workers, threads_per_worker=charge.slots, memory_limit=0, silence_logs=logging.CRITICAL,
+                dashboard_address="127.0.0.1:0", scheduler_kwargs={"dashboard": False},
             )  # fmt: skip
         try:
             self._client = distributed.Client(self._cluster or address, timeout=_CONNECT_S, set_as_default=False)
-        except (OSError, TimeoutError, ValueError) as error:
+        except (OSError, TimeoutError, TypeError, ValueError) as error:  # TypeError: tls:// without its settings
             told_why = " ".join(str(error).split()) or "no answer"
             raise UsageError(
                 f"there is no Dask scheduler at {address} ({told_why:.200}): start one with dask scheduler"
@@ -82,32 +86,39 @@ class DaskCrew:
 
     def _hand_out(self, number: int) -> None:
         work, alone = self._works[number]
+        self._handed_out += 1  # a key that was used before may bring its result
         future: Any = self._client.submit(
-            self._do, self._charge, work, alone, key=f"{self._name}-{self._client.id[-12:]}-{self._round}-{number}",
+            self._do, self._charge, work, alone, key=f"{self._name}-{self._client.id[-12:]}-{self._handed_out}",
             resources={self._name: 1}, pure=False,
         )  # fmt: skip
         self._futures[number] = future
-        future.add_done_callback(lambda future: self._over(number, future))
+        self._client.loop.add_callback(self._follow, number, future)
 
-    def _over(self, number: int, future: Any) -> None:
-        """A work has ended; called in a thread of Dask's."""
-        found = self._outcome(future)
+    async def _follow(self, number: int, future: Any) -> None:
+        """Until a work has ended. In Dask's event loop, which fetches the results of many works at a time.
+
+        One that is lost with its worker keeps no other waiting. Whoever holds the guard must not wait for the loop.
+        """
+        found = await self._outcome(future)
         with self._guard:
             current = self._futures.get(number)
-            if found is None or current is not future:
+            if current is not future:
                 return  # it was handed out anew
+            if found is None:  # the scheduler may be there again before `tend` looks, and knows nothing of it
+                self._cut_off = True
+                return
             del self._futures[number], self._works[number]
         current.release()
         self._told(number, found)
 
-    def _outcome(self, future: Any) -> Outcome | None:
+    async def _outcome(self, future: Any) -> Outcome | None:
         """None: the scheduler is gone, which `tend` finds out."""
         from distributed import KilledWorker
 
-        if future.status in ("cancelled", "lost"):
-            return None
         try:
-            found: Outcome = future.result()
+            found: Outcome = await future.result()
+        except asyncio.CancelledError:
+            return None
         except KilledWorker as error:
             return Outcome("crashed", f"workers were gone {error.allowed_failures + 1} times while they did it")
         except Exception as error:
@@ -120,45 +131,48 @@ class DaskCrew:
             return
         self._looked = time.monotonic()
         try:
-            if self._client.status != "running":
+            if self._client.status != "running" or self._cut_off:
                 raise OSError
             here = set(self._client.run_on_scheduler(_workers))
+        except ImportError as error:
+            raise UsageError(f"the Dask scheduler at {self._address} needs edge_gemma, too: {reason(error)}") from None
         except Exception:
             raise UsageError(
                 f"the Dask scheduler at {self._address} is gone: start it again, and the same command goes on"
             ) from None
-        with self._guard:
-            gone = set(self._usable) - here
-            for worker in gone:
-                del self._usable[worker]
-            before = bool(self._usable)
-            new = here - set(self._usable) - self._refused
-            if new:
-                self._prepare(sorted(new))
-            if self._usable and not before:  # Dask does not look again at work that no worker could do
+        gone = set(self._usable) - here
+        for worker in gone:
+            del self._usable[worker]
+        before = bool(self._usable)
+        new = here - set(self._usable) - self._refused
+        if new:
+            self._prepare(sorted(new))
+        if self._usable and not before:  # Dask does not look again at work that no worker could do
+            with self._guard:
                 self._hand_out_again()
         self._tell_waiting(here)
 
-    def _prepare(self, workers: list[str]) -> None:
-        answers = self._client.run(_prepare, self._charge, self._name, workers=workers, on_error="return")
-        for worker, answer in answers.items():
+    def _prepare(self, workers: list[_Worker]) -> None:
+        addresses = [address for address, _ in workers]
+        answers = self._client.run(_prepare, self._charge, self._name, workers=addresses, on_error="return")
+        for worker in workers:
+            answer = answers.get(worker[0], OSError())
             if isinstance(answer, int):
                 self._usable[worker] = answer
             elif isinstance(answer, OSError) and not isinstance(answer, FileNotFoundError):
                 continue  # it is gone already
             else:
                 self._refused.add(worker)
-                self._note(f"worker {worker} gets no work: {answer if isinstance(answer, str) else reason(answer)}")
+                self._note(f"worker {worker[0]} gets no work: {answer if isinstance(answer, str) else reason(answer)}")
 
     def _hand_out_again(self) -> None:
-        self._round += 1
         old = list(self._futures.values())
         for number in list(self._works):
             self._hand_out(number)
         for future in old:
             future.release()
 
-    def _tell_waiting(self, here: set[str]) -> None:
+    def _tell_waiting(self, here: set[_Worker]) -> None:
         if here and not self._usable and here <= self._refused:
             raise UsageError(f"none of the {len(here)} workers at {self._address} can do the work: see above")
         if not self._usable and not self._waits:
@@ -173,7 +187,9 @@ class DaskCrew:
             for future in futures:
                 future.release()
             if self._client.status == "running" and self._usable and self._cluster is None:
-                self._client.run(_let_go, self._charge, workers=list(self._usable), on_error="ignore")
+                self._client.run(
+                    _let_go, self._charge, workers=[address for address, _ in self._usable], on_error="ignore"
+                )
         with contextlib.suppress(Exception):
             self._client.close(timeout=5)
         if self._cluster is not None:
@@ -184,8 +200,8 @@ class DaskCrew:
 # What runs in the scheduler and in workers.
 
 
-def _workers(dask_scheduler: Any) -> list[str]:
-    return list(dask_scheduler.workers)
+def _workers(dask_scheduler: Any) -> list[_Worker]:
+    return [(address, state.server_id) for address, state in dask_scheduler.workers.items()]
 
 
 async def _prepare(charge: Any, name: str, dask_worker: Any) -> int | str:

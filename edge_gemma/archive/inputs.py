@@ -221,7 +221,8 @@ def _sound(name: str, file: str, options: Mapping[str, Any], state: list[Any] | 
 
 def _item(custom_id: str, url: str, body: dict[str, Any], state: list[Any] | None) -> Item:
     """state: of the file that it names, None if it names none."""
-    told = json.dumps([url, body, state], sort_keys=True).encode()
+    named = body | {"file": body["file"].rpartition("/")[2]} if state else body  # a folder that was moved is the same
+    told = json.dumps([url, named, state], sort_keys=True).encode()
     size = state[0] if state and isinstance(state[0], int) else 0
     return Item(custom_id, url, body, hashlib.sha256(told).hexdigest()[:32], size, state != [])
 

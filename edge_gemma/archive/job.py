@@ -26,7 +26,7 @@ from edge_gemma.folder.folder import ModelFolder
 from edge_gemma.host import cpus
 
 LOCAL = "local"
-SESSIONS = 4  # requests that a process does at a time
+SESSIONS = 8  # requests that a process does at a time
 _ELSEWHERE = 64  # sessions of a process on another machine, at most: Dask says how many there are
 _REASONS = 20  # different reasons that a report tells
 
@@ -118,7 +118,7 @@ def run(
     folder = model_of(job)
     began = time.perf_counter()
     with Journal(job.archive, anew=job.anew) as journal:
-        created = _same_model(journal, folder, note)
+        created = _same_as_before(job, source, journal, folder, note)
         taken = journal.take(checked_items(source.items(), folder))
         _tell_taken(journal, source, taken, note)
         if job.retry:
@@ -179,14 +179,18 @@ def _beside(job: Job) -> Path:
     return job.output.with_suffix("")
 
 
-def _same_model(journal: Journal, folder: ModelFolder, note: Note) -> int:
-    """Returns when the archive was begun. Raises UsageError if that was with another model."""
+def _same_as_before(job: Job, source: Input, journal: Journal, folder: ModelFolder, note: Note) -> int:
+    """Returns when the archive was begun. Raises UsageError if that was with another model, or other options."""
     model, digest = journal.about("model", folder.path.name), folder.manifest["digest"]
+    instead = "choose another OUTPUT, or --force to begin anew"
     if journal.about("digest", digest) != digest:
         raise UsageError(
             f"{journal.path} was begun with the model {model}, this is another one ({folder.path}): take that one, "
-            "choose another OUTPUT, or --force to begin anew"
+            f"{instead}"
         )
+    if not source.requests and (asked := journal.about("asked", job.sound)) != job.sound:
+        told, now = (" ".join(f"{name} {value}" for name, value in sorted(each.items())) for each in (asked, job.sound))
+        raise UsageError(f"{journal.path} was begun with {told}, this run has {now}: give the same, {instead}")
     if (version := journal.about("version", __version__)) != __version__:
         note(f"{journal.path} was begun with edge_gemma {version}, this is {__version__}: what is done is kept")
     return int(journal.about("created", int(time.time())))
@@ -211,7 +215,7 @@ def _tell_taken(journal: Journal, source: Input, taken: Any, note: Note) -> None
     if source.left_out:
         told += f"; {source.left_out:,} files are no sound, by their names, and left out"
     note(told)
-    if over and taken.changed:
+    if taken.changed:
         note(f"{taken.changed:,} requests have changed since: they are done anew")
     if taken.gone:
         note(f"{taken.gone:,} requests are in INPUT no more: their results are kept")

@@ -192,13 +192,10 @@ class Journal:
         self.commit(now=True)
         self._do("SAVEPOINT taking")
         try:
-            before = self._do("SELECT count(*) FROM requests WHERE place IS NOT NULL").fetchone()[0]
-            self._do("UPDATE requests SET place = NULL WHERE place IS NOT NULL")
-            stayed = 0
+            self._do("UPDATE requests SET place = -1 - place WHERE place IS NOT NULL")  # until they are found again
             for place, item in enumerate(items):
-                how, was_there = self._take(place, item)
-                counts[how] += 1
-                stayed += was_there
+                counts[self._take(place, item)] += 1
+            gone = self._do("UPDATE requests SET place = NULL WHERE place < 0").rowcount
         except BaseException:
             self._do("ROLLBACK TO taking")
             raise
@@ -206,10 +203,10 @@ class Journal:
             with suppress(UsageError):
                 self._do("RELEASE taking")
         self.commit(now=True)
-        return Taken(sum(counts.values()), counts["new"], counts["changed"], before - stayed)
+        return Taken(sum(counts.values()), counts["new"], counts["changed"], gone)
 
-    def _take(self, place: int, item: Item) -> tuple[str, bool]:
-        """Returns what became of it, and whether INPUT had it before.
+    def _take(self, place: int, item: Item) -> str:
+        """Returns what became of it.
 
         What is done stays so while its file cannot be looked at: a disk that is not mounted changes nothing.
         """
@@ -223,17 +220,17 @@ class Journal:
                 "INSERT INTO requests (custom_id, place, digest, url, body, size, state) VALUES (?, ?, ?, ?, ?, ?, ?)",
                 item.custom_id, place, item.digest, item.url, body, item.size, WAITING,
             )  # fmt: skip
-            return "new", False
+            return "new"
         request, at, same = found
-        if at is not None:
+        if at is not None and at >= 0:
             raise UsageError(f"INPUT has {item.custom_id!r:.200} twice: requests need names of their own")
         if not same:
             self._do("UPDATE requests SET place = ?, digest = ?, url = ?, body = ?, size = ? WHERE id = ?",
                      place, item.digest, item.url, body, item.size, request)  # fmt: skip
             self._wait(request)
-            return "changed", True
+            return "changed"
         self._do("UPDATE requests SET place = ? WHERE id = ?", place, request)
-        return "same", True
+        return "same"
 
     def _wait(self, request: int) -> None:
         self._do("UPDATE requests SET state = ?, result = NULL, seconds = 0, words = 0 WHERE id = ?", WAITING, request)

@@ -108,7 +108,7 @@ class Batch:
         self._threads = [threading.Thread(target=self._feed, args=(child,), daemon=True) for child in self._children]
         self._underway: set[_Active] = set()
         self._requests = self._over = 0
-        self._weight = self._weight_over = 0.0
+        self._weight = self._weight_over = self._weight_partly = 0.0
         for size, over in journal.weights():
             self._requests, self._over = self._requests + 1, self._over + over
             self._weight, self._weight_over = self._weight + (size or 1), self._weight_over + over * (size or 1)
@@ -120,6 +120,7 @@ class Batch:
         Raises EdgeGemmaError, one line, if it cannot go on; what is done is kept.
         """
         waiting, until = self._journal.waiting(), time.monotonic() + patience_s
+        self._room.size, tended = _AHEAD * self._crew.slots, time.monotonic()
         for thread in self._threads:
             thread.start()
         try:
@@ -129,11 +130,14 @@ class Batch:
                 try:
                     happened = self._inbox.get(timeout=_LOOK_S)
                 except queue.Empty:
-                    self._crew.tend()
+                    pass
                 else:
                     with interrupts.held():  # what it writes into the journal belongs together
                         happened()
                 self._journal.commit()
+                if time.monotonic() - tended > _LOOK_S:  # also where results come all the time
+                    tended = time.monotonic()
+                    self._crew.tend()
         finally:
             self.close()
         self._journal.commit(now=True)
@@ -146,8 +150,7 @@ class Batch:
             child.close()
 
     def _tell(self) -> None:
-        partly = sum(active.share * weight(active.request) for active in self._underway)
-        share = min(1.0, (self._weight_over + partly) / max(1.0, self._weight))
+        share = min(1.0, (self._weight_over + self._weight_partly) / max(1.0, self._weight))
         self._progress(Progress(self._over, self._requests, share, self.seconds))
 
     # Requests are read, in threads of their own.
@@ -254,7 +257,7 @@ class Batch:
         else:
             self._journal.part_done(request.id, given.key, outcome.value)
             self.seconds += given.seconds
-            active.share = max(active.share, given.share or 0.0)
+            self._further(active, max(active.share, given.share or 0.0))
             self._finish(active)
         self._tell()
 
@@ -281,7 +284,12 @@ class Batch:
             self._note(f"{active.request.custom_id}: {reason}")
             self._end(active)
 
+    def _further(self, active: _Active, share: float) -> None:
+        self._weight_partly += (share - active.share) * weight(active.request)
+        active.share = share
+
     def _end(self, active: _Active) -> None:
+        self._further(active, 0.0)
         active.over = True
         self._underway.discard(active)
         self._over += 1
@@ -293,6 +301,7 @@ class Batch:
         tries = 0 if active.over else self._journal.tried(active.request.id, _READING)
         if not active.over and tries < TRIES:
             self._underway.discard(active)
+            self._further(active, 0.0)
             active.over = True  # what it has given out meanwhile is not needed twice
             active = _Active(active.request, active.task)
             self._underway.add(active)

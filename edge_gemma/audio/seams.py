@@ -14,6 +14,7 @@ _WORD = re.compile(rf"[{_UNSPACED}]|[^\s{_UNSPACED}]+")
 _NO_SPACE = re.compile(rf"[{_UNSPACED}\u3000-\u303f\uff00-\uffef]")
 _LOOKED_AT = 40  # words on each side of a seam: more than anyone says in two seconds
 _HALF_HEARD = 2  # words at either edge of the overlap that may differ: the cut goes through them
+_MISHEARD = 2  # words in a row within the overlap that may differ: each segment has heard them in another context
 
 _LOOP_PERIODS = 40  # tokens: the longest phrase whose repetition is noticed
 _LOOP_TOKENS, _LOOP_TIMES = 30, 5  # five repetitions of a phrase, thirty tokens or more in all, are a loop
@@ -36,7 +37,8 @@ def seam(before: str, after: str) -> tuple[str, str]:
 
     Returns both texts, with each word in one of them. The shared words are the longest common run near both edges. Up
     to two words beyond it at either edge were cut in half and are left out. The last shared word is taken from `after`,
-    which heard what follows. If nothing is shared, both stay whole: a word twice is better than a word lost.
+    which heard what follows. If there is no such run, words between the shared ones may differ. If nothing is shared, both
+    stay whole: a word twice is better than a word lost.
     """
     if (match := _match(before, after)) is None:
         return before, after
@@ -87,6 +89,24 @@ def _match(before: str, after: str) -> tuple[_Word, _Word] | None:
             score = 2 * run - left - j
             if run and left <= _HALF_HEARD and score > best_score:
                 best, best_score = (a[i + run - 1], b[j + run - 1]), score
+    return best or _loose_match(a, b)
+
+
+def _loose_match(a: Sequence[_Word], b: Sequence[_Word]) -> tuple[_Word, _Word] | None:
+    """As `_match`, where the shared words are no run: one of the segments has misheard a word among them."""
+    best, best_score = None, -1
+    scores: dict[tuple[int, int], int] = {}  # of the best chain of shared words that ends with a[i] and b[j]
+    steps = [(x, y) for x in range(_MISHEARD + 1) for y in range(_MISHEARD + 1)]  # words between two shared ones
+    for i, j in ((i, j) for i in range(len(a)) for j in range(len(b)) if a[i].key == b[j].key):
+        chains = [scores[i - 1 - x, j - 1 - y] - max(x, y) for x, y in steps if (i - 1 - x, j - 1 - y) in scores]
+        if j <= _HALF_HEARD:
+            chains.append(-j)
+        if not chains:
+            continue
+        scores[i, j] = max(chains) + 2
+        left = len(a) - 1 - i
+        if left <= _HALF_HEARD and scores[i, j] - left > best_score:
+            best, best_score = (a[i], b[j]), scores[i, j] - left
     return best
 
 

@@ -36,7 +36,7 @@ def _tell(text: str) -> None:
 @click.option("--workers", type=click.IntRange(1, 256), metavar="N",
               help="Processes on this machine, which share its cores [default: 1].")  # fmt: skip
 @click.option("--sessions", type=click.IntRange(1, 64), metavar="N",
-              help="Requests that a process does at a time [default: 4].")  # fmt: skip
+              help="Requests that a process does at a time [default: 8].")  # fmt: skip
 @click.option("--language", metavar="L", help="The language spoken, a name or a code [default: the model hears it].")
 @click.option("--translate-to", metavar="L", help="Also translate into this language.")
 @click.option("--also", multiple=True, type=click.Choice(["txt", "srt", "vtt", "json"]),

@@ -195,6 +195,19 @@ def test_another_model_is_refused_unless_begun_anew(tapes: Path, tmp_path: Path)
     assert (report.requests, report.done, report.gone) == (7, 7, 0)
 
 
+def test_other_options_are_refused_and_a_folder_that_was_moved_is_the_same(tapes: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(tapes, tmp_path / "tapes")
+    run(folder, tmp_path / "out.jsonl")
+    before = (tmp_path / "out.jsonl").read_bytes()
+    with pytest.raises(UsageError, match="this run has language German response_format"):
+        run(folder, tmp_path / "out.jsonl", sound=VERBOSE | {"language": "German"})
+    told: list[str] = []
+    folder.rename(tmp_path / "moved")
+    job.run(job.Job(str(tmp_path / "moved"), tmp_path / "out.jsonl", "demo", sound=VERBOSE), told.append)
+    assert told == ["7 requests, 7 of them over; 1 files are no sound, by their names, and left out"]
+    assert (tmp_path / "out.jsonl").read_bytes() == before
+
+
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
