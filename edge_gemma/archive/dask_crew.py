@@ -134,6 +134,7 @@ class DaskCrew:
             if self._client.status != "running" or self._cut_off:
                 raise OSError
             here = set(self._client.run_on_scheduler(_workers))
+            _forget_sent(self._client.scheduler_comm)
         except ImportError as error:
             raise UsageError(f"the Dask scheduler at {self._address} needs edge_gemma, too: {reason(error)}") from None
         except Exception:
@@ -200,7 +201,15 @@ class DaskCrew:
 # What runs in the scheduler and in workers.
 
 
+def _forget_sent(stream: Any) -> None:
+    """Dask keeps the last 1000 messages of each connection, to look at for errors in itself, with works and all."""
+    with contextlib.suppress(AttributeError):
+        stream.recent_message_log.clear()
+
+
 def _workers(dask_scheduler: Any) -> list[_Worker]:
+    for stream in list(dask_scheduler.stream_comms.values()):
+        _forget_sent(stream)
     return [(address, state.server_id) for address, state in dask_scheduler.workers.items()]
 
 

@@ -37,8 +37,8 @@ def seam(before: str, after: str) -> tuple[str, str]:
 
     Returns both texts, with each word in one of them. The shared words are the longest common run near both edges. Up
     to two words beyond it at either edge were cut in half and are left out. The last shared word is taken from `after`,
-    which heard what follows. If there is no such run, words between the shared ones may differ. If nothing is shared, both
-    stay whole: a word twice is better than a word lost.
+    which heard what follows. If there is no such run, words between the shared ones may differ. If nothing is shared,
+    both stay whole: a word twice is better than a word lost.
     """
     if (match := _match(before, after)) is None:
         return before, after

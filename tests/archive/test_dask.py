@@ -1,0 +1,553 @@
+"""Batches by workers of Dask, each in processes of its own: whoever is killed, each recording is written down once.
+
+A `Site` starts schedulers, workers and commands as users do, and ends all of them, whatever the test did.
+"""
+
+import json
+import os
+import random
+import shutil
+import signal
+import socket
+import sqlite3
+import subprocess
+import sys
+import time
+import uuid
+from collections import Counter
+from contextlib import closing, suppress
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("distributed", reason="the archives extra is not installed")
+import psutil
+
+from edge_gemma.archive import job as archive
+from edge_gemma.folder import find
+from edge_gemma.folder.folder import manifest_digest
+from tests.archive import clips
+from tests.archive.poison import DEADLY, MIDWAY, told
+from tests.waiting import until
+
+ROOT = Path(__file__).parent.parent.parent
+TOKEN, ROLE = "EDGE_GEMMA_TEST_SITE", "EDGE_GEMMA_TEST_ROLE"
+LONG_S = 300  # for what takes seconds on an idle machine
+SOUND = {"response_format": "verbose_json"}  # what the command asks for
+SCHEDULER, WORKER, COMMAND = "scheduler", "worker", "command"
+NANNY, MODEL, READER = "nanny", "model", "reader"
+
+
+class Site:
+    """A scheduler, workers and commands on this machine."""
+
+    def __init__(self, folder):
+        self.folder, self.token, self.started = folder, uuid.uuid4().hex, 0
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        self.address = f"tcp://127.0.0.1:{self.port}"
+        self.popens = []
+
+    def start(self, role, *arguments, paths=(), cwd=ROOT):
+        """Start a process; what it writes goes into a file, `log`. paths: come first where it looks for modules."""
+        self.started += 1
+        environment = os.environ | {
+            TOKEN: self.token, ROLE: role, "PYTHONPATH": os.pathsep.join([*map(str, paths), str(ROOT)]),
+            "DASK_DISTRIBUTED__COMM__TIMEOUTS__CONNECT": "60s",  # of workers, on a machine that has much to do
+        }  # fmt: skip
+        log = self.folder / f"{self.started:03}-{role}.log"
+        with log.open("wb") as file:
+            popen = subprocess.Popen(
+                [sys.executable, "-m", *map(str, arguments)], env=environment, cwd=cwd, stdin=subprocess.DEVNULL,
+                stdout=file, stderr=subprocess.STDOUT, start_new_session=True,
+            )  # fmt: skip
+        popen.log = log
+        self.popens.append(popen)
+        return popen
+
+    def scheduler(self):
+        """Start the scheduler, and wait until it listens."""
+        popen = self.start(SCHEDULER, "dask", "scheduler", "--host", "127.0.0.1", "--port", self.port, "--no-dashboard")
+        until(lambda: popen.poll() is not None or self.listens(), LONG_S)
+        assert popen.poll() is None, popen.log.read_text()
+        return popen
+
+    def listens(self):
+        """Whether there is a scheduler."""
+        with socket.socket() as trial:
+            return trial.connect_ex(("127.0.0.1", self.port)) == 0
+
+    def worker(self, *options, threads=2, paths=(), cwd=ROOT):
+        """Start a worker, with its nanny."""
+        return self.start(
+            WORKER, "dask", "worker", self.address, "--nthreads", threads, "--nworkers", "1", "--no-dashboard",
+            "--memory-limit", "0", "--local-directory", self.folder / "dask", *options, paths=paths, cwd=cwd,
+        )  # fmt: skip
+
+    def batch(self, source, output, *, charge=None, reader=None, cwd=ROOT, **fields):
+        """Start the command, or, with a charge or a reader, its stand-in."""
+        given = {"job": {"input": str(source), "output": str(output), "model": "demo", "dask": self.address}}
+        given["job"] |= {"sound": SOUND} | fields
+        given |= {name: value for name, value in (("charge", charge), ("reader", reader)) if value is not None}
+        return self.start(COMMAND, "tests.archive.drive", json.dumps(given), cwd=cwd)
+
+    def processes(self, role=None):
+        """What runs here: each process that was started here, and what those have started."""
+        found = []
+        for process in psutil.process_iter():
+            with suppress(psutil.Error, OSError):
+                environment = process.environ()
+                ours = environment.get(TOKEN) == self.token and role in (None, environment[ROLE])
+                if ours and process.status() != psutil.STATUS_ZOMBIE:
+                    found.append(process)
+        return found
+
+    def kinds(self):
+        """The processes that a test kills, by what they are."""
+        kinds, tops = {}, {popen.pid for popen in self.popens}
+        for process in self.processes():
+            with suppress(psutil.Error, OSError):
+                role, line = process.environ()[ROLE], " ".join(process.cmdline())
+                kind = None
+                if process.pid in tops:
+                    kind = {WORKER: NANNY}.get(role, role)
+                elif "edge_gemma.archive.child" in line:
+                    kind = {WORKER: MODEL, COMMAND: READER}.get(role)
+                elif role == WORKER and "spawn_main" in line:
+                    kind = WORKER
+                kinds.setdefault(kind, []).append(process)
+        return kinds
+
+    def close(self):
+        """End all of it."""
+        until(self._ended, LONG_S)
+        for popen in self.popens:
+            popen.wait()
+
+    def _ended(self):
+        processes = self.processes()
+        for process in processes:
+            with suppress(psutil.Error):
+                process.kill()
+        return not processes
+
+
+@pytest.fixture
+def site(tmp_path):
+    """A Site of the test's own."""
+    found = Site(tmp_path)
+    yield found
+    found.close()
+
+
+@pytest.fixture(scope="session")
+def sequential(tmp_path_factory):
+    """sequential(count) -> (folder of clips, the OUTPUT of one process that does one after another)."""
+    done = {}
+
+    def make(count):
+        if count not in done:
+            root = tmp_path_factory.mktemp(f"clips-{count}")
+            folder, output = clips.make(root / "in", count), root / "sequential.jsonl"
+            report = archive.run(archive.Job(str(folder), output, "demo", workers=1, sessions=1, sound=SOUND))
+            assert (report.done, report.failed, report.set_aside) == (count, 0, 0)
+            done[count] = folder, output.read_bytes()
+        return done[count]
+
+    return make
+
+
+def ended(popen, code=0):
+    """Wait for a command. Returns what it wrote."""
+    until(lambda: popen.poll() is not None, LONG_S)
+    text = popen.log.read_text()
+    assert popen.returncode == code, text
+    return text
+
+
+def over(output):
+    """How many requests are over by now, by the journal; 0 where it cannot be read at the moment."""
+    with (
+        suppress(sqlite3.Error),
+        closing(sqlite3.connect(f"file:{output.with_suffix('.archive')}?mode=ro", uri=True, timeout=0)) as db,
+    ):
+        return db.execute("SELECT count(*) FROM requests WHERE state != 'waiting'").fetchone()[0]
+    return 0
+
+
+def report_of(text):
+    """The report that a command printed last."""
+    return json.loads(text.splitlines()[-1])
+
+
+def lines(output):
+    """OUTPUT by custom_id; each is there once."""
+    rows = [json.loads(line) for line in output.read_text().splitlines()]
+    assert max(Counter(row["custom_id"] for row in rows).values()) == 1
+    return {row["custom_id"]: row for row in rows}
+
+
+def errors(text):
+    """The lines that tell of an error."""
+    assert "Traceback" not in text, text
+    return [line for line in text.splitlines() if not line.startswith("(")]
+
+
+def test_dask_on_this_machine_writes_what_one_process_writes(site, sequential):
+    folder, expected = sequential(40)
+    output = site.folder / "out.jsonl"
+    command = site.start(
+        COMMAND, "edge_gemma", "batch", folder, output, "-m", "demo", "--dask", "local", "--workers", "3", "--sessions",
+        "2", "--json",
+    )  # fmt: skip
+    text = ended(command)
+    notes = [line for line in text.splitlines() if line[0] == "("]
+    assert [note for note in notes if "minute" not in note] == ["(40 requests)"]  # others tell of compiling
+    report = json.loads("".join(line for line in text.splitlines(True) if line[0] != "("))
+    assert (report["done"], report["failed"], report["set_aside"], report["waiting"]) == (40, 0, 0, 0)
+    assert output.read_bytes() == expected
+    until(lambda: not site.processes(), LONG_S)
+
+
+# Whoever dies
+
+
+class Supervisor:
+    """Keeps a scheduler and workers running, and the command until it is done, as systemd would."""
+
+    def __init__(self, site, workers, **command):
+        self.site, self.given = site, command
+        self.scheduler = site.scheduler()
+        self.workers = [site.worker() for _ in range(workers)]
+        self.command = site.batch(**command)
+        self.ends = Counter()  # of commands, by how
+        self.text = None  # what the last command wrote
+
+    def tend(self):
+        """Start again what has ended. Returns whether the command is done."""
+        if self.scheduler.poll() is not None:
+            self.scheduler = self.site.scheduler()
+        self.workers = [each if each.poll() is None else self.site.worker() for each in self.workers]
+        if self.text is None and self.command.poll() is not None:
+            self._command_ended()
+        return self.text is not None
+
+    def _command_ended(self):
+        text, code = self.command.log.read_text(), self.command.returncode
+        told_us = [line for line in text.splitlines() if line.startswith("Error")]
+        if code == 0:
+            self.text = text
+            return
+        if code == -signal.SIGKILL:
+            self.ends["killed"] += 1
+        else:
+            assert code == 1, text
+            assert len(told_us) == 1, text
+            assert "scheduler" in told_us[0], text
+            self.ends["the scheduler is gone"] += 1
+        assert "Traceback" not in text, text
+        self.command = self.site.batch(**self.given)
+
+
+@pytest.mark.parametrize(
+    ("count", "kills", "sleep_s"),
+    [(60, 6, 0.2), pytest.param(500, 30, 0.2, marks=[pytest.mark.slow, pytest.mark.timeout(2400)])],
+)
+def test_each_recording_is_written_down_once_whoever_dies(site, sequential, count, kills, sleep_s, capsys):
+    folder, expected = sequential(count)
+    output = site.folder / "out.jsonl"
+    seed = int(os.environ.get("EDGE_GEMMA_TEST_SEED", random.randrange(1 << 32)))
+    draw, began = random.Random(seed), time.monotonic()
+    kinds = [WORKER, NANNY, MODEL, READER, SCHEDULER, COMMAND] * (kills // 6)
+    draw.shuffle(kinds)
+    moments = sorted(draw.sample(range(1, count - 20), kills))  # by how much is done
+    supervisor = Supervisor(
+        site, 3, source=folder, output=output, charge={"sleep_s": sleep_s, "log": str(site.folder / "log")}
+    )
+    table = []
+
+    def reached(moment):
+        assert not supervisor.tend(), "it was done before all were killed"
+        return over(output) >= moment
+
+    for kind, moment in zip(kinds, moments, strict=True):
+        until(lambda moment=moment: reached(moment), LONG_S)
+        time.sleep(draw.uniform(0, 0.5))
+        until(lambda kind=kind: supervisor.tend() or site.kinds().get(kind), LONG_S)
+        victim = draw.choice(site.kinds().get(kind) or [None])
+        assert victim is not None, f"no {kind} is there"
+        with suppress(psutil.NoSuchProcess):
+            victim.kill()
+        table.append(f"{time.monotonic() - began:7.1f} s  {over(output):4} done  {kind} {victim.pid}")
+    until(supervisor.tend, 2 * LONG_S)
+    took = time.monotonic() - began
+    with capsys.disabled():
+        print(f"\n{count} clips, {kills} killed, seed {seed}: {took:.0f} s")
+        print("\n".join(table))
+        print(f"commands that ended before: {dict(supervisor.ends)}; "
+              f"works done: {len(told(site.folder / 'log'))}; started: {site.started}")  # fmt: skip
+    report = report_of(supervisor.text)
+    assert (report["done"], report["failed"], report["set_aside"], report["waiting"]) == (count, 0, 0, 0)
+    assert len(lines(output)) == count
+    assert output.read_bytes() == expected
+
+
+def test_no_process_stays_behind(site):
+    folder, log = clips.make(site.folder / "in", 60), site.folder / "log"
+    site.scheduler()
+    nanny = site.worker()
+    command = site.batch(folder, site.folder / "out.jsonl", charge={"sleep_s": 1, "log": str(log)})
+    until(lambda: told(log), LONG_S)
+    children = site.kinds()[MODEL]
+    assert site.kinds()[READER]
+    for process in (psutil.Process(nanny.pid), *site.kinds()[WORKER]):
+        process.kill()
+    until(lambda: not any(alive(child) for child in children), LONG_S)
+    until(lambda: not site.processes(WORKER), LONG_S)
+    command.kill()
+    command.wait()
+    until(lambda: not site.processes(COMMAND), LONG_S)
+
+
+def alive(process):
+    """Whether it runs."""
+    with suppress(psutil.Error):
+        return process.status() != psutil.STATUS_ZOMBIE
+    return False
+
+
+# Works that end processes
+
+
+@pytest.mark.parametrize("dask", [None, "local", "address"])
+def test_a_clip_that_ends_its_process_is_set_aside_and_nothing_else(site, sequential, dask):
+    _, expected = sequential(40)
+    bad = (2, 13)
+    folder, output, log = clips.make(site.folder / "in", 40, late=bad), site.folder / "out.jsonl", site.folder / "log"
+    ending = signal.SIGSEGV if dask else signal.SIGKILL
+    if dask == "address":
+        site.scheduler()
+        site.worker(threads=4)
+    where = site.address if dask == "address" else dask
+    sessions = {} if dask == "address" else {"sessions": 4}
+    charge = {"sleep_s": 0.1, "ending": ending, "log": str(log)}
+    given = {"charge": charge, "dask": where} | sessions
+    text = ended(site.batch(folder, output, **given), 1)
+    report = report_of(text)
+    assert (report["done"], report["failed"], report["set_aside"], report["waiting"]) == (38, 0, 2, 0)
+    names = [f"{number:04}.wav" for number in bad]
+    for name in names:
+        assert f"({name}: it ended the process that worked 3 times: the process ended ({ending.name}))" in text
+    good = {row["custom_id"]: row for row in map(json.loads, expected.splitlines()) if row["custom_id"] not in names}
+    found = lines(output)
+    for name in names:
+        error = found.pop(name)["error"]
+        assert error["code"] == "worker_ended"
+        assert ending.name in error["message"]
+    assert found == good
+    company = [int(line.split()[2]) for line in told(log) if line.startswith("deadly")]
+    assert len(company) in (5, 6)  # the one may have been in the other's company
+    assert company.count(1) >= 4  # it is alone once it is suspected
+    assert company[0] > 1
+    # it stays aside, until it is asked for again
+    before = output.read_bytes()
+    assert report_of(ended(site.batch(folder, output, **given), 1))["set_aside"] == 2
+    assert output.read_bytes() == before
+    assert len([line for line in told(log) if line.startswith("deadly")]) == len(company)
+    assert report_of(ended(site.batch(folder, output, retry=True, **given), 1))["set_aside"] == 2
+    assert len([line for line in told(log) if line.startswith("deadly")]) >= len(company) + 5
+    harmless = given | {"charge": charge | {"ending": 0}}
+    report = report_of(ended(site.batch(folder, output, retry=True, **harmless)))
+    assert (report["done"], report["set_aside"]) == (40, 0)
+
+
+@pytest.mark.parametrize("dask", [None, "address"])
+def test_a_file_that_ends_its_reader_is_set_aside_and_nothing_else(site, sequential, dask):
+    _, expected = sequential(40)
+    folder, output, log = clips.make(site.folder / "in", 40), site.folder / "out.jsonl", site.folder / "log"
+    (folder / "0003.wav").rename(folder / f"0003-{DEADLY}.wav")
+    (folder / "0011.wav").rename(folder / f"0011-{MIDWAY}.wav")
+    if dask:
+        site.scheduler()
+        site.worker()
+    given = {"reader": {"log": str(log)}, "charge": {"sleep_s": 0.01}, "dask": site.address if dask else None}
+    text = ended(site.batch(folder, output, **given), 1)
+    report = report_of(text)
+    assert (report["done"], report["failed"], report["set_aside"], report["waiting"]) == (38, 0, 2, 0)
+    assert f"(0003-{DEADLY}.wav: reading it ended a process 3 times: the process ended (SIGSEGV))" in text
+    assert f"(0011-{MIDWAY}.wav: reading it ended a process 3 times: the process ended (SIGKILL))" in text
+    found = lines(output)
+    assert found.pop(f"0003-{DEADLY}.wav")["error"]["code"] == "worker_ended"
+    assert found.pop(f"0011-{MIDWAY}.wav")["error"]["code"] == "worker_ended"
+    bad = ("0003.wav", "0011.wav")
+    assert found == {row["custom_id"]: row for row in map(json.loads, expected.splitlines())
+                     if row["custom_id"] not in bad}  # fmt: skip
+    tries = [line for line in told(log) if line.startswith("deadly")]
+    assert report_of(ended(site.batch(folder, output, **given), 1))["set_aside"] == 2
+    assert [line for line in told(log) if line.startswith("deadly")] == tries
+    report = report_of(ended(site.batch(folder, output, retry=True, **given | {"reader": {"log": str(log)}}), 1))
+    assert report["set_aside"] == 2
+    assert len([line for line in told(log) if line.startswith("deadly")]) == len(tries) * 2
+
+
+# Workers that cannot do the work
+
+
+OTHER_VERSION = "import edge_gemma\nedge_gemma.__version__ = '0.0.1'\n"
+NOT_INSTALLED = """
+import sys
+from importlib.abc import MetaPathFinder
+
+class Hidden(MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name.partition(".")[0] == "edge_gemma":
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Hidden())
+"""
+
+
+def shim(folder, source):
+    """A folder that makes Python run `source` when it starts."""
+    folder.mkdir()
+    (folder / "sitecustomize.py").write_text(source)
+    return [folder]
+
+
+def model_at(folder, **changes):
+    """A copy of the model in `folder`/model, with a manifest that says something else."""
+    shutil.copytree(find.EMBEDDED, folder / "model", copy_function=os.symlink)
+    manifest = folder / "model" / "manifest.json"
+    entries = json.loads(manifest.read_text()) | changes
+    manifest.unlink()
+    manifest.write_text(json.dumps(entries | {"digest": manifest_digest(entries)}))
+    return folder
+
+
+def test_workers_that_cannot_do_the_same_get_none(site, sequential):
+    folder, expected = sequential(40)
+    output, log = site.folder / "out.jsonl", site.folder / "log"
+    here, there = model_at(site.folder / "here"), model_at(site.folder / "there", created_by="another")
+    site.scheduler()
+    site.worker("--name", "other", paths=shim(site.folder / "other", OTHER_VERSION), cwd=here)
+    site.worker("--name", "without", paths=shim(site.folder / "without", NOT_INSTALLED), cwd=here)
+    site.worker(cwd=there)
+    until(lambda: len(site.kinds().get(WORKER, ())) == 3, LONG_S)
+    given = {"charge": {"sleep_s": 0.01, "log": str(log)}, "model": "model", "cwd": here}
+    told_us = errors(ended(site.batch(folder, output, **given), 1))
+    assert len(told_us) == 1
+    assert told_us[0].startswith("Error: none of the ")
+    assert not told(log)
+    site.worker("--name", "fit", threads=4, cwd=here)
+    registered(site, 4)
+    text = ended(site.batch(folder, output, **given))
+    notes = [line for line in text.splitlines() if "gets no work" in line]
+    assert len(notes) == 3
+    assert len([note for note in notes if "edge_gemma 0.0.1 is installed there" in note]) == 1
+    assert len([note for note in notes if "No module named 'edge_gemma'" in note]) == 1
+    assert len([note for note in notes if "is another model than the command's" in note]) == 1
+    assert report_of(text)["done"] == 40
+    assert output.read_bytes() == expected
+    assert len({line for line in told(log) if line.startswith("work")}) == 1  # one process
+
+
+def registered(site, count):
+    """Wait until the scheduler has so many workers."""
+    look = (
+        "import sys, distributed\nwith distributed.Client(sys.argv[1], timeout=60) as client:\n"
+        "    client.wait_for_workers(int(sys.argv[2]), timeout=300)"
+    )
+    environment = os.environ | {TOKEN: site.token, ROLE: "look"}
+    subprocess.run([sys.executable, "-c", look, site.address, str(count)], env=environment, check=True)
+
+
+# Workers that come and go
+
+
+def test_workers_come_late_join_leave_and_come_again(site, sequential):
+    folder, expected = sequential(60)
+    output, log = site.folder / "out.jsonl", site.folder / "log"
+    site.scheduler()
+    command = site.batch(folder, output, charge={"sleep_s": 0.5, "log": str(log)})
+    until(lambda: "waiting for workers" in command.log.read_text(), LONG_S)
+    workers = [site.worker(threads=1)]
+    until(lambda: told(log), LONG_S)
+    workers.append(site.worker(threads=3))  # while the other works
+    until(lambda: len(set(told(log))) == 2, LONG_S)
+    assert command.poll() is None
+    for process in site.processes(WORKER):
+        process.kill()
+    for worker in workers:
+        worker.wait()
+    assert command.poll() is None
+    until(lambda: command.log.read_text().count("waiting for workers") == 2, LONG_S)
+    site.worker(threads=4)
+    text = ended(command)
+    report = report_of(text)
+    assert (report["done"], report["failed"], report["set_aside"]) == (60, 0, 0)
+    assert output.read_bytes() == expected
+    assert len(set(told(log))) == 3
+    assert len(errors(text)) == 1  # the report
+
+
+def test_a_worker_that_joins_is_used_while_results_come_all_the_time(site):
+    folder, output, log = clips.make(site.folder / "in", 200), site.folder / "out.jsonl", site.folder / "log"
+    site.scheduler()
+    site.worker(threads=4)
+    command = site.batch(folder, output, charge={"sleep_s": 0.3, "log": str(log)})
+    until(lambda: told(log), LONG_S)
+    site.worker(threads=4)
+    until(lambda: command.poll() is not None or len(set(told(log))) == 2, LONG_S)
+    assert command.poll() is None
+    command.kill()
+
+
+def test_a_worker_with_a_port_of_its_own_is_used_again_at_once(site):
+    folder, output, log = clips.make(site.folder / "in", 40), site.folder / "out.jsonl", site.folder / "log"
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    site.scheduler()
+    site.worker("--worker-port", port, "--nanny-port", 0)
+    command = site.batch(folder, output, charge={"sleep_s": 0.3, "log": str(log)})
+    until(lambda: told(log), LONG_S)
+    site.kinds()[WORKER][0].kill()  # its nanny starts it again
+    assert report_of(ended(command))["done"] == 40
+    assert len(set(told(log))) == 2
+
+
+# The scheduler
+
+
+def test_no_scheduler_is_told_in_one_line(site):
+    folder = clips.make(site.folder / "in", 1)
+    told_us = errors(ended(site.batch(folder, site.folder / "out.jsonl"), 1))
+    assert len(told_us) == 1
+    assert f"there is no Dask scheduler at {site.address}" in told_us[0]
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_a_scheduler_that_dies_ends_the_command_in_one_line(site, sequential, again):
+    """again: it is there again at once, and knows nothing of what was handed out."""
+    folder, expected = sequential(40)
+    output, log = site.folder / "out.jsonl", site.folder / "log"
+    scheduler = site.scheduler()
+    site.worker()
+    given = {"source": folder, "output": output, "charge": {"sleep_s": 0.3, "log": str(log)}}
+    command = site.batch(**given)
+    until(lambda: told(log), LONG_S)
+    scheduler.kill()
+    scheduler.wait()
+    if again:
+        site.scheduler()
+        site.worker()
+    told_us = errors(ended(command, 1))
+    assert len(told_us) == 1
+    assert f"the Dask scheduler at {site.address} is gone" in told_us[0]
+    assert 0 < len(lines(output)) < 40 if output.read_text() else True
+    if not again:
+        site.scheduler()
+        site.worker()
+    assert report_of(ended(site.batch(**given)))["done"] == 40
+    assert output.read_bytes() == expected
