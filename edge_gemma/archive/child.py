@@ -83,6 +83,10 @@ class Child:
         with self._place(alone):
             return self._opened().answer(work)
 
+    def start(self) -> None:
+        """Start the process now. Raises NotStartedError, one line."""
+        self._opened()
+
     def stream(self, work: Any) -> Generator[Any, None, None]:
         """Do a work, and yield the values that it emits. Raises as `do`. Not read to its end, the process is ended."""
         with self._place(alone=False):

@@ -27,6 +27,7 @@ from edge_gemma.host.extras import imported
 
 _CONNECT_S = 20.0
 _LOOK_S = 2.0  # between two looks for new workers
+_HOPE_S = 10.0  # that a worker which fits may need to come, where others do not
 _IDLE_S = 300.0  # a model stays open so long after its last work
 _SLOTS = 1  # of a worker that has told nothing
 
@@ -56,8 +57,11 @@ class DaskCrew:
         self._refused: set[_Worker] = set()
         self._works: dict[int, tuple[Any, bool]] = {}  # what was handed out
         self._futures: dict[int, Any] = {}  # of Dask
+        self._preparing: set[_Worker] = set()
+        self._unfit: dict[int, tuple[str, str]] = {}  # works that a worker cannot do any more: its address, and why
         self._guard = threading.RLock()
         self._handed_out, self._looked, self._waits, self._cut_off = 0, 0.0, False, False
+        self._hopeless: float | None = None  # since when no worker is fit
         self._cluster: Any = None
         if address == "local":
             self._cluster = distributed.LocalCluster(
@@ -76,7 +80,8 @@ class DaskCrew:
     @property
     def slots(self) -> int:
         """As Crew.slots."""
-        return max(sum(self._usable.values()), _SLOTS)
+        with self._guard:
+            return max(sum(self._usable.values()), _SLOTS)
 
     def submit(self, number: int, work: Any, *, alone: bool) -> None:
         """As Crew.submit."""
@@ -107,7 +112,11 @@ class DaskCrew:
             if found is None:  # the scheduler may be there again before `tend` looks, and knows nothing of it
                 self._cut_off = True
                 return
-            del self._futures[number], self._works[number]
+            del self._futures[number]
+            if found.kind == "unfit":
+                self._unfit[number] = found.value
+                return
+            del self._works[number]
         current.release()
         self._told(number, found)
 
@@ -141,30 +150,55 @@ class DaskCrew:
             raise UsageError(
                 f"the Dask scheduler at {self._address} is gone: start it again, and the same command goes on"
             ) from None
-        gone = set(self._usable) - here
-        for worker in gone:
-            del self._usable[worker]
-        before = bool(self._usable)
-        new = here - set(self._usable) - self._refused
-        if new:
-            self._prepare(sorted(new))
-        if self._usable and not before:  # Dask does not look again at work that no worker could do
-            with self._guard:
-                self._hand_out_again()
+        self._refuse_unfit()
+        with self._guard:
+            for worker in set(self._usable) - here:
+                del self._usable[worker]
+            new = here - set(self._usable) - self._refused - self._preparing
+            self._preparing |= new
+        if new:  # in a thread: a worker may take minutes to load its model
+            threading.Thread(target=self._prepare, args=(sorted(new),), daemon=True).start()
         self._tell_waiting(here)
 
     def _prepare(self, workers: list[_Worker]) -> None:
+        """Find out which workers can do the work, and how many at a time."""
         addresses = [address for address, _ in workers]
-        answers = self._client.run(_prepare, self._charge, self._name, workers=addresses, on_error="return")
-        for worker in workers:
-            answer = answers.get(worker[0], OSError())
-            if isinstance(answer, int):
-                self._usable[worker] = answer
-            elif isinstance(answer, OSError) and not isinstance(answer, FileNotFoundError):
-                continue  # it is gone already
-            else:
-                self._refused.add(worker)
-                self._note(f"worker {worker[0]} gets no work: {answer if isinstance(answer, str) else reason(answer)}")
+        answers: dict[str, Any] = {}
+        with contextlib.suppress(Exception):  # the scheduler is gone, which `tend` finds out
+            answers = self._client.run(
+                _prepare, self._charge, self._name, self._do is do_in_child, workers=addresses, on_error="return"
+            )
+        with self._guard:
+            before = bool(self._usable)
+            self._preparing -= set(workers)
+            for worker in workers:
+                answer = answers.get(worker[0], OSError())
+                if isinstance(answer, int):
+                    self._usable[worker] = answer
+                elif not isinstance(answer, OSError) or isinstance(
+                    answer, FileNotFoundError
+                ):  # others are gone already
+                    self._refuse(worker, answer if isinstance(answer, str) else reason(answer))
+            if self._usable and not before:  # Dask does not look again at work that no worker could do
+                self._hand_out_again()
+
+    def _refuse(self, worker: _Worker, why: str) -> None:
+        self._refused.add(worker)
+        self._note(f"worker {worker[0]} gets no work: {why}")
+
+    def _refuse_unfit(self) -> None:
+        """Workers that cannot do the work any more get none, and others what they had."""
+        with self._guard:
+            unfit, self._unfit = self._unfit, {}
+            reasons = dict(unfit.values())
+            for worker in [worker for worker in self._usable if worker[0] in reasons]:
+                del self._usable[worker]
+                self._refuse(worker, reasons[worker[0]])
+        if unfit:
+            self._client.run(_refuse, self._name, workers=list(reasons), on_error="ignore")
+            with self._guard:
+                for number in unfit:
+                    self._hand_out(number)
 
     def _hand_out_again(self) -> None:
         old = list(self._futures.values())
@@ -174,11 +208,18 @@ class DaskCrew:
             future.release()
 
     def _tell_waiting(self, here: set[_Worker]) -> None:
-        if here and not self._usable and here <= self._refused:
+        with self._guard:
+            waits = not (self._usable or self._preparing)
+            hopeless = bool(here) and here <= self._refused
+        if not hopeless:
+            self._hopeless = None
+        elif self._hopeless is None:
+            self._hopeless = time.monotonic()
+        elif time.monotonic() - self._hopeless > _HOPE_S:
             raise UsageError(f"none of the {len(here)} workers at {self._address} can do the work: see above")
-        if not self._usable and not self._waits:
+        if waits and not self._waits:
             self._note(f"waiting for workers at {self._address}: start them with dask worker {self._address}")
-        self._waits = not self._usable
+        self._waits = waits
 
     def close(self) -> None:
         """As Crew.close. Workers of others stay, and let go of the model."""
@@ -213,15 +254,22 @@ def _workers(dask_scheduler: Any) -> list[_Worker]:
     return [(address, state.server_id) for address, state in dask_scheduler.workers.items()]
 
 
-async def _prepare(charge: Any, name: str, dask_worker: Any) -> int | str:
-    """In a worker: whether it can do the work. Returns how many at a time, or why not."""
+async def _prepare(charge: Any, name: str, child: bool, dask_worker: Any) -> int | str:
+    """In a worker: whether it can do the work. Returns how many at a time, or why not. child: a Child does it."""
     try:
         charge.check()
+        if child:
+            await asyncio.to_thread(_stations.child(charge).start)
     except Exception as error:
         return reason(error)
     threads = dask_worker.state.nthreads
     await dask_worker.set_resources(**{name: threads})
     return int(threads)
+
+
+async def _refuse(name: str, dask_worker: Any) -> None:
+    """In a worker: it gets no more work."""
+    await dask_worker.set_resources(**{name: 0})
 
 
 class _Stations:
@@ -239,15 +287,18 @@ class _Stations:
                 self._children[charge] = Child(charge)
             if charge in self._ends:
                 self._ends[charge].cancel()
-            self._ends[charge] = end = threading.Timer(_IDLE_S, self._end, [charge])
+            self._ends[charge] = end = threading.Timer(_IDLE_S, lambda: self._end(charge, end))
             end.daemon = True
             end.start()
             return self._children[charge]
 
-    def _end(self, charge: Any) -> None:
-        child = self._children.get(charge)
-        if child is not None and not child.running:
-            self.close(charge)
+    def _end(self, charge: Any, timer: threading.Timer) -> None:
+        with self._guard:
+            child = self._children.get(charge)
+            if child is None or child.running or self._ends[charge] is not timer:  # it has work, or had since
+                return
+            del self._children[charge]
+        child.close()
 
     def close(self, charge: Any) -> None:
         """End the charge's child, if there is one."""
@@ -262,7 +313,10 @@ _stations = _Stations()
 
 def do_in_child(charge: Any, work: Any, alone: bool) -> Outcome:
     """In a worker: do a work."""
-    return outcome(lambda: _stations.child(charge).do(work, alone=alone))
+    from distributed import get_worker
+
+    found = outcome(lambda: _stations.child(charge).do(work, alone=alone))
+    return Outcome("unfit", (get_worker().address, found.value)) if found.kind == "lost" else found
 
 
 def _let_go(charge: Any) -> None:

@@ -5,9 +5,10 @@ whenever it is done. Does not know: processes, the journal, files of sound.
 """
 
 import hashlib
+import secrets
 import threading
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -49,7 +50,7 @@ class Answer:
 class ModelCharge:
     """A model, and how it works. model: as -m has it. digest: of its manifest. slots: requests at a time.
 
-    context, threads: as in Engine.
+    context, threads: as in Engine. name: another one for each command, so that they have processes of their own.
     """
 
     model: str | None
@@ -58,6 +59,7 @@ class ModelCharge:
     context: int | None = None
     threads: int | None = None
     version: str = __version__
+    name: str = field(default_factory=lambda: secrets.token_hex(4))
 
     def check(self) -> None:
         """Raises NotStartedError, one line, where the results would not be those of the command's own machine."""
