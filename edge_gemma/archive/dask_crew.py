@@ -93,7 +93,8 @@ class DaskCrew:
         work, alone = self._works[number]
         self._handed_out += 1  # a key that was used before may bring its result
         future: Any = self._client.submit(
-            self._do, self._charge, work, alone, key=f"{self._name}-{self._client.id[-12:]}-{self._handed_out}",
+            _sent_as_code(), pickle.dumps((self._do, self._charge, work, alone)),
+            key=f"{self._name}-{self._client.id[-12:]}-{self._handed_out}",
             resources={self._name: 1}, pure=False,
         )  # fmt: skip
         self._futures[number] = future
@@ -142,10 +143,9 @@ class DaskCrew:
         try:
             if self._client.status != "running" or self._cut_off:
                 raise OSError
-            here = set(self._client.run_on_scheduler(_workers))
-            _forget_sent(self._client.scheduler_comm)
-        except ImportError as error:
-            raise UsageError(f"the Dask scheduler at {self._address} needs edge_gemma, too: {reason(error)}") from None
+            here = set(self._client.run_on_scheduler(_looked_up()))
+            if hasattr(self._client.scheduler_comm, "recent_message_log"):
+                self._client.scheduler_comm.recent_message_log.clear()
         except Exception:
             raise UsageError(
                 f"the Dask scheduler at {self._address} is gone: start it again, and the same command goes on"
@@ -242,16 +242,34 @@ class DaskCrew:
 # What runs in the scheduler and in workers.
 
 
-def _forget_sent(stream: Any) -> None:
-    """Dask keeps the last 1000 messages of each connection, to look at for errors in itself, with works and all."""
-    with contextlib.suppress(AttributeError):
-        stream.recent_message_log.clear()
+def _sent_as_code() -> Callable[[bytes], Outcome]:
+    """What a worker does. It and what it is given mean nothing to the scheduler, which reads all that passes it: it
+    needs no edge_gemma. (A function without a name of its own is sent as code.)
+    """
+
+    def do(packed: bytes) -> Any:
+        import pickle
+
+        function, *given = pickle.loads(packed)
+        return function(*given)
+
+    return do
 
 
-def _workers(dask_scheduler: Any) -> list[_Worker]:
-    for stream in list(dask_scheduler.stream_comms.values()):
-        _forget_sent(stream)
-    return [(address, state.server_id) for address, state in dask_scheduler.workers.items()]
+def _looked_up() -> Callable[[Any], list[_Worker]]:
+    """What a scheduler does to tell its workers, sent as code, too.
+
+    Dask keeps the last 1000 messages of each connection, to look at for errors in itself, with works and all: they are
+    dropped, here and there.
+    """
+
+    def workers(dask_scheduler: Any) -> list[Any]:
+        for stream in list(dask_scheduler.stream_comms.values()):
+            if hasattr(stream, "recent_message_log"):
+                stream.recent_message_log.clear()
+        return [(address, state.server_id) for address, state in dask_scheduler.workers.items()]
+
+    return workers
 
 
 async def _prepare(charge: Any, name: str, child: bool, dask_worker: Any) -> int | str:

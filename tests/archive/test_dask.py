@@ -66,9 +66,10 @@ class Site:
         self.popens.append(popen)
         return popen
 
-    def scheduler(self):
+    def scheduler(self, paths=()):
         """Start the scheduler, and wait until it listens."""
-        popen = self.start(SCHEDULER, "dask", "scheduler", "--host", "127.0.0.1", "--port", self.port, "--no-dashboard")
+        options = ("--host", "127.0.0.1", "--port", self.port, "--no-dashboard")
+        popen = self.start(SCHEDULER, "dask", "scheduler", *options, paths=paths)
         until(lambda: popen.poll() is not None or self.listens(), LONG_S)
         assert popen.poll() is None, popen.log.read_text()
         return popen
@@ -429,7 +430,7 @@ def test_workers_that_cannot_do_the_same_get_none(site, sequential):
     folder, expected = sequential(40)
     output, log = site.folder / "out.jsonl", site.folder / "log"
     here, there = model_at(site.folder / "here"), model_at(site.folder / "there", created_by="another")
-    site.scheduler()
+    site.scheduler(paths=shim(site.folder / "bare", NOT_INSTALLED))  # it needs no edge_gemma
     site.worker("--name", "other", paths=shim(site.folder / "other", OTHER_VERSION), cwd=here)
     site.worker("--name", "without", paths=shim(site.folder / "without", NOT_INSTALLED), cwd=here)
     site.worker(cwd=there)
