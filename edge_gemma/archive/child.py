@@ -11,7 +11,6 @@ Work that is suspected to end processes is done alone: nothing else is then in t
 
 import itertools
 import os
-import pickle
 import queue
 import signal
 import subprocess
@@ -20,7 +19,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from typing import Any, Protocol
@@ -137,30 +136,37 @@ class Child:
                     raise CrashedError("the work was ended")
                 if self._process is not None and not self._process.ended and not self._process.killed:
                     return self._process
-                self._process = _Process(self.charge)
+                try:
+                    self._process = _Process(self.charge)
+                except OSError as error:
+                    raise NotStartedError(f"no process can be started: {reason(error)}") from None
                 if self._closed:  # meanwhile
                     self._process.kill()
                 try:
                     self._process.wait()
+                    return self._process
                 except CrashedError as error:
                     if not left and not self._closed:
                         raise NotStartedError(f"the process that works cannot be started: {error}") from None
-            assert self._process is not None
-            return self._process
+            raise CrashedError("the work was ended")
 
 
 class _Process:
     """One life of a child."""
 
     def __init__(self, charge: Charge) -> None:
-        ours, theirs = Pipe()
-        self._log = tempfile.TemporaryFile()  # noqa: SIM115 (until the process ends)
-        self.popen = subprocess.Popen(
-            [sys.executable, "-m", "edge_gemma.archive.child", str(theirs.fileno())],
-            stdin=subprocess.DEVNULL, stdout=self._log, stderr=self._log,
-            pass_fds=[theirs.fileno()], start_new_session=True,  # Ctrl-C is for the command
-        )  # fmt: skip
-        theirs.close()
+        with ExitStack() as stack:
+            self._log = stack.enter_context(tempfile.TemporaryFile())
+            ours, theirs = Pipe()
+            stack.callback(ours.close)
+            with theirs:
+                self.popen = subprocess.Popen(
+                    # -P: nothing that lies in the working folder is taken for a module
+                    [sys.executable, "-P", "-m", "edge_gemma.archive.child", str(theirs.fileno())],
+                    stdin=subprocess.DEVNULL, stdout=self._log, stderr=self._log,
+                    pass_fds=[theirs.fileno()], start_new_session=True,  # Ctrl-C is for the command
+                )  # fmt: skip
+            self._held = stack.pop_all()  # until the process ends
         self._connection = ours
         self._sending = threading.Lock()
         self._numbers = itertools.count()
@@ -215,7 +221,7 @@ class _Process:
 
     def _receive(self) -> None:
         """In a thread of its own: hand on what the process says, until it ends."""
-        with suppress(EOFError, OSError, pickle.UnpicklingError):
+        with suppress(Exception):  # its end, or what cannot be read: then it is ended
             while True:
                 number, kind, value = self._connection.recv()
                 self._hand_on(number, kind, value)
@@ -225,8 +231,7 @@ class _Process:
             self.ended = self._how()
             waiting, self._waiting = self._waiting, {}
         with self._sending:  # who sends a long message must not find it closed amid it
-            self._connection.close()
-        self._log.close()
+            self._held.close()
         for answers in waiting.values():
             _put(answers, ("crashed", self.ended))
 
@@ -304,11 +309,9 @@ def _work(descriptor: int) -> None:
 
     def work(number: int, what: Any) -> None:
         try:
-            value = do(what, lambda value: send(number, "value", value))
-        except Exception as error:
+            send(number, "done", do(what, lambda value: send(number, "value", value)))
+        except BaseException as error:  # SystemExit too, and a result that cannot be sent: whoever asked waits
             send(number, "failed", reason(error))
-        else:
-            send(number, "done", value)
 
     pool = ThreadPoolExecutor(charge.slots)
     with suppress(EOFError, OSError):

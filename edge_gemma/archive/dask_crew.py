@@ -166,7 +166,7 @@ class DaskCrew:
         answers: dict[str, Any] = {}
         with contextlib.suppress(Exception):  # the scheduler is gone, which `tend` finds out
             answers = self._client.run(
-                _prepare, self._charge, self._name, self._do is do_in_child, workers=addresses, on_error="return"
+                _made_ready, self._charge, self._name, self._do is do_in_child, workers=addresses, on_error="return"
             )
         with self._guard:
             before = bool(self._usable)
@@ -272,7 +272,7 @@ def _looked_up() -> Callable[[Any], list[_Worker]]:
     return workers
 
 
-async def _prepare(charge: Any, name: str, child: bool, dask_worker: Any) -> int | str:
+async def _made_ready(charge: Any, name: str, child: bool, dask_worker: Any) -> int | str:
     """In a worker: whether it can do the work. Returns how many at a time, or why not. child: a Child does it."""
     try:
         charge.check()
@@ -303,25 +303,33 @@ class _Stations:
         with self._guard:
             if charge not in self._children:
                 self._children[charge] = Child(charge)
-            if charge in self._ends:
-                self._ends[charge].cancel()
-            self._ends[charge] = end = threading.Timer(_IDLE_S, lambda: self._end(charge, end))
-            end.daemon = True
-            end.start()
+            self._end_later(charge)
             return self._children[charge]
+
+    def _end_later(self, charge: Any) -> None:
+        if charge in self._ends:
+            self._ends[charge].cancel()
+        self._ends[charge] = end = threading.Timer(_IDLE_S, lambda: self._end(charge, end))
+        end.daemon = True
+        end.start()
 
     def _end(self, charge: Any, timer: threading.Timer) -> None:
         with self._guard:
             child = self._children.get(charge)
-            if child is None or child.running or self._ends[charge] is not timer:  # it has work, or had since
+            if child is None or self._ends[charge] is not timer:  # it had work since
                 return
-            del self._children[charge]
+            if child.running:
+                self._end_later(charge)
+                return
+            del self._children[charge], self._ends[charge]
         child.close()
 
     def close(self, charge: Any) -> None:
         """End the charge's child, if there is one."""
         with self._guard:
             child = self._children.pop(charge, None)
+            if child is not None:
+                self._ends.pop(charge).cancel()
         if child is not None:
             child.close()
 

@@ -39,6 +39,7 @@ _DEPTH = 100  # objects and lists in one another, as the server takes them
 _EXPECTED = "a folder, a sound file, a glob, a list (.txt, .m3u), a .jsonl file of requests, or an fsspec address"
 _ADDRESS = re.compile(r"[A-Za-z][\w+.-]+(::[\w+.-]+)*://")  # two letters at least: C:// is a drive
 _WEB = ("http://", "https://")
+_BARRED = ("reference", "generic", "dask")  # file systems that follow what a file says, templates with code too
 _CACHES = ("blockcache", "filecache", "simplecache")  # links of a chained address that leave the path to the next
 # What tells that a file behind an address changed, the surest first; file systems name it in different ways.
 _MARKS = (
@@ -343,6 +344,11 @@ def _without_scheme(file: str) -> str:
 
 def _connected(address: str) -> tuple[Any, str]:
     """The file system of an address, and the path in it. Raises UsageError."""
+    for link in address.split("::"):
+        if (scheme := link.partition("://")[0]) in _BARRED:
+            raise UsageError(
+                f"{address:.200} is read by {scheme}, which may run what a file says: give another address"
+            )
     fsspec = imported("fsspec", f"reading {address}", "archives", UsageError)
     with _one_line(address):
         fs, path = fsspec.core.url_to_fs(address)

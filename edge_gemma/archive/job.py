@@ -17,12 +17,12 @@ from edge_gemma import __version__
 from edge_gemma.archive import output
 from edge_gemma.archive.crew import Crew, LocalCrew, Told
 from edge_gemma.archive.inputs import CHAT, TRANSCRIPTION, Input, Item, open_input
-from edge_gemma.archive.journal import ASIDE, DONE, FAILED, SUFFIX, WAITING, Journal
+from edge_gemma.archive.journal import ASIDE, DONE, FAILED, SUFFIX, WAITING, Journal, Taken
 from edge_gemma.archive.run import Batch, Progress
 from edge_gemma.archive.working import ModelCharge
 from edge_gemma.errors import UsageError
 from edge_gemma.folder import find
-from edge_gemma.folder.folder import ModelFolder
+from edge_gemma.folder.folder import TEMPLATE, ModelFolder
 from edge_gemma.host import cpus
 
 LOCAL = "local"
@@ -138,8 +138,9 @@ def run(
             note(f"{journal.counts()[WAITING]:,} of {taken.requests:,} requests are left: the same command goes on")
             raise
         finally:
-            journal.commit(now=True)
-            _write(job, journal, created)
+            with suppress(UsageError):  # of a full disk, which is told already
+                journal.commit(now=True)
+            _write(job, journal, created, note)
         return _report(job, journal, time.perf_counter() - began, seconds)
 
 
@@ -176,7 +177,7 @@ def _readers(job: Job) -> int:
 
 
 def _beside(job: Job) -> Path:
-    return job.output.with_suffix("")
+    return job.output.with_suffix(".files")
 
 
 def _same_as_before(job: Job, source: Input, journal: Journal, folder: ModelFolder, note: Note) -> int:
@@ -198,15 +199,16 @@ def _same_as_before(job: Job, source: Input, journal: Journal, folder: ModelFold
 
 def checked_items(items: Iterator[Item], folder: ModelFolder) -> Iterator[Item]:
     """Raises UsageError for requests that the model cannot serve, before anything is done."""
+    hears, chats = folder.audio is not None, folder.read_text(TEMPLATE) is not None
     for item in items:
-        if item.url == TRANSCRIPTION and folder.audio is None:
+        if item.url == TRANSCRIPTION and not hears:
             raise UsageError(f"{folder.path} has no audio tower: export a model that has, without --no-audio")
-        if item.url == CHAT and folder.read_text("chat_template.jinja") is None:
+        if item.url == CHAT and not chats:
             raise UsageError(f"{folder.path} is a base model, which answers no chats: take another model")
         yield item
 
 
-def _tell_taken(journal: Journal, source: Input, taken: Any, note: Note) -> None:
+def _tell_taken(journal: Journal, source: Input, taken: Taken, note: Note) -> None:
     counts = journal.counts()
     over = counts[DONE] + counts[FAILED] + counts[ASIDE]
     told = f"{taken.requests:,} requests"
@@ -221,12 +223,12 @@ def _tell_taken(journal: Journal, source: Input, taken: Any, note: Note) -> None
         note(f"{taken.gone:,} requests are in INPUT no more: their results are kept")
 
 
-def _write(job: Job, journal: Journal, created: int) -> None:
+def _write(job: Job, journal: Journal, created: int, note: Note) -> None:
     output.write(job.output, journal.rows(), created)
     if job.kinds:
         for row in journal.rows():
             if row.state == DONE and row.url == TRANSCRIPTION:
-                output.write_beside(_beside(job), row.custom_id, row.result, job.kinds, again=False)
+                output.write_beside(_beside(job), row.custom_id, row.result, job.kinds, again=False, note=note)
 
 
 def _report(job: Job, journal: Journal, run_s: float, run_sound_s: float) -> Report:

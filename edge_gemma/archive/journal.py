@@ -7,6 +7,7 @@ what was not committed yet, a second's results at most, and they are made again.
 """
 
 import json
+import math
 import os
 import sqlite3
 import time
@@ -16,11 +17,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
-from urllib.parse import quote
 
 from edge_gemma.archive import search
 from edge_gemma.archive.inputs import Item
+from edge_gemma.arguments import shown
 from edge_gemma.errors import UsageError
+from edge_gemma.host import interrupts
 from edge_gemma.host.system import lock_file, read
 
 SUFFIX = ".archive"
@@ -118,7 +120,7 @@ class Journal:
     def _forget(self) -> None:
         """Empty the file, whatever state it is in, if it is a journal or nothing."""
         at = read(self._lock, 4, _ID_AT)
-        if at and at != search.APPLICATION_ID.to_bytes(4, "big"):
+        if os.fstat(self._lock).st_size and at != search.APPLICATION_ID.to_bytes(4, "big"):
             raise UsageError(f"{self.path} is another program's file: choose another OUTPUT")
         for left in ("-journal", "-wal", "-shm"):
             self.path.with_name(self.path.name + left).unlink(missing_ok=True)
@@ -134,6 +136,7 @@ class Journal:
             raise UsageError(
                 f"{self.path} has version {version}, this edge_gemma writes {search.VERSION}: choose another OUTPUT"
             )
+        self._db.execute("PRAGMA trusted_schema = OFF")  # somebody else may have made the file
         self._db.execute("PRAGMA journal_mode = TRUNCATE")
         self._db.execute("PRAGMA synchronous = FULL")
         self._db.execute("BEGIN IMMEDIATE")
@@ -152,7 +155,8 @@ class Journal:
     ) -> None:
         try:
             with _told(self.path):
-                self._db.execute("COMMIT")
+                if self._db.in_transaction:
+                    self._db.execute("COMMIT")
                 self._db.execute("PRAGMA journal_mode = DELETE")  # nothing is left beside it
         except UsageError:
             if error is None:
@@ -168,40 +172,49 @@ class Journal:
     def commit(self, *, now: bool = False) -> None:
         """Make lasting what was written: if the last time is a while ago, or now. Raises UsageError for a full disk."""
         if now or time.monotonic() - self._committed > _COMMIT_S:
-            self._do("COMMIT")
-            self._do("BEGIN IMMEDIATE")
+            with interrupts.held():
+                if self._db.in_transaction:  # SQLite has ended it itself where the disk is full
+                    self._do("COMMIT")
+                self._do("BEGIN IMMEDIATE")
             self._committed = time.monotonic()
 
     # What the journal is about.
 
-    def about(self, name: str, value: Any = None) -> Any:
-        """A fact, as it was when it was first told. value: what it is now. Returns None for one that is not known."""
-        if value is not None:
-            self._do("INSERT OR IGNORE INTO about VALUES (?, ?)", name, json.dumps(value))
-        found = self._do("SELECT value FROM about WHERE name = ?", name).fetchone()
-        return None if found is None else json.loads(found[0])
+    def about(self, name: str, value: Any) -> Any:
+        """A fact, as it was when it was first told. value: what it is now."""
+        self._do("INSERT OR IGNORE INTO about VALUES (?, ?)", name, json.dumps(value))
+        return self._loaded(self._do("SELECT value FROM about WHERE name = ?", name).fetchone()[0], type(value))
+
+    def _loaded(self, text: Any, kind: type) -> Any:
+        """What stands in a column as JSON. Raises UsageError for anything else than a `kind`."""
+        with suppress(TypeError, ValueError, RecursionError):
+            value = json.loads(text)
+            if type(value) is kind:
+                return value
+        raise UsageError(
+            f"{self.path} is damaged: it has {shown(text)} in place of a {kind.__name__}; --force begins anew"
+        )
 
     # Requests come in.
 
     def take(self, items: Iterable[Item]) -> Taken:
         """Read INPUT: new requests wait, changed ones wait again. Raises UsageError if a name is there twice.
 
-        If it raises, nothing has changed.
+        If it raises, nothing has changed since the last commit.
         """
         counts = dict.fromkeys(("new", "changed", "same"), 0)
-        self.commit(now=True)
-        self._do("SAVEPOINT taking")
         try:
-            self._do("UPDATE requests SET place = -1 - place WHERE place IS NOT NULL")  # until they are found again
+            # until they are found again; those below 0 were left so by a run that was killed
+            self._do("UPDATE requests SET place = -1 - place WHERE place >= 0")
             for place, item in enumerate(items):
                 counts[self._take(place, item)] += 1
             gone = self._do("UPDATE requests SET place = NULL WHERE place < 0").rowcount
         except BaseException:
-            self._do("ROLLBACK TO taking")
+            with interrupts.held():
+                if self._db.in_transaction:
+                    self._do("ROLLBACK")
+                self._do("BEGIN IMMEDIATE")
             raise
-        finally:
-            with suppress(UsageError):
-                self._do("RELEASE taking")
         self.commit(now=True)
         return Taken(sum(counts.values()), counts["new"], counts["changed"], gone)
 
@@ -229,7 +242,9 @@ class Journal:
                      place, item.digest, item.url, body, item.size, request)  # fmt: skip
             self._wait(request)
             return "changed"
-        self._do("UPDATE requests SET place = ? WHERE id = ?", place, request)
+        # the file may lie elsewhere now; what is not there may have been told in another way
+        self._do("UPDATE requests SET place = ?1, body = iif(?2, ?3, body), size = iif(?2, ?4, size) WHERE id = ?5",
+                 place, item.there, body, item.size, request)  # fmt: skip
         return "same"
 
     def _wait(self, request: int) -> None:
@@ -238,8 +253,10 @@ class Journal:
         search.index(self._db, request, [])
 
     def retry(self) -> None:
-        """What has failed or was set aside waits again."""
-        for (request,) in self._do("SELECT id FROM requests WHERE state IN (?, ?)", FAILED, ASIDE).fetchall():
+        """What has failed or was set aside waits again, if INPUT has it."""
+        for (request,) in self._do(
+            "SELECT id FROM requests WHERE state IN (?, ?) AND place IS NOT NULL", FAILED, ASIDE
+        ).fetchall():
             self._do("UPDATE requests SET state = ?, result = NULL WHERE id = ?", WAITING, request)
             self._do("UPDATE parts SET tries = 0 WHERE request = ?", request)
         self.commit(now=True)
@@ -254,14 +271,14 @@ class Journal:
         ).fetchall():  # fmt: skip
             place = rows[-1][0]
             for _, request, custom_id, url, body, size in rows:
-                yield Request(request, custom_id, url, json.loads(body), size)
+                yield Request(request, custom_id, url, self._loaded(body, dict), size)
 
     # Results come in.
 
     def part(self, request: int, key: str) -> tuple[int, Any]:
         """How often a part has ended a process, and its result, None if there is none."""
         found = self._do("SELECT tries, result FROM parts WHERE request = ? AND key = ?", request, key).fetchone()
-        return (0, None) if found is None else (found[0], found[1] and json.loads(found[1]))
+        return (0, None) if found is None else (found[0], found[1] and self._loaded(found[1], dict))
 
     def part_done(self, request: int, key: str, result: Any) -> None:
         """Keep a part's result."""
@@ -309,6 +326,8 @@ class Journal:
     def totals(self) -> tuple[float, int]:
         """Seconds of sound, and words, of all that is done."""
         seconds, words = self._do("SELECT total(seconds), total(words) FROM requests WHERE state = ?", DONE).fetchone()
+        if not math.isfinite(seconds + words):
+            raise UsageError(f"{self.path} is damaged: it has {seconds} s of sound and {words} words")
         return seconds, int(words)
 
     def reasons(self) -> list[tuple[str, str, str]]:
@@ -317,7 +336,7 @@ class Journal:
             "SELECT custom_id, state, result FROM requests WHERE state IN (?, ?) ORDER BY place IS NULL, place, id",
             FAILED, ASIDE,
         )  # fmt: skip
-        return [(custom_id, state, json.loads(reason)) for custom_id, state, reason in rows]
+        return [(str(custom_id), state, self._loaded(reason, str)) for custom_id, state, reason in rows]
 
     def rows(self) -> Iterator[Row]:
         """All that is over, in the order of INPUT; what INPUT has no more comes last."""
@@ -327,19 +346,34 @@ class Journal:
         )  # fmt: skip
         while rows := cursor.fetchmany(_BLOCK):
             for request, custom_id, url, body, state, result in rows:
-                yield Row(request, custom_id, url, json.loads(body), state, json.loads(result))
+                found = self._loaded(result, dict if state == DONE else str)
+                yield Row(request, str(custom_id), url, self._loaded(body, dict), state, found)
 
 
 def not_over(path: Path, items: Iterable[Item]) -> Iterator[Item]:
     """The items that a journal, if it is there, does not know to be over. Nothing is written."""
-    if not path.exists():
+    if not path.exists() or not path.stat().st_size:
         yield from items
         return
-    with _told(path), closing(sqlite3.connect(f"file:{quote(str(path))}?mode=ro", uri=True)) as db:
+    with _told(path), closing(_opened_to_read(path)) as db:
         for item in items:
             known = "SELECT 1 FROM requests WHERE custom_id = ? AND (digest = ? OR NOT ?) AND state != ?"
             if db.execute(known, (item.custom_id, item.digest, item.there, WAITING)).fetchone() is None:
                 yield item
+
+
+def _opened_to_read(path: Path) -> sqlite3.Connection:
+    """After a run that was killed SQLite takes half a transaction back, which it may not while it only reads."""
+    for mode in ("ro", "rw"):
+        db = sqlite3.connect(f"{path.absolute().as_uri()}?mode={mode}", uri=True, timeout=60)
+        try:
+            db.execute("SELECT 1 FROM requests LIMIT 1").fetchone()
+            return db
+        except sqlite3.Error:
+            db.close()
+            if mode == "rw":
+                raise
+    raise AssertionError
 
 
 @contextmanager

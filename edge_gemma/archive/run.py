@@ -12,14 +12,14 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from edge_gemma.archive import output, sound
-from edge_gemma.archive.child import Child, CrashedError, FailedError, NotStartedError
+from edge_gemma.archive.child import Child, CrashedError, FailedError, reason
 from edge_gemma.archive.crew import Crew, Outcome
 from edge_gemma.archive.inputs import CHAT, TRANSCRIPTION, Item
 from edge_gemma.archive.journal import Journal, Request
@@ -99,7 +99,6 @@ class Batch:
         self._note, self._progress = note, progress
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._todo: queue.Queue[_Active | None] = queue.Queue(2 * readers)
-        self._crew = start(lambda number, outcome: self._inbox.put(partial(self._came, number, outcome)))
         self._room = _Room()
         self._given: dict[int, _Given] = {}
         self._numbers = 0
@@ -113,6 +112,7 @@ class Batch:
             self._requests, self._over = self._requests + 1, self._over + over
             self._weight, self._weight_over = self._weight + (size or 1), self._weight_over + over * (size or 1)
         self.seconds = 0.0  # of sound that this run has written down
+        self._crew = start(lambda number, outcome: self._inbox.put(partial(self._came, number, outcome)))
 
     def run(self, patience_s: float = math.inf) -> None:
         """Do what waits, for so long at most.
@@ -148,6 +148,9 @@ class Batch:
         self._crew.close()
         for child in self._children:
             child.close()
+        for _ in self._threads:
+            with suppress(queue.Full):
+                self._todo.put_nowait(None)
 
     def _tell(self) -> None:
         share = min(1.0, (self._weight_over + self._weight_partly) / max(1.0, self._weight))
@@ -201,9 +204,11 @@ class Batch:
         except CrashedError as error:
             answer: queue.SimpleQueue[_Active | None] = queue.SimpleQueue()
             self._inbox.put(partial(self._reader_ended, active, str(error), answer.put))
-            return answer.get()
-        except NotStartedError as error:
-            self._inbox.put(partial(_give_up, str(error)))
+            while not self._room.closed:
+                with suppress(queue.Empty):
+                    return answer.get(timeout=_LOOK_S)
+        except Exception as error:  # no process can be started, or a fault of ours: nobody may wait for this thread
+            self._inbox.put(partial(_give_up, reason(error)))
         return None
 
     # What came is dealt with, in the caller's thread.
@@ -270,7 +275,7 @@ class Batch:
         result = sound.joined(parts, task, active.whole.seconds)
         notes = list(active.whole.notes) if result.segments else [*active.whole.notes, "no speech was found"]
         entry = sound.kept(result, notes)
-        output.write_beside(self._beside, request.custom_id, entry, self._kinds, again=True)
+        output.write_beside(self._beside, request.custom_id, entry, self._kinds, again=True, note=self._note)
         self._done(active, entry, sound.passages(result), result.duration_s)
 
     def _done(self, active: _Active, body: dict[str, Any], passages: list[Passage], seconds: float) -> None:
@@ -278,10 +283,10 @@ class Batch:
         self._journal.done(active.request.id, body, passages, seconds=seconds, words=words)
         self._end(active)
 
-    def _fail(self, active: _Active, reason: str, *, aside: bool = False) -> None:
+    def _fail(self, active: _Active, why: str, *, aside: bool = False) -> None:
         if not active.over:
-            self._journal.failed(active.request.id, reason, aside=aside)
-            self._note(f"{active.request.custom_id}: {reason}")
+            self._journal.failed(active.request.id, why, aside=aside)
+            self._note(f"{active.request.custom_id}: {why}")
             self._end(active)
 
     def _further(self, active: _Active, share: float) -> None:
@@ -296,7 +301,7 @@ class Batch:
         self._weight_over += weight(active.request)
         self._tell()
 
-    def _reader_ended(self, active: _Active, reason: str, again: Callable[[_Active | None], None]) -> None:
+    def _reader_ended(self, active: _Active, how: str, again: Callable[[_Active | None], None]) -> None:
         """again: told what the reader's thread should read now."""
         tries = 0 if active.over else self._journal.tried(active.request.id, _READING)
         if not active.over and tries < TRIES:
@@ -307,7 +312,7 @@ class Batch:
             self._underway.add(active)
             again(active)
             return
-        self._fail(active, f"reading it ended a process {tries} times: {reason}", aside=True)
+        self._fail(active, f"reading it ended a process {tries} times: {how}", aside=True)
         again(None)
 
 
@@ -326,8 +331,8 @@ def weight(request: Request | Item) -> int:
     return request.size or 1
 
 
-def _give_up(reason: str) -> None:
-    raise UsageError(reason)
+def _give_up(why: str) -> None:
+    raise UsageError(why)
 
 
 class _Room:

@@ -43,7 +43,8 @@ CREATE VIRTUAL TABLE IF NOT EXISTS said_words USING fts5(words, tokenize = 'asci
 """
 # Casts: a damaged database may hold other types.
 _FIND = """
-SELECT CAST(requests.custom_id AS TEXT), CAST(said.text AS TEXT), CAST(said.start_s AS REAL), CAST(said.end_s AS REAL)
+SELECT coalesce(CAST(requests.custom_id AS TEXT), ''), coalesce(CAST(said.text AS TEXT), ''),
+    CAST(said.start_s AS REAL), CAST(said.end_s AS REAL)
 FROM said_words JOIN said ON said.id = said_words.rowid JOIN requests ON requests.id = said.request
 WHERE said_words MATCH ? {where} ORDER BY bm25(said_words), said.request, said.start_s, said.id LIMIT ?
 """
@@ -202,6 +203,7 @@ def _search(path: Path, mode: str, phrases: Sequence[_Phrase], limit: int) -> li
     uri = f"{path.absolute().as_uri()}?mode={mode}"
     with closing(sqlite3.connect(uri, uri=True, timeout=_PATIENCE, isolation_level=None)) as connection:
         connection.text_factory = lambda data: data.decode("utf-8", "replace")
+        connection.execute("PRAGMA trusted_schema = OFF")  # somebody else may have made the file
         _check(connection, path)
         return _find(connection, phrases, limit)
 

@@ -33,9 +33,12 @@ def task_of(body: Mapping[str, Any]) -> Task:
     translate_to: beside OpenAI's fields, a language to translate into.
     """
     for name, value in body.items():
-        if name not in _READ | _PASSED_OVER and value not in (None, False, []):
+        if name not in _READ | _PASSED_OVER and value not in (None, False, [], {}):
             raise UsageError(f"{name!r:.60} is not supported here: leave it out")
-    if "word" in (body.get("timestamp_granularities") or ()):
+    times = body.get("timestamp_granularities")
+    if not isinstance(times, list | None):
+        raise UsageError(f"timestamp_granularities is {shown(times)}, expected a list")
+    if times and "word" in times:
         raise UsageError("timestamp_granularities has word, expected segment: the times of words are not known")
     form = body.get("response_format")
     if form is not None and form not in _FORMATS:
@@ -55,9 +58,13 @@ def kept(result: Transcription, notes: Iterable[str]) -> dict[str, Any]:
 
 
 def transcription_of(entry: Mapping[str, Any]) -> Transcription:
-    """A result that the journal has kept."""
-    fields = {name: value for name, value in entry.items() if name != "notes"}
-    return Transcription(**fields | {"segments": tuple(Segment(**each) for each in entry["segments"]), "rtf": 0.0})
+    """A result that the journal has kept. Raises UsageError for one that was altered."""
+    try:
+        fields = {name: value for name, value in entry.items() if name != "notes"}
+        segments = tuple(Segment(**each) for each in entry["segments"])
+        return Transcription(**fields | {"segments": segments, "rtf": 0.0})
+    except (KeyError, TypeError) as error:
+        raise UsageError(f"the archive is damaged: a recording's result is {shown(dict(entry))} ({error})") from None
 
 
 def passages(result: Transcription) -> list[Passage]:

@@ -7,7 +7,6 @@ whenever it is done. Does not know: processes, the journal, files of sound.
 import hashlib
 import secrets
 import threading
-from collections import defaultdict
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -75,27 +74,32 @@ class ModelCharge:
         """As Charge.open."""
         self.check()
         engine = Engine.load(self.model, context=self.context, threads=self.threads)
-        return _Workplace(engine).do
+        return _Workplace(engine, self.slots).do
 
 
 class _Workplace:
     """A model that several threads work with. Their sessions step together."""
 
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
-        self._idle: dict[Task, list[Transcriber]] = defaultdict(list)  # with their instruction read
-        self._making = threading.Lock()
+    def __init__(self, engine: Engine, most: int) -> None:
+        """most: threads."""
+        self._engine, self._most = engine, most
+        self._idle: list[Transcriber] = []  # with their instruction read; the last used last
+        self._choosing = threading.Lock()
 
     def do(self, work: Hear | Answer, emit: Emit) -> Any:
         """Returns the entry of a segment, or the body of an answer. Raises EdgeGemmaError."""
         return self._written(work) if isinstance(work, Hear) else answered(self._engine, work)
 
     def _written(self, work: Hear) -> dict[str, Any]:
-        with self._making:
-            idle = self._idle[work.task]
-            transcriber = idle.pop() if idle else Transcriber(self._engine, work.task)
+        with self._choosing:
+            transcriber = next((each for each in self._idle if each.task == work.task), None)
+            if transcriber is not None:
+                self._idle.remove(transcriber)
+        transcriber = transcriber or Transcriber(self._engine, work.task)
         segment = transcriber.written(Cut(work.start, work.end, False, work.samples))
-        self._idle[work.task].append(transcriber)
+        with self._choosing:
+            self._idle.append(transcriber)
+            del self._idle[: -self._most]
         return {name: value for name, value in vars(segment).items() if value is not None}
 
 

@@ -98,7 +98,7 @@ def main(processor: str | None) -> None:
         click.echo(f"{processor}: {ship()} functions in {kept.SHIPPED / processor}")
         return
     for target in targets.TARGETS:  # each in a process of its own: what a kernel is made of is decided once
-        command = [sys.executable, "-m", "edge_gemma.kernels.shipping", "--processor", target.name]
+        command = [sys.executable, "-P", "-m", "edge_gemma.kernels.shipping", "--processor", target.name]
         sys.exit(code) if (code := subprocess.run(command, check=False).returncode) else None
 
 

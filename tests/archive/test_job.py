@@ -74,7 +74,7 @@ def test_a_folder_is_written_down_as_transcribe_does(tapes: Path, tmp_path: Path
             (round(s.start, 3), round(s.end, 3), s.text) for s in expected.segments
         ]
         words += len(expected.text.split())
-    beside = tmp_path / "out"
+    beside = tmp_path / "out.files"
     expected = engine.transcribe(tapes / "01.flac")
     assert (beside / "01.flac.srt").read_text() == subtitles(expected.segments)
     assert (beside / "01.flac.txt").read_text() == expected.text + "\n"

@@ -36,7 +36,7 @@ class Service:
         try:
             # A group of its own: Ctrl-C is for the process that asked, which then ends this one.
             self._process = subprocess.Popen(
-                [sys.executable, "-c", f"from {__name__} import main; main({targets.host().name!r})"],
+                [sys.executable, "-P", "-c", f"from {__name__} import main; main({targets.host().name!r})"],
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, process_group=0,
             )  # fmt: skip
         except OSError as error:
