@@ -24,6 +24,7 @@ from typing import IO, Any
 from edge_gemma.arguments import file_path, require, shown
 from edge_gemma.errors import EdgeGemmaError, UsageError
 from edge_gemma.host.extras import imported
+from edge_gemma.text import strict_json
 
 CHAT, TRANSCRIPTION = "/v1/chat/completions", "/v1/audio/transcriptions"
 _SOUND = {
@@ -33,9 +34,8 @@ _SOUND = {
     ".rm", ".snd", ".tta", ".ts", ".vob", ".w64", ".wav", ".wave", ".weba", ".webm", ".wma", ".wmv", ".wv",
 }  # fmt: skip
 _LISTS = {".txt", ".lst", ".list", ".m3u", ".m3u8"}
-_LINE = 32 << 20  # bytes of a line: minutes of sound in base64, as the server takes them
+_LINE = strict_json.BYTES  # of a line
 _NAME = 512  # characters of a custom_id
-_DEPTH = 100  # objects and lists in one another, as the server takes them
 _EXPECTED = "a folder, a sound file, a glob, a list (.txt, .m3u), a .jsonl file of requests, or an fsspec address"
 _ADDRESS = re.compile(r"[A-Za-z][\w+.-]+(::[\w+.-]+)*://")  # two letters at least: C:// is a drive
 _WEB = ("http://", "https://")
@@ -257,9 +257,7 @@ def _request(source: str, where: str, line: bytes) -> Item:
 def _json_object(where: str, line: bytes) -> dict[str, Any]:
     try:
         text = line.decode()
-        value = json.loads(text, parse_constant=_no_constant)
-        _check_depth(value)
-        json.dumps(value, ensure_ascii="\\u" not in text, allow_nan=False).encode()
+        value = strict_json.parsed(text)
     except UnicodeError:
         raise UsageError(f"{where}: it is not UTF-8, or has half of a character: expected a JSON object") from None
     except json.JSONDecodeError as error:
@@ -269,21 +267,6 @@ def _json_object(where: str, line: bytes) -> dict[str, Any]:
         raise UsageError(f"{where}: it is no JSON that is read here ({error!s:.200}): expected a JSON object") from None
     require(f"{where}: it", value, isinstance(value, dict), "a JSON object")
     return dict(value)
-
-
-def _no_constant(name: str) -> None:
-    raise ValueError(f"{name} is no number of JSON")
-
-
-def _check_depth(value: Any) -> None:
-    level = [value] if isinstance(value, dict | list) else []
-    for _ in range(_DEPTH):
-        if not level:
-            return
-        inside = (each.values() if isinstance(each, dict) else each for each in level)
-        level = [child for children in inside for child in children if isinstance(child, dict | list)]
-    if level:
-        raise ValueError(f"it is nested more than {_DEPTH} deep")
 
 
 # Paths and addresses

@@ -4,7 +4,6 @@ Owns: the limits of a JSON body, `Fields`, how much all bodies may take together
 has.
 """
 
-import json
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any
@@ -14,10 +13,10 @@ from starlette.requests import Request
 from edge_gemma.arguments import is_integer, is_number, shown
 from edge_gemma.server.queue import RETRY_S
 from edge_gemma.server.refusals import Refusal
+from edge_gemma.text import strict_json
 
-JSON_BYTES = 32 << 20  # of a body: minutes of sound in base64
+JSON_BYTES = strict_json.BYTES  # of a body
 _TEXTS = 256  # of a list: what an answer may stop at is looked for after each token
-_DEPTH = 100  # objects and lists in one another
 _ENTRIES = 500_000  # of all lists and objects: more would stop the event loop for seconds, in many times the memory
 
 
@@ -122,10 +121,7 @@ def json_fields(data: bytes | bytearray | str) -> Fields:
     try:
         text = data if isinstance(data, str) else data.decode("utf-8-sig")
         _check_entries(text)
-        value = json.loads(text, parse_constant=_no_constant)
-        _check_depth(value)
-        if "\\u" in text:
-            json.dumps(value, ensure_ascii=False).encode()  # half of a character
+        value = strict_json.parsed(text)
     except UnicodeError:
         raise Refusal(400, "the body is not UTF-8, or has half of a character", code="invalid_json") from None
     except (ValueError, RecursionError) as error:
@@ -178,27 +174,7 @@ def too_large(most: int) -> Refusal:
     return Refusal(413, f"the body is too large, expected {most >> 20} MiB at most", code="body_too_large")
 
 
-def _no_constant(name: str) -> None:
-    raise ValueError(f"{name} is no number of JSON")
-
-
 def _check_entries(text: str) -> None:
     """Raises ValueError for a text with more commas and brackets than a request needs, before it is read."""
     if sum(map(text.count, ",[{")) > _ENTRIES:
         raise ValueError(f"it has more than {_ENTRIES} commas and brackets")
-
-
-def _check_depth(value: Any) -> None:
-    """Raises ValueError for a value that nests deeper than `_DEPTH`."""
-    level = [value]
-    for _ in range(_DEPTH):
-        level = [
-            child
-            for each in level
-            if isinstance(each, dict | list)
-            for child in (each.values() if isinstance(each, dict) else each)
-            if isinstance(child, dict | list)
-        ]
-        if not level:
-            return
-    raise ValueError(f"it is nested more than {_DEPTH} deep")
