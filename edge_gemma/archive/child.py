@@ -27,7 +27,7 @@ from typing import Any, Protocol
 from edge_gemma.errors import EdgeGemmaError
 
 _STARTS = 3  # processes in a row that may end before they are ready
-_TOLD = 300  # characters of what a process wrote before it ended
+_LAST_LINE = 300  # characters of what a process wrote before it ended
 AHEAD = 4  # values of a stream that wait for whoever reads it
 
 Emit = Callable[[Any], None]
@@ -257,7 +257,7 @@ class _Process:
         self._log.seek(max(0, self._log.tell() - 4096))
         lines = self._log.read().decode(errors="replace").split("\n")
         last = next((line.strip() for line in reversed(lines) if line.strip()), "")
-        return f"the process ended ({told})" + (f": {last:.{_TOLD}}" if last else "")
+        return f"the process ended ({told})" + (f": {last:.{_LAST_LINE}}" if last else "")
 
 
 def _put(answers: "queue.Queue[tuple[str, Any]]", answer: tuple[str, Any]) -> None:

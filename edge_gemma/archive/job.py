@@ -38,7 +38,7 @@ class Job:
     """What is to be done, and how.
 
     input, output: as the command has them. model: as -m. dask: a scheduler's address, "local", None for processes of
-    this command. workers, sessions: processes, and requests that each does at a time; None for the default. sound: what
+    this command. workers, sessions: processes, and requests that each does at a time; None for the default. asked: what
     is asked for each sound file, in the words of a request's body. kinds: of files beside OUTPUT. retry: what has
     failed is tried again. anew: what was done before is not kept.
     """
@@ -49,7 +49,7 @@ class Job:
     dask: str | None = None
     workers: int | None = None
     sessions: int | None = None
-    sound: dict[str, Any] = dataclasses.field(default_factory=dict)
+    asked: dict[str, Any] = dataclasses.field(default_factory=dict)
     kinds: tuple[str, ...] = ()
     context: int | None = None
     threads: int | None = None
@@ -146,8 +146,8 @@ def run(
 
 def opened(job: Job) -> Input:
     """INPUT. Raises UsageError for what means nothing beside it."""
-    source = open_input(job.input, job.sound)
-    if source.requests and (named := [name for name in ("language", "translate_to") if job.sound.get(name)]):
+    source = open_input(job.input, job.asked)
+    if source.requests and (named := [name for name in ("language", "translate_to") if job.asked.get(name)]):
         raise UsageError(f"{named[0]} means nothing beside {job.input}, whose requests say it: leave it out")
     return source
 
@@ -189,8 +189,10 @@ def _same_as_before(job: Job, source: Input, journal: Journal, folder: ModelFold
             f"{journal.path} was begun with the model {model}, this is another one ({folder.path}): take that one, "
             f"{instead}"
         )
-    if not source.requests and (asked := journal.about("asked", job.sound)) != job.sound:
-        told, now = (" ".join(f"{name} {value}" for name, value in sorted(each.items())) for each in (asked, job.sound))
+    if not source.requests and (before := journal.about("asked", job.asked)) != job.asked:
+        told, now = (
+            " ".join(f"{name} {value}" for name, value in sorted(each.items())) for each in (before, job.asked)
+        )
         raise UsageError(f"{journal.path} was begun with {told}, this run has {now}: give the same, {instead}")
     if (version := journal.about("version", __version__)) != __version__:
         note(f"{journal.path} was begun with edge_gemma {version}, this is {__version__}: what is done is kept")

@@ -103,7 +103,7 @@ class Journal:
             raise UsageError(f"{path} is written by another command: wait for it, or choose another OUTPUT")
         self._lock, self._committed = lock, time.monotonic()
         try:
-            with _told(path):
+            with _one_line(path):
                 if anew:
                     self._forget()
                 # isolation_level None: transactions begin and end where this class says so
@@ -154,7 +154,7 @@ class Journal:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
-            with _told(self.path):
+            with _one_line(self.path):
                 if self._db.in_transaction:
                     self._db.execute("COMMIT")
                 self._db.execute("PRAGMA journal_mode = DELETE")  # nothing is left beside it
@@ -166,7 +166,7 @@ class Journal:
             os.close(self._lock)
 
     def _do(self, statement: str, *values: Any) -> sqlite3.Cursor:
-        with _told(self.path):
+        with _one_line(self.path):
             return self._db.execute(statement, values)
 
     def commit(self, *, now: bool = False) -> None:
@@ -299,7 +299,7 @@ class Journal:
         self._do("UPDATE requests SET state = ?, result = ?, seconds = ?, words = ? WHERE id = ?",
                  DONE, json.dumps(body), seconds, words, request)  # fmt: skip
         self._do("DELETE FROM parts WHERE request = ?", request)
-        with _told(self.path):
+        with _one_line(self.path):
             search.index(self._db, request, passages)
 
     def failed(self, request: int, why: str, *, aside: bool = False) -> None:
@@ -355,7 +355,7 @@ def not_over(path: Path, items: Iterable[Item]) -> Iterator[Item]:
     if not path.exists() or not path.stat().st_size:
         yield from items
         return
-    with _told(path), closing(_opened_to_read(path)) as db:
+    with _one_line(path), closing(_opened_to_read(path)) as db:
         for item in items:
             known = "SELECT 1 FROM requests WHERE custom_id = ? AND (digest = ? OR NOT ?) AND state != ?"
             if db.execute(known, (item.custom_id, item.digest, item.there, WAITING)).fetchone() is None:
@@ -377,7 +377,7 @@ def _opened_to_read(path: Path) -> sqlite3.Connection:
 
 
 @contextmanager
-def _told(path: Path) -> Iterator[None]:
+def _one_line(path: Path) -> Iterator[None]:
     """SQLite's errors in one line. What was committed before is whole, whatever they are."""
     try:
         yield

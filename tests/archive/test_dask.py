@@ -89,7 +89,7 @@ class Site:
     def batch(self, source, output, *, charge=None, reader=None, cwd=ROOT, **fields):
         """Start the command, or, with a charge or a reader, its stand-in."""
         given = {"job": {"input": str(source), "output": str(output), "model": "demo", "dask": self.address}}
-        given["job"] |= {"sound": SOUND} | fields
+        given["job"] |= {"asked": SOUND} | fields
         given |= {name: value for name, value in (("charge", charge), ("reader", reader)) if value is not None}
         return self.start(COMMAND, "tests.archive.drive", json.dumps(given), cwd=cwd)
 
@@ -151,7 +151,7 @@ def sequential(tmp_path_factory):
         if count not in done:
             root = tmp_path_factory.mktemp(f"clips-{count}")
             folder, output = clips.make(root / "in", count), root / "sequential.jsonl"
-            report = archive.run(archive.Job(str(folder), output, "demo", workers=1, sessions=1, sound=SOUND))
+            report = archive.run(archive.Job(str(folder), output, "demo", workers=1, sessions=1, asked=SOUND))
             assert (report.done, report.failed, report.set_aside) == (count, 0, 0)
             done[count] = folder, output.read_bytes()
         return done[count]

@@ -56,7 +56,7 @@ def lines(path: Path) -> dict[str, Any]:
 
 def run(source: Path | str, output: Path, **more: Any) -> job.Report:
     """As the command does it."""
-    return job.run(job.Job(str(source), output, **{"model": "demo", "sound": VERBOSE} | more))
+    return job.run(job.Job(str(source), output, **{"model": "demo", "asked": VERBOSE} | more))
 
 
 def test_a_folder_is_written_down_as_transcribe_does(tapes: Path, tmp_path: Path, engine: Engine) -> None:
@@ -200,10 +200,10 @@ def test_other_options_are_refused_and_a_folder_that_was_moved_is_the_same(tapes
     run(folder, tmp_path / "out.jsonl")
     before = (tmp_path / "out.jsonl").read_bytes()
     with pytest.raises(UsageError, match="this run has language German response_format"):
-        run(folder, tmp_path / "out.jsonl", sound=VERBOSE | {"language": "German"})
+        run(folder, tmp_path / "out.jsonl", asked=VERBOSE | {"language": "German"})
     told: list[str] = []
     folder.rename(tmp_path / "moved")
-    job.run(job.Job(str(tmp_path / "moved"), tmp_path / "out.jsonl", "demo", sound=VERBOSE), told.append)
+    job.run(job.Job(str(tmp_path / "moved"), tmp_path / "out.jsonl", "demo", asked=VERBOSE), told.append)
     assert told == ["7 requests, 7 of them over; 1 files are no sound, by their names, and left out"]
     assert (tmp_path / "out.jsonl").read_bytes() == before
 
@@ -253,7 +253,7 @@ def test_the_command_prints_a_report_and_what_it_wrote_is_found(tapes: Path, tmp
 
 
 def test_a_dry_run_measures_a_sample_and_writes_nothing(tapes: Path, tmp_path: Path) -> None:
-    work = job.Job(str(tapes), tmp_path / "out.jsonl", model="demo", sound=VERBOSE)
+    work = job.Job(str(tapes), tmp_path / "out.jsonl", model="demo", asked=VERBOSE)
     found = estimate.measure(work, lambda text: None, lambda progress: None)
     assert found.requests == 7
     assert found.tried_share == pytest.approx(1)

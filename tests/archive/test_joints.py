@@ -49,7 +49,7 @@ def test_a_batch_has_the_segments_of_transcribe(
     listed, output = tmp_path / "input.txt", tmp_path / "output.jsonl"
     listed.write_text(f"{recording}\n")
     asked = {"response_format": "verbose_json"}
-    report = job.run(job.Job(str(listed), output, "demo", workers=workers, sessions=sessions, sound=asked))
+    report = job.run(job.Job(str(listed), output, "demo", workers=workers, sessions=sessions, asked=asked))
     assert (report.done, report.failed) == (1, 0)
     (line,) = output.read_text().splitlines()
     body = json.loads(line)["response"]["body"]
