@@ -111,6 +111,8 @@ COMMANDS = [
     ("run -m {onnx} --backend onnx --raw Hi --max-tokens 3", ""),
     ("chat --session kept.json --max-tokens 3", "Hello\n/save also.json\n"),
     ("transcribe {wav} --json", ""),
+    ("batch {recordings} kept.jsonl --also srt", ""),
+    ("search kept.jsonl timer", ""),
     ("listen --list-devices", ""),
     ("listen", ""),
     ("wer {recordings}", ""),

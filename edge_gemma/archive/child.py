@@ -22,7 +22,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
-from typing import Any, Protocol
+from typing import IO, Any, Protocol
 
 from edge_gemma.errors import EdgeGemmaError
 
@@ -156,7 +156,7 @@ class _Process:
 
     def __init__(self, charge: Charge) -> None:
         with ExitStack() as stack:
-            self._log = stack.enter_context(tempfile.TemporaryFile())
+            self._log = stack.enter_context(_log())
             ours, theirs = Pipe()
             stack.callback(ours.close)
             with theirs:
@@ -258,6 +258,13 @@ class _Process:
         lines = self._log.read().decode(errors="replace").split("\n")
         last = next((line.strip() for line in reversed(lines) if line.strip()), "")
         return f"the process ended ({told})" + (f": {last:.{_LAST_LINE}}" if last else "")
+
+
+def _log() -> IO[bytes]:
+    """A file for what a process writes: in memory where there is that, as nothing belongs on the disk."""
+    if hasattr(os, "memfd_create"):
+        return open(os.memfd_create("edge-gemma"), "w+b")
+    return tempfile.TemporaryFile()
 
 
 def _put(answers: "queue.Queue[tuple[str, Any]]", answer: tuple[str, Any]) -> None:
