@@ -15,14 +15,7 @@ from edge_gemma.archive.crew import LocalCrew, Outcome
 from tests.archive.poison import Plain, told
 from tests.waiting import until
 
-ROOT = Path(__file__).parent.parent.parent
 LONG_S = 300
-
-
-@pytest.fixture(autouse=True)
-def importable(monkeypatch):
-    """Processes find tests."""
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
 
 
 @pytest.fixture
