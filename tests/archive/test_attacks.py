@@ -586,7 +586,7 @@ def test_memory_of_a_model_does_not_grow_with_the_languages_asked_for() -> None:
         sound = np.zeros(8000, np.float32)
         place.do(Hear(Task(f"Lang{letter}"), 0.0, 0.5, sound), lambda value: None)
     gc.collect()
-    assert sum(isinstance(each, Transcriber) for each in gc.get_objects()) <= 8
+    assert sum(type(each) is Transcriber for each in gc.get_objects()) <= 8
 
 
 def test_two_commands_have_processes_of_their_own() -> None:

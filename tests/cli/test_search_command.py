@@ -2,15 +2,10 @@
 
 import json
 
-import click
 import pytest
 from click.testing import CliRunner
 
 from edge_gemma.cli.main import cli
-from edge_gemma.cli.search import search
-
-group = click.group(cls=type(cli))(lambda debug=False: None)
-group.add_command(search)
 
 SEGMENTS = [
     {"start": 0.0, "end": 60.0, "text": "The storm came in the night."},
@@ -20,7 +15,7 @@ SEGMENTS = [
 
 
 def invoke(*arguments, **options):
-    return CliRunner().invoke(group, ["search", *map(str, arguments)], **options)
+    return CliRunner().invoke(cli, ["search", *map(str, arguments)], **options)
 
 
 def transcription(custom_id, segments):

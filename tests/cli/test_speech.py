@@ -9,7 +9,7 @@ import pytest
 from click.testing import CliRunner
 
 from edge_gemma import Engine
-from edge_gemma.audio import listen, mic, transcribe
+from edge_gemma.audio import cuts, listen, mic, transcribe
 from edge_gemma.cli import options
 from edge_gemma.cli import speech as speech_commands
 from edge_gemma.cli.main import cli
@@ -22,7 +22,7 @@ from tests.tiny import write_checkpoint
 
 @pytest.fixture(autouse=True)
 def levels(monkeypatch):
-    for module in (transcribe, listen):
+    for module in (cuts, listen):
         monkeypatch.setattr(module, "open_detector", lambda note: LevelDetector())
 
 

@@ -7,7 +7,7 @@ from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edge_gemma.audio import transcribe
+from edge_gemma.audio import cuts
 from edge_gemma.cli import options
 from edge_gemma.cli.main import cli
 from edge_gemma.errors import UsageError
@@ -149,7 +149,7 @@ def test_where_transcripts_are_found(tmp_path):
 
 
 def test_the_command(tmp_path, monkeypatch):
-    monkeypatch.setattr(transcribe, "open_detector", lambda note: LevelDetector())
+    monkeypatch.setattr(cuts, "open_detector", lambda note: LevelDetector())
     monkeypatch.setattr(options, "load_engine", lambda model, **options: SpeechEngine())
     for name, words, said in (("a", (1, 2, 3), "w1 w2 w4"), ("b", (5,), "w5 w6")):
         write_float_wav(tmp_path / f"{name}.wav", say(*words))
