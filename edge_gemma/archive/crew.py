@@ -17,10 +17,10 @@ class Outcome:
     """What became of a work. value: the result; otherwise the reason, in one line.
 
     failed: it cannot be done. crashed: it, or what was done beside it, has ended the process. lost: nothing can be done
-    any more. unfit: not by this worker any more (dask_crew.py, which tells nobody).
+    any more. unfit, gone: not by this worker any more, or its result went with it (dask_crew.py, which tells nobody).
     """
 
-    kind: Literal["done", "failed", "crashed", "lost", "unfit"]
+    kind: Literal["done", "failed", "crashed", "lost", "unfit", "gone"]
     value: Any
 
 

@@ -59,6 +59,7 @@ class DaskCrew:
         self._futures: dict[int, Any] = {}  # of Dask
         self._preparing: set[_Worker] = set()
         self._unfit: dict[int, tuple[str, str]] = {}  # works that a worker cannot do any more: its address, and why
+        self._gone: list[int] = []  # works whose results went with their worker
         self._guard = threading.RLock()
         self._handed_out, self._looked, self._waits, self._cut_off = 0, 0.0, False, False
         self._hopeless: float | None = None  # since when no worker is fit
@@ -117,6 +118,9 @@ class DaskCrew:
             if found.kind == "unfit":
                 self._unfit[number] = found.value
                 return
+            if found.kind == "gone":
+                self._gone.append(number)
+                return
             del self._works[number]
         current.release()
         self._told(number, found)
@@ -131,6 +135,8 @@ class DaskCrew:
             return None
         except KilledWorker as error:
             return Outcome("crashed", f"workers were gone {error.allowed_failures + 1} times while they did it")
+        except OSError as error:  # the worker that had the result is gone, or the scheduler
+            return Outcome("gone", reason(error)) if self._client.status == "running" else None
         except Exception as error:
             return Outcome("lost", reason(error)) if self._client.status == "running" else None
         return found
@@ -152,6 +158,9 @@ class DaskCrew:
             ) from None
         self._refuse_unfit()
         with self._guard:
+            returned, self._gone = self._gone, []
+            for number in returned:
+                self._hand_out(number)
             for worker in set(self._usable) - here:
                 del self._usable[worker]
             new = here - set(self._usable) - self._refused - self._preparing

@@ -3,6 +3,7 @@
 A `Site` starts schedulers, workers and commands as users do, and ends all of them, whatever the test did.
 """
 
+import asyncio
 import json
 import os
 import random
@@ -12,6 +13,7 @@ import socket
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
 import uuid
 from collections import Counter
@@ -552,3 +554,27 @@ def test_a_scheduler_that_dies_ends_the_command_in_one_line(site, sequential, ag
         site.worker()
     assert report_of(ended(site.batch(**given)))["done"] == 40
     assert output.read_bytes() == expected
+
+
+def test_a_result_that_went_with_its_worker_is_made_again():
+    """Dask says so by an error of the connection: seen where a worker was killed between a result and its fetching."""
+    from types import SimpleNamespace
+
+    from edge_gemma.archive.dask_crew import DaskCrew
+
+    async def reset():
+        raise ConnectionResetError(104, "Connection reset by peer")
+
+    crew = object.__new__(DaskCrew)
+    crew._client = SimpleNamespace(status="running")
+    crew._guard, crew._gone, crew._works, told_us = threading.RLock(), [], {3: ("work", False)}, []
+    crew._told = lambda number, found: told_us.append(found)
+    future = SimpleNamespace(result=reset)
+    crew._futures = {3: future}
+    asyncio.run(crew._follow(3, future))
+    assert (crew._gone, crew._works, told_us) == ([3], {3: ("work", False)}, [])
+    crew._client.status = "closed"
+    crew._futures, crew._cut_off = {4: future}, False
+    asyncio.run(crew._follow(4, future))
+    assert crew._cut_off
+    assert told_us == []
