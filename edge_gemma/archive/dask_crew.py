@@ -55,11 +55,10 @@ class DaskCrew:
         self._name = "edge-gemma-" + hashlib.blake2b(pickle.dumps(charge), digest_size=6).hexdigest()
         self._usable: dict[_Worker, int] = {}  # workers that can do the work, and how many at a time
         self._refused: set[_Worker] = set()
-        self._works: dict[int, tuple[Any, bool]] = {}  # what was handed out
-        self._futures: dict[int, Any] = {}  # of Dask
+        self._works: dict[int, tuple[Any, bool]] = {}  # what is to be done
+        self._futures: dict[int, Any] = {}  # of Dask; a work without one is handed out again by `tend`
         self._preparing: set[_Worker] = set()
-        self._unfit: dict[int, tuple[str, str]] = {}  # works that a worker cannot do any more: its address, and why
-        self._gone: list[int] = []  # works whose results went with their worker
+        self._unfit: dict[str, str] = {}  # addresses of workers that cannot do the work any more, and why
         self._guard = threading.RLock()
         self._handed_out, self._looked, self._waits, self._cut_off = 0, 0.0, False, False
         self._hopeless: float | None = None  # since when no worker is fit
@@ -116,10 +115,8 @@ class DaskCrew:
                 return
             del self._futures[number]
             if found.kind == "unfit":
-                self._unfit[number] = found.value
-                return
-            if found.kind == "gone":
-                self._gone.append(number)
+                self._unfit |= [found.value]
+            if found.kind in ("unfit", "gone"):
                 return
             del self._works[number]
         current.release()
@@ -152,14 +149,13 @@ class DaskCrew:
             here = set(self._client.run_on_scheduler(_looked_up()))
             if hasattr(self._client.scheduler_comm, "recent_message_log"):
                 self._client.scheduler_comm.recent_message_log.clear()
+            self._refuse_unfit()
         except Exception:
             raise UsageError(
                 f"the Dask scheduler at {self._address} is gone: start it again, and the same command goes on"
             ) from None
-        self._refuse_unfit()
         with self._guard:
-            returned, self._gone = self._gone, []
-            for number in returned:
+            for number in set(self._works) - set(self._futures):
                 self._hand_out(number)
             for worker in set(self._usable) - here:
                 del self._usable[worker]
@@ -184,9 +180,7 @@ class DaskCrew:
                 answer = answers.get(worker[0], OSError())
                 if isinstance(answer, int):
                     self._usable[worker] = answer
-                elif not isinstance(answer, OSError) or isinstance(
-                    answer, FileNotFoundError
-                ):  # others are gone already
+                elif isinstance(answer, FileNotFoundError) or not isinstance(answer, OSError):  # else it is gone
                     self._refuse(worker, answer if isinstance(answer, str) else reason(answer))
             if self._usable and not before:  # Dask does not look again at work that no worker could do
                 self._hand_out_again()
@@ -196,18 +190,14 @@ class DaskCrew:
         self._note(f"worker {worker[0]} gets no work: {why}")
 
     def _refuse_unfit(self) -> None:
-        """Workers that cannot do the work any more get none, and others what they had."""
+        """Workers that cannot do the work any more get none."""
         with self._guard:
             unfit, self._unfit = self._unfit, {}
-            reasons = dict(unfit.values())
-            for worker in [worker for worker in self._usable if worker[0] in reasons]:
+            for worker in [worker for worker in self._usable if worker[0] in unfit]:
                 del self._usable[worker]
-                self._refuse(worker, reasons[worker[0]])
+                self._refuse(worker, unfit[worker[0]])
         if unfit:
-            self._client.run(_refuse, self._name, workers=list(reasons), on_error="ignore")
-            with self._guard:
-                for number in unfit:
-                    self._hand_out(number)
+            self._client.run(_given_nothing, self._name, workers=list(unfit), on_error="ignore")
 
     def _hand_out_again(self) -> None:
         old = list(self._futures.values())
@@ -294,7 +284,7 @@ async def _made_ready(charge: Any, name: str, child: bool, dask_worker: Any) -> 
     return int(threads)
 
 
-async def _refuse(name: str, dask_worker: Any) -> None:
+async def _given_nothing(name: str, dask_worker: Any) -> None:
     """In a worker: it gets no more work."""
     await dask_worker.set_resources(**{name: 0})
 

@@ -567,12 +567,12 @@ def test_a_result_that_went_with_its_worker_is_made_again():
 
     crew = object.__new__(DaskCrew)
     crew._client = SimpleNamespace(status="running")
-    crew._guard, crew._gone, crew._works, told_us = threading.RLock(), [], {3: ("work", False)}, []
+    crew._guard, crew._works, told_us = threading.RLock(), {3: ("work", False)}, []
     crew._told = lambda number, found: told_us.append(found)
     future = SimpleNamespace(result=reset)
     crew._futures = {3: future}
     asyncio.run(crew._follow(3, future))
-    assert (crew._gone, crew._works, told_us) == ([3], {3: ("work", False)}, [])
+    assert (crew._futures, crew._works, told_us) == ({}, {3: ("work", False)}, [])  # `tend` hands it out again
     crew._client.status = "closed"
     crew._futures, crew._cut_off = {4: future}, False
     asyncio.run(crew._follow(4, future))
