@@ -305,7 +305,7 @@ def measured(workers: int, requests: int, seconds: float, *, dask: bool, folder:
         figures.busy_percent = 100 * (pressed_s() - pressed) / (watched.last - watched.first)
         used = [cpu_s(pid) - at for pid, at in zip(processes, before, strict=True)]
         began = time.perf_counter()
-        output.write(folder / "answers.jsonl", journal.rows(), 0)
+        output.write(folder / "answers.jsonl", journal.rows())
         figures.write_s = time.perf_counter() - began
         if journal.counts()[DONE] != requests:
             raise click.ClickException(f"only {journal.counts()[DONE]:,} of {requests:,} requests are done")

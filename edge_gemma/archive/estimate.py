@@ -43,15 +43,18 @@ class Estimate:
 
 def measure(job: jobs.Job, note: jobs.Note, progress: Callable[[Progress], None]) -> Estimate:
     """Do a sample of what is not over yet. Raises EdgeGemmaError, one line, where the job itself would."""
-    job.checked()
+    job.check()
     source, folder = jobs.opened(job), jobs.model_of(job)
-    number, total = 0, 0.0
+    most = _TRIED * (job.sessions or jobs.SESSIONS) * (job.workers or 1)
+    number, total, step, sample = 0, 0.0, 1, list[Item]()
     for item in _left(job, source):
+        if number % step == 0:
+            sample.append(item)
+        if len(sample) > 2 * most:  # every other one: INPUT is read once, however long it is
+            sample, step = sample[::2], 2 * step
         number, total = number + 1, total + weight(item)
     if not number:
         return Estimate(0, 0.0, 0.0, 0.0, 0.0)
-    step = max(1, number // (_TRIED * (job.sessions or jobs.SESSIONS) * (job.workers or 1)))
-    sample = [item for place, item in enumerate(_left(job, source)) if place % step == step // 2]
     pace = _Pace(progress)
     with tempfile.TemporaryDirectory() as scratch, Journal(Path(scratch, "sample.archive")) as journal:
         journal.take(jobs.checked_items(iter(sample), folder))

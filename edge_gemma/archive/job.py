@@ -61,8 +61,8 @@ class Job:
         """The journal's file."""
         return self.output.with_suffix(SUFFIX)
 
-    def checked(self) -> "Job":
-        """This job. Raises UsageError for an OUTPUT that cannot be."""
+    def check(self) -> None:
+        """Raises UsageError for an OUTPUT that cannot be."""
         if self.output.suffix != ".jsonl":
             raise UsageError(f"OUTPUT is {self.output}, expected a name that ends in .jsonl")
         if not self.output.absolute().parent.is_dir():
@@ -72,7 +72,6 @@ class Job:
         with suppress(OSError):
             if self.output.samefile(self.input):
                 raise UsageError(f"{self.output} is INPUT, too: choose another OUTPUT")
-        return self
 
 
 @dataclass(frozen=True)
@@ -113,7 +112,7 @@ def run(
     Raises EdgeGemmaError, one line; what was done is kept, and the same call goes on. OUTPUT is written however the run
     ends, by Ctrl-C too, with what is done by then.
     """
-    job.checked()
+    job.check()
     source = opened(job)
     folder = model_of(job)
     began = time.perf_counter()
@@ -140,7 +139,7 @@ def run(
         finally:
             with suppress(UsageError):  # of a full disk, which is told already
                 journal.commit(now=True)
-            _write(job, journal, created, note)
+            _write(job, journal, note)
         return _report(job, journal, time.perf_counter() - began, seconds)
 
 
@@ -172,7 +171,7 @@ def crew(job: Job, folder: ModelFolder, told: Told, *, note: Note) -> Crew:
 
 
 def _readers(job: Job) -> int:
-    """Processes that read recordings: one feeds some 100 workers of a Pi's size."""
+    """Processes that read recordings: one feeds some 40 workers of a Pi's size."""
     return 1 if job.dask in (None, LOCAL) else max(1, cpus.available() // 2)
 
 
@@ -225,8 +224,8 @@ def _tell_taken(journal: Journal, source: Input, taken: Taken, note: Note) -> No
         note(f"{taken.gone:,} requests are in INPUT no more: their results are kept")
 
 
-def _write(job: Job, journal: Journal, created: int, note: Note) -> None:
-    output.write(job.output, journal.rows(), created)
+def _write(job: Job, journal: Journal, note: Note) -> None:
+    output.write(job.output, journal.rows())
     if job.kinds:
         for row in journal.rows():
             if row.state == DONE and row.url == TRANSCRIPTION:

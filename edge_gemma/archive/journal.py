@@ -71,7 +71,6 @@ class Request:
 class Row:
     """A request as OUTPUT tells it. result: as in the table, parsed."""
 
-    id: int
     custom_id: str
     url: str
     body: dict[str, Any]
@@ -341,13 +340,13 @@ class Journal:
     def rows(self) -> Iterator[Row]:
         """All that is over, in the order of INPUT; what INPUT has no more comes last."""
         cursor = self._do(
-            "SELECT id, custom_id, url, body, state, result FROM requests WHERE state != ? "
+            "SELECT custom_id, url, body, state, result FROM requests WHERE state != ? "
             "ORDER BY place IS NULL, place, id", WAITING,
         )  # fmt: skip
         while rows := cursor.fetchmany(_BLOCK):
-            for request, custom_id, url, body, state, result in rows:
+            for custom_id, url, body, state, result in rows:
                 found = self._loaded(result, dict if state == DONE else str)
-                yield Row(request, str(custom_id), url, self._loaded(body, dict), state, found)
+                yield Row(str(custom_id), url, self._loaded(body, dict), state, found)
 
 
 def not_over(path: Path, items: Iterable[Item]) -> Iterator[Item]:
@@ -355,25 +354,14 @@ def not_over(path: Path, items: Iterable[Item]) -> Iterator[Item]:
     if not path.exists() or not path.stat().st_size:
         yield from items
         return
-    with _one_line(path), closing(_opened_to_read(path)) as db:
+    with _one_line(path), closing(search.opened_to_read(path)) as db:
         for item in items:
-            known = "SELECT 1 FROM requests WHERE custom_id = ? AND (digest = ? OR NOT ?) AND state != ?"
-            if db.execute(known, (item.custom_id, item.digest, item.there, WAITING)).fetchone() is None:
+            row = item.custom_id, WAITING, item.digest, item.there, DONE
+            known = (
+                "SELECT 1 FROM requests WHERE custom_id = ? AND state != ? AND (digest = ? OR NOT ? AND state = ?)"
+            )
+            if db.execute(known, row).fetchone() is None:
                 yield item
-
-
-def _opened_to_read(path: Path) -> sqlite3.Connection:
-    """After a run that was killed SQLite takes half a transaction back, which it may not while it only reads."""
-    for mode in ("ro", "rw"):
-        db = sqlite3.connect(f"{path.absolute().as_uri()}?mode={mode}", uri=True, timeout=60)
-        try:
-            db.execute("SELECT 1 FROM requests LIMIT 1").fetchone()
-            return db
-        except sqlite3.Error:
-            db.close()
-            if mode == "rw":
-                raise
-    raise AssertionError
 
 
 @contextmanager

@@ -16,7 +16,6 @@ from edge_gemma.archive.inputs import TRANSCRIPTION
 from edge_gemma.archive.journal import ASIDE, DONE, Row
 from edge_gemma.folder.atomic import new_file, write_file
 
-KINDS = ("txt", "srt", "vtt", "json")
 _PATH = 1000  # bytes of a request's name: quoted it has three times as many at most, and paths have 4096
 _NAME = 200  # bytes of a file's name, before its ending
 _LINE_ENDS = {ord(sign): f"\\u{ord(sign):04x}" for sign in "\x85\u2028\u2029"}  # str.splitlines would split there
@@ -24,8 +23,8 @@ _NO_DISK = {errno.ENOSPC, errno.EROFS, errno.EIO, getattr(errno, "EDQUOT", errno
 _CODES = {ASIDE: "worker_ended"}
 
 
-def write(path: Path, rows: Iterable[Row], created: int) -> None:
-    """Write OUTPUT, whole or not at all: a line a request. created: seconds since 1970. Raises OSError."""
+def write(path: Path, rows: Iterable[Row]) -> None:
+    """Write OUTPUT, whole or not at all: a line a request. Raises OSError."""
     with new_file(path) as file:
         for row in rows:
             text = json.dumps(line(row), ensure_ascii=False).translate(_LINE_ENDS)

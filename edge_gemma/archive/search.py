@@ -189,23 +189,33 @@ def search(archive: Path, query: str, *, limit: int = 20) -> list[Found]:
             _index_lines(connection, path)
             return _find(connection, phrases, limit)
     try:
-        try:
-            return _search(path, "ro", phrases, limit)
-        except sqlite3.OperationalError as error:
-            if not _name(error).startswith("SQLITE_READONLY"):
-                raise
-            return _search(path, "rw", phrases, limit)  # its writer was killed: SQLite takes half a transaction back
+        with closing(opened_to_read(path)) as connection:
+            return _find(connection, phrases, limit)
     except (sqlite3.Error, UnicodeError) as error:  # UnicodeError: a message that quotes a damaged name
         raise _refused(path, error) from None
 
 
-def _search(path: Path, mode: str, phrases: Sequence[_Phrase], limit: int) -> list[Found]:
+def opened_to_read(path: Path) -> sqlite3.Connection:
+    """An archive, which a command may be writing. Raises UsageError for a file that is none, sqlite3.Error."""
+    try:
+        return _opened(path, "ro")
+    except sqlite3.OperationalError as error:
+        if not _name(error).startswith("SQLITE_READONLY"):
+            raise
+        return _opened(path, "rw")  # its writer was killed: SQLite takes half a transaction back
+
+
+def _opened(path: Path, mode: str) -> sqlite3.Connection:
     uri = f"{path.absolute().as_uri()}?mode={mode}"
-    with closing(sqlite3.connect(uri, uri=True, timeout=_PATIENCE, isolation_level=None)) as connection:
+    connection = sqlite3.connect(uri, uri=True, timeout=_PATIENCE, isolation_level=None)
+    try:
         connection.text_factory = lambda data: data.decode("utf-8", "replace")
         connection.execute("PRAGMA trusted_schema = OFF")  # somebody else may have made the file
         _check(connection, path)
-        return _find(connection, phrases, limit)
+    except BaseException:
+        connection.close()
+        raise
+    return connection
 
 
 def _find(connection: sqlite3.Connection, phrases: Sequence[_Phrase], limit: int) -> list[Found]:

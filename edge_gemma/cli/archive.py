@@ -21,10 +21,6 @@ if TYPE_CHECKING:
 _TELL_S = 60.0  # between two lines about progress where nobody looks
 
 
-def _tell(text: str) -> None:
-    click.echo(f"({options.printable(text)})", err=True)
-
-
 @click.command()
 @options.refuse("retry force also", beside="dry_run")
 @options.refuse("retry", beside="force")
@@ -37,8 +33,7 @@ def _tell(text: str) -> None:
               help="Processes on this machine, which share its cores [default: 1].")  # fmt: skip
 @click.option("--sessions", type=click.IntRange(1, 64), metavar="N",
               help="Requests that a process does at a time [default: 8].")  # fmt: skip
-@click.option("--language", metavar="L", help="The language spoken, a name or a code [default: the model hears it].")
-@click.option("--translate-to", metavar="L", help="Also translate into this language.")
+@options.languages
 @click.option("--also", multiple=True, type=click.Choice(["txt", "srt", "vtt", "json"]),
               help="Also write a file for each recording, into a folder beside OUTPUT. Repeatable.")  # fmt: skip
 @click.option("--retry", is_flag=True, help="Try again what has failed or was set aside.")
@@ -82,7 +77,7 @@ def batch(
         _estimate(given, as_json)
         return
     with _shown() as progress:
-        report = archive.run(given, _tell, progress)
+        report = archive.run(given, options.tell, progress)
     if as_json:
         options.print_json(report.as_dict())
     else:
@@ -95,7 +90,7 @@ def _estimate(job: "Job", as_json: bool) -> None:
     from edge_gemma.archive import estimate
 
     with _shown("trying a sample") as progress:
-        found = estimate.measure(job, _tell, progress)
+        found = estimate.measure(job, options.tell, progress)
     if as_json:
         options.print_json(found.as_dict())
         return
@@ -129,7 +124,7 @@ def _shown(title: str = "working") -> Iterator[Callable[["Progress"], None]]:
                 last = now
                 gained = progress.share - first
                 left = f", about {hours((1 - progress.share) / gained * (now - began))} left" if gained > 0 else ""
-                _tell(what + left)
+                options.tell(what + left)
 
         yield show
 

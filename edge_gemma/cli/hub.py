@@ -22,10 +22,6 @@ _SHORT_HELP = "\n".join(
 )
 
 
-def _tell(text: str) -> None:
-    click.echo(f"({options.printable(text)})", err=True)
-
-
 @click.command(
     epilog="\b\nShort names:\n" + _SHORT_HELP,
 )
@@ -66,7 +62,7 @@ def pull(
     options.check_recipe(recipe)
     kept = Path(asked.repo_id.partition("/")[2])
     where = dest or (kept if keep else _place(asked.called + (f"-{recipe}" if recipe else "")))
-    puller = Puller(asked, recipe, audio=not no_audio, vision=not no_vision, ignore_keys=ignore_keys, note=_tell)
+    puller = Puller(asked, recipe, audio=not no_audio, vision=not no_vision, ignore_keys=ignore_keys, note=options.tell)
     if dry_run:
         _print_forecast(puller.forecast(where), as_json)
         return

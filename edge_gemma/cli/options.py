@@ -97,6 +97,12 @@ class PromptCommand(ThinkCommand):
 
 model = click.option("-m", "--model", metavar="MODEL", help="Model folder, GGUF file or name.")
 as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output.")
+languages = options(
+    click.option(
+        "--language", metavar="L", help="The language spoken, a name or a code [default: the model hears it]."
+    ),
+    click.option("--translate-to", metavar="L", help="Also translate into this language."),
+)
 beams = click.option(
     "--beams", "num_beams", type=click.IntRange(1, 64), metavar="N",
     help="Keep N hypotheses of a reply side by side and take the likeliest: slower [default: the model's, or 1].",
@@ -339,6 +345,11 @@ def check_recipe(given: str | None, *more: str) -> None:
 
 def print_json(value: dict[str, Any]) -> None:
     click.echo(json.dumps(value, ensure_ascii=False))
+
+
+def tell(text: str) -> None:
+    """What the user should know, beside the results: on standard error."""
+    click.echo(f"({printable(text)})", err=True)
 
 
 def printable(text: str) -> str:

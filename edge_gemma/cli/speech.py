@@ -21,24 +21,13 @@ if TYPE_CHECKING:
 
 _ANSWER = 100  # tokens of the context that an answer to speech needs beside the sound
 
-_languages = options.options(
-    click.option(
-        "--language", metavar="L", help="The language spoken, a name or a code [default: the model hears it]."
-    ),
-    click.option("--translate-to", metavar="L", help="Also translate into this language."),
-)
-
-
-def _tell(text: str) -> None:
-    click.echo(f"({options.printable(text)})", err=True)
-
 
 @click.command()
 @options.refuse("as_json", beside="srt")
 @options.refuse("force", without="srt")
 @options.model
 @click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="FILE...")
-@_languages
+@options.languages
 @options.beams
 @click.option("--track", type=click.IntRange(1), metavar="N",
               help="Sound track of a film that has several [default: its own, or the next with speech].")  # fmt: skip
@@ -73,7 +62,7 @@ def transcribe(
     task = Task(language, translate_to)
     options.check_memory(model, context, memory_limit, audio=True, drafts=drafts)
     engine = options.load_engine(model, context=context, threads=threads, drafts=drafts)
-    transcriber = Transcriber(engine, task, num_beams=num_beams, note=_tell)
+    transcriber = Transcriber(engine, task, num_beams=num_beams, note=options.tell)
     failed = 0
     for path in files:
         try:
@@ -153,7 +142,7 @@ def _refuse_to_replace(path: Path) -> None:
     is_flag=True,
     help="With --ask, write each utterance down and answer the text: later, but small models understand more.",
 )
-@_languages
+@options.languages
 @options.beams
 @click.option("--pause", type=click.FloatRange(0.2, 5), default=0.6, show_default=True, metavar="S",
               help="Seconds of silence that end an utterance.")  # fmt: skip
@@ -247,7 +236,7 @@ def _list_devices(as_json: bool) -> None:
             mark = "*" if d.default else " "
             click.echo(f"{mark} {d.index:3}  {options.printable(d.name)}  ({d.channels} channels, {d.rate} Hz)")
     if not found:
-        _tell("no microphone was found")
+        options.tell("no microphone was found")
 
 
 class _first_interrupt:
@@ -306,9 +295,11 @@ def wer(
 
     wer_module.transcripts(folder)  # before the model is loaded
     engine = options.load_engine(model, context=context, threads=threads)
-    transcriber = Transcriber(engine, Task(language), num_beams=num_beams, note=_tell)
+    transcriber = Transcriber(engine, Task(language), num_beams=num_beams, note=options.tell)
     with progress_bar("transcribing", unit="files") as progress:
-        score = wer_module.measure(transcriber, folder, limit=limit, report=report, progress=progress, note=_tell)
+        score = wer_module.measure(
+            transcriber, folder, limit=limit, report=report, progress=progress, note=options.tell
+        )
     if as_json:
         options.print_json(asdict(score) | {"texts": texts})
     else:

@@ -376,8 +376,8 @@ def test_an_archive_whose_writer_was_killed(tmp_path, mode):
 
 def test_an_archive_whose_writer_was_killed_and_that_nobody_may_repair(tapes, monkeypatch):
     subprocess.run([sys.executable, "-c", KILLED, tapes], check=True)
-    real = module._search
-    monkeypatch.setattr(module, "_search", lambda path, mode, *given: real(path, "ro", *given))
+    real = module._opened
+    monkeypatch.setattr(module, "_opened", lambda path, mode: real(path, "ro"))
     with pytest.raises(UsageError, match="run that again to repair it"):
         search(tapes, "storm")
 
