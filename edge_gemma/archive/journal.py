@@ -357,9 +357,7 @@ def not_over(path: Path, items: Iterable[Item]) -> Iterator[Item]:
     with _one_line(path), closing(search.opened_to_read(path)) as db:
         for item in items:
             row = item.custom_id, WAITING, item.digest, item.there, DONE
-            known = (
-                "SELECT 1 FROM requests WHERE custom_id = ? AND state != ? AND (digest = ? OR NOT ? AND state = ?)"
-            )
+            known = "SELECT 1 FROM requests WHERE custom_id = ? AND state != ? AND (digest = ? OR NOT ? AND state = ?)"
             if db.execute(known, row).fetchone() is None:
                 yield item
 
