@@ -9,7 +9,6 @@ Memory: one block of rows of one tensor at a time, whatever the checkpoint's siz
 
 import json
 from collections.abc import Callable, Collection
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +29,7 @@ from edge_gemma.export.towers import Towers
 from edge_gemma.folder.atomic import new_folder
 from edge_gemma.folder.folder import GENERATION, REPLACEABLE, TEMPLATE, TOKENIZER, Progress, Tensor, plan_tensor
 from edge_gemma.generation.generate import stop_ids_of
+from edge_gemma.host.pool import Pool
 from edge_gemma.quant.calibrate import CALIBRATED_BITS, Calibration, calibration_ids, refuse_unused
 from edge_gemma.quant.recipes import DENSE, tensor_format
 from edge_gemma.text.tokenizer import Tokenizer
@@ -216,7 +216,7 @@ def carried_matrices(
             return given
         return grid_matrix(checkpoint, name, bits[name], glance=glance)
 
-    with ThreadPoolExecutor(_GLANCES if glance else None) as pool:
+    with Pool(_GLANCES if glance else None) as pool:
         found = zip(bits, pool.map(packed, bits), strict=True)
     return {name: matrix for name, matrix in found if matrix is not None and matrix.bits <= bits[name]}
 
@@ -265,7 +265,7 @@ def _write_tensors(
 ) -> str:
     """Write every tensor; those that a text calibrates come first. Returns the digest of all values read."""
     checkpoint, config, plan, carried = conversion.checkpoint, conversion.config, conversion.plan, conversion.carried
-    with ThreadPoolExecutor() as pool:
+    with Pool() as pool:
         if calibration is None:
             return TensorStream(checkpoint, plan, carried, writer, pool, progress).put_rest()
         ids = calibration_ids(Tokenizer.load(writer.folder / TOKENIZER), calibration, config)

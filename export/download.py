@@ -94,7 +94,7 @@ class Download(threading.Thread):
         return self
 
     def __exit__(self, *_: object) -> None:
-        with self._spool.changed:
+        with self._spool.lock:
             self._stopped = True
         self._stop()
         self._spool.fail(_StoppedError("the download was stopped"))
@@ -150,7 +150,7 @@ class Download(threading.Thread):
             ranges.pop(0)
 
     def _wait_for_room(self, nbytes: int) -> None:
-        with self._spool.changed:
+        with self._spool.lock:
             # A reader that waits for bytes that come later frees no room: then there is none to wait for.
             while not self._stopped and not self._spool.starved() and self._spool.held + nbytes > self._room:
                 self._spool.changed.wait()

@@ -10,7 +10,6 @@ draft reads 13 MB then, a token of its target 790 MB.
 import hashlib
 import json
 from collections.abc import Collection
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -36,6 +35,7 @@ from edge_gemma.export.stream import TensorStream
 from edge_gemma.export.tensor_names import TensorNames
 from edge_gemma.folder.atomic import new_folder
 from edge_gemma.folder.folder import DRAFTER_FORMAT, REPLACEABLE, Progress, Tensor, plan_tensor
+from edge_gemma.host.pool import Pool
 from edge_gemma.quant.recipes import DENSE, tensor_format
 
 RECIPES = ("q8", "q4", "float")
@@ -92,7 +92,7 @@ def write_drafter(
 ) -> None:
     """Convert a checkpoint into an empty folder. recipe: of RECIPES; source: where it is from, for the manifest."""
     plan = plan_drafter(checkpoint.config, recipe, checkpoint.kept)
-    with FolderWriter(folder, plan) as writer, ThreadPoolExecutor() as pool:
+    with FolderWriter(folder, plan) as writer, Pool() as pool:
         if checkpoint.ordering is not None:
             writer.append(ORDERING, "values", checkpoint.ordering.astype(np.uint32))
         streamed = {name: tensor for name, tensor in plan.items() if name != ORDERING}

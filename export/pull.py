@@ -14,7 +14,6 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -41,6 +40,7 @@ from edge_gemma.folder.folder import MANIFEST, REPLACEABLE, TOKENIZER, ModelFold
 from edge_gemma.folder.hub_name import HubName
 from edge_gemma.folder.mmproj import mmproj_of, which_mmproj
 from edge_gemma.host import system
+from edge_gemma.host.pool import Pool
 from edge_gemma.measure.memory import footprint
 
 _FETCHED, _STATE, _ENCODER = "fetched", "state.pull", "encoder.pull"  # names that no file of a checkpoint has
@@ -360,7 +360,7 @@ class _Run:
         for unit in units:
             if unit.name in done:
                 self._drop(unit)
-        with ThreadPoolExecutor() as pool:
+        with Pool() as pool:
             conversion = self._conversion
             stream = TensorStream(
                 conversion.checkpoint, conversion.plan, conversion.carried, self._writer, pool, None, self._journal

@@ -12,13 +12,13 @@ import contextlib
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 from edge_gemma.errors import CheckpointError, EdgeGemmaError
 from edge_gemma.export.source_file import SourceFile, show
 from edge_gemma.host import system
+from edge_gemma.host.pool import Pool
 
 _SYNC_BYTES = 16 << 20  # a range is flushed to the disk each time so much of it has come
 _NEAR = 1 << 16  # small reads no farther apart are fetched in one
@@ -51,7 +51,7 @@ class Range:
 class Spool:
     """The ranges of all files of a checkpoint below one folder, shared by the reader and the download.
 
-    `held` counts the bytes of ordered ranges. One lock for all: `changed` is told of every byte that comes or goes,
+    `held` counts the bytes of ordered ranges. One `lock` for all: `changed` is told of every byte that comes or goes,
     and of every reader that waits.
     """
 
@@ -59,8 +59,9 @@ class Spool:
         folder.mkdir(exist_ok=True)
         self.folder, self.held = folder, 0
         self._awaited: list[tuple[Range, int]] = []  # by readers: a range, and up to which byte of the file
-        self.changed = threading.Condition()
-        self.flusher = ThreadPoolExecutor(1, "flush")  # a card takes a second for what a link brings in half of one
+        self.lock = threading.RLock()  # host/pool.py says why it is entered itself
+        self.changed = threading.Condition(self.lock)
+        self.flusher = Pool(1, "flush")  # a card takes a second for what a link brings in half of one
         self.failure: BaseException | None = None
         self._trust_what_was_flushed()
 
@@ -95,7 +96,7 @@ class Spool:
 
     @contextlib.contextmanager
     def awaiting(self, here: Range, until: int) -> Iterator[None]:
-        """A reader waits for a range up to a byte of the file; `changed` is held."""
+        """A reader waits for a range up to a byte of the file; `lock` is held."""
         wanted = (here, until)
         self._awaited.append(wanted)
         self.changed.notify_all()
@@ -106,7 +107,7 @@ class Spool:
 
     def fail(self, error: BaseException) -> None:
         """No more bytes will come: who waits for some raises this."""
-        with self.changed:
+        with self.lock:
             self.failure = self.failure or error
             self.changed.notify_all()
 
@@ -155,13 +156,13 @@ class SpooledFile(SourceFile):
 
     def _arrived(self, at: int, stop: int) -> Range:
         """The range that `at` lies in, once it has come as far as it is needed up to `stop`."""
-        with self._spool.changed:
+        with self._spool.lock:
             here = self._covering(at)
             if mine := here is None:
                 here = self._new(at, min(stop, self._next_start(at)), ordered=False)
         if mine:
             self._fetch_small(here)
-        with self._spool.changed:
+        with self._spool.lock:
             until = min(here.readable_to, stop)
             with self._spool.awaiting(here, until):
                 while here.start + here.have < until:
@@ -180,7 +181,7 @@ class SpooledFile(SourceFile):
             else:
                 merged.append([start, start + length])
         for start, stop in merged:
-            with self._spool.changed:
+            with self._spool.lock:
                 kept = self._new(start, stop, ordered=False)
             self._fetch_small(kept)
 
@@ -194,7 +195,7 @@ class SpooledFile(SourceFile):
 
     def order(self, start: int, stop: int) -> Range:
         """A tensor's range [start, stop), about to be added to; as it is where an earlier run began it."""
-        with self._spool.changed:
+        with self._spool.lock:
             for kept in self._ranges:
                 if kept.ordered and (kept.start, kept.stop) == (start, stop):
                     kept.coming = True
@@ -224,7 +225,7 @@ class SpooledFile(SourceFile):
         except FileNotFoundError:
             if not kept.used:
                 raise
-        with self._spool.changed:
+        with self._spool.lock:
             kept.have += len(data)
             if kept.used:
                 return
@@ -239,7 +240,7 @@ class SpooledFile(SourceFile):
         try:
             with kept.path.open("rb") as file:
                 system.flush(file.fileno())
-            with self._spool.changed:
+            with self._spool.lock:
                 kept.synced, kept.flushing = have, False
                 if kept in self._ranges:
                     kept.path.with_suffix(".flushed").write_text(str(have))
@@ -250,7 +251,7 @@ class SpooledFile(SourceFile):
 
     def drop(self, start: int) -> None:
         """A tensor's range has been used."""
-        with self._spool.changed:
+        with self._spool.lock:
             kept = next((r for r in self._ranges if r.ordered and r.start == start), None)
             if kept is None:
                 return

@@ -6,7 +6,7 @@ Owns: row blocks, the threads, packing, digests of what was read, progress. Does
 
 import hashlib
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ from edge_gemma.export.packed import PackedMatrix, encode_dense, encode_packed
 from edge_gemma.export.resume import Journal
 from edge_gemma.export.source_file import GlanceError
 from edge_gemma.folder.folder import Progress, Tensor
+from edge_gemma.host.pool import Pool
 from edge_gemma.quant.calibrate import Rounder, Source
 from edge_gemma.quant.search import search_scales
 
@@ -47,7 +48,7 @@ class TensorStream:
         plan: dict[str, Tensor],
         carried: dict[str, PackedMatrix],
         writer: FolderWriter,
-        pool: ThreadPoolExecutor,
+        pool: Pool,
         progress: Progress | None,
         journal: Journal | None = None,
     ) -> None:

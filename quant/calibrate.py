@@ -9,13 +9,12 @@ inputs it should get. One block of one matrix is in memory at a time, and the ch
 Owns: the order of the calibration pass. Does not know: files, recipes, how integers are packed.
 """
 
-import contextlib
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
 from importlib import resources
-from queue import Empty, Full, Queue
+from queue import SimpleQueue
 from threading import Thread
 from typing import Protocol, cast
 
@@ -26,6 +25,7 @@ from edge_gemma.config import GemmaConfig
 from edge_gemma.errors import CheckpointError, UsageError
 from edge_gemma.folder import layouts
 from edge_gemma.folder.folder import Tensor
+from edge_gemma.host.pool import Pool
 from edge_gemma.model.decoder import Decoder
 from edge_gemma.model.disk_rows import DiskRows
 from edge_gemma.model.kv_cache import KVCache
@@ -162,8 +162,8 @@ class _FloatPass:
 
     def __init__(self, binder: Callable[[Callable[[str, Activations], np.ndarray]], _SourceBinder]) -> None:
         self._binder = binder
-        self._asked: Queue[np.ndarray | BaseException] = Queue(1)
-        self._answers: Queue[np.ndarray | None] = Queue(1)
+        self._asked: SimpleQueue[np.ndarray | BaseException] = SimpleQueue()
+        self._answers: SimpleQueue[np.ndarray | None] = SimpleQueue()
 
     def start(self, config: GemmaConfig, ids: list[int]) -> None:
         def run() -> None:
@@ -196,12 +196,8 @@ class _FloatPass:
 
     def end(self) -> None:
         """Also when the other pass has failed."""
-        while self._thread.is_alive():
-            with contextlib.suppress(Empty):
-                self._asked.get_nowait()
-            with contextlib.suppress(Full):
-                self._answers.put_nowait(None)
-            self._thread.join(0.01)
+        self._answers.put(None)
+        self._thread.join()
 
 
 class _Ended(Exception):
@@ -217,7 +213,7 @@ class Calibration:
         config: GemmaConfig,
         plan: dict[str, Tensor],
         put: Put,
-        pool: ThreadPoolExecutor,
+        pool: Pool,
         carried: Mapping[str, Carried] | None = None,
     ) -> None:
         """carried: matrices that the source has packed already; they are used as they are."""

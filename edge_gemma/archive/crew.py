@@ -4,12 +4,12 @@ Owns: handing works to processes, telling what became of them. Does not know: wh
 """
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from threading import Lock
 from typing import Any, Literal, Protocol
 
 from edge_gemma.archive.child import Charge, Child, CrashedError, FailedError, reason
+from edge_gemma.host.pool import Pool
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class LocalCrew:
         self.slots = workers * charge.slots
         self._told, self._choosing = told, Lock()
         self._given = dict.fromkeys(self.children, 0)
-        self._threads = ThreadPoolExecutor(self.slots, thread_name_prefix="archive-worker")
+        self._threads = Pool(self.slots, thread_name_prefix="archive-worker")
 
     def submit(self, number: int, work: Any, *, alone: bool) -> None:
         """As Crew.submit."""

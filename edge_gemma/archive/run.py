@@ -98,7 +98,7 @@ class Batch:
         self._journal, self._created, self._beside, self._kinds = journal, created, beside, kinds
         self._note, self._progress = note, progress
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self._todo: queue.Queue[_Active | None] = queue.Queue(2 * readers)
+        self._todo: queue.SimpleQueue[_Active | None] = queue.SimpleQueue()
         self._room = _Room()
         self._given: dict[int, _Given] = {}
         self._numbers = 0
@@ -149,8 +149,7 @@ class Batch:
         for child in self._children:
             child.close()
         for _ in self._threads:
-            with suppress(queue.Full):
-                self._todo.put_nowait(None)
+            self._todo.put(None)
 
     def _tell(self) -> None:
         share = min(1.0, (self._weight_over + self._weight_partly) / max(1.0, self._weight))
@@ -159,7 +158,7 @@ class Batch:
     # Requests are read, in threads of their own.
 
     def _hand_to_readers(self, waiting: Iterator[Request]) -> None:
-        while not self._todo.full():
+        while self._todo.qsize() < 2 * len(self._children):
             request = next(waiting, None)
             if request is None:
                 self._todo.put(None)  # for each reader

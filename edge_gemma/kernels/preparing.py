@@ -15,11 +15,11 @@ import queue
 import threading
 import weakref
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
 from edge_gemma.errors import KernelError
 from edge_gemma.host import cpus, interrupts
+from edge_gemma.host.pool import Pool
 from edge_gemma.kernels import kept
 from edge_gemma.kernels.compiled.service import CHANGED, NoService, Service
 from edge_gemma.kernels.functions import ChunkFunction
@@ -85,7 +85,7 @@ def _together(functions: Iterable[ChunkFunction], processes: int) -> None:
                 function = waiting.get_nowait()
                 _keep(function, service.compile(function))
 
-    with ThreadPoolExecutor(processes) as pool:
+    with Pool(processes) as pool:
         try:
             for done in [pool.submit(work) for _ in range(processes)]:
                 done.result()

@@ -93,7 +93,8 @@ class Workers:
         self._state[WORKERS // 8] = most
         self._address = self._state.ctypes.data
         self._one_at_a_time = threading.Lock()
-        self._changed = threading.Condition()
+        self._lock = threading.RLock()
+        self._changed = threading.Condition(self._lock)
         self._runs = 0  # that workers were asked to take part in
         self._asleep = 0
         self._threads: list[threading.Thread] = []
@@ -124,7 +125,7 @@ class Workers:
             self._threads.append(thread)
             thread.start()
         if self._asleep:
-            with self._changed:
+            with self._lock:
                 self._changed.notify_all()
 
     def close(self) -> None:
@@ -144,7 +145,7 @@ class Workers:
         while not self._ended:
             runs, request[1] = self._runs, turns
             follow(request.ctypes.data, worker)
-            with self._changed:
+            with self._lock:
                 self._asleep += 1
                 while self._runs == runs and not self._ended:
                     self._changed.wait()

@@ -17,12 +17,12 @@ import itertools
 import logging
 import threading
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
 
 from edge_gemma.folder.prefix_files import LostFileError, PrefixFile, PrefixFiles
+from edge_gemma.host.pool import Pool
 from edge_gemma.model.kv_cache import KVCache, LayerCache
 
 log = logging.getLogger(__name__)
@@ -70,7 +70,7 @@ class PrefixCache:
         self._runs: dict[bytes, list[Run]] = {}  # by prefix
         self._clock = itertools.count(1)
         self._bytes = 0
-        self._writer: ThreadPoolExecutor | None = None
+        self._writer: Pool | None = None
         self._written: set[tuple[bytes, int]] = set()
         self._read_files = files is None
         self._told = False  # that something was not written
@@ -132,7 +132,7 @@ class PrefixCache:
         if self._files is None:
             return
         with self._lock:
-            self._writer = self._writer or ThreadPoolExecutor(1, "edge-gemma-prefix")
+            self._writer = self._writer or Pool(1, "edge-gemma-prefix")
             for run, begin, end in self._path(tokens):
                 if run.file is None and (run.prefix, end - begin) not in self._written:
                     self._written.add((run.prefix, end - begin))

@@ -36,7 +36,8 @@ class Loudspeaker:
             wanted = "the default loudspeaker" if device is None else f"the loudspeaker {device!r}"
             raise AudioError(f"{wanted} cannot be used: {reason_of(error)}; edge-gemma listen --list-devices") from None
         self.name, self._info = str(info["name"]), info
-        self._changed = threading.Condition()
+        self._lock = threading.RLock()
+        self._changed = threading.Condition(self._lock)
         self._waiting: list[np.ndarray] = []  # int16 [n]
         self._taken = 0  # samples of the first one that were played
         self._stream: Any = None
@@ -56,7 +57,7 @@ class Loudspeaker:
         self._open(rate)
         if self._resampler is not None:
             samples = self._resampler.resample_chunk(samples)
-        with self._changed:
+        with self._lock:
             self._wait_for(lambda: self._left() <= _AHEAD_S or epoch != self._epoch)
             if epoch != self._epoch:
                 return 0.0
@@ -66,7 +67,7 @@ class Loudspeaker:
 
     def stop(self) -> None:
         """Be silent now, and forget what waits."""
-        with self._changed:
+        with self._lock:
             self._epoch += 1
             self._waiting, self._taken, self.played = [], 0, 0.0
             self._changed.notify_all()
@@ -74,7 +75,7 @@ class Loudspeaker:
     @property
     def left(self) -> float:
         """Seconds of sound that the device has still to take."""
-        with self._changed:
+        with self._lock:
             return self._left()
 
     @property
@@ -138,7 +139,7 @@ class Loudspeaker:
         if stream is None:
             return
         try:
-            with self._changed:
+            with self._lock:
                 if was_open:
                     self._wait_for(lambda: not self._waiting)
         finally:
@@ -147,7 +148,7 @@ class Loudspeaker:
 
     def _wanted(self, out: Any, frames: int, clock: Any, status: Any) -> None:
         """PortAudio's callback."""
-        with self._changed:
+        with self._lock:
             self._asked_at = time.monotonic()
             parts, missing = [], frames
             while self._waiting and missing:

@@ -235,6 +235,10 @@ def test_an_export_ended_at_any_moment_leaves_nothing_or_all(
         run.stdout.readline()
         time.sleep(delay)
         run.send_signal(ending)
+        try:
+            run.wait(120)
+        finally:  # one that hangs is one failure, and no other test's
+            run.kill()
     if dest.exists():
         assert contents(dest) == expected
     elif ending == signal.SIGINT and dest.parent.exists():

@@ -1,6 +1,7 @@
 """Rounding weights: searched scales, error feedback, and the calibration pass, each against what it claims."""
 
 import itertools
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from edge_gemma.errors import UsageError
 from edge_gemma.export.convert import export_checkpoint
 from edge_gemma.export.synth import TEXT_CONFIGS
 from edge_gemma.folder import layouts
+from edge_gemma.host.pool import Pool
 from edge_gemma.quant import calibrate, feedback
 from edge_gemma.quant.calibrate import bundled_text, calibration_ids, most_tokens, round_segments
 from edge_gemma.quant.feedback import Curvature, round_with_feedback
@@ -282,18 +284,12 @@ def test_the_folder_does_not_depend_on_threads(tmp_path: Path, monkeypatch: pyte
     try:
         for threads in (1, 2):
             kernels.set_threads(threads)
-            monkeypatch.setattr("edge_gemma.export.convert.ThreadPoolExecutor", lambda n=threads: _pool(n))
+            monkeypatch.setattr("edge_gemma.export.convert.Pool", partial(Pool, threads))
             dest = tmp_path / str(threads)
             folders.append(contents(export_checkpoint(tmp_path / "in", dest, "q2mix", calibration=TEXT)))
     finally:
         kernels.set_threads(None)
     assert folders[0] == folders[1]
-
-
-def _pool(threads: int):
-    from concurrent.futures import ThreadPoolExecutor
-
-    return ThreadPoolExecutor(threads)
 
 
 def test_a_text_too_short_is_refused(tmp_path: Path) -> None:
