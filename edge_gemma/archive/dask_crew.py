@@ -15,6 +15,7 @@ import contextlib
 import hashlib
 import logging
 import pickle
+import queue
 import threading
 import time
 from collections.abc import Callable
@@ -23,9 +24,11 @@ from typing import Any
 from edge_gemma.archive.child import Child, reason
 from edge_gemma.archive.crew import Outcome, Told, outcome
 from edge_gemma.errors import UsageError
+from edge_gemma.host import interrupts
 from edge_gemma.host.extras import imported
 
 _CONNECT_S = 20.0
+_ANSWER_S = 60.0  # a scheduler that says nothing for so long is gone
 _LOOK_S = 2.0  # between two looks for new workers
 _HOPE_S = 10.0  # that a worker which fits may need to come, where others do not
 _IDLE_S = 300.0  # a model stays open so long after its last work
@@ -47,7 +50,7 @@ class DaskCrew:
         do: what a worker calls with the charge, a work, and whether it is done alone; None for a Child's.
         Raises UsageError if there is no scheduler.
         """
-        distributed = imported("distributed", "--dask", "archives", UsageError)
+        imported("distributed", "--dask", "archives", UsageError)
         for name in ("distributed", "distributed.client"):  # they tell of what is lost in many lines
             logging.getLogger(name).setLevel(logging.CRITICAL)
         self._address, self._charge, self._told, self._note = address, charge, told, note
@@ -63,19 +66,32 @@ class DaskCrew:
         self._handed_out, self._looked, self._waits, self._cut_off = 0, 0.0, False, False
         self._hopeless: float | None = None  # since when no worker is fit
         self._cluster: Any = None
-        if address == "local":
-            self._cluster = distributed.LocalCluster(
-                n_workers=workers, threads_per_worker=charge.slots, memory_limit=0, silence_logs=logging.CRITICAL,
-                dashboard_address="127.0.0.1:0", scheduler_kwargs={"dashboard": False},
-            )  # fmt: skip
+        self._client: Any = None
         try:
-            self._client = distributed.Client(self._cluster or address, timeout=_CONNECT_S, set_as_default=False)
+            self._connect(workers)
+            self.tend()
+        except BaseException:
+            self.close()
+            raise
+
+    def _connect(self, workers: int) -> None:
+        import distributed
+
+        if self._address == "local":
+            with interrupts.held():  # half of a cluster cannot be closed; its workers come afterwards, by themselves
+                self._cluster = distributed.LocalCluster(
+                    n_workers=0, threads_per_worker=self._charge.slots, memory_limit=0, silence_logs=logging.CRITICAL,
+                    dashboard_address="127.0.0.1:0", scheduler_kwargs={"dashboard": False},
+                )  # fmt: skip
+            self._cluster.shutdown_on_close = False  # at Python's end once more: `close` is enough
+            self._cluster.scale(workers)
+        try:
+            self._client = _client(self._address if self._cluster is None else self._cluster.scheduler_address)
         except (OSError, TimeoutError, TypeError, ValueError) as error:  # TypeError: tls:// without its settings
             told_why = " ".join(str(error).split()) or "no answer"
             raise UsageError(
-                f"there is no Dask scheduler at {address} ({told_why:.200}): start one with dask scheduler"
+                f"there is no Dask scheduler at {self._address} ({told_why:.200}): start one with dask scheduler"
             ) from None
-        self.tend()
 
     @property
     def slots(self) -> int:
@@ -146,13 +162,14 @@ class DaskCrew:
         try:
             if self._client.status != "running" or self._cut_off:
                 raise OSError
-            here = set(self._client.run_on_scheduler(_looked_up()))
+            here = set(self._asked(self._client.run_on_scheduler, _looked_up()))
             if hasattr(self._client.scheduler_comm, "recent_message_log"):
                 self._client.scheduler_comm.recent_message_log.clear()
             self._refuse_unfit()
-        except Exception:
+        except Exception as error:
+            how = f"has not answered for {_ANSWER_S:.0f} s" if isinstance(error, TimeoutError) else "is gone"
             raise UsageError(
-                f"the Dask scheduler at {self._address} is gone: start it again, and the same command goes on"
+                f"the Dask scheduler at {self._address} {how}: start it again, and the same command goes on"
             ) from None
         with self._guard:
             for number in set(self._works) - set(self._futures):
@@ -164,6 +181,14 @@ class DaskCrew:
         if new:  # in a thread: a worker may take minutes to load its model
             threading.Thread(target=self._prepare, args=(sorted(new),), daemon=True).start()
         self._tell_waiting(here)
+
+    def _asked(self, ask: Callable[..., Any], *given: Any, limit_s: float | None = None, **named: Any) -> Any:
+        """What the scheduler answers. Raises TimeoutError: the client's own calls wait for one that is frozen."""
+
+        async def answer() -> Any:
+            return await asyncio.wait_for(ask(*given, **named), limit_s or _ANSWER_S)
+
+        return asyncio.run_coroutine_threadsafe(answer(), self._client.loop.asyncio_loop).result()
 
     def _prepare(self, workers: list[_Worker]) -> None:
         """Find out which workers can do the work, and how many at a time."""
@@ -197,7 +222,7 @@ class DaskCrew:
                 del self._usable[worker]
                 self._refuse(worker, unfit[worker[0]])
         if unfit:
-            self._client.run(_given_nothing, self._name, workers=list(unfit), on_error="ignore")
+            self._asked(self._client.run, _given_nothing, self._name, workers=list(unfit), on_error="ignore")
 
     def _hand_out_again(self) -> None:
         old = list(self._futures.values())
@@ -216,7 +241,7 @@ class DaskCrew:
             self._hopeless = time.monotonic()
         elif time.monotonic() - self._hopeless > _HOPE_S:
             raise UsageError(f"none of the {len(here)} workers at {self._address} can do the work: see above")
-        if waits and not self._waits:
+        if waits and not self._waits and self._cluster is None:
             self._note(f"waiting for workers at {self._address}: start them with dask worker {self._address}")
         self._waits = waits
 
@@ -228,14 +253,35 @@ class DaskCrew:
             for future in futures:
                 future.release()
             if self._client.status == "running" and self._usable and self._cluster is None:
-                self._client.run(
-                    _let_go, self._charge, workers=[address for address, _ in self._usable], on_error="ignore"
-                )
+                addresses = [address for address, _ in self._usable]
+                self._asked(self._client.run, _let_go, self._charge, workers=addresses, on_error="ignore", limit_s=5)
         with contextlib.suppress(Exception):
             self._client.close(timeout=5)
         if self._cluster is not None:
             with contextlib.suppress(Exception):
                 self._cluster.close(timeout=5)
+
+
+def _client(address: str) -> Any:
+    """A client of a scheduler. Raises OSError, TimeoutError, TypeError, ValueError.
+
+    It is made in a thread: one that a Ctrl-C interrupts while it connects would keep Python from ending for 40 s.
+    """
+    import distributed
+
+    made: queue.SimpleQueue[Any] = queue.SimpleQueue()
+
+    def connect() -> None:
+        try:
+            made.put(distributed.Client(address, timeout=_CONNECT_S, set_as_default=False))
+        except BaseException as error:
+            made.put(error)
+
+    threading.Thread(target=connect, daemon=True).start()
+    found = made.get()
+    if isinstance(found, BaseException):
+        raise found
+    return found
 
 
 # What runs in the scheduler and in workers.

@@ -11,6 +11,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from edge_gemma import __version__
@@ -116,6 +117,9 @@ def run(
     source = opened(job)
     folder = model_of(job)
     began = time.perf_counter()
+    if job.anew:  # nothing is forgotten for an INPUT that is refused
+        with TemporaryDirectory() as scratch, Journal(Path(scratch) / job.archive.name) as trial:
+            trial.take(checked_items(source.items(), folder))
     with Journal(job.archive, anew=job.anew) as journal:
         created = _same_as_before(job, source, journal, folder, note)
         taken = journal.take(checked_items(source.items(), folder))

@@ -1,200 +1,40 @@
-"""Batches by workers of Dask, each in processes of its own: whoever is killed, each recording is written down once.
-
-A `Site` starts schedulers, workers and commands as users do, and ends all of them, whatever the test did.
-"""
+"""Batches by workers of Dask, each in processes of its own: works that end these, workers that come and go."""
 
 import asyncio
 import json
 import os
-import random
 import shutil
 import signal
 import socket
-import sqlite3
 import subprocess
 import sys
 import threading
-import time
-import uuid
-from collections import Counter
-from contextlib import closing, suppress
-from pathlib import Path
+from contextlib import suppress
 
 import pytest
 
 pytest.importorskip("distributed", reason="the archives extra is not installed")
 import psutil
 
-from edge_gemma.archive import job as archive
+from edge_gemma.errors import UsageError
 from edge_gemma.folder import find
 from edge_gemma.folder.folder import manifest_digest
 from tests.archive import clips
+from tests.archive.dask_parts import (
+    COMMAND,
+    LONG_S,
+    MODEL,
+    READER,
+    ROLE,
+    TOKEN,
+    WORKER,
+    ended,
+    errors,
+    lines,
+    report_of,
+)
 from tests.archive.poison import DEADLY, MIDWAY, told
 from tests.waiting import until
-
-ROOT = Path(__file__).parent.parent.parent
-TOKEN, ROLE = "EDGE_GEMMA_TEST_SITE", "EDGE_GEMMA_TEST_ROLE"
-LONG_S = 300  # for what takes seconds on an idle machine
-SOUND = {"response_format": "verbose_json"}  # what the command asks for
-SCHEDULER, WORKER, COMMAND = "scheduler", "worker", "command"
-NANNY, MODEL, READER = "nanny", "model", "reader"
-
-
-class Site:
-    """A scheduler, workers and commands on this machine."""
-
-    def __init__(self, folder):
-        self.folder, self.token, self.started = folder, uuid.uuid4().hex, 0
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
-        self.address = f"tcp://127.0.0.1:{self.port}"
-        self.popens = []
-
-    def start(self, role, *arguments, paths=(), cwd=ROOT):
-        """Start a process; what it writes goes into a file, `log`. paths: come first where it looks for modules."""
-        self.started += 1
-        environment = os.environ | {
-            TOKEN: self.token, ROLE: role, "PYTHONPATH": os.pathsep.join([*map(str, paths), str(ROOT)]),
-            "DASK_DISTRIBUTED__COMM__TIMEOUTS__CONNECT": "60s",  # of workers, on a machine that has much to do
-        }  # fmt: skip
-        log = self.folder / f"{self.started:03}-{role}.log"
-        with log.open("wb") as file:
-            popen = subprocess.Popen(
-                [sys.executable, "-m", *map(str, arguments)], env=environment, cwd=cwd, stdin=subprocess.DEVNULL,
-                stdout=file, stderr=subprocess.STDOUT, start_new_session=True,
-            )  # fmt: skip
-        popen.log = log
-        self.popens.append(popen)
-        return popen
-
-    def scheduler(self, paths=()):
-        """Start the scheduler, and wait until it listens."""
-        options = ("--host", "127.0.0.1", "--port", self.port, "--no-dashboard")
-        popen = self.start(SCHEDULER, "dask", "scheduler", *options, paths=paths)
-        until(lambda: popen.poll() is not None or self.listens(), LONG_S)
-        assert popen.poll() is None, popen.log.read_text()
-        return popen
-
-    def listens(self):
-        """Whether there is a scheduler."""
-        with socket.socket() as trial:
-            return trial.connect_ex(("127.0.0.1", self.port)) == 0
-
-    def worker(self, *options, threads=2, paths=(), cwd=ROOT):
-        """Start a worker, with its nanny."""
-        return self.start(
-            WORKER, "dask", "worker", self.address, "--nthreads", threads, "--nworkers", "1", "--no-dashboard",
-            "--memory-limit", "0", "--local-directory", self.folder / "dask", *options, paths=paths, cwd=cwd,
-        )  # fmt: skip
-
-    def batch(self, source, output, *, charge=None, reader=None, cwd=ROOT, **fields):
-        """Start the command, or, with a charge or a reader, its stand-in."""
-        given = {"job": {"input": str(source), "output": str(output), "model": "demo", "dask": self.address}}
-        given["job"] |= {"asked": SOUND} | fields
-        given |= {name: value for name, value in (("charge", charge), ("reader", reader)) if value is not None}
-        return self.start(COMMAND, "tests.archive.drive", json.dumps(given), cwd=cwd)
-
-    def processes(self, role=None):
-        """What runs here: each process that was started here, and what those have started."""
-        found = []
-        for process in psutil.process_iter():
-            with suppress(psutil.Error, OSError):
-                environment = process.environ()
-                ours = environment.get(TOKEN) == self.token and role in (None, environment[ROLE])
-                if ours and process.status() != psutil.STATUS_ZOMBIE:
-                    found.append(process)
-        return found
-
-    def kinds(self):
-        """The processes that a test kills, by what they are."""
-        kinds, tops = {}, {popen.pid for popen in self.popens}
-        for process in self.processes():
-            with suppress(psutil.Error, OSError):
-                role, line = process.environ()[ROLE], " ".join(process.cmdline())
-                kind = None
-                if process.pid in tops:
-                    kind = {WORKER: NANNY}.get(role, role)
-                elif "edge_gemma.archive.child" in line:
-                    kind = {WORKER: MODEL, COMMAND: READER}.get(role)
-                elif role == WORKER and "spawn_main" in line:
-                    kind = WORKER
-                kinds.setdefault(kind, []).append(process)
-        return kinds
-
-    def close(self):
-        """End all of it."""
-        until(self._ended, LONG_S)
-        for popen in self.popens:
-            popen.wait()
-
-    def _ended(self):
-        processes = self.processes()
-        for process in processes:
-            with suppress(psutil.Error):
-                process.kill()
-        return not processes
-
-
-@pytest.fixture
-def site(tmp_path):
-    """A Site of the test's own."""
-    found = Site(tmp_path)
-    yield found
-    found.close()
-
-
-@pytest.fixture(scope="session")
-def sequential(tmp_path_factory):
-    """sequential(count) -> (folder of clips, the OUTPUT of one process that does one after another)."""
-    done = {}
-
-    def make(count):
-        if count not in done:
-            root = tmp_path_factory.mktemp(f"clips-{count}")
-            folder, output = clips.make(root / "in", count), root / "sequential.jsonl"
-            report = archive.run(archive.Job(str(folder), output, "demo", workers=1, sessions=1, asked=SOUND))
-            assert (report.done, report.failed, report.set_aside) == (count, 0, 0)
-            done[count] = folder, output.read_bytes()
-        return done[count]
-
-    return make
-
-
-def ended(popen, code=0):
-    """Wait for a command. Returns what it wrote."""
-    until(lambda: popen.poll() is not None, LONG_S)
-    text = popen.log.read_text()
-    assert popen.returncode == code, text
-    return text
-
-
-def over(output):
-    """How many requests are over by now, by the journal; 0 where it cannot be read at the moment."""
-    with (
-        suppress(sqlite3.Error),
-        closing(sqlite3.connect(f"file:{output.with_suffix('.archive')}?mode=ro", uri=True, timeout=0)) as db,
-    ):
-        return db.execute("SELECT count(*) FROM requests WHERE state != 'waiting'").fetchone()[0]
-    return 0
-
-
-def report_of(text):
-    """The report that a command printed last."""
-    return json.loads(text.splitlines()[-1])
-
-
-def lines(output):
-    """OUTPUT by custom_id; each is there once."""
-    rows = [json.loads(line) for line in output.read_text().splitlines()]
-    assert max(Counter(row["custom_id"] for row in rows).values()) == 1
-    return {row["custom_id"]: row for row in rows}
-
-
-def errors(text):
-    """The lines that tell of an error."""
-    assert "Traceback" not in text, text
-    return [line for line in text.splitlines() if not line.startswith("(")]
 
 
 def test_dask_on_this_machine_writes_what_one_process_writes(site, sequential):
@@ -211,89 +51,6 @@ def test_dask_on_this_machine_writes_what_one_process_writes(site, sequential):
     assert (report["done"], report["failed"], report["set_aside"], report["waiting"]) == (40, 0, 0, 0)
     assert output.read_bytes() == expected
     until(lambda: not site.processes(), LONG_S)
-
-
-# Whoever dies
-
-
-class Supervisor:
-    """Keeps a scheduler and workers running, and the command until it is done, as systemd would."""
-
-    def __init__(self, site, workers, **command):
-        self.site, self.given = site, command
-        self.scheduler = site.scheduler()
-        self.workers = [site.worker() for _ in range(workers)]
-        self.command = site.batch(**command)
-        self.ends = Counter()  # of commands, by how
-        self.text = None  # what the last command wrote
-
-    def tend(self):
-        """Start again what has ended. Returns whether the command is done."""
-        if self.scheduler.poll() is not None:
-            self.scheduler = self.site.scheduler()
-        self.workers = [each if each.poll() is None else self.site.worker() for each in self.workers]
-        if self.text is None and self.command.poll() is not None:
-            self._command_ended()
-        return self.text is not None
-
-    def _command_ended(self):
-        text, code = self.command.log.read_text(), self.command.returncode
-        told_us = [line for line in text.splitlines() if line.startswith("Error")]
-        if code == 0:
-            self.text = text
-            return
-        if code == -signal.SIGKILL:
-            self.ends["killed"] += 1
-        else:
-            assert code == 1, text
-            assert len(told_us) == 1, text
-            assert "scheduler" in told_us[0], text
-            self.ends["the scheduler is gone"] += 1
-        assert "Traceback" not in text, text
-        self.command = self.site.batch(**self.given)
-
-
-@pytest.mark.parametrize(
-    ("count", "kills", "sleep_s"),
-    [(60, 6, 0.2), pytest.param(500, 30, 0.2, marks=[pytest.mark.slow, pytest.mark.timeout(2400)])],
-)
-def test_each_recording_is_written_down_once_whoever_dies(site, sequential, count, kills, sleep_s, capsys):
-    folder, expected = sequential(count)
-    output = site.folder / "out.jsonl"
-    seed = int(os.environ.get("EDGE_GEMMA_TEST_SEED", random.randrange(1 << 32)))
-    draw, began = random.Random(seed), time.monotonic()
-    kinds = [WORKER, NANNY, MODEL, READER, SCHEDULER, COMMAND] * (kills // 6)
-    draw.shuffle(kinds)
-    moments = sorted(draw.sample(range(1, count - 20), kills))  # by how much is done
-    supervisor = Supervisor(
-        site, 3, source=folder, output=output, charge={"sleep_s": sleep_s, "log": str(site.folder / "log")}
-    )
-    table = []
-
-    def reached(moment):
-        assert not supervisor.tend(), "it was done before all were killed"
-        return over(output) >= moment
-
-    for kind, moment in zip(kinds, moments, strict=True):
-        until(lambda moment=moment: reached(moment), LONG_S)
-        time.sleep(draw.uniform(0, 0.5))
-        until(lambda kind=kind: supervisor.tend() or site.kinds().get(kind), LONG_S)
-        victim = draw.choice(site.kinds().get(kind) or [None])
-        assert victim is not None, f"no {kind} is there"
-        with suppress(psutil.NoSuchProcess):
-            victim.kill()
-        table.append(f"{time.monotonic() - began:7.1f} s  {over(output):4} done  {kind} {victim.pid}")
-    until(supervisor.tend, 2 * LONG_S)
-    took = time.monotonic() - began
-    with capsys.disabled():
-        print(f"\n{count} clips, {kills} killed, seed {seed}: {took:.0f} s")
-        print("\n".join(table))
-        print(f"commands that ended before: {dict(supervisor.ends)}; "
-              f"works done: {len(told(site.folder / 'log'))}; started: {site.started}")  # fmt: skip
-    report = report_of(supervisor.text)
-    assert (report["done"], report["failed"], report["set_aside"], report["waiting"]) == (count, 0, 0, 0)
-    assert len(lines(output)) == count
-    assert output.read_bytes() == expected
 
 
 def test_no_process_stays_behind(site):
@@ -554,6 +311,25 @@ def test_a_scheduler_that_dies_ends_the_command_in_one_line(site, sequential, ag
         site.worker()
     assert report_of(ended(site.batch(**given)))["done"] == 40
     assert output.read_bytes() == expected
+
+
+@pytest.mark.timeout(120)
+def test_a_scheduler_that_says_nothing_ends_the_command(site, monkeypatch):
+    """Stopped, not dead: its connections stand."""
+    from edge_gemma.archive import dask_crew
+
+    monkeypatch.setattr(dask_crew, "_ANSWER_S", 2.0)
+    monkeypatch.setattr(dask_crew, "_LOOK_S", 0.0)
+    scheduler = site.scheduler()
+    crew = dask_crew.DaskCrew(site.address, "a charge", lambda *_: None, lambda _: None)
+    try:
+        crew.tend()
+        scheduler.send_signal(signal.SIGSTOP)
+        with pytest.raises(UsageError, match="has not answered for 2 s: start it again"):
+            crew.tend()
+    finally:
+        crew.close()
+        scheduler.send_signal(signal.SIGCONT)
 
 
 def test_a_result_that_went_with_its_worker_is_made_again():

@@ -208,6 +208,19 @@ def test_other_options_are_refused_and_a_folder_that_was_moved_is_the_same(tapes
     assert (tmp_path / "out.jsonl").read_bytes() == before
 
 
+@pytest.mark.parametrize("damage", ["{", '{"custom_id": "1"}', None])
+def test_nothing_is_forgotten_for_an_input_that_is_refused(tmp_path: Path, damage: str | None) -> None:
+    chats(tmp_path / "in.jsonl", 2)
+    given = job.Job(str(tmp_path / "in.jsonl"), tmp_path / "out.jsonl", "demo", anew=True)
+    job.run(given)
+    before = {path: path.read_bytes() for path in (given.output, given.archive)}
+    lines = (tmp_path / "in.jsonl").read_text().splitlines()
+    (tmp_path / "in.jsonl").write_text("\n".join([*lines, lines[0] if damage is None else damage]))
+    with pytest.raises(UsageError):
+        job.run(given)
+    assert {path: path.read_bytes() for path in before} == before
+
+
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [

@@ -8,8 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks import long_recording
-from benchmarks.long_recording import Clip, Joints, Place, Span, Word, places
+from benchmarks import joints, speech_clips
+from benchmarks.joints import Joints, Place, Span, places
+from benchmarks.speech_clips import Clip, Word
+from benchmarks.watching import watched
 from edge_gemma.audio.seams import glue, seam
 
 SAID = "we went down to the river where all of the boats lay and then home"  # two words a second
@@ -20,11 +22,11 @@ def recording(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two minutes of tests/speech, half of it without pauses."""
     pytest.importorskip("av", reason="the audio extra is not installed")
     clips = [
-        Clip(long_recording.trimmed(samples), said := long_recording.words(text), tuple((0.0, 0.1) for _ in said))
-        for samples, text in long_recording.clips(None)
+        Clip(speech_clips.trimmed(samples), said := speech_clips.words(text), tuple((0.0, 0.1) for _ in said))
+        for samples, text in speech_clips.clips(None)
     ]
     path = tmp_path_factory.mktemp("joints") / "recording.wav"
-    long_recording.write(path, clips, 120, breathless=0.5)
+    speech_clips.write(path, clips, 120, breathless=0.5)
     return path
 
 
@@ -59,7 +61,7 @@ def test_a_batch_has_the_segments_of_transcribe(
 
 
 def test_how_a_recording_is_cut_can_be_told_from_its_segments(recording: Path, transcribed: list[dict]) -> None:
-    found, known = long_recording.spans_of(transcribed), [span for span, _ in long_recording.cuts(recording)]
+    found, known = joints.spans_of(transcribed), [span for span, _ in joints.cuts(recording)]
     assert {"cut", "pause"} <= {place.kind for place in places(known)}
     assert [span.joined for span in found] == [span.joined for span in known]
     for a, b in zip(found, known, strict=True):
@@ -139,11 +141,11 @@ def test_what_the_model_gets_wrong_anyway_is_not_the_joints() -> None:
         pieces.extend(asked)
         return [SAID for _ in asked]
 
-    figures, lines = long_recording.counted(said(), spans, segments, write)
+    figures, lines = joints.counted(said(), spans, segments, write)
     assert pieces == [(0.0, 14.0)]
     assert figures["cut"] == {"places": 1, "words": 8, "lost": 1, "lost, its own": 1}
     assert len(lines) == 1
-    figures, lines = long_recording.counted(said(), spans, segments, lambda asked: [" ".join(texts)] * len(asked))
+    figures, lines = joints.counted(said(), spans, segments, lambda asked: [" ".join(texts)] * len(asked))
     assert figures["cut"] == {"places": 1, "words": 8, "lost": 1}
     assert lines == []
 
@@ -157,18 +159,18 @@ def test_a_pause_is_longer_than_what_is_near() -> None:
 def test_sound_that_no_segment_has_is_found() -> None:
     words = [Word("a", 1.0, 2.0), Word("b", 2.0, 3.0), Word("c", 3.0, 4.0)]
     spans = [Span(0.5, 2.0, False, 0.5, 2.0), Span(2.0, 3.5, False, 2.0, 3.5)]
-    assert [word.text for word in long_recording.unheard(words, spans)] == ["c"]
-    assert long_recording.unheard(words[:2], spans) == []
-    assert [word.text for word in long_recording.unheard(words[:2], spans[1:])] == ["a"]
+    assert [word.text for word in joints.unheard(words, spans)] == ["c"]
+    assert joints.unheard(words[:2], spans) == []
+    assert [word.text for word in joints.unheard(words[:2], spans[1:])] == ["a"]
     gap = [Span(0.5, 1.5, False, 0.5, 1.5), Span(1.7, 4.0, False, 1.7, 4.0)]
-    assert [word.text for word in long_recording.unheard(words, gap)] == ["a"]
+    assert [word.text for word in joints.unheard(words, gap)] == ["a"]
 
 
-@pytest.mark.parametrize("how", long_recording.HALVES)
+@pytest.mark.parametrize("how", joints.HALVES)
 def test_who_hears_all_words_writes_each_once(how: str) -> None:
     words = [Word(f"word{i}", 0.4 * i, 0.4 * i + 0.4) for i in range(200)]
     spans = [Span(0.0, 28.9, False, 0.0, 29.93), Span(28.9, 56.8, True, 27.88, 57.83), Span(56.8, 80, True, 55.78, 80)]
-    segments = long_recording.perfect(words, spans, how)
+    segments = joints.perfect(words, spans, how)
     assert " ".join(segment["text"] for segment in segments) == " ".join(word.text for word in words)
 
 
@@ -179,10 +181,10 @@ def test_a_recording_says_when_what_is_said(tmp_path: Path) -> None:
     samples = np.full(8000, 0.5, np.float32)
     samples[3000:5000] = 0
     told = ("one", "two")
-    spans = long_recording.word_spans(samples, told)
+    spans = speech_clips.word_spans(samples, told)
     assert np.allclose(spans, [(0.0, 0.1875), (0.3125, 0.5)], atol=0.011)
     path = tmp_path / "r.wav"
-    heard = long_recording.write(path, [Clip(samples, told, spans)], 60)
+    heard = speech_clips.write(path, [Clip(samples, told, spans)], 60)
     with wave.open(str(path)) as file:
         assert (file.getnchannels(), file.getsampwidth(), file.getframerate()) == (1, 2, 16_000)
         sound = np.frombuffer(file.readframes(file.getnframes()), "<i2") / 32768
@@ -193,7 +195,7 @@ def test_a_recording_says_when_what_is_said(tmp_path: Path) -> None:
 
 
 def test_a_command_is_watched() -> None:
-    done = long_recording.watched([sys.executable, "-c", "import time; time.sleep(0.5); print('x' * 100000)"])
+    done = watched([sys.executable, "-c", "import time; time.sleep(0.5); print('x' * 100000)"])
     assert done.output == "x" * 100_000 + "\n"
     own, everyone = done.memory(1.0)
     assert 3 < own <= everyone
