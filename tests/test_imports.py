@@ -155,3 +155,10 @@ def test_onnxruntime_is_imported_in_one_place() -> None:
                 names += [argument.value for argument in node.args if isinstance(argument, ast.Constant)]
             importing |= {path.relative_to(ROOT).as_posix() for name in names if name.split(".")[0] == "onnxruntime"}
     assert importing == {"edge_gemma/host/ort.py"}
+
+
+def test_threads_that_are_handed_work_are_of_one_pool() -> None:
+    """Of edge_gemma/host/pool.py: the library's own can hang where a Ctrl-C comes (docs/LOG.md#interrupted-locks)."""
+    paths = (path for folder in ("edge_gemma", "examples") for path in (ROOT / folder).rglob("*.py"))
+    using = {path.relative_to(ROOT).as_posix() for path in paths if "ThreadPoolExecutor" in path.read_text()}
+    assert using == {"edge_gemma/host/pool.py"}

@@ -18,13 +18,13 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable, Generator, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from typing import IO, Any, Protocol
 
 from edge_gemma.errors import EdgeGemmaError
+from edge_gemma.host.pool import Pool
 
 _STARTS = 3  # processes in a row that may end before they are ready
 _LAST_LINE = 300  # characters of what a process wrote before it ended
@@ -320,7 +320,7 @@ def _work(descriptor: int) -> None:
         except BaseException as error:  # SystemExit too, and a result that cannot be sent: whoever asked waits
             send(number, "failed", reason(error))
 
-    pool = ThreadPoolExecutor(charge.slots)
+    pool = Pool(charge.slots)
     with suppress(EOFError, OSError):
         while True:
             pool.submit(work, *connection.recv())
