@@ -31,6 +31,7 @@ from edge_gemma.errors import EdgeGemmaError, UsageError
 from edge_gemma.host import interrupts
 
 TRIES = 3  # after so many ended processes a request is set aside
+HOPELESS = 20  # so many set aside in a row, and nothing done: it is not the requests
 _AHEAD = 2  # works underway for each that is being done
 _LOOK_S = 0.5  # between two looks whether anything else is to be done
 _CHAT, _READING = "chat", "reading"  # keys of what is no part of a recording
@@ -107,6 +108,7 @@ class Batch:
         self._threads = [threading.Thread(target=self._feed, args=(child,), daemon=True) for child in self._children]
         self._underway: set[_Active] = set()
         self._requests = self._over = 0
+        self._in_vain = 0  # requests that were set aside since anything was worked
         self._weight = self._weight_over = self._weight_partly = 0.0
         for size, over in journal.weights():
             self._requests, self._over = self._requests + 1, self._over + over
@@ -251,6 +253,8 @@ class Batch:
             self._fail(active, f"it ended the process that worked {tries} times: {outcome.value}", aside=True)
         self._room.give()
         active.missing -= 1
+        if outcome.kind in ("done", "failed"):
+            self._in_vain = 0
         if active.over:
             return
         if outcome.kind == "failed":
@@ -287,6 +291,11 @@ class Batch:
             self._journal.failed(active.request.id, why, aside=aside)
             self._note(f"{active.request.custom_id}: {why}")
             self._end(active)
+        self._in_vain += aside
+        if self._in_vain == HOPELESS:  # too little memory for the model, say: hours of nothing, and then all set aside
+            _give_up(
+                f"{HOPELESS} requests in a row were set aside, and none was done: mend the cause, then give --retry"
+            )
 
     def _further(self, active: _Active, share: float) -> None:
         self._weight_partly += (share - active.share) * weight(active.request)

@@ -1,11 +1,12 @@
 """The same command goes on after interruptions at bad moments, moved folders and a full disk."""
 
+import dataclasses
 import shutil
 import signal
 import sqlite3
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Container, Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,13 @@ import pytest
 from click.testing import Result
 
 from edge_gemma.archive import job
+from edge_gemma.archive.crew import Outcome
 from edge_gemma.archive.inputs import CHAT, Item, open_input
 from edge_gemma.archive.journal import Journal, not_over
+from edge_gemma.archive.run import HOPELESS
 from edge_gemma.errors import UsageError
 from tests import ROOT
-from tests.archive.attack_parts import HELLO, batch, requests, results
+from tests.archive.attack_parts import HELLO, Nobody, batch, requests, results
 from tests.embedded import SPEECH
 
 
@@ -125,6 +128,44 @@ def test_a_full_disk_is_told_as_such(tmp_path: Path, monkeypatch: pytest.MonkeyP
     source = requests(tmp_path / "in.jsonl", {"a": ("nowhere", {})})
     with pytest.raises(UsageError, match="the disk is full"):
         job.run(job.Job(str(source), tmp_path / "out.jsonl", model="demo"))
+
+
+class Mortal(Nobody):
+    """A crew whose processes end at every request, but for some."""
+
+    def __init__(self, told: Callable[[int, Outcome], None], done: Container[str] = ()) -> None:
+        super().__init__(told)
+        self.done = done
+
+    def submit(self, number: int, work: Any, *, alone: bool) -> None:
+        if work.custom_id in self.done:
+            super().submit(number, work, alone=alone)
+        else:
+            self.told(number, Outcome("crashed", "the process ended (SIGKILL)"))
+
+
+def test_where_every_request_ends_the_process_the_command_ends_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(job, "crew", lambda given, folder, told, note: Mortal(told))
+    source = requests(tmp_path / "in.jsonl", {str(i): (CHAT, {"messages": HELLO}) for i in range(60)})
+    given, notes = job.Job(str(source), tmp_path / "out.jsonl", model="demo"), list[str]()
+    with pytest.raises(UsageError, match="20 requests in a row were set aside.*--retry"):
+        job.run(given, notes.append)
+    assert len(notes) == 1 + HOPELESS
+    assert len(results(given.output)) == HOPELESS
+    monkeypatch.setattr(job, "crew", lambda given, folder, told, note: Nobody(told))
+    assert job.run(dataclasses.replace(given, retry=True)).done == 60
+
+
+def test_requests_that_end_the_process_among_others_do_not_end_the_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done = {str(i) for i in range(0, 60, 19)}
+    monkeypatch.setattr(job, "crew", lambda given, folder, told, note: Mortal(told, done))
+    source = requests(tmp_path / "in.jsonl", {str(i): (CHAT, {"messages": HELLO}) for i in range(60)})
+    report = job.run(job.Job(str(source), tmp_path / "out.jsonl", model="demo"))
+    assert (report.done, report.set_aside) == (len(done), 60 - len(done))
 
 
 KILLED = """
