@@ -294,7 +294,8 @@ class Batch:
         self._in_vain += aside
         if self._in_vain == HOPELESS:  # too little memory for the model, say: hours of nothing, and then all set aside
             _give_up(
-                f"{HOPELESS} requests in a row were set aside, and none was done: mend the cause, then give --retry"
+                f"{HOPELESS} requests in a row were set aside, and none was done: mend the cause and give --retry; "
+                "the same command without it goes on with the others"
             )
 
     def _further(self, active: _Active, share: float) -> None:

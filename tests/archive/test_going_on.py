@@ -150,7 +150,7 @@ def test_where_every_request_ends_the_process_the_command_ends_too(
     monkeypatch.setattr(job, "crew", lambda given, folder, told, note: Mortal(told))
     source = requests(tmp_path / "in.jsonl", {str(i): (CHAT, {"messages": HELLO}) for i in range(60)})
     given, notes = job.Job(str(source), tmp_path / "out.jsonl", model="demo"), list[str]()
-    with pytest.raises(UsageError, match="20 requests in a row were set aside.*--retry"):
+    with pytest.raises(UsageError, match=r"20 requests in a row were set aside, .*give --retry"):
         job.run(given, notes.append)
     assert len(notes) == 1 + HOPELESS
     assert len(results(given.output)) == HOPELESS
