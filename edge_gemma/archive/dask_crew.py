@@ -50,7 +50,7 @@ class DaskCrew:
         do: what a worker calls with the charge, a work, and whether it is done alone; None for a Child's.
         Raises UsageError if there is no scheduler.
         """
-        imported("distributed", "--dask", "archives", UsageError)
+        distributed = imported("distributed", "--dask", "archives", UsageError)
         for name in ("distributed", "distributed.client"):  # they tell of what is lost in many lines
             logging.getLogger(name).setLevel(logging.CRITICAL)
         self._address, self._charge, self._told, self._note = address, charge, told, note
@@ -68,15 +68,13 @@ class DaskCrew:
         self._cluster: Any = None
         self._client: Any = None
         try:
-            self._connect(workers)
+            self._connect(distributed, workers)
             self.tend()
         except BaseException:
             self.close()
             raise
 
-    def _connect(self, workers: int) -> None:
-        import distributed
-
+    def _connect(self, distributed: Any, workers: int) -> None:
         if self._address == "local":
             with interrupts.held():  # half of a cluster cannot be closed; its workers come afterwards, by themselves
                 self._cluster = distributed.LocalCluster(
@@ -86,7 +84,8 @@ class DaskCrew:
             self._cluster.shutdown_on_close = False  # at Python's end once more: `close` is enough
             self._cluster.scale(workers)
         try:
-            self._client = _client(self._address if self._cluster is None else self._cluster.scheduler_address)
+            scheduler = self._address if self._cluster is None else self._cluster.scheduler_address
+            self._client = _in_a_thread(lambda: distributed.Client(scheduler, timeout=_CONNECT_S, set_as_default=False))
         except (OSError, TimeoutError, TypeError, ValueError) as error:  # TypeError: tls:// without its settings
             told_why = " ".join(str(error).split()) or "no answer"
             raise UsageError(
@@ -262,22 +261,20 @@ class DaskCrew:
                 self._cluster.close(timeout=5)
 
 
-def _client(address: str) -> Any:
-    """A client of a scheduler. Raises OSError, TimeoutError, TypeError, ValueError.
+def _in_a_thread(make: Callable[[], Any]) -> Any:
+    """A client of a scheduler. Raises what making it raises.
 
-    It is made in a thread: one that a Ctrl-C interrupts while it connects would keep Python from ending for 40 s.
+    One that a Ctrl-C interrupts while it connects would keep Python from ending, for up to twice _CONNECT_S.
     """
-    import distributed
-
     made: queue.SimpleQueue[Any] = queue.SimpleQueue()
 
-    def connect() -> None:
+    def run() -> None:
         try:
-            made.put(distributed.Client(address, timeout=_CONNECT_S, set_as_default=False))
+            made.put(make())
         except BaseException as error:
             made.put(error)
 
-    threading.Thread(target=connect, daemon=True).start()
+    threading.Thread(target=run, daemon=True).start()
     found = made.get()
     if isinstance(found, BaseException):
         raise found

@@ -117,7 +117,7 @@ def run(
     source = opened(job)
     folder = model_of(job)
     began = time.perf_counter()
-    if job.anew:  # nothing is forgotten for an INPUT that is refused
+    if job.anew and job.archive.exists():  # nothing is forgotten for an INPUT that is refused
         with TemporaryDirectory() as scratch, Journal(Path(scratch) / job.archive.name) as trial:
             trial.take(checked_items(source.items(), folder))
     with Journal(job.archive, anew=job.anew) as journal:

@@ -291,7 +291,7 @@ class Batch:
             self._journal.failed(active.request.id, why, aside=aside)
             self._note(f"{active.request.custom_id}: {why}")
             self._end(active)
-        self._in_vain += aside
+            self._in_vain += aside
         if self._in_vain == HOPELESS:  # too little memory for the model, say: hours of nothing, and then all set aside
             _give_up(
                 f"{HOPELESS} requests in a row were set aside, and none was done: mend the cause and give --retry; "

@@ -22,7 +22,7 @@ class Pool(ThreadPoolExecutor):
     """A ThreadPoolExecutor to which work can be given while Ctrl-C arrives.
 
     The library counts its idle threads by a semaphore that every thread shares with whoever hands out work. A Ctrl-C
-    there left it locked in one of 1,100 exports that were interrupted in their first moments
+    there left it locked in one of some 1,000 exports that were interrupted in their first moments
     (docs/LOG.md#interrupted-locks).
     """
 

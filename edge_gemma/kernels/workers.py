@@ -93,7 +93,7 @@ class Workers:
         self._state[WORKERS // 8] = most
         self._address = self._state.ctypes.data
         self._one_at_a_time = threading.Lock()
-        self._lock = threading.RLock()
+        self._lock = threading.RLock()  # host/pool.py says why it is entered itself
         self._changed = threading.Condition(self._lock)
         self._runs = 0  # that workers were asked to take part in
         self._asleep = 0

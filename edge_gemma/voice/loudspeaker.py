@@ -36,7 +36,7 @@ class Loudspeaker:
             wanted = "the default loudspeaker" if device is None else f"the loudspeaker {device!r}"
             raise AudioError(f"{wanted} cannot be used: {reason_of(error)}; edge-gemma listen --list-devices") from None
         self.name, self._info = str(info["name"]), info
-        self._lock = threading.RLock()
+        self._lock = threading.RLock()  # host/pool.py says why it is entered itself
         self._changed = threading.Condition(self._lock)
         self._waiting: list[np.ndarray] = []  # int16 [n]
         self._taken = 0  # samples of the first one that were played

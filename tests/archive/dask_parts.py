@@ -117,6 +117,13 @@ class Site:
         return not processes
 
 
+def alive(process):
+    """Whether it runs."""
+    with suppress(psutil.Error):
+        return process.status() != psutil.STATUS_ZOMBIE
+    return False
+
+
 def ended(popen, code=0):
     """Wait for a command. Returns what it wrote."""
     until(lambda: popen.poll() is not None, LONG_S)

@@ -9,7 +9,6 @@ import socket
 import subprocess
 import sys
 import threading
-from contextlib import suppress
 
 import pytest
 
@@ -28,6 +27,7 @@ from tests.archive.dask_parts import (
     ROLE,
     TOKEN,
     WORKER,
+    alive,
     ended,
     errors,
     lines,
@@ -68,13 +68,6 @@ def test_no_process_stays_behind(site):
     command.kill()
     command.wait()
     until(lambda: not site.processes(COMMAND), LONG_S)
-
-
-def alive(process):
-    """Whether it runs."""
-    with suppress(psutil.Error):
-        return process.status() != psutil.STATUS_ZOMBIE
-    return False
 
 
 # Works that end processes

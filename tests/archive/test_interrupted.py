@@ -6,12 +6,15 @@ import sys
 import time
 from pathlib import Path
 
-import psutil
 import pytest
+
+pytest.importorskip("distributed", reason="the archives extra is not installed")
+import psutil
 
 from edge_gemma.archive import job
 from tests import ROOT
 from tests.archive.attack_parts import requests, results
+from tests.archive.dask_parts import alive
 from tests.waiting import until
 
 PATIENCE_S = 60
@@ -38,20 +41,10 @@ def answers(output: Path) -> dict[str, str]:
     return {name: row["response"]["body"]["choices"][0]["message"]["content"] for name, row in results(output).items()}
 
 
-def runs(process: psutil.Process) -> bool:
-    """Whether a process is there, and no zombie."""
-    try:
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("delay", [0.0, 0.3, 0.7, 1.5])  # seconds after INPUT was read; it takes some three
 @pytest.mark.parametrize("dask", [[], ["--dask", "local", "--workers", "2"]], ids=["alone", "dask"])
 def test_it_ends_in_a_line_and_goes_on(tmp_path: Path, delay: float, dask: list[str], expected: dict[str, str]) -> None:
-    if dask:
-        pytest.importorskip("distributed")
     requests(tmp_path / "in.jsonl", ASKED)
     command = [sys.executable, "-m", "edge_gemma", "batch", str(tmp_path / "in.jsonl"), str(tmp_path / "out.jsonl")]
     with subprocess.Popen(
@@ -70,7 +63,7 @@ def test_it_ends_in_a_line_and_goes_on(tmp_path: Path, delay: float, dask: list[
     assert "Exception" not in errors
     if running.returncode == 130:
         assert errors.splitlines()[-1] == "interrupted"
-    until(lambda: not any(map(runs, begun)), PATIENCE_S)
+    until(lambda: not any(map(alive, begun)), PATIENCE_S)
     again = subprocess.run([*command, "-m", "demo"], cwd=ROOT, capture_output=True, text=True, check=True)
     assert f"{len(ASKED)} of {len(ASKED)} requests done" in again.stdout
     assert answers(tmp_path / "out.jsonl") == expected
